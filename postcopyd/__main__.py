@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m postcopyd`."""
+
+import sys
+
+from postcopyd.cli import main
+
+sys.exit(main())

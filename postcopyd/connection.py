@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every connection between two daemons is made here, and the control connection is driven here.
+
+Owns sockets until they are closed or, for data connections, given away to a native engine with
+`detach`. Knows the first bytes of a connection and how messages become bytes (protocol.py); knows
+nothing of migrations. This is the one place where TLS goes between the kind of a connection and its
+first message.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import trio
+
+from postcopyd import __version__
+from postcopyd import protocol as p
+from postcopyd.errors import PostcopydError
+from postcopyd.handover import Machine
+from postcopyd.protocol import Codec, RemoteProtocolError
+
+M = TypeVar("M", bound=p.Message)
+
+CONNECT_S = 10.0
+"""How long connecting and greeting may take: a host that is up answers within milliseconds."""
+
+BUFFER = 256 << 10
+"""Bytes taken from the control socket at a time: several pieces of device state."""
+
+
+class ConnectionLost(PostcopydError):
+    """The peer went away, or the way to it."""
+
+    name = "ConnectionLost"
+
+
+class PeerError(PostcopydError):
+    """The peer said what went wrong on its side; `name` is the name it gave."""
+
+
+async def dial(host: str, port: int, kind: str) -> trio.SocketStream:
+    """Connects to a daemon and says what the connection is for. Raises PostcopydError."""
+    try:
+        with trio.fail_after(CONNECT_S):
+            stream = await trio.open_tcp_stream(host, port)
+            tune(stream.socket)
+            await stream.send_all(_kind_bytes(kind))
+            return stream
+    except trio.TooSlowError:
+        raise _unreachable(host, port, f"no answer within {CONNECT_S:.0f} s") from None
+    except OSError as error:
+        reason = str(error.__cause__ or error)
+        if isinstance(error.__cause__, BaseExceptionGroup):
+            reason = str(error.__cause__.exceptions[0])
+        raise _unreachable(host, port, reason) from None
+
+
+def _unreachable(host: str, port: int, reason: str) -> PostcopydError:
+    return PostcopydError(
+        f"connecting to postcopyd on {host}, port {port}: {reason}; is `postcopyd serve` running "
+        f"there and the port open?",
+        "PeerUnreachable",
+    )
+
+
+def tune(sock: trio.socket.SocketType) -> None:
+    """Small messages leave at once; a dead host is noticed by the kernel as well."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
+
+
+def _kind_bytes(kind: str) -> bytes:
+    return bytes([0xA0 | len(kind)]) + kind.encode()
+
+
+async def accepted_kind(stream: trio.SocketStream) -> str:
+    """What a connection that came in is for, CONTROL or DATA. Raises RemoteProtocolError."""
+    kinds = {_kind_bytes(kind): kind for kind in (p.CONTROL, p.DATA)}
+    longest = max(map(len, kinds))
+    got = b""
+    try:
+        with trio.fail_after(CONNECT_S):
+            while len(got) < longest:
+                more = await stream.receive_some(1)
+                got += more
+                if got in kinds:
+                    return kinds[got]
+                if not more or not any(known.startswith(got) for known in kinds):
+                    break
+    except (trio.TooSlowError, trio.BrokenResourceError):
+        pass
+    raise RemoteProtocolError(f"a connection began with {bytes(got)!r}, which is not postcopyd's")
+
+
+async def receive_object(stream: trio.abc.ReceiveStream, kind: type[Any]) -> Any:
+    """One msgpack object from a data connection, and not a byte more: frames follow it."""
+    codec = Codec()
+    with trio.fail_after(CONNECT_S):
+        while True:
+            # Byte by byte, once for each connection: what follows belongs to the engine.
+            byte = await stream.receive_some(1)
+            if not byte:
+                raise ConnectionLost("the peer closed a data connection while it was set up")
+            codec.feed(bytes(byte))
+            for obj in codec.objects():
+                return p.parse(obj, kind)
+
+
+def detach(stream: trio.SocketStream) -> int:
+    """The descriptor of a stream, blocking, for a native engine; the stream is over."""
+    fd = os.dup(stream.socket.fileno())
+    stream.socket.close()
+    os.set_blocking(fd, True)
+    return fd
+
+
+class Channel:
+    """A control connection: messages both ways, each told to the state machine first.
+
+    One task receives; any may send. `receive` raises ConnectionLost when the peer is gone or has
+    been silent for DEAD_S, PeerError when it says Error, RemoteProtocolError when it breaks the
+    protocol. `alive` is the context in which keepalives are sent.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, machine: Machine, peer: str) -> None:
+        self._stream = stream
+        self.machine = machine
+        self.peer = peer
+        self._codec = Codec()
+        self._sending = trio.Lock()
+        self._last_sent = trio.current_time()
+        self._objects: list[Any] = []
+
+    async def send(self, message: p.Message) -> None:
+        """Tells the machine and sends; raises ConnectionLost."""
+        self.machine.sending(message)
+        await self._send(p.pack(message))
+
+    async def _send(self, data: bytes) -> None:
+        try:
+            async with self._sending:
+                self._last_sent = trio.current_time()
+                await self._stream.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise ConnectionLost(f"sending to {self.peer}: {error.__cause__ or error}") from None
+
+    async def receive(self) -> p.Message:
+        """The next message that is not a keepalive."""
+        while True:
+            message = p.parse_message(await self._next_object())
+            self.machine.received(message)
+            if isinstance(message, p.Error):
+                raise PeerError(f"{self.peer} said: {message.message}", message.name)
+            if not isinstance(message, p.Keepalive):
+                return message
+
+    async def expect(self, kind: type[M]) -> M:
+        """The next message, which the machine allows only to be of this kind here."""
+        message = await self.receive()
+        if not isinstance(message, kind):
+            raise RemoteProtocolError(
+                f"{self.peer} sent {type(message).__name__} where {kind.__name__} was due"
+            )
+        return message
+
+    async def _next_object(self) -> Any:
+        while not self._objects:
+            try:
+                with trio.fail_after(p.DEAD_S):
+                    data = await self._stream.receive_some(BUFFER)  # type: ignore[call-arg]
+            except trio.TooSlowError:
+                raise ConnectionLost(
+                    f"{self.peer} has said nothing for {p.DEAD_S:.0f} s"
+                ) from None
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise ConnectionLost(
+                    f"the connection to {self.peer} broke: {error.__cause__ or error}"
+                ) from None
+            if not data:
+                raise ConnectionLost(f"{self.peer} closed the connection")
+            self._codec.feed(bytes(data))
+            self._objects.extend(self._codec.objects())
+        return self._objects.pop(0)
+
+    async def greet(self) -> p.Hello:
+        """Exchanges hellos. Raises PostcopydError when the peer is of another version."""
+        await self.send(
+            p.Hello(
+                version=p.VERSION,
+                features=sorted(p.FEATURES),
+                software=f"postcopyd {__version__}",
+                host=socket.gethostname(),
+            )
+        )
+        hello = await self.expect(p.Hello)
+        p.check_hello(hello)
+        return hello
+
+    async def tell_error(self, error: Exception) -> None:
+        """Tells the peer why this side ends, as well as it still can; never raises for it."""
+        name = error.name if isinstance(error, PostcopydError) else "InternalError"
+        with trio.move_on_after(1) as scope:
+            scope.shield = True
+            try:
+                await self.send(p.Error(name=name, message=str(error)[:4000]))
+            except PostcopydError:
+                return
+
+    @asynccontextmanager
+    async def alive(self) -> AsyncIterator[None]:
+        """Sends keepalives while the body runs."""
+        async with open_nursery() as nursery:
+            nursery.start_soon(self._keepalive)
+            try:
+                yield
+            finally:
+                nursery.cancel_scope.cancel()
+
+    async def _keepalive(self) -> None:
+        while True:
+            due = self._last_sent + p.KEEPALIVE_S
+            if trio.current_time() < due:
+                await trio.sleep_until(due)
+            else:
+                try:
+                    await self._send(p.pack(p.Keepalive()))
+                except ConnectionLost:
+                    return  # who receives sees it too
+
+    async def aclose(self) -> None:
+        await trio.aclose_forcefully(self._stream)
+
+    async def __aenter__(self) -> Channel:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+
+@asynccontextmanager
+async def open_nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery whose failure is the failure of its first task, not a group of one.
+
+    A session has one thing that goes wrong first; what the others met while they were cancelled for
+    it is of no use to an operator. Errors that are not ours (bugs) come first.
+    """
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        leaves = _leaves(group)
+        bugs = [error for error in leaves if not isinstance(error, PostcopydError)]
+        raise (bugs or leaves)[0] from None
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    return leaves

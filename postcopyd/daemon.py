@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon of one host: its VMs, its migrations in both roles, its two doors.
+
+Owns the registry of attached VMs, one task for each migration, and what listens: the control socket
+(control.py) and the migration port, where each connection says first what it is for (connection.py).
+What happens within a migration is the sessions' business.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Literal
+
+import structlog
+import trio
+
+from postcopyd import control, vmm
+from postcopyd import protocol as p
+from postcopyd.config import ServeOptions
+from postcopyd.connection import Channel, accepted_kind, receive_object, tune
+from postcopyd.control import MigrateRequest
+from postcopyd.dest.session import DestinationSession
+from postcopyd.errors import PostcopydError
+from postcopyd.handover import Destination, Machine
+from postcopyd.hooks import run_hooks
+from postcopyd.protocol import RemoteProtocolError
+from postcopyd.settings import Settings
+from postcopyd.source.session import SourceSession
+from postcopyd.store import Store
+from postcopyd.vm import Vm
+from postcopyd.vmm.process import ProcessVmm
+from postcopyd.vmm.qemu import QemuVmm
+
+DRIVERS: dict[str, type[vmm.Vmm]] = {"qemu": QemuVmm, "process": ProcessVmm}
+
+MAX_PEERS = 256
+"""Connections from other daemons at a time; a migration has one and those for its pages."""
+
+log = structlog.get_logger()
+
+Status = dict[str, Any]
+
+
+class Daemon:
+    """`nursery` holds one task for each migration; it is the daemon's."""
+
+    def __init__(self, settings: Settings, nursery: trio.Nursery) -> None:
+        self.settings = settings
+        self.vms: dict[str, Vm] = {}
+        self._nursery = nursery
+        self._arrivals: dict[str, DestinationSession] = {}
+        self._peers = trio.CapacityLimiter(MAX_PEERS)
+
+    # --- VMs -----------------------------------------------------------------------------------
+
+    async def attach(
+        self, name: str, driver: Literal["qemu", "process"], socket: str
+    ) -> Status:
+        """A VM whose VMM is gone may be attached again; one that is there must be detached first."""
+        known = self.vms.get(name)
+        if known is not None and (known.driver is not None or known.claimed_by is not None):
+            raise PostcopydError(
+                f"{name} is attached already, by {known.status['vm']}'s "
+                f"{known.driver.socket if known.driver else 'migration'}: "
+                f"`postcopyd detach {name}` first",
+                "AlreadyAttached",
+            )
+        connected = await DRIVERS[driver].connect(name, socket)
+        vm = known or Vm(name, self.settings.store, None)
+        if vm.driver is not None or self.vms.get(name, vm) is not vm:
+            await connected.aclose()  # somebody else was faster
+            raise PostcopydError(f"{name} was attached by somebody else just now", "AlreadyAttached")
+        vm.driver = connected
+        try:
+            vm.record("held")
+        except PostcopydError:
+            vm.driver = None
+            await connected.aclose()
+            raise
+        self.vms[name] = vm
+        self._nursery.start_soon(self._follow, vm, connected)
+        vm.show()
+        log.info("attached", vm=name, driver=driver, socket=socket)
+        return vm.status
+
+    async def _follow(self, vm: Vm, driver: vmm.Vmm) -> None:
+        """Says so when a VMM ends that no migration is using; a session notices by itself."""
+        await driver.gone()
+        while vm.claimed_by is not None and vm.driver is driver:
+            await trio.sleep(0.05)
+        if vm.driver is driver:
+            vm.driver = None
+            await driver.aclose()
+            log.warning("VMM ended", vm=vm.name)
+            if vm.status["phase"] == "idle":
+                vm.show(message="its VMM has ended; attach it again once it runs")
+
+    async def detach(self, name: str) -> None:
+        vm = self._vm(name)
+        if vm.claimed_by is not None:
+            raise PostcopydError(
+                f"{name} is in migration {vm.status['migration']}: wait for it, or cancel it", "Busy"
+            )
+        driver, vm.driver = vm.driver, None
+        if driver is not None:
+            await driver.aclose()
+        self.settings.store.remove(name)
+        del self.vms[name]
+        log.info("detached", vm=name)
+
+    def _vm(self, name: str) -> Vm:
+        try:
+            return self.vms[name]
+        except KeyError:
+            raise PostcopydError(
+                f"no VM {name} is attached to this daemon: `postcopyd attach {name} ...`", "NoSuchVm"
+            ) from None
+
+    def list(self) -> list[Status]:
+        return [self.vms[name].status for name in sorted(self.vms)]
+
+    def status(self, name: str) -> Status:
+        return self._vm(name).status
+
+    def watch(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[Status]]:
+        return self._vm(name).watch()
+
+    # --- leaving -------------------------------------------------------------------------------
+
+    async def check(self, name: str, to: str) -> list[str]:
+        vm = self._vm(name)
+        session = SourceSession(vm, MigrateRequest(to), self.settings, secrets.token_hex(8))
+        with vm.claim(session):
+            return await session.check()
+
+    async def migrate(self, name: str, request: MigrateRequest) -> str:
+        vm = self._vm(name)
+        vm.attached()
+        migration = secrets.token_hex(8)
+        session = SourceSession(vm, request, self.settings, migration)
+        claimed = vm.claim(session)
+        claimed.__enter__()  # here, so that Busy is the answer to this call
+
+        async def run() -> None:
+            with claimed_for(claimed):
+                await session.run()
+
+        vm.settle(role="source", phase="handover", migration=migration, peer=request.to, result=None)
+        self._nursery.start_soon(run)
+        return migration
+
+    async def cancel(self, name: str) -> None:
+        vm = self._vm(name)
+        if isinstance(vm.claimed_by, SourceSession):
+            vm.claimed_by.cancel()
+        elif vm.claimed_by is not None:
+            raise PostcopydError(
+                f"{name} is arriving here: cancel it at its source, {vm.status['peer']}",
+                "NotMigrating",
+            )
+        else:
+            raise PostcopydError(f"{name} is in no migration", "NotMigrating")
+
+    async def recover(self, name: str, to: str | None) -> None:
+        self._paused(name)
+        raise PostcopydError(
+            "this version cannot continue a paused migration; its guest waits, nothing is lost"
+        )
+
+    async def resolve(self, name: str, decision: Literal["wait", "poison", "kill"]) -> None:
+        self._paused(name)
+        if decision != "wait":
+            raise PostcopydError(
+                "this version only waits; end the VMM by its own means when you know that you must"
+            )
+
+    def _paused(self, name: str) -> None:
+        if self._vm(name).status["phase"] != "paused":
+            raise PostcopydError(f"{name} has no paused migration here", "NotMigrating")
+
+    # --- arriving ------------------------------------------------------------------------------
+
+    async def serve_peer(self, stream: trio.SocketStream) -> None:
+        """One connection from another daemon, of either kind. Never raises for what a peer does."""
+        try:
+            self._peers.acquire_on_behalf_of_nowait(stream)
+        except trio.WouldBlock:
+            log.warning("connection refused, too many at a time", limit=MAX_PEERS)
+            await trio.aclose_forcefully(stream)
+            return
+        try:
+            tune(stream.socket)
+            address = stream.socket.getpeername()
+            if await accepted_kind(stream) == p.DATA:
+                await self._take_data(stream)
+            else:
+                await self._take_control(stream, str(address[0]))
+        except (PostcopydError, trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
+            log.warning("connection ended", error=str(error) or type(error).__name__)
+        finally:
+            self._peers.release_on_behalf_of(stream)
+            await trio.aclose_forcefully(stream)
+
+    async def _take_data(self, stream: trio.SocketStream) -> None:
+        hello: p.DataHello = await receive_object(stream, p.DataHello)
+        session = self._arrivals.get(hello.migration)
+        if session is None:
+            raise RemoteProtocolError(
+                f"a data connection named migration {hello.migration}, which is not here"
+            )
+        await session.take_data(stream, hello)
+
+    async def _take_control(self, stream: trio.SocketStream, address: str) -> None:
+        channel = Channel(stream, Machine(Destination.GREETING), address)
+        try:
+            hello = await channel.greet()
+            channel.peer = f"{hello.host or address} ({address})"
+            offer = await channel.expect(p.Offer)
+            if not offer.check:
+                await run_hooks(
+                    self.settings.hooks,
+                    offer.vm,
+                    "destination",
+                    "prepare",
+                    migration=offer.migration,
+                    peer=channel.peer,
+                )
+            vm = self._vm_here(offer.vm)
+            vm.attached()
+            if offer.epoch <= vm.epoch and vm.epoch and not offer.check:
+                vm.epoch = offer.epoch - 1  # a guest made anew begins to count anew
+            session = DestinationSession(vm, offer, channel, self.settings)
+            with vm.claim(session):
+                if offer.check:
+                    await session.check()
+                    return
+                self._arrivals[offer.migration] = session
+                try:
+                    await session.run()
+                finally:
+                    del self._arrivals[offer.migration]
+        except PostcopydError as error:
+            log.warning("offer refused", peer=channel.peer, error=str(error))
+            await channel.tell_error(error)
+
+    def _vm_here(self, name: str) -> Vm:
+        if name not in self.vms:
+            raise PostcopydError(
+                f"no VM {name} is attached at the destination: start its VMM there as a destination "
+                f"and `postcopyd attach {name}`",
+                "NoSuchVm",
+            )
+        return self.vms[name]
+
+
+class claimed_for:  # noqa: N801
+    """Gives back in the task what `claim` took in the call that started it."""
+
+    def __init__(self, claimed: Any) -> None:
+        self._claimed = claimed
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc: object) -> None:
+        self._claimed.__exit__(None, None, None)
+
+
+async def serve(options: ServeOptions) -> None:
+    """Runs the daemon until SIGTERM or SIGINT. Raises PostcopydError when it cannot start."""
+    configure_logging()
+    if options.tls != "off":
+        raise PostcopydError(
+            "this version has no TLS yet: say `--tls off` where the network between the hosts is "
+            "trusted"
+        )
+    settings = Settings(
+        Store(options.state_dir), options.hooks_dir, options.bandwidth or 0, options.connections
+    )
+    control_listener = control.listen(options.control)
+    listeners = await _listen(options)
+    async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
+        daemon = Daemon(settings, migrations)
+        await nursery.start(_signals, nursery, migrations)
+        await nursery.start(control.serve, daemon, control_listener)
+        await nursery.start(trio.serve_listeners, daemon.serve_peer, listeners)
+        at = [listener.socket.getsockname()[:2] for listener in listeners]
+        log.info("serving", control=options.control, listen=[f"{h}:{port}" for h, port in at])
+        await trio.sleep_forever()
+
+
+async def _listen(options: ServeOptions) -> list[trio.SocketListener]:
+    host, port = options.listen
+    try:
+        return await trio.open_tcp_listeners(port, host=host or None)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PostcopydError(
+            f"listening for other daemons on {options.listen}: {reason}; "
+            f"say another address with --listen"
+        ) from None
+
+
+async def _signals(
+    *nurseries: trio.Nursery, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """SIGTERM and SIGINT end the daemon: guests before the grant go back, others wait."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("ending", signal=signal.Signals(number).name)
+            for nursery in nurseries:
+                nursery.cancel_scope.cancel()
+            return
+
+
+def configure_logging() -> None:
+    """To stderr: readable on a terminal, one key=value line otherwise."""
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer()
+            if sys.stderr.isatty()
+            else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One guest arriving: from the offer to drained here, or given back.
+
+Owns, for the time of one migration: the control channel, the native engine, the userfaultfds (our
+duplicates; the VMM keeps its own), the page record and the descriptors of the guest's RAM. Order
+and ownership are handover.py's; this file does what each step means.
+
+What fails before *loaded* leaves this host as it was. After it the VMM here may be the only guest
+there is: nothing in this file ends it any more unless the source has said so, or no vCPU has run.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from typing import Any
+
+import structlog
+import trio
+
+from postcopyd import protocol as p
+from postcopyd._native import lib
+from postcopyd.connection import Channel, ConnectionLost, PeerError, detach, open_nursery
+from postcopyd.dest.engine import DestinationEngine
+from postcopyd.errors import PostcopydError
+from postcopyd.handover import Destination, Happened, Machine
+from postcopyd.hooks import run_hooks
+from postcopyd.native import faults
+from postcopyd.protocol import RemoteProtocolError
+from postcopyd.settings import Settings
+from postcopyd.vm import Vm
+from postcopyd.vmm import Declined, Shape
+
+PROGRESS_S = 0.1
+ACKNOWLEDGE_S = 10.0
+DEVICE_CHUNKS = 1024
+"""Pieces of device state kept while the VMM loads: it may wait in a fault that the source answers
+only once it has given all of its state, so this must take what comes after such a fault."""
+
+
+class DestinationSession:
+    """Made and run by the daemon for one control connection, once its offer has named a VM."""
+
+    def __init__(self, vm: Vm, offer: p.Offer, channel: Channel, settings: Settings) -> None:
+        self.vm = vm
+        self.offer = offer
+        self.channel = channel
+        self.machine: Machine = channel.machine
+        self.settings = settings
+        self.token = secrets.token_bytes(32)
+        self.log = structlog.get_logger().bind(
+            vm=vm.name, migration=offer.migration, peer=channel.peer, role="destination"
+        )
+        self._engine: DestinationEngine | None = None
+        self._shape: Shape | None = None
+        self._uffds: list[int] = []
+        self._record = -1
+        self._adopted = self._loading = False
+        self._connected = trio.Event()
+        self._lacking = [True, *[False] * offer.connections]
+        self._ran_ns = 0
+
+    async def run(self) -> None:
+        """The whole arrival. What goes wrong ends in the VM's status and is told to the source."""
+        try:
+            await self._arrive()
+        except PostcopydError as error:
+            await self._end_early(error)
+        except Exception as error:
+            self.log.exception("bug in the destination's session")
+            await self._end_early(PostcopydError(f"internal error: {error!r}", "InternalError"))
+        except trio.Cancelled:
+            await self._end_early(PostcopydError("the daemon was stopped", "DaemonStopped"))
+            raise
+
+    async def check(self) -> None:
+        """Answers an offer that only asks."""
+        try:
+            shape = self._shape = await self.vm.attached().inspect("destination")
+            problems = [*shape.problems, *self._differences(shape)]
+        except PostcopydError as error:
+            problems = [str(error)]
+        finally:
+            await self._close()
+        await self.channel.send(p.Checked([problem[:4000] for problem in problems][:256]))
+
+    async def take_data(self, stream: trio.SocketStream, hello: p.DataHello) -> None:
+        """A data connection that names this migration. Raises RemoteProtocolError."""
+        if not hmac.compare_digest(hello.token, self.token):
+            raise RemoteProtocolError(
+                f"a data connection named migration {hello.migration} with a wrong token"
+            )
+        if self._engine is None or hello.urgent not in self._lacking:
+            raise RemoteProtocolError(
+                f"a data connection too many came for migration {hello.migration}"
+            )
+        self._lacking.remove(hello.urgent)
+        await stream.send_all(p.pack(p.DataWelcome(hello.migration)))
+        self._engine.connect(detach(stream), urgent=hello.urgent)
+        if not self._lacking:
+            self._connected.set()
+
+    # --- the steps -----------------------------------------------------------------------------
+
+    async def _arrive(self) -> None:
+        vm, offer, channel = self.vm, self.offer, self.channel
+        vm.settle(
+            role="destination",
+            phase="handover",
+            migration=offer.migration,
+            peer=channel.peer,
+            result=None,
+            message=f"preparing for {vm.name} from {channel.peer}",
+        )
+        driver = vm.attached()
+        shape = self._shape = await driver.inspect("destination")
+        problems = [*shape.problems, *self._differences(shape)]
+        if problems:
+            raise PostcopydError("; ".join(problems), "Refused")
+        async with channel.alive():
+            await self._adopt(shape)
+            await channel.send(p.Ready(self.token))
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._say_serving)
+                await channel.expect(p.Handover)
+            await self._load()
+            await self._run_guest()
+            await self._drain()
+        await self._close()
+
+    def _differences(self, shape: Shape) -> list[str]:
+        """What differs between the VMM that offers and the one that waits here."""
+        if shape.state != "incoming":
+            return [
+                f"the VMM of {self.vm.name} here does not wait for a migration (it is "
+                f"{shape.state}): start it as a destination"
+            ]
+        here = [(r.name, r.pages, r.page_size) for r in shape.regions]
+        there = [(r.name, r.pages, r.page_size) for r in self.offer.regions]
+        problems = []
+        if self.offer.driver != self.vm.attached().kind:
+            problems.append(
+                f"the VMM here is driven as {self.vm.attached().kind}, the source's as "
+                f"{self.offer.driver}: attach the same kind on both hosts"
+            )
+        elif here != there:
+            problems.append(
+                f"guest RAM differs: here {_regions(here)}, at the source {_regions(there)}; "
+                f"start the destination with the same memory backends"
+            )
+        for key in sorted(shape.facts.keys() | self.offer.facts.keys()):
+            mine, theirs = shape.facts.get(key), self.offer.facts.get(key)
+            if mine != theirs:
+                problems.append(
+                    f"{key} differs: {mine or 'none'} here, {theirs or 'none'} at the source; start "
+                    f"the destination as the source was started"
+                )
+        return problems
+
+    async def _adopt(self, shape: Shape) -> None:
+        """Guest RAM empty and registered: from here on each access waits for its page."""
+        self.vm.record("arriving", peer=self.channel.peer)
+        self._adopted = True
+        self._uffds = await self.vm.attached().adopt(shape)
+        self._record = self.settings.store.open_pages(self.vm.name)
+        self._engine = DestinationEngine(shape.regions, self._uffds, self._record)
+        self._engine.register()
+
+    async def _say_serving(self) -> None:
+        await self._connected.wait()
+        await self.channel.send(p.Serving())
+
+    async def _load(self) -> None:
+        """Device state into the VMM, while its faults are answered by the engine."""
+        self.vm.show(message=f"{self.vm.name} is being handed over from {self.channel.peer}")
+        self._loading = True
+        pieces, state = trio.open_memory_channel[bytes](DEVICE_CHUNKS)
+        async with open_nursery() as nursery:
+            nursery.start_soon(self._watch_engine)
+            nursery.start_soon(self._watch_vmm)
+            nursery.start_soon(self._load_and_say, state)
+            async with pieces:
+                size = 0
+                while isinstance(message := await self._receive(), p.Device):
+                    size += len(message.data)
+                    await pieces.send(message.data)
+            if isinstance(message, p.DeviceEnd) and message.size != size:
+                raise RemoteProtocolError(
+                    f"{self.channel.peer} sent {size} bytes of device state and says {message.size}"
+                )
+            grant = await self._receive()
+            nursery.cancel_scope.cancel()
+        assert isinstance(grant, p.Grant)
+        if grant.epoch != self.offer.epoch:
+            raise RemoteProtocolError(
+                f"{self.channel.peer} granted epoch {grant.epoch} of {self.vm.name}, "
+                f"it had offered {self.offer.epoch}"
+            )
+
+    async def _load_and_say(self, state: trio.MemoryReceiveChannel[bytes]) -> None:
+        async with state:
+            await self.vm.attached().load(state)
+        self.vm.record("loaded", peer=self.channel.peer, run=self.offer.run)
+        await self.channel.send(p.Loaded())
+
+    async def _receive(self) -> p.Message:
+        message = await self.channel.receive()
+        if isinstance(message, p.Cancel):
+            raise PeerError(f"{self.channel.peer} took it back: {message.reason}", "Cancelled")
+        return message
+
+    async def _run_guest(self) -> None:
+        vm = self.vm
+        vm.epoch = self.offer.epoch
+        vm.record("owned", peer=self.channel.peer, run=self.offer.run)
+        if self.offer.run:
+            try:
+                await vm.attached().run()
+            except Declined as refused:
+                await self._decline(str(refused))
+                raise
+        self._ran_ns = lib.pc_monotonic_ns()
+        await self.channel.send(p.Ran())
+        vm.show(
+            phase="postcopy", message=f"{vm.name} runs here, its memory follows", remaining=None
+        )
+        self.log.info("guest runs here")
+        await self._hooks("running")
+
+    async def _decline(self, reason: str) -> None:
+        """No vCPU has run: the VMM ends first, then the source may have its guest back."""
+        await self.vm.attached().end()
+        self.vm.record("declined")
+        await self.channel.send(p.Declined(reason))
+
+    async def _drain(self) -> None:
+        engine, channel = self._engine, self.channel
+        assert engine is not None
+        async with open_nursery() as nursery:
+            nursery.start_soon(self._watch_vmm)
+            nursery.start_soon(self._listen)
+            nursery.start_soon(self._say_progress)
+            while not engine.complete:
+                await engine.wait()
+            nursery.cancel_scope.cancel()
+        engine.unregister()
+        await self.vm.attached().release()
+        stats = engine.stats
+        last = stats.last_urgent_ns
+        drained = p.Drained(
+            confirmed=stats.confirmed_pages,
+            zero=stats.zero_pages,
+            placed=stats.urgent_pages + stats.pushed_pages,
+            urgent=stats.urgent_pages,
+            duplicate=stats.duplicate_pages,
+            requests=stats.requests,
+            discarded=stats.discarded_pages,
+            brownout_ms=max(last - self._ran_ns, 0) / 1e6,
+            faults=faults(stats),
+        )
+        self.vm.settle(
+            phase="drained", remaining=0, message=f"{self.vm.name} is here, with all of its memory"
+        )
+        self._record_settled("held")
+        try:
+            await channel.send(drained)
+            with trio.move_on_after(ACKNOWLEDGE_S):
+                await channel.expect(p.Acknowledged)
+        except (ConnectionLost, PeerError) as error:
+            self.log.warning("drained, but the source did not acknowledge it", error=str(error))
+        self.log.info("drained", pages=stats.confirmed_pages)
+        await self._hooks("drained")
+
+    async def _listen(self) -> None:
+        """Nothing is due from the source now; but it may fail, or be gone."""
+        message = await self.channel.receive()
+        raise RemoteProtocolError(f"{self.channel.peer} sent {type(message).__name__} too late")
+
+    async def _say_progress(self) -> None:
+        assert self._engine is not None
+        stats = self._engine.stats
+        while True:
+            remaining = self._remaining()
+            self.vm.show(remaining=remaining)
+            await self.channel.send(p.Progress(stats.confirmed_pages, remaining, faults(stats)))
+            await trio.sleep(PROGRESS_S)
+
+    def _remaining(self) -> int:
+        """Bytes that are not here yet; an estimate where regions have pages of several sizes."""
+        assert self._engine is not None and self._shape is not None
+        stats, total = self._engine.stats, sum(r.size for r in self._shape.regions)
+        return total * (stats.total_pages - stats.confirmed_pages) // stats.total_pages
+
+    async def _watch_engine(self) -> None:
+        assert self._engine is not None
+        while True:
+            await self._engine.wait()
+
+    async def _watch_vmm(self) -> None:
+        await self.vm.attached().gone()
+        raise PostcopydError(f"the VMM of {self.vm.name} here has ended by itself", "VmmGone")
+
+    # --- when it goes wrong ----------------------------------------------------------------------
+
+    async def _end_early(self, error: PostcopydError) -> None:
+        with trio.CancelScope(shield=True):
+            state = self.machine.state
+            if state is Destination.DECLINED:
+                await self._called_off(error)
+            elif state in (Destination.DRAINED, Destination.DONE):
+                self.log.warning("after drained", error=str(error))
+                await self._close()
+            elif state in (Destination.LOADED, Destination.GRANTED, Destination.RUNNING):
+                await self._paused(error)
+            else:
+                await self._called_off(error)
+
+    async def _called_off(self, error: PostcopydError) -> None:
+        """This host as it was: nothing registered, no descriptor left, the VMM waiting again, or
+        ended if it had begun to load (QEMU takes one migrate-incoming only)."""
+        vm = self.vm
+        if self.machine.state not in (Destination.CALLED_OFF, Destination.DECLINED):
+            if not isinstance(error, ConnectionLost | PeerError):
+                await self.channel.tell_error(error)
+            self.machine.happened(Happened.FAILED)
+        message = f"{vm.name} did not come here: {error}"
+        driver = vm.driver
+        try:
+            if self._loading and driver is not None:
+                await driver.end()  # before its RAM is let go: it must not go on with zeros
+                message += "; its VMM here has ended, start it anew for another attempt"
+            if self._engine is not None:
+                self._engine.unregister(called_off=True)
+            if self._adopted and not self._loading and driver is not None:
+                await driver.release()
+        except PostcopydError as trouble:
+            message += f"; cleaning up here: {trouble}"
+            self.log.error("cleaning up failed", error=str(trouble))
+        if self._loading and driver is not None:
+            await driver.aclose()
+            vm.driver = None
+        vm.settle(phase="failed", remaining=0, message=message)
+        self._record_settled("declined")
+        self.log.warning("arrival called off", error=str(error))
+        await self._close()
+        await self._hooks("failed", message=str(error))
+
+    async def _paused(self, error: PostcopydError) -> None:
+        """The guest is (or may be) this host's: it waits for what it lacks, and nothing ends it."""
+        state, vm = self.machine.state, self.vm
+        self.machine.happened(Happened.LOST)
+        sentence = {
+            Destination.LOADED: f"{vm.name} is loaded here and not running: whether it was granted "
+            f"is known to {self.channel.peer} only",
+            Destination.GRANTED: f"{vm.name} was granted to this host",
+        }.get(state, f"{vm.name} runs here and waits for pages that are still at {self.channel.peer}")
+        vm.show(phase="paused", message=f"{sentence}: {error}")
+        self._record_settled(None)
+        self.log.error("paused", error=str(error))
+        await self.channel.aclose()
+        if self._engine is not None:
+            await self._engine.disconnect()
+
+    def _record_settled(self, ownership: str | None) -> None:
+        try:
+            self.vm.record(ownership, peer=self.channel.peer)
+        except PostcopydError as error:
+            self.log.error("record not written", error=str(error))
+
+    async def _close(self) -> None:
+        """Only when nothing is registered any more, or the VMM has ended."""
+        with trio.CancelScope(shield=True):
+            if self._engine is not None:
+                await trio.to_thread.run_sync(self._engine.close)
+            for fd in (*self._uffds, *([self._record] if self._record >= 0 else [])):
+                os.close(fd)
+            if self._record >= 0:
+                self.settings.store.remove_pages(self.vm.name)
+            if self._shape is not None:
+                self._shape.close()
+            self._engine, self._uffds, self._record, self._shape = None, [], -1, None
+
+    async def _hooks(self, phase: str, **about: Any) -> None:
+        await run_hooks(
+            self.settings.hooks,
+            self.vm.name,
+            "destination",
+            phase,
+            migration=self.offer.migration,
+            peer=self.channel.peer,
+            **about,
+        )
+
+
+def _regions(regions: list[tuple[str, int, int]]) -> str:
+    return ", ".join(f"{name} {pages * size >> 20} MiB ({size >> 10} KiB pages)" for name, pages, size in regions)
+
+

@@ -1,0 +1,73 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the two engines share: threads, statistics, connections, reading frames. Knows nothing of
+ * userfaultfd or of where pages come from. Every read and write of a data connection is here. */
+#ifndef POSTCOPYD_ENGINE_H
+#define POSTCOPYD_ENGINE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "native.h"
+#include "wire.h"
+
+enum { PC_MAX_REGIONS = 256, PC_MAX_CONNECTIONS = 33 };
+
+/* Statistics are plain words that Python reads while threads count: relaxed atomics on both sides. */
+#define count_add(field, n) __atomic_fetch_add(&(field), (n), __ATOMIC_RELAXED)
+#define count_get(field) __atomic_load_n(&(field), __ATOMIC_RELAXED)
+#define count_set(field, n) __atomic_store_n(&(field), (n), __ATOMIC_RELAXED)
+
+struct region {
+  struct pc_region is;
+  uint64_t first;      /* number of its first page among all pages of the guest */
+  uint8_t page_shift;
+};
+
+/* One data connection: its socket and the thread that reads (or, pushing, writes) it. */
+struct connection {
+  void *engine;
+  int fd; /* -1: free */
+  bool urgent, running;
+  pthread_t thread;
+};
+
+void engine_wake(int wake);
+/* Sets failure and sentence once and wakes Python. */
+void engine_fail(struct pc_stats *stats, int wake, int failure, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+/* Once all connections are closed, what was wrong is over (and tried again with the next ones), save
+ * that the VMM is gone. */
+void engine_forget_connections(struct pc_stats *stats);
+/* A thread with all signals blocked and a name that shows in top and perf. Returns -errno. */
+int engine_thread(pthread_t *thread, const char *name, void *(*run)(void *), void *argument);
+void engine_socket(int fd, bool urgent);
+void engine_latency(struct pc_stats *stats, uint64_t ns);
+/* Copies and checks a list of regions. Returns the number of pages of all, or 0 with a sentence. */
+uint64_t engine_regions(struct region *to, const struct pc_region *from, unsigned count,
+                        char error[200]);
+
+/* Reads frames from a stream. `ahead` is how many bytes beyond the frame at hand one recv may take:
+ * on the urgent connection many small frames come by one call; on push connections only the next
+ * header, so that payloads are not moved. The payload stays valid until the next call. */
+struct frame_reader {
+  int fd;
+  uint8_t *buffer;
+  size_t capacity, ahead, from, to;
+};
+int frame_reader_init(struct frame_reader *r, int fd, size_t payload, size_t ahead);
+void frame_reader_free(struct frame_reader *r);
+/* 1: a frame; 0: the stream ended between frames; -EPROTO: not a frame; -errno otherwise. */
+int frame_read(struct frame_reader *r, struct frame *f, uint8_t **payload);
+/* Whether another whole header has been received already. */
+static inline bool frame_waiting(const struct frame_reader *r) {
+  return r->to - r->from >= FRAME_BYTES;
+}
+
+/* Writes everything, waiting as needed; changes iov. Returns 0 or -errno. */
+int write_all(int fd, struct iovec *iov, int n);
+
+#endif

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ownership of a guest, and the order of a migration, for both roles. No I/O.
+
+Everything that decides who may run the guest is in this file, as two tables of
+(state, event) -> state. An event is a message that this side sends or receives, or something that
+happens to it. What the table does not have is not allowed: a `Machine` raises LocalProtocolError
+for our own bug and RemoteProtocolError for the peer's. The tables do not know how messages travel
+or what a VMM is.
+
+Ownership is one token with an epoch, *held* by the source until GRANT. The source records GRANTED
+before it sends the grant and from then on never runs the guest, unless the destination says
+*declined*, which it may only when its VMM has ended without a vCPU having run. The destination runs
+only what was granted. Between the grant and the answer the source does not know which: it waits.
+
+A connection lost before the grant ends the migration with the guest at the source. But once the
+destination has said *loaded* it cannot know whether a grant was recorded: it keeps the loaded guest,
+not running, until the source has said (state IN_DOUBT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+
+from postcopyd import protocol as p
+from postcopyd.protocol import LocalProtocolError, RemoteProtocolError
+
+
+class Source(Enum):
+    """States of the source. The guest may run here unless the state is in SOURCE_GAVE_AWAY."""
+
+    GREETING = "greeting"
+    OFFERING = "offering"
+    CONNECTING = "connecting"
+    SERVING = "serving"
+    SAVING = "saving"
+    OFFERED = "offered"
+    LOADED = "loaded"
+    GRANTED = "granted"
+    RAN = "ran"
+    DRAINED = "drained"
+    CHECKED = "checked"
+    DECLINED = "declined"
+    ROLLED_BACK = "rolled back"
+    GRANTED_LOST = "granted, connection lost"
+    RAN_LOST = "ran, connection lost"
+
+
+class Destination(Enum):
+    """States of the destination. The guest may run here only in DESTINATION_RUNS."""
+
+    GREETING = "greeting"
+    WAITING = "waiting"
+    OFFERED = "offered"
+    CONNECTING = "connecting"
+    SERVING = "serving"
+    RECEIVING = "receiving"
+    LOADING = "loading"
+    LOADED = "loaded"
+    GRANTED = "granted"
+    RUNNING = "running"
+    DRAINED = "drained"
+    DONE = "done"
+    CHECKED = "checked"
+    DECLINED = "declined"
+    CALLED_OFF = "called off"
+    IN_DOUBT = "loaded, connection lost"
+    GRANTED_LOST = "granted, connection lost"
+    RUNNING_LOST = "running, connection lost"
+
+
+class Sent:
+    """Event: this side sends such a message. Compared by the message's type."""
+
+    def __init__(self, message: type[p.Message]) -> None:
+        self.message = message
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.message is self.message  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.message))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.message.__name__})"
+
+
+class Received(Sent):
+    """Event: this side receives such a message."""
+
+
+class Happened(Enum):
+    """Events that are not messages."""
+
+    LOST = "the connection was lost"
+    FAILED = "something failed here"
+
+
+State = Source | Destination
+Event = Sent | Received | Happened
+
+_ERROR = Received(p.Error)
+_SOURCE_GIVES_UP: dict[Event, Source] = {
+    _ERROR: Source.ROLLED_BACK,
+    Sent(p.Cancel): Source.ROLLED_BACK,
+    Sent(p.Error): Source.ROLLED_BACK,
+    Happened.LOST: Source.ROLLED_BACK,
+    Happened.FAILED: Source.ROLLED_BACK,
+}
+
+SOURCE: Mapping[Source, Mapping[Event, Source]] = {
+    Source.GREETING: {Received(p.Hello): Source.OFFERING, **_SOURCE_GIVES_UP},
+    Source.OFFERING: {
+        Sent(p.Offer): Source.OFFERING,
+        Received(p.Checked): Source.CHECKED,
+        Received(p.Ready): Source.CONNECTING,
+        **_SOURCE_GIVES_UP,
+    },
+    Source.CONNECTING: {Received(p.Serving): Source.SERVING, **_SOURCE_GIVES_UP},
+    Source.SERVING: {Sent(p.Handover): Source.SAVING, **_SOURCE_GIVES_UP},
+    Source.SAVING: {
+        Sent(p.Device): Source.SAVING,
+        Sent(p.DeviceEnd): Source.OFFERED,
+        **_SOURCE_GIVES_UP,
+    },
+    Source.OFFERED: {Received(p.Loaded): Source.LOADED, **_SOURCE_GIVES_UP},
+    Source.LOADED: {Sent(p.Grant): Source.GRANTED, **_SOURCE_GIVES_UP},
+    Source.GRANTED: {
+        Received(p.Ran): Source.RAN,
+        Received(p.Declined): Source.DECLINED,
+        _ERROR: Source.GRANTED_LOST,
+        Happened.LOST: Source.GRANTED_LOST,
+        Happened.FAILED: Source.GRANTED_LOST,
+    },
+    Source.RAN: {
+        Received(p.Progress): Source.RAN,
+        Received(p.Drained): Source.DRAINED,
+        _ERROR: Source.RAN_LOST,
+        Happened.LOST: Source.RAN_LOST,
+        Happened.FAILED: Source.RAN_LOST,
+    },
+    Source.DRAINED: {
+        Sent(p.Acknowledged): Source.DRAINED,
+        Happened.LOST: Source.DRAINED,
+        Happened.FAILED: Source.DRAINED,
+    },
+    Source.CHECKED: {Happened.LOST: Source.CHECKED},
+    Source.DECLINED: {},
+    Source.ROLLED_BACK: {
+        Sent(p.Cancel): Source.ROLLED_BACK,
+        Sent(p.Error): Source.ROLLED_BACK,
+        Happened.LOST: Source.ROLLED_BACK,
+        Happened.FAILED: Source.ROLLED_BACK,
+    },
+    Source.GRANTED_LOST: {Happened.LOST: Source.GRANTED_LOST, Happened.FAILED: Source.GRANTED_LOST},
+    Source.RAN_LOST: {Happened.LOST: Source.RAN_LOST, Happened.FAILED: Source.RAN_LOST},
+}
+
+_DESTINATION_LETS_GO: dict[Event, Destination] = {
+    Received(p.Cancel): Destination.CALLED_OFF,
+    _ERROR: Destination.CALLED_OFF,
+    Sent(p.Error): Destination.CALLED_OFF,
+    Happened.LOST: Destination.CALLED_OFF,
+    Happened.FAILED: Destination.CALLED_OFF,
+}
+
+DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
+    Destination.GREETING: {Received(p.Hello): Destination.WAITING, **_DESTINATION_LETS_GO},
+    Destination.WAITING: {Received(p.Offer): Destination.OFFERED, **_DESTINATION_LETS_GO},
+    Destination.OFFERED: {
+        Sent(p.Checked): Destination.CHECKED,
+        Sent(p.Ready): Destination.CONNECTING,
+        **_DESTINATION_LETS_GO,
+    },
+    Destination.CONNECTING: {Sent(p.Serving): Destination.SERVING, **_DESTINATION_LETS_GO},
+    Destination.SERVING: {Received(p.Handover): Destination.RECEIVING, **_DESTINATION_LETS_GO},
+    Destination.RECEIVING: {
+        Received(p.Device): Destination.RECEIVING,
+        Received(p.DeviceEnd): Destination.LOADING,
+        **_DESTINATION_LETS_GO,
+    },
+    Destination.LOADING: {Sent(p.Loaded): Destination.LOADED, **_DESTINATION_LETS_GO},
+    Destination.LOADED: {
+        Received(p.Grant): Destination.GRANTED,
+        Received(p.Cancel): Destination.CALLED_OFF,
+        _ERROR: Destination.CALLED_OFF,
+        Happened.LOST: Destination.IN_DOUBT,
+        Happened.FAILED: Destination.IN_DOUBT,
+    },
+    Destination.GRANTED: {
+        Sent(p.Ran): Destination.RUNNING,
+        Sent(p.Declined): Destination.DECLINED,
+        _ERROR: Destination.GRANTED_LOST,
+        Happened.LOST: Destination.GRANTED_LOST,
+        Happened.FAILED: Destination.GRANTED_LOST,
+    },
+    Destination.RUNNING: {
+        Sent(p.Progress): Destination.RUNNING,
+        Sent(p.Drained): Destination.DRAINED,
+        _ERROR: Destination.RUNNING_LOST,
+        Happened.LOST: Destination.RUNNING_LOST,
+        Happened.FAILED: Destination.RUNNING_LOST,
+    },
+    # All of the guest is here: whatever happens to the connection now, it is done.
+    Destination.DRAINED: {
+        Received(p.Acknowledged): Destination.DONE,
+        _ERROR: Destination.DONE,
+        Happened.LOST: Destination.DONE,
+        Happened.FAILED: Destination.DONE,
+    },
+    Destination.DONE: {Happened.LOST: Destination.DONE, Happened.FAILED: Destination.DONE},
+    Destination.CHECKED: {Happened.LOST: Destination.CHECKED},
+    Destination.DECLINED: {
+        Happened.LOST: Destination.DECLINED,
+        Happened.FAILED: Destination.DECLINED,
+    },
+    Destination.CALLED_OFF: {
+        Sent(p.Error): Destination.CALLED_OFF,
+        Happened.LOST: Destination.CALLED_OFF,
+        Happened.FAILED: Destination.CALLED_OFF,
+    },
+    Destination.IN_DOUBT: {
+        Happened.LOST: Destination.IN_DOUBT,
+        Happened.FAILED: Destination.IN_DOUBT,
+    },
+    Destination.GRANTED_LOST: {
+        Happened.LOST: Destination.GRANTED_LOST,
+        Happened.FAILED: Destination.GRANTED_LOST,
+    },
+    Destination.RUNNING_LOST: {
+        Happened.LOST: Destination.RUNNING_LOST,
+        Happened.FAILED: Destination.RUNNING_LOST,
+    },
+}
+
+SOURCE_GAVE_AWAY = frozenset(
+    {Source.GRANTED, Source.GRANTED_LOST, Source.RAN, Source.RAN_LOST, Source.DRAINED}
+)
+"""States in which the source never runs the guest."""
+
+DESTINATION_RUNS = frozenset(
+    {
+        Destination.GRANTED,
+        Destination.GRANTED_LOST,
+        Destination.RUNNING,
+        Destination.RUNNING_LOST,
+        Destination.DRAINED,
+        Destination.DONE,
+    }
+)
+"""States in which the destination may run the guest."""
+
+DESTINATION_KEEPS = DESTINATION_RUNS | {Destination.LOADED, Destination.IN_DOUBT}
+"""States in which the destination must not end its VMM by itself: it may be the only guest."""
+
+
+class Machine:
+    """One side of one migration. Owned by its session, which tells it every event first.
+
+    `state` is the state; `went` has each state that was entered, for logs and tests.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.went: list[State] = [state]
+
+    @property
+    def gave_away(self) -> bool:
+        return self.state in SOURCE_GAVE_AWAY
+
+    def sending(self, message: p.Message) -> None:
+        """Call before sending; raises LocalProtocolError when it must not be sent now."""
+        if not isinstance(message, p.Hello | p.Keepalive):
+            self._go(Sent(type(message)), LocalProtocolError, "would send")
+
+    def received(self, message: p.Message) -> None:
+        """Call on each message; raises RemoteProtocolError when it must not come now."""
+        if not isinstance(message, p.Keepalive):
+            self._go(Received(type(message)), RemoteProtocolError, "received")
+
+    def happened(self, event: Happened) -> None:
+        self._go(event, LocalProtocolError, "met")
+
+    def _go(self, event: Event, error: type[LocalProtocolError | RemoteProtocolError], verb: str) -> None:
+        table: Mapping[State, Mapping[Event, State]]
+        table = SOURCE if isinstance(self.state, Source) else DESTINATION  # type: ignore[assignment]
+        after = table[self.state].get(event)
+        if after is None:
+            what = event.message.__name__ if isinstance(event, Sent) else event.value
+            raise error(
+                f"the {type(self.state).__name__.lower()} {verb} {what!r}, which is not possible "
+                f"while it is {self.state.value!r}"
+            )
+        if after is not self.state:
+            self.went.append(after)
+        self.state = after

@@ -1,0 +1,92 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What Python sees of the native engine. This file is read by the C compiler and, as it stands, by
+ * cffi: plain declarations only, no preprocessor.
+ *
+ * Who owns what. An engine (pc_dest, pc_source) belongs to the one Python session that made it; its
+ * functions are called by that session only, one at a time. An engine owns its threads, its buffers,
+ * its own descriptors and every connection given to it by pc_*_connect (also when that fails). It
+ * borrows the descriptors in its regions and the `wake` eventfd: these stay open until pc_*_free has
+ * returned. Only the engine's own functions stop its threads: pc_*_disconnect those of the
+ * connections, pc_dest_stop and pc_*_free all. Statistics may be read at any time by anybody.
+ *
+ * Functions return 0 or -errno and leave a sentence in the engine's statistics. */
+
+struct pc_region {
+  uint64_t address;   /* in the VMM */
+  uint64_t pages;     /* of page_size bytes */
+  int64_t offset;     /* of the mapping in the file, bytes */
+  uint32_t page_size; /* 4096, or 2 MiB for hugetlbfs */
+  int32_t fd;         /* source: the RAM file; -1: anonymous memory, read with process_vm_readv */
+  int32_t pid;        /* source of anonymous memory: the VMM */
+  int32_t uffd;       /* destination: the userfaultfd that this region is registered with */
+};
+
+/* What went wrong first. Values are part of the interface between C and Python only. */
+enum pc_failure {
+  PC_OK = 0,
+  PC_CONNECTION = 1, /* a connection ended or broke: the engine waits for new ones */
+  PC_BAD_FRAME = 2,  /* the peer sent what it must not */
+  PC_VMM_GONE = 3,   /* the VMM's address space is gone */
+  PC_MEMORY = 4,     /* pages could not be read or placed; the sentence says why */
+};
+
+enum { PC_LATENCY_BUCKETS = 256 };
+
+/* All counts in pages of the region they belong to unless the name says otherwise. */
+struct pc_stats {
+  uint64_t total_pages;
+  uint64_t confirmed_pages;   /* destination: placed, or known to be zero */
+  uint64_t zero_pages;        /* of these: holes and pages of zeros, never carried */
+  uint64_t urgent_pages;      /* came (or went) on the urgent connection */
+  uint64_t pushed_pages;      /* came (or went) on push connections, zero pages not counted */
+  uint64_t duplicate_pages;   /* destination: came again and were dropped */
+  uint64_t discarded_pages;   /* destination: faults on pages placed before: zeros given */
+  uint64_t existing_pages;    /* destination: the kernel had a page there already (EEXIST) */
+  uint64_t faults;            /* fault messages read */
+  uint64_t requests;          /* pages asked for (destination), requests received (source) */
+  uint64_t answered;          /* urgent pages placed whose latency was measured */
+  uint64_t transferred_bytes; /* on data connections, headers counted */
+  uint64_t stalls;            /* times that placing had to wait for memory at the destination */
+  uint64_t last_urgent_ns;    /* CLOCK_MONOTONIC when the last urgent page was placed */
+  uint64_t latency_max_ns;    /* from the fault read to the page placed */
+  uint64_t latency[256];      /* the same: bucket = 8 * floor(log2 us) + next three bits, below */
+  uint64_t beat_ns;           /* CLOCK_MONOTONIC of the last sign of life of the engine's threads */
+  int32_t pushing;            /* source: push threads still at work */
+  int32_t failure;            /* enum pc_failure, first one since the last connect */
+  char sentence[200];         /* what went wrong; valid once failure is set */
+};
+
+struct pc_dest;
+struct pc_source;
+
+/* Destination. `record` is a file of one byte for each page, made and kept by the caller so that it
+ * outlives the process; the engine maps it. `wake` is an eventfd, written when something happened:
+ * everything confirmed, or a failure. */
+struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int record, int wake,
+                            char error[200]);
+int pc_dest_register(struct pc_dest *d);   /* UFFDIO_API, UFFDIO_REGISTER, fault threads start */
+int pc_dest_connect(struct pc_dest *d, int fd, int urgent);
+void pc_dest_disconnect(struct pc_dest *d); /* ends the connections; faults go on being taken */
+int pc_dest_unregister(struct pc_dest *d, int called_off); /* refused with -EBUSY while pages lack */
+void pc_dest_stop(struct pc_dest *d);
+void pc_dest_free(struct pc_dest *d);
+struct pc_stats *pc_dest_stats(struct pc_dest *d);
+
+/* Source. pc_source_scan finds data and may be called while the guest runs; pc_source_serve and
+ * pc_source_push only once it is stopped for good or until pc_source_disconnect. */
+struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count, int wake,
+                                char error[200]);
+int pc_source_scan(struct pc_source *s);
+int pc_source_connect(struct pc_source *s, int fd, int urgent);
+int pc_source_serve(struct pc_source *s);
+int pc_source_push(struct pc_source *s, uint64_t bytes_per_second); /* 0: no limit */
+void pc_source_disconnect(struct pc_source *s);
+void pc_source_free(struct pc_source *s);
+struct pc_stats *pc_source_stats(struct pc_source *s);
+
+uint64_t pc_monotonic_ns(void);
+
+/* The frame codec of wire.h, for the tests that hold it to Python's. */
+void pc_frame_encode(uint8_t out[24], int kind, int region, uint64_t page, uint32_t count,
+                     uint32_t payload);
+int pc_frame_decode(const uint8_t in[24], int64_t fields[5]);

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What /proc tells about another process: mappings, descriptors, threads, command, file systems.
+
+Reads only, decides nothing. Everything here may be stale when it returns; a process that ends
+while it is read counts as one that has nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+FileId = tuple[int, int]  # st_dev, st_ino
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One line of /proc/PID/maps, or several that continue each other (see `merged`)."""
+
+    start: int
+    end: int
+    shared: bool
+    writable: bool
+    offset: int  # of `start` in the file, bytes
+    file: FileId  # (0, 0) for anonymous memory
+    path: str
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+def mappings(pid: int) -> Iterator[Mapping]:
+    """The mappings of a process in order of address. Raises OSError when it may not be read."""
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            span, permissions, offset, device, inode, *path = line.rstrip("\n").split(None, 5)
+            start, end = span.split("-")
+            major, minor = device.split(":")
+            yield Mapping(
+                int(start, 16),
+                int(end, 16),
+                permissions[3] == "s",
+                permissions[1] == "w",
+                int(offset, 16),
+                (os.makedev(int(major, 16), int(minor, 16)), int(inode)),
+                path[0] if path else "",
+            )
+
+
+def merged(pid: int) -> list[Mapping]:
+    """Mappings of files, those put together that the kernel split (madvise, NUMA policies)."""
+    whole: list[Mapping] = []
+    for part in mappings(pid):
+        if part.file == (0, 0):
+            continue
+        last = whole[-1] if whole else None
+        if (
+            last is not None
+            and (last.end, last.file, last.shared) == (part.start, part.file, part.shared)
+            and last.offset + last.length == part.offset
+        ):
+            writable = last.writable and part.writable
+            whole[-1] = Mapping(
+                last.start, part.end, last.shared, writable, last.offset, last.file, last.path
+            )
+        else:
+            whole.append(part)
+    return whole
+
+
+def file_id(path: str | int) -> FileId:
+    """Device and inode of a path (followed) or descriptor. Raises OSError."""
+    found = os.stat(path)
+    return (found.st_dev, found.st_ino)
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """Number and link text of each descriptor of a process. Raises OSError for the folder."""
+    links: dict[int, str] = {}
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            links[int(number)] = os.readlink(f"/proc/{pid}/fd/{number}")
+        except OSError:
+            continue  # closed meanwhile
+    return links
+
+
+def open_file(pid: int, file: FileId) -> int:
+    """A new open file description (read, write) of a file that a process has open.
+
+    By its descriptor, because the path may be deleted or belong to another mount namespace.
+    Raises FileNotFoundError when the process does not have it open, or another OSError.
+    """
+    for number in descriptors(pid):
+        path = f"/proc/{pid}/fd/{number}"
+        try:
+            if file_id(path) != file:
+                continue
+        except OSError:
+            continue
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    raise FileNotFoundError(f"process {pid} holds no descriptor of the file")
+
+
+def file_system(pid: int, file: FileId) -> str | None:
+    """The type of the file system a file is on ("tmpfs"), as mounted where the process lives.
+
+    None when it is mounted nowhere: a memfd, or shared anonymous memory.
+    """
+    device = f"{os.major(file[0])}:{os.minor(file[0])}"
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            mount, _, kind = line.partition(" - ")
+            if mount.split()[2] == device:
+                return kind.split()[0]
+    return None
+
+
+def command(pid: int) -> str:
+    """The short name of a process, or "?"."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return "?"
+
+
+def arguments(pid: int) -> list[str]:
+    """The command line of a process, empty when it has ended."""
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def status(pid: int | str) -> dict[str, str]:
+    """The fields of /proc/PID/status, empty when it has ended. `pid` may be "PID/task/TID"."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError:
+        return {}
+    return {
+        key: value.strip() for key, _, value in (line.partition(":") for line in text.splitlines())
+    }
+
+
+def has_thread(pid: int, number: int) -> bool:
+    """Whether a process has a thread with this number, here or in its own PID namespace."""
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return False
+    if str(number) in threads:
+        return True
+    return any(
+        status(f"{pid}/task/{thread}").get("NSpid", "").split()[-1:] == [str(number)]
+        for thread in threads
+    )
+
+
+def other_mappers(files: Iterable[FileId], besides: Iterable[int]) -> list[tuple[int, str]]:
+    """Processes (pid, command) that map one of the files, without those in `besides`.
+
+    Reads the maps of every process of the host: milliseconds to tenths of a second, so call it in
+    a thread. Processes of which this one may not read the maps are taken as having none.
+    """
+    wanted, skipped = set(files), set(besides)
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) in skipped:
+            continue
+        try:
+            if any(mapping.file in wanted for mapping in mappings(int(entry))):
+                found.append((int(entry), command(int(entry))))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def reserves_huge_pages(pid: int, address: int) -> bool:
+    """Whether the mapping at an address reserved its huge pages when it was made (no "nr" flag)."""
+    inside = False
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            first = line.split(None, 1)[0]
+            if "-" in first and not first.endswith(":"):
+                start, end = first.split("-")
+                inside = int(start, 16) <= address < int(end, 16)
+            elif inside and first == "VmFlags:":
+                return "nr" not in line.split()[1:]
+    return False

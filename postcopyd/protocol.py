@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The wire: every message between two daemons, its limits and its codec. No I/O, no roles.
+
+All connections of a migration are opened by the source to the destination's one TCP port. Each
+begins with one clear msgpack string that names its kind (`CONTROL` or `DATA`), so that one port
+serves both and TLS can begin behind it. Then:
+
+  control   a stream of msgpack maps, each a message below with its name under "type", both ways
+  data      one `DataHello` from the source, answered by `DataWelcome`; from then on page frames only
+
+`Codec` turns bytes into messages and back and belongs to one direction of one connection. Page
+frames are read and written by C (wire.h has their layout); `pack_frame` and `unpack_frame` are the
+same in Python, for tests and for whoever reads a captured stream. docs/PROTOCOL.md tells the story;
+handover.py says which message may come when.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import msgpack
+from msgspec import Meta, Struct, ValidationError, convert, to_builtins
+
+from postcopyd.errors import PostcopydError
+
+VERSION = 1
+"""Protocol version. A peer of another version is refused with a sentence."""
+
+FEATURES: frozenset[str] = frozenset()
+"""What this daemon offers beyond the version; only what both sides name is used."""
+
+CONTROL = "postcopyd control"
+DATA = "postcopyd data"
+
+MAX_MESSAGE = 1 << 20
+"""Bytes of one message: an offer with 256 regions and its facts has some 64 KiB."""
+
+DEVICE_CHUNK = 64 << 10
+"""Bytes of device state in one message, so that a keepalive or an error never waits long."""
+
+MAX_REGIONS = 256
+MAX_CONNECTIONS = 32
+"""Push connections of one migration; one urgent connection comes besides."""
+
+KEEPALIVE_S = 1.0
+"""A side that has sent nothing for this long says that it is there."""
+
+DEAD_S = 10.0
+"""A peer that has said nothing for this long is taken for dead; ten keepalives were lost then."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Sentence = Annotated[str, Meta(max_length=4096)]
+T = TypeVar("T")
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+
+class LocalProtocolError(PostcopydError):
+    """This daemon was about to send what the protocol forbids: a bug here."""
+
+    name = "InternalError"
+
+
+class RemoteProtocolError(PostcopydError):
+    """The peer sent what the protocol forbids."""
+
+    name = "ProtocolError"
+
+
+class Message(Struct, frozen=True, tag_field="type", rename="camel"):
+    """Base of all control messages. Unknown fields are ignored: a newer peer may have more."""
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """First message of both sides. `software` and `host` are for people."""
+
+    version: Count
+    features: Annotated[list[Name], Meta(max_length=64)] = []
+    software: Annotated[str, Meta(max_length=128)] = ""
+    host: Annotated[str, Meta(max_length=256)] = ""
+
+
+class RegionOffer(Struct, frozen=True, rename="camel"):
+    """One region of guest RAM; its index in the offer is its number in page frames."""
+
+    name: Name
+    pages: Annotated[int, Meta(ge=1, le=2**40)]
+    page_size: Annotated[int, Meta(ge=4096, le=2 << 20)]
+
+
+class Offer(Message, frozen=True, tag="offer"):
+    """What the source wants to send. With `check` nothing is touched and `Checked` answers.
+
+    `facts` are the driver's: what must be equal on both hosts. `run` is false for a guest that is
+    paused and shall stay so. `epoch` numbers the ownership that this migration would hand over.
+    """
+
+    migration: Name
+    vm: Name
+    driver: Name
+    regions: Annotated[list[RegionOffer], Meta(min_length=1, max_length=MAX_REGIONS)]
+    facts: Annotated[dict[str, Sentence], Meta(max_length=512)]
+    connections: Annotated[int, Meta(ge=1, le=MAX_CONNECTIONS)]
+    epoch: Count
+    run: bool = True
+    check: bool = False
+
+
+class Checked(Message, frozen=True, tag="checked"):
+    """Answer to an offer with `check`: why the migration would be refused, empty when it would go."""
+
+    problems: Annotated[list[Sentence], Meta(max_length=256)]
+
+
+class Ready(Message, frozen=True, tag="ready"):
+    """The offer is accepted; `token` proves that data connections belong to this migration."""
+
+    token: Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class Serving(Message, frozen=True, tag="serving"):
+    """Guest RAM at the destination is adopted, all data connections are there."""
+
+
+class Handover(Message, frozen=True, tag="handover"):
+    """The source is about to stop the guest; device state follows."""
+
+
+class Device(Message, frozen=True, tag="device"):
+    """A piece of the device state, in order, as the VMM produced it."""
+
+    data: Annotated[bytes, Meta(max_length=DEVICE_CHUNK)]
+
+
+class DeviceEnd(Message, frozen=True, tag="deviceEnd"):
+    """All device state was sent: `size` bytes. The guest is stopped and offered."""
+
+    size: Count
+
+
+class Loaded(Message, frozen=True, tag="loaded"):
+    """The destination has loaded the device state and could run the guest."""
+
+
+class Grant(Message, frozen=True, tag="grant"):
+    """The source has recorded that it will not run the guest again: it is the destination's."""
+
+    epoch: Count
+
+
+class Ran(Message, frozen=True, tag="ran"):
+    """The guest runs at the destination (or is paused there, if the offer said so)."""
+
+
+class Declined(Message, frozen=True, tag="declined"):
+    """No vCPU ran at the destination and its VMM has ended: the guest is the source's again."""
+
+    reason: Sentence
+
+
+class Faults(Struct, frozen=True, rename="camel"):
+    """Faults of the guest at the destination; latencies in microseconds, from fault to placed.
+
+    `histogram` maps the lower bound of each log2 bucket, in microseconds, to its count.
+    """
+
+    count: Count = 0
+    p50_us: Annotated[float, Meta(ge=0)] = 0.0
+    p99_us: Annotated[float, Meta(ge=0)] = 0.0
+    max_us: Annotated[float, Meta(ge=0)] = 0.0
+    histogram: Annotated[dict[str, Count], Meta(max_length=64)] = {}
+
+
+class Progress(Message, frozen=True, tag="progress"):
+    """How far the destination is. Pages as the record confirms them."""
+
+    confirmed: Count
+    remaining: Count
+    faults: Faults
+
+
+class Drained(Message, frozen=True, tag="drained"):
+    """Every page is at the destination, counted: `confirmed` must be what the source offered.
+
+    `brownout_ms`: from running to the last urgent page, by the destination's clock.
+    """
+
+    confirmed: Count
+    zero: Count
+    placed: Count
+    urgent: Count
+    duplicate: Count
+    requests: Count
+    discarded: Count
+    brownout_ms: Annotated[float, Meta(ge=0)]
+    faults: Faults
+
+
+class Acknowledged(Message, frozen=True, tag="acknowledged"):
+    """The source has counted the same and lets go of its copy."""
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """The source takes the migration back, before the grant."""
+
+    reason: Sentence
+
+
+class Error(Message, frozen=True, tag="error"):
+    """What went wrong at the sender, by name and in a sentence; it says nothing further."""
+
+    name: Name
+    message: Sentence
+
+
+class Keepalive(Message, frozen=True, tag="keepalive"):
+    """The sender is there."""
+
+
+AnyMessage = (
+    Hello | Offer | Checked | Ready | Serving | Handover | Device | DeviceEnd | Loaded | Grant
+    | Ran | Declined | Progress | Drained | Acknowledged | Cancel | Error | Keepalive
+)  # fmt: skip
+
+
+class DataHello(Struct, frozen=True, rename="camel"):
+    """What a data connection begins with, behind its kind."""
+
+    migration: Name
+    token: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    urgent: bool
+
+
+class DataWelcome(Struct, frozen=True, rename="camel"):
+    """The destination's answer; frames may follow at once."""
+
+    migration: Name
+
+
+class Codec:
+    """Bytes to msgpack objects, of one direction of one connection.
+
+    `feed` takes what was received and `objects` gives what is complete. Bytes beyond a complete
+    object are kept. Raises RemoteProtocolError for what is no msgpack, or larger than MAX_MESSAGE.
+    """
+
+    def __init__(self) -> None:
+        self._unpacker = msgpack.Unpacker(
+            raw=False, strict_map_key=True, max_buffer_size=MAX_MESSAGE + DEVICE_CHUNK
+        )
+
+    def feed(self, data: bytes) -> None:
+        try:
+            self._unpacker.feed(data)
+        except msgpack.exceptions.BufferFull:
+            raise RemoteProtocolError(
+                f"the peer sent a message of more than {MAX_MESSAGE} bytes"
+            ) from None
+
+    def objects(self) -> Iterator[Any]:
+        while True:
+            try:
+                yield self._unpacker.unpack()
+            except msgpack.exceptions.OutOfData:
+                return
+            except (ValueError, msgpack.exceptions.UnpackException) as error:
+                # Includes bad UTF-8, map keys that are not strings, nesting beyond msgpack's limit.
+                raise RemoteProtocolError(
+                    f"the peer sent what is no msgpack message: {error or type(error).__name__}"
+                ) from None
+
+
+def pack(message: Struct) -> bytes:
+    """The bytes of a message or of a data connection's first object."""
+    packed: bytes = msgpack.packb(to_builtins(message, builtin_types=(bytes,)))
+    return packed
+
+
+def parse(obj: Any, kind: type[T]) -> T:
+    """Checks a received object against one of the types above; raises RemoteProtocolError."""
+    try:
+        return convert(obj, kind)
+    except ValidationError as error:
+        what = obj.get("type", "object") if isinstance(obj, dict) else type(obj).__name__
+        raise RemoteProtocolError(f"the peer sent a bad {what!s:.32} message: {error}") from None
+
+
+def parse_message(obj: Any) -> AnyMessage:
+    return parse(obj, AnyMessage)  # type: ignore[arg-type]  # a union is no type to mypy
+
+
+def check_hello(hello: Hello) -> None:
+    """Raises PostcopydError when the peer speaks another version."""
+    if hello.version == VERSION:
+        return
+    which, older = ("newer", "this host's") if hello.version > VERSION else ("older", "that host's")
+    raise PostcopydError(
+        f"the peer {hello.host or ''} ({hello.software or 'unknown software'}) speaks protocol "
+        f"version {hello.version}, which is {which} than version {VERSION} here: "
+        f"upgrade {older} postcopyd",
+        "VersionMismatch",
+    )
+
+
+FRAME_BYTES = 24
+MAX_PAYLOAD = 2 << 20
+REQUEST, PAGES, ZERO = 1, 2, 3
+_HEADER = struct.Struct(">BBBHBQBIBI")
+
+
+class Frame(NamedTuple):
+    """A page frame's header; `page` and `count` in pages of the region, `payload` in bytes."""
+
+    kind: int
+    region: int
+    page: int
+    count: int
+    payload: int
+
+
+def pack_frame(frame: Frame) -> bytes:
+    """The 24 bytes before the payload: a msgpack array of five with fixed encodings."""
+    kind, region, page, count, payload = frame
+    return _HEADER.pack(0x95, kind, 0xCD, region, 0xCF, page, 0xCE, count, 0xC6, payload)
+
+
+def unpack_frame(header: bytes) -> Frame:
+    """The reverse; raises RemoteProtocolError for what C would refuse as well."""
+    array, kind, m1, region, m2, page, m3, count, m4, payload = _HEADER.unpack(header)
+    if (array, m1, m2, m3, m4) != (0x95, 0xCD, 0xCF, 0xCE, 0xC6):
+        raise RemoteProtocolError("the peer sent what is not a page frame")
+    if kind not in (REQUEST, PAGES, ZERO) or payload > MAX_PAYLOAD:
+        raise RemoteProtocolError(f"the peer sent a page frame of kind {kind} with {payload} bytes")
+    return Frame(kind, region, page, count, payload)

@@ -1,0 +1,583 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The source's engine: answers requests at once, and pushes everything else.
+ *
+ *   urgent_run    one thread: reads requests, sends those pages       on the urgent connection
+ *   push_run      one thread for each push connection: next_run chooses, send_run sends
+ *
+ * Guest RAM is read with pread (or process_vm_readv for anonymous memory) and not through a mapping:
+ * a hole reads as zeros without being allocated, a truncated file is an error and not a SIGBUS, and
+ * no page tables are built for a guest that is about to leave.
+ *
+ * Two bitmaps, one bit for each page, changed by atomic operations:
+ *   data   found by SEEK_DATA (or /proc/PID/pagemap); a clear bit means hole, after the last scan
+ *   sent   who sets it sends the page; so each page is sent once
+ * A request for a page that was sent already is not answered again: it is on its way on a push
+ * connection whose backlog is small.
+ *
+ * Lock: `choosing` guards the push cursor, the bandwidth account and who tells of the holes. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine.h"
+
+/* Bytes of pages in one push frame: one COPY places them while the guest waits for its mmap lock;
+ * 256 KiB were seen to hold a busy guest up for 10 ms, 64 KiB for 3 ms. */
+enum { RUN_BYTES = 64 << 10, RUN_PAGES = RUN_BYTES / 4096 };
+/* Answers to requests that came together leave together, at most this many. */
+enum { URGENT_PAGES = 16 };
+/* How far a push that was held up may catch up above its bandwidth. */
+enum { BURST_NS = 10000000 };
+enum { NO_HINT = -1 };
+
+struct pc_source {
+  struct pc_stats stats;
+  struct region regions[PC_MAX_REGIONS];
+  unsigned region_count;
+  uint64_t slots;
+  _Atomic uint64_t *data, *sent;
+  int wake, stop;
+  atomic_bool stopping;
+  struct connection connections[PC_MAX_CONNECTIONS];
+
+  _Atomic int64_t hint; /* slot after the last page asked for; NO_HINT: used up */
+  pthread_mutex_t choosing;
+  pthread_cond_t holes_changed;
+  enum { HOLES_UNKNOWN, HOLES_SENDING, HOLES_SENT } holes;
+  uint64_t cursor;
+  uint64_t rate, paid_until_ns;
+};
+
+/* --- reading guest RAM ------------------------------------------------------------------------- */
+
+static int read_pages(struct pc_source *s, const struct region *r, uint64_t page, uint64_t count,
+                      uint8_t *to) {
+  size_t bytes = count << r->page_shift, done = 0;
+  uint64_t from = page << r->page_shift;
+  while (done < bytes) {
+    ssize_t n;
+    if (r->is.fd >= 0) {
+      n = pread(r->is.fd, to + done, bytes - done, r->is.offset + (off_t)(from + done));
+    } else {
+      struct iovec local = {to + done, bytes - done};
+      struct iovec remote = {(void *)(r->is.address + from + done), bytes - done};
+      n = process_vm_readv(r->is.pid, &local, 1, &remote, 1, 0);
+    }
+    if (n <= 0 && !(n < 0 && errno == EINTR)) {
+      int failed = n ? errno : ENODATA;
+      engine_fail(&s->stats, s->wake, failed == ESRCH ? PC_VMM_GONE : PC_MEMORY,
+                  "reading page %llu of region %d: %s", (unsigned long long)page,
+                  (int)(r - s->regions),
+                  n ? strerrordesc_np(failed) : "the RAM file is shorter than the guest's RAM");
+      return -failed;
+    }
+    done += n > 0 ? (size_t)n : 0;
+  }
+  return 0;
+}
+
+static bool all_zero(const uint8_t *page, size_t bytes) {
+  uint64_t first;
+  memcpy(&first, page, sizeof first);
+  return first == 0 && memcmp(page, page + sizeof first, bytes - sizeof first) == 0;
+}
+
+/* --- bitmaps ----------------------------------------------------------------------------------- */
+
+/* Sets a bit; true when it was clear. */
+static bool bit_take(_Atomic uint64_t *map, uint64_t slot) {
+  uint64_t bit = 1ull << slot % 64;
+  return !(atomic_fetch_or(&map[slot / 64], bit) & bit);
+}
+
+static void bits_set(_Atomic uint64_t *map, uint64_t from, uint64_t to) {
+  for (uint64_t slot = from; slot < to;) {
+    uint64_t n = 64 - slot % 64 < to - slot ? 64 - slot % 64 : to - slot;
+    atomic_fetch_or(&map[slot / 64], (n == 64 ? ~0ull : (1ull << n) - 1) << slot % 64);
+    slot += n;
+  }
+}
+
+/* The first slot in [from, to) whose bit is `value`, or `to`. */
+static uint64_t bits_find(const _Atomic uint64_t *map, bool value, uint64_t from, uint64_t to) {
+  while (from < to) {
+    uint64_t word = atomic_load_explicit(&map[from / 64], memory_order_relaxed);
+    word = (value ? word : ~word) >> from % 64;
+    if (word) {
+      from += (uint64_t)__builtin_ctzll(word);
+      return from < to ? from : to;
+    }
+    from += 64 - from % 64;
+  }
+  return to;
+}
+
+/* --- finding data ------------------------------------------------------------------------------ */
+
+/* Marks the data of a shared file in pages [from, to) of a region. Only extents are asked for, so a
+ * hole costs nothing for each of its pages. A file system without holes (hugetlbfs) is all data. */
+static void scan_file(struct pc_source *s, struct region *r, uint64_t from, uint64_t to) {
+  off_t end = r->is.offset + (off_t)(to << r->page_shift);
+  off_t at = r->is.offset + (off_t)(from << r->page_shift);
+  while (at < end) {
+    off_t data = lseek(r->is.fd, at, SEEK_DATA);
+    if (data < 0 && errno == ENXIO)
+      return;
+    off_t hole = data < 0 ? end : lseek(r->is.fd, data, SEEK_HOLE);
+    if (data < 0)
+      data = at;
+    if (data >= end)
+      return;
+    if (hole < 0 || hole > end)
+      hole = end;
+    bits_set(s->data, r->first + ((uint64_t)(data - r->is.offset) >> r->page_shift),
+             r->first + ((uint64_t)(hole - r->is.offset + r->is.page_size - 1) >> r->page_shift));
+    at = hole;
+  }
+}
+
+/* The same for anonymous memory: pagemap has 64 bits a page, 63 present, 62 swapped
+ * (Documentation/admin-guide/mm/pagemap.rst). What cannot be known is taken for data. */
+static void scan_anonymous(struct pc_source *s, struct region *r, uint64_t from, uint64_t to) {
+  char path[32];
+  uint64_t entries[512], each = r->is.page_size / 4096;
+  snprintf(path, sizeof path, "/proc/%d/pagemap", r->is.pid);
+  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  uint64_t small = from * each, last = to * each;
+  while (small < last) {
+    uint64_t n = last - small < 512 ? last - small : 512;
+    ssize_t got = fd < 0 ? -1 : pread(fd, entries, n * 8, (off_t)((r->is.address / 4096 + small) * 8));
+    if (got < 8) {
+      bits_set(s->data, r->first + small / each, r->first + to);
+      break;
+    }
+    for (uint64_t i = 0; i < (uint64_t)got / 8; i++)
+      if (entries[i] >> 62)
+        bit_take(s->data, r->first + (small + i) / each);
+    small += (uint64_t)got / 8;
+  }
+  if (fd >= 0)
+    close(fd);
+}
+
+/* Looks for data wherever none was known. So the scan after the stop only asks about the holes of
+ * the scan before it. */
+int pc_source_scan(struct pc_source *s) {
+  for (unsigned i = 0; i < s->region_count && !atomic_load(&s->stopping); i++) {
+    struct region *r = &s->regions[i];
+    uint64_t end = r->first + r->is.pages, from = bits_find(s->data, false, r->first, end);
+    while (from < end) {
+      uint64_t to = bits_find(s->data, true, from, end);
+      (r->is.fd >= 0 ? scan_file : scan_anonymous)(s, r, from - r->first, to - r->first);
+      from = bits_find(s->data, false, to, end);
+    }
+  }
+  return 0;
+}
+
+/* --- sending ----------------------------------------------------------------------------------- */
+
+/* Frames being gathered for one write. */
+struct batch {
+  uint8_t *pages;
+  size_t used;    /* bytes of `pages`, those of zero pages among them */
+  uint64_t bytes; /* to be sent of these */
+  struct frame frames[RUN_PAGES];
+  uint8_t headers[RUN_PAGES][FRAME_BYTES];
+  struct iovec iov[2 * RUN_PAGES];
+  unsigned count;
+};
+
+/* Adds the page that stands in batch->pages at `used`; it joins the last frame where it follows it. */
+static void batch_add(struct batch *b, const struct region *r, unsigned index, uint64_t page) {
+  uint8_t kind = all_zero(b->pages + b->used, r->is.page_size) ? FRAME_ZERO : FRAME_PAGES;
+  uint32_t bytes = kind == FRAME_PAGES ? r->is.page_size : 0;
+  struct frame *last = b->count ? &b->frames[b->count - 1] : NULL;
+  if (last && last->kind == kind && last->region == index && last->page + last->count == page) {
+    last->count++;
+    last->payload += bytes;
+  } else {
+    b->frames[b->count++] = (struct frame){
+        .kind = kind, .region = (uint16_t)index, .page = page, .count = 1, .payload = bytes};
+  }
+  b->used += r->is.page_size;
+  b->bytes += bytes;
+}
+
+static int batch_write(struct pc_source *s, struct batch *b, struct connection *c) {
+  int n = 0;
+  uint64_t pages = 0, zero = 0, bytes = b->bytes + b->count * FRAME_BYTES;
+  uint8_t *from = b->pages;
+  for (unsigned i = 0; i < b->count; i++) {
+    struct frame *f = &b->frames[i];
+    frame_encode(b->headers[i], f);
+    b->iov[n++] = (struct iovec){b->headers[i], FRAME_BYTES};
+    if (f->kind == FRAME_PAGES)
+      b->iov[n++] = (struct iovec){from, f->payload};
+    else
+      zero += f->count;
+    from += (uint64_t)f->count * s->regions[f->region].is.page_size;
+    pages += f->count;
+  }
+  b->count = 0, b->used = 0, b->bytes = 0;
+  int failed = n ? write_all(c->fd, b->iov, n) : 0;
+  if (failed)
+    return failed;
+  count_add(s->stats.transferred_bytes, bytes);
+  count_add(s->stats.zero_pages, zero);
+  if (c->urgent)
+    count_add(s->stats.urgent_pages, pages - zero);
+  else
+    count_add(s->stats.pushed_pages, pages - zero);
+  return 0;
+}
+
+static void connection_failed(struct pc_source *s, struct connection *c, int failed) {
+  if (atomic_load(&s->stopping))
+    return;
+  engine_fail(&s->stats, s->wake, PC_CONNECTION, "the %s connection %s%s",
+              c->urgent ? "urgent" : "push", failed ? "broke: " : "was closed by the destination",
+              failed ? strerrordesc_np(-failed) : "");
+}
+
+static uint32_t largest_page(struct pc_source *s) {
+  uint32_t size = 4096;
+  for (unsigned i = 0; i < s->region_count; i++)
+    size = s->regions[i].is.page_size > size ? s->regions[i].is.page_size : size;
+  return size;
+}
+
+static void *urgent_run(void *argument) {
+  struct connection *c = argument;
+  struct pc_source *s = c->engine;
+  struct frame_reader reader;
+  struct frame f;
+  struct batch b = {.count = 0};
+  uint8_t *payload;
+  uint32_t largest = largest_page(s);
+  size_t room = largest > URGENT_PAGES * 4096 ? largest : URGENT_PAGES * 4096;
+  b.pages = aligned_alloc(4096, room);
+  int got = frame_reader_init(&reader, c->fd, 0, URGENT_PAGES * FRAME_BYTES);
+  if (!b.pages)
+    got = -ENOMEM;
+  while (got >= 0 && (got = frame_read(&reader, &f, &payload)) == 1) {
+    count_set(s->stats.beat_ns, pc_monotonic_ns());
+    struct region *r = f.region < s->region_count ? &s->regions[f.region] : NULL;
+    if (!r || f.kind != FRAME_REQUEST || f.count != 1 || !frame_fits(&f, r->is.pages, r->is.page_size)) {
+      got = -EPROTO;
+      break;
+    }
+    count_add(s->stats.requests, 1);
+    uint64_t slot = r->first + f.page;
+    atomic_store_explicit(&s->hint, (int64_t)slot + 1, memory_order_relaxed);
+    if (bit_take(s->sent, slot)) {
+      if (b.used + r->is.page_size > room) { /* pages of several sizes: what there is goes first */
+        got = batch_write(s, &b, c);
+        if (got < 0)
+          break;
+      }
+      if (read_pages(s, r, f.page, 1, b.pages + b.used))
+        goto out;
+      batch_add(&b, r, f.region, f.page);
+    }
+    if (b.used && (b.used + 4096 > room || b.count == URGENT_PAGES || !frame_waiting(&reader)))
+      got = batch_write(s, &b, c);
+  }
+  if (got == -EPROTO)
+    engine_fail(&s->stats, s->wake, PC_BAD_FRAME,
+                "the destination sent what is not a request for a page of this guest");
+  else
+    connection_failed(s, c, got);
+out:
+  frame_reader_free(&reader);
+  free(b.pages);
+  return NULL;
+}
+
+/* --- pushing ----------------------------------------------------------------------------------- */
+
+/* The order of pushing, all of it: on from the page asked for last, because a guest goes on near
+ * where it was, else on from where the push is; around, until every page was sent. Takes the pages it
+ * returns. */
+static bool next_run(struct pc_source *s, struct region **region, uint64_t *page, uint64_t *count) {
+  uint64_t run = 0;
+  pthread_mutex_lock(&s->choosing);
+  int64_t hint = atomic_exchange_explicit(&s->hint, NO_HINT, memory_order_relaxed);
+  if (hint != NO_HINT)
+    s->cursor = (uint64_t)hint;
+  while (!run) {
+    uint64_t slot = bits_find(s->sent, false, s->cursor, s->slots);
+    if (slot == s->slots) {
+      slot = bits_find(s->sent, false, 0, s->slots);
+      if (slot == s->slots)
+        break;
+    }
+    struct region *r = s->regions;
+    while (slot >= r->first + r->is.pages) /* a bit beyond it, in its padding, is never clear */
+      r++;
+    uint64_t most = r->is.page_size > RUN_BYTES ? 1 : RUN_BYTES >> r->page_shift;
+    while (run < most && slot + run < r->first + r->is.pages && bit_take(s->sent, slot + run))
+      run++; /* none: the urgent thread was faster */
+    s->cursor = slot + run;
+    *region = r, *page = slot - r->first, *count = run;
+  }
+  pthread_mutex_unlock(&s->choosing);
+  return run > 0;
+}
+
+/* Waits until what was sent is paid for. It is waited before pages are taken, never with taken ones
+ * in hand: nobody else would answer a fault on those. False: being stopped. */
+static bool may_push(struct pc_source *s) {
+  while (s->rate && !atomic_load(&s->stopping)) {
+    pthread_mutex_lock(&s->choosing);
+    uint64_t now = pc_monotonic_ns(), until = s->paid_until_ns;
+    pthread_mutex_unlock(&s->choosing);
+    if (until <= now)
+      break;
+    struct timespec wait = {(time_t)((until - now) / 1000000000u),
+                            (long)((until - now) % 1000000000u)};
+    struct pollfd stop = {.fd = s->stop, .events = POLLIN};
+    ppoll(&stop, 1, &wait, NULL);
+  }
+  return !atomic_load(&s->stopping);
+}
+
+static void pay(struct pc_source *s, uint64_t bytes) {
+  if (!s->rate)
+    return;
+  pthread_mutex_lock(&s->choosing);
+  uint64_t now = pc_monotonic_ns();
+  if (s->paid_until_ns + BURST_NS < now)
+    s->paid_until_ns = now - BURST_NS;
+  s->paid_until_ns += (uint64_t)((double)bytes * 1e9 / (double)s->rate);
+  pthread_mutex_unlock(&s->choosing);
+}
+
+/* Zero frames being gathered: a run that may still grow, and whole ones before it. */
+struct holes {
+  struct frame run;
+  uint8_t frames[64][FRAME_BYTES];
+  unsigned used;
+};
+
+/* Ends the run and, when there are many frames or no more will come, sends them. */
+static int holes_end_run(struct pc_source *s, struct holes *h, int fd, bool all) {
+  if (h->run.count) {
+    frame_encode(h->frames[h->used++], &h->run);
+    count_add(s->stats.zero_pages, h->run.count);
+    h->run.count = 0;
+  }
+  struct iovec iov = {h->frames, h->used * sizeof *h->frames};
+  if (h->used == 0 || (h->used < 64 && !all))
+    return 0;
+  count_add(s->stats.transferred_bytes, iov.iov_len);
+  h->used = 0;
+  return write_all(fd, &iov, 1);
+}
+
+/* Tells the destination of the holes, one frame for each extent. Takes their pages by words; those
+ * that the urgent thread took it has answered. */
+static int send_holes(struct pc_source *s, int fd) {
+  struct holes h = {.run = {.kind = FRAME_ZERO}};
+  int failed = 0;
+  for (unsigned i = 0; i < s->region_count; i++) {
+    struct region *r = &s->regions[i];
+    for (uint64_t page = 0; page < r->is.pages && !failed; page += 64) {
+      uint64_t hole = ~atomic_load(&s->data[(r->first + page) / 64]);
+      if (hole)
+        hole &= ~atomic_fetch_or(&s->sent[(r->first + page) / 64], hole);
+      while (hole && !failed) {
+        unsigned from = (unsigned)__builtin_ctzll(hole);
+        uint64_t after = ~hole >> from;
+        unsigned n = after ? (unsigned)__builtin_ctzll(after) : 64 - from;
+        if (h.run.region != i || h.run.page + h.run.count != page + from || h.run.count >> 31)
+          failed = holes_end_run(s, &h, fd, false);
+        if (!h.run.count)
+          h.run.region = (uint16_t)i, h.run.page = page + from;
+        h.run.count += n;
+        hole &= from + n < 64 ? ~0ull << (from + n) : 0;
+      }
+    }
+  }
+  return failed ? failed : holes_end_run(s, &h, fd, true);
+}
+
+/* One push thread finds the holes and tells of them; the others wait for it, so that nobody reads
+ * what need not be read. */
+static int holes_first(struct pc_source *s, int fd) {
+  pthread_mutex_lock(&s->choosing);
+  while (s->holes == HOLES_SENDING)
+    pthread_cond_wait(&s->holes_changed, &s->choosing);
+  bool mine = s->holes == HOLES_UNKNOWN;
+  s->holes = mine ? HOLES_SENDING : s->holes;
+  pthread_mutex_unlock(&s->choosing);
+  if (!mine)
+    return 0;
+  pc_source_scan(s);
+  int failed = send_holes(s, fd);
+  pthread_mutex_lock(&s->choosing);
+  s->holes = HOLES_SENT;
+  pthread_cond_broadcast(&s->holes_changed);
+  pthread_mutex_unlock(&s->choosing);
+  return failed;
+}
+
+static void *push_run(void *argument) {
+  struct connection *c = argument;
+  struct pc_source *s = c->engine;
+  struct region *r;
+  uint64_t page, count;
+  uint32_t largest = largest_page(s);
+  struct batch b = {.count = 0};
+  b.pages = aligned_alloc(4096, largest > RUN_BYTES ? largest : RUN_BYTES);
+  int failed = b.pages ? holes_first(s, c->fd) : -ENOMEM;
+  while (!failed && may_push(s) && next_run(s, &r, &page, &count)) {
+    count_set(s->stats.beat_ns, pc_monotonic_ns());
+    if (read_pages(s, r, page, count, b.pages))
+      goto out;
+    for (uint64_t i = 0; i < count; i++)
+      batch_add(&b, r, (unsigned)(r - s->regions), page + i);
+    pay(s, b.bytes);
+    failed = batch_write(s, &b, c);
+  }
+  if (failed)
+    connection_failed(s, c, failed);
+out:
+  free(b.pages);
+  if (__atomic_sub_fetch(&s->stats.pushing, 1, __ATOMIC_ACQ_REL) == 0)
+    engine_wake(s->wake);
+  return NULL;
+}
+
+/* --- life -------------------------------------------------------------------------------------- */
+
+/* Nothing was sent yet, save the slots between regions: nobody ever finds one of these. */
+static void forget_sent(struct pc_source *s) {
+  for (uint64_t i = 0; i < s->slots / 64; i++)
+    atomic_store_explicit(&s->sent[i], 0, memory_order_relaxed);
+  for (struct region *r = s->regions; r < s->regions + s->region_count; r++)
+    bits_set(s->sent, r->first + r->is.pages, r->first + ((r->is.pages + 63) & ~63ull));
+  s->holes = HOLES_UNKNOWN;
+}
+
+struct pc_stats *pc_source_stats(struct pc_source *s) {
+  return &s->stats;
+}
+
+struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count, int wake,
+                                char error[200]) {
+  struct pc_source *s = calloc(1, sizeof *s);
+  if (!s) {
+    snprintf(error, 200, "no memory for the engine");
+    return NULL;
+  }
+  s->wake = wake, s->region_count = count, s->stop = -1;
+  atomic_store(&s->hint, NO_HINT);
+  pthread_mutex_init(&s->choosing, NULL);
+  pthread_cond_init(&s->holes_changed, NULL);
+  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
+    s->connections[i] = (struct connection){.engine = s, .fd = -1};
+  s->slots = engine_regions(s->regions, regions, count, error);
+  if (s->slots) {
+    s->data = calloc(s->slots / 64, sizeof *s->data);
+    s->sent = calloc(s->slots / 64, sizeof *s->sent);
+    s->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (!s->data || !s->sent || s->stop < 0)
+      snprintf(error, 200, "making bitmaps of %llu pages: %s", (unsigned long long)s->slots,
+               strerrordesc_np(errno));
+  }
+  if (!s->data || !s->sent || s->stop < 0) {
+    pc_source_free(s);
+    return NULL;
+  }
+  for (unsigned i = 0; i < count; i++)
+    s->stats.total_pages += s->regions[i].is.pages;
+  forget_sent(s);
+  return s;
+}
+
+int pc_source_connect(struct pc_source *s, int fd, int urgent) {
+  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++) {
+    struct connection *c = &s->connections[i];
+    if (c->fd >= 0)
+      continue;
+    engine_socket(fd, urgent);
+    c->fd = fd, c->urgent = urgent;
+    return 0;
+  }
+  engine_fail(&s->stats, s->wake, PC_CONNECTION, "more than %d connections", PC_MAX_CONNECTIONS);
+  close(fd);
+  return -EMFILE;
+}
+
+static int start(struct pc_source *s, bool urgent, const char *name, void *(*run)(void *)) {
+  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++) {
+    struct connection *c = &s->connections[i];
+    if (c->fd < 0 || c->urgent != urgent || c->running)
+      continue;
+    if (!urgent)
+      count_add(s->stats.pushing, 1);
+    int failed = engine_thread(&c->thread, name, run, c);
+    if (failed) {
+      if (!urgent)
+        count_add(s->stats.pushing, -1);
+      engine_fail(&s->stats, s->wake, PC_CONNECTION, "starting a thread for a connection: %s",
+                  strerrordesc_np(-failed));
+      return failed;
+    }
+    c->running = true;
+  }
+  return 0;
+}
+
+int pc_source_serve(struct pc_source *s) {
+  return start(s, true, "pc-urgent", urgent_run);
+}
+
+int pc_source_push(struct pc_source *s, uint64_t bytes_per_second) {
+  s->rate = bytes_per_second;
+  return start(s, false, "pc-push", push_run);
+}
+
+void pc_source_disconnect(struct pc_source *s) {
+  atomic_store(&s->stopping, true);
+  eventfd_write(s->stop, 1);
+  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
+    if (s->connections[i].fd >= 0)
+      shutdown(s->connections[i].fd, SHUT_RDWR);
+  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++) {
+    struct connection *c = &s->connections[i];
+    if (c->fd < 0)
+      continue;
+    if (c->running)
+      pthread_join(c->thread, NULL);
+    close(c->fd);
+    c->fd = -1, c->running = false;
+  }
+  forget_sent(s); /* what was on its way may be lost: all of it again, the destination drops doubles */
+  eventfd_t taken;
+  eventfd_read(s->stop, &taken);
+  atomic_store(&s->stopping, false);
+  engine_forget_connections(&s->stats);
+}
+
+void pc_source_free(struct pc_source *s) {
+  if (s->stop >= 0) {
+    pc_source_disconnect(s);
+    close(s->stop);
+  }
+  free((void *)s->data);
+  free((void *)s->sent);
+  pthread_cond_destroy(&s->holes_changed);
+  pthread_mutex_destroy(&s->choosing);
+  free(s);
+}

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The kernel's userfaultfd interface as of Linux 6.18 (Documentation/admin-guide/mm/userfaultfd.rst),
+ * as far as it is used here: a distribution's headers are often older than its kernel. */
+#ifndef POSTCOPYD_UFFD_H
+#define POSTCOPYD_UFFD_H
+
+#include <stdint.h>
+#include <sys/ioctl.h>
+
+#define UFFD_API 0xAAull
+#define UFFD_EVENT_PAGEFAULT 0x12
+#define UFFDIO_REGISTER_MODE_MISSING 1ull
+
+struct uffdio_range {
+  uint64_t start, len;
+};
+struct uffdio_api {
+  uint64_t api, features, ioctls;
+};
+struct uffdio_register {
+  struct uffdio_range range;
+  uint64_t mode, ioctls;
+};
+struct uffdio_copy {
+  uint64_t dst, src, len, mode;
+  int64_t copy;
+};
+struct uffdio_zeropage {
+  struct uffdio_range range;
+  uint64_t mode;
+  int64_t zeropage;
+};
+struct uffd_msg {
+  uint8_t event, reserved1;
+  uint16_t reserved2;
+  uint32_t reserved3;
+  union {
+    struct {
+      uint64_t flags, address;
+      uint32_t thread;
+    } pagefault;
+    uint64_t reserved[3];
+  } arg;
+} __attribute__((packed));
+
+#define UFFDIO_API _IOWR(0xAA, 0x3F, struct uffdio_api)
+#define UFFDIO_REGISTER _IOWR(0xAA, 0x00, struct uffdio_register)
+#define UFFDIO_UNREGISTER _IOR(0xAA, 0x01, struct uffdio_range)
+#define UFFDIO_WAKE _IOR(0xAA, 0x02, struct uffdio_range)
+#define UFFDIO_COPY _IOWR(0xAA, 0x03, struct uffdio_copy)
+#define UFFDIO_ZEROPAGE _IOWR(0xAA, 0x04, struct uffdio_zeropage)
+
+_Static_assert(sizeof(struct uffd_msg) == 32 && UFFDIO_COPY == 0xc028aa03ul &&
+                   UFFDIO_API == 0xc018aa3ful && UFFDIO_ZEROPAGE == 0xc020aa04ul,
+               "the kernel's layout");
+
+#endif

@@ -1,0 +1,661 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The destination's engine: a page's way from fault to placed.
+ *
+ *   faults_run    reads fault messages from a userfaultfd            one thread for each descriptor
+ *     fault         looks the page up in the record; asks for it once
+ *     ask           sends the request on the urgent connection
+ *   (source)      answers on the urgent connection, or has it on a push connection already
+ *   receive_run   reads frames                                       one thread for each connection
+ *     receive       claims pages in the record
+ *     place         UFFDIO_COPY, which wakes who waits
+ *     confirm       notes it in the record
+ *
+ * The record has one byte for each page, in a file that outlives the process. Its states:
+ *
+ *   0                nobody knows anything of the page yet
+ *   WANTED           a fault waits and the page was asked for
+ *   CLAIMED          one thread is placing it; WANTED beside it: a fault came meanwhile
+ *   DONE             confirmed: placed, or known to be zeros
+ *
+ * Who may change it: a fault thread sets WANTED; a receiving thread claims (from 0 or WANTED) and
+ * only the claimer makes DONE of it. DONE is never taken back. So a page is placed once, and a
+ * duplicate finds DONE or CLAIMED and is dropped. A fault on a DONE page is answered with zeros: the
+ * page is a hole, or was placed and the guest has discarded it since (or the message is older than
+ * the placing: then the kernel says EEXIST and nobody is harmed). After a crash WANTED and CLAIMED
+ * mean nothing; EEXIST tells of a page that was placed and not yet confirmed.
+ *
+ * Locks: `asking` guards the urgent connection's requests. Everything else is the record's bytes
+ * and counters, changed by atomic operations. The fault threads alone send requests; `notice` tells
+ * them of a new urgent connection, or to stop.
+ *
+ * Nothing in here ever closes a userfaultfd or unregisters on failure: a guest whose engine has
+ * stopped waits, it does not read zeros. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "uffd.h"
+
+enum { WANTED = 1, CLAIMED = 2, DONE = 4 };
+/* The same bits in each byte of a word of the record, to look at eight pages at a time. */
+#define EIGHT(state) (0x0101010101010101ull * (state))
+
+/* Messages read at a time; requests that may wait for room in the urgent socket. A guest has as many
+ * faults as threads (and KVM's asynchronous ones); what does not fit is found in the record again. */
+enum { FAULTS_AT_ONCE = 64, REQUESTS_WAITING = 4096 };
+/* Frames read at a time from the urgent connection: 16 pages of 4 KiB. */
+enum { URGENT_AHEAD = 16 * (4096 + FRAME_BYTES) };
+/* When an asked page was asked for, kept for the latency statistics; a collision loses one sample. */
+enum { ASKED_SLOTS = 4096 };
+/* How long placing waits before it tries again when the destination has no memory. */
+enum { NO_MEMORY_WAIT_MS = 10 };
+
+struct asked {
+  _Atomic uint64_t page_and_one, at_ns;
+};
+
+struct fault_thread {
+  struct pc_dest *dest;
+  int uffd;
+  bool running;
+  pthread_t thread;
+};
+
+struct pc_dest {
+  struct pc_stats stats;
+  struct region regions[PC_MAX_REGIONS];
+  unsigned region_count;
+  uint64_t slots; /* bytes of the record: all pages, each region rounded up to 64 */
+  _Atomic uint8_t *record;
+  const uint8_t *zeros; /* one 2 MiB page of them */
+  int wake, notice;
+  atomic_bool stopping, ending; /* the engine; the connections */
+  unsigned registered;          /* regions, from the first on */
+
+  struct fault_thread takers[PC_MAX_REGIONS];
+  unsigned taker_count;
+
+  struct connection connections[PC_MAX_CONNECTIONS];
+
+  pthread_mutex_t asking;
+  int urgent; /* -1 while there is none; owned by its struct connection */
+  uint8_t waiting[REQUESTS_WAITING * FRAME_BYTES];
+  size_t waiting_from, waiting_to;
+  uint64_t look_again; /* slot from which on WANTED pages may not be in `waiting`; slots: none */
+  struct asked asked[ASKED_SLOTS];
+};
+
+/* --- asking ------------------------------------------------------------------------------------ */
+
+static struct asked *asked_slot(struct pc_dest *d, uint64_t slot) {
+  return &d->asked[(slot * 0x9e3779b97f4a7c15ull >> 32) % ASKED_SLOTS];
+}
+
+/* With `asking` held: puts a request where ask_flush sends it from. False when there is no room: the
+ * record has the page as WANTED, and ask_flush looks again. */
+static bool ask_page(struct pc_dest *d, const struct region *r, uint64_t page) {
+  if (d->waiting_to + FRAME_BYTES > sizeof d->waiting)
+    return false;
+  struct frame f = {.kind = FRAME_REQUEST, .region = (uint16_t)(r - d->regions), .page = page,
+                    .count = 1};
+  frame_encode(d->waiting + d->waiting_to, &f);
+  d->waiting_to += FRAME_BYTES;
+  count_add(d->stats.requests, 1);
+  return true;
+}
+
+/* With `asking` held: puts requests for the WANTED pages from `look_again` on, as many as fit. */
+static void ask_wanted(struct pc_dest *d) {
+  for (unsigned i = 0; i < d->region_count; i++) {
+    struct region *r = &d->regions[i];
+    uint64_t page = d->look_again > r->first ? d->look_again - r->first : 0;
+    while (page < r->is.pages) {
+      _Atomic uint8_t *state = &d->record[r->first + page];
+      if (page % 8 == 0 &&
+          !(__atomic_load_n((uint64_t *)state, __ATOMIC_RELAXED) & EIGHT(WANTED))) {
+        page += 8;
+        continue;
+      }
+      if (atomic_load_explicit(state, memory_order_relaxed) == WANTED && !ask_page(d, r, page)) {
+        d->look_again = r->first + page;
+        return;
+      }
+      page++;
+    }
+  }
+  d->look_again = d->slots;
+}
+
+/* With `asking` held: sends what waits, as far as the socket takes it without waiting. */
+static void ask_flush(struct pc_dest *d) {
+  while (d->urgent >= 0) {
+    while (d->waiting_from < d->waiting_to) {
+      ssize_t n = send(d->urgent, d->waiting + d->waiting_from, d->waiting_to - d->waiting_from,
+                       MSG_DONTWAIT | MSG_NOSIGNAL);
+      if (n < 0 && errno == EINTR)
+        continue;
+      if (n < 0) {
+        if (errno == EAGAIN)
+          return;
+        shutdown(d->urgent, SHUT_RDWR); /* the receiving thread sees it and reports */
+        d->urgent = -1;
+        return;
+      }
+      d->waiting_from += (size_t)n;
+    }
+    d->waiting_from = d->waiting_to = 0;
+    if (d->look_again == d->slots)
+      return;
+    ask_wanted(d);
+  }
+}
+
+/* --- placing ----------------------------------------------------------------------------------- */
+
+static void wake_page(struct region *r, uint64_t page) {
+  struct uffdio_range range = {r->is.address + (page << r->page_shift), r->is.page_size};
+  ioctl(r->is.uffd, UFFDIO_WAKE, &range);
+}
+
+static bool called_off(struct pc_dest *d) {
+  return atomic_load(&d->stopping) || atomic_load(&d->ending);
+}
+
+static void wait_for_memory(struct pc_dest *d) {
+  count_add(d->stats.stalls, 1);
+  engine_wake(d->wake); /* so that somebody is told */
+  poll(NULL, 0, NO_MEMORY_WAIT_MS);
+}
+
+/* Puts `count` pages from `from` (NULL: zeros) into the guest and wakes who waits for them. Pages
+ * already there are left alone and counted in `*existing`. Returns 0, or -errno with `*placed` pages
+ * done: -ESRCH the VMM is gone, -ECANCELED connections or engine are ended, else what the kernel
+ * says. */
+static int place(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,
+                 const uint8_t *from, uint64_t *placed, uint64_t *existing) {
+  uint64_t done = 0, span = count;
+  int failed = 0;
+  while (done < count && !failed) {
+    uint64_t pages = span < count - done ? span : count - done;
+    uint64_t to = r->is.address + ((page + done) << r->page_shift);
+    int64_t bytes;
+    int error = 0;
+    if (from || r->is.page_size != 4096) { /* ZEROPAGE does not exist for hugetlbfs */
+      struct uffdio_copy copy = {
+          .dst = to,
+          .src = (uintptr_t)(from ? from + (done << r->page_shift) : d->zeros),
+          .len = (from ? pages : 1) << r->page_shift};
+      error = ioctl(r->is.uffd, UFFDIO_COPY, &copy) ? errno : 0;
+      bytes = copy.copy;
+      pages = copy.len >> r->page_shift;
+    } else {
+      struct uffdio_zeropage zero = {.range = {to, pages << r->page_shift}};
+      error = ioctl(r->is.uffd, UFFDIO_ZEROPAGE, &zero) ? errno : 0;
+      bytes = zero.zeropage;
+    }
+    if (!error) {
+      done += pages;
+      continue;
+    }
+    if (bytes > 0) { /* partly done: the rest tells by itself why it stopped */
+      done += (uint64_t)bytes >> r->page_shift;
+      continue;
+    }
+    switch (error) {
+    case EEXIST: /* there already, and what waits for it may still sleep */
+      wake_page(r, page + done);
+      ++*existing;
+      done++;
+      break;
+    case EAGAIN: /* an event is to be read first: the fault threads do */
+      failed = called_off(d) ? -ECANCELED : 0;
+      sched_yield();
+      break;
+    case ENOENT: /* a run may lie across two mappings; one page cannot */
+      failed = pages > 1 ? 0 : -ENOENT;
+      span = 1;
+      break;
+    case ENOMEM:
+    case ENOSPC: /* the guest waits rather than lose a page */
+      wait_for_memory(d);
+      failed = called_off(d) ? -ECANCELED : 0;
+      break;
+    default:
+      failed = -error;
+    }
+  }
+  *placed = done;
+  return failed;
+}
+
+static void place_failed(struct pc_dest *d, struct region *r, uint64_t page, int error) {
+  if (error == -ESRCH)
+    engine_fail(&d->stats, d->wake, PC_VMM_GONE, "the VMM has ended while its pages were placed");
+  else if (error != -ECANCELED)
+    engine_fail(&d->stats, d->wake, PC_MEMORY, "placing page %llu of region %d at %#llx: %s",
+                (unsigned long long)page, (int)(r - d->regions),
+                (unsigned long long)(r->is.address + (page << r->page_shift)),
+                error == -ENOENT ? "the VMM has no registered mapping there any more"
+                                 : strerrordesc_np(-error));
+}
+
+static void confirmed(struct pc_dest *d, uint64_t count) {
+  uint64_t all = __atomic_add_fetch(&d->stats.confirmed_pages, count, __ATOMIC_ACQ_REL);
+  if (count && all == d->stats.total_pages)
+    engine_wake(d->wake);
+}
+
+/* Notes pages that this thread has claimed and placed. A fault that came between the claim and now
+ * was told to wait for this placing; wake it, because the page may be discarded again already. */
+static void confirm(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count) {
+  for (uint64_t i = page; i < page + count; i++)
+    if (atomic_exchange(&d->record[r->first + i], DONE) & WANTED)
+      wake_page(r, i);
+  confirmed(d, count);
+}
+
+/* Gives claimed pages back unplaced; whoever waits for them is asked for again. */
+static void unclaim(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count) {
+  for (uint64_t i = page; i < page + count; i++)
+    atomic_store(&d->record[r->first + i], WANTED);
+}
+
+/* False when somebody has the page already. */
+static bool claim(struct pc_dest *d, struct region *r, uint64_t page, bool *wanted) {
+  uint8_t state = atomic_load_explicit(&d->record[r->first + page], memory_order_relaxed);
+  do {
+    if (state & (CLAIMED | DONE))
+      return false;
+  } while (!atomic_compare_exchange_weak(&d->record[r->first + page], &state, CLAIMED));
+  *wanted = state & WANTED;
+  return true;
+}
+
+/* --- receiving --------------------------------------------------------------------------------- */
+
+static void note_latency(struct pc_dest *d, struct region *r, uint64_t page) {
+  struct asked *asked = asked_slot(d, r->first + page);
+  if (atomic_load_explicit(&asked->page_and_one, memory_order_acquire) != r->first + page + 1)
+    return;
+  uint64_t at = atomic_load(&asked->at_ns), now = pc_monotonic_ns();
+  if (at < now) /* or another page has just taken the slot */
+    engine_latency(&d->stats, now - at);
+  atomic_store_explicit(&asked->page_and_one, 0, memory_order_relaxed);
+}
+
+/* Places the pages of one frame that nobody has yet, in runs as long as they go. */
+static bool receive_pages(struct pc_dest *d, struct region *r, const struct frame *f,
+                          const uint8_t *payload, bool urgent) {
+  for (uint64_t i = 0; i < f->count;) {
+    uint64_t first = f->page + i, run = 0, placed, existing = 0;
+    bool wanted = false, any = false;
+    while (i + run < f->count && claim(d, r, first + run, &wanted))
+      run++, any |= wanted;
+    if (run == 0) {
+      count_add(d->stats.duplicate_pages, 1);
+      i++;
+      continue;
+    }
+    int failed = place(d, r, first, run, payload ? payload + (i << r->page_shift) : NULL, &placed,
+                       &existing);
+    count_add(d->stats.existing_pages, existing);
+    if (any)
+      for (uint64_t page = first; page < first + placed; page++)
+        note_latency(d, r, page);
+    if (any || urgent)
+      count_set(d->stats.last_urgent_ns, pc_monotonic_ns());
+    if (!payload)
+      count_add(d->stats.zero_pages, placed);
+    else if (urgent)
+      count_add(d->stats.urgent_pages, placed);
+    else
+      count_add(d->stats.pushed_pages, placed);
+    confirm(d, r, first, placed);
+    if (failed) {
+      unclaim(d, r, first + placed, run - placed);
+      place_failed(d, r, first + placed, failed);
+      return false;
+    }
+    i += run;
+  }
+  return true;
+}
+
+/* Pages of zeros are noted, not placed: the guest stays as sparse as it was. Only a page that a
+ * fault waits for is placed. Eight pages at a time where nobody knows anything of them yet. */
+static bool receive_zeros(struct pc_dest *d, struct region *r, const struct frame *f, bool urgent) {
+  uint64_t noted = 0;
+  bool good = true;
+  for (uint64_t page = f->page, end = f->page + f->count; page < end && good;) {
+    _Atomic uint8_t *state = &d->record[r->first + page];
+    uint64_t unknown = 0;
+    if (page % 8 == 0 && end - page >= 8 &&
+        __atomic_compare_exchange_n((uint64_t *)state, &unknown, EIGHT(DONE), false,
+                                    __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+      noted += 8, page += 8;
+      continue;
+    }
+    uint8_t none = 0;
+    if (atomic_compare_exchange_strong(state, &none, DONE)) {
+      noted++, page++;
+      continue;
+    }
+    struct frame one = {.kind = FRAME_ZERO, .region = f->region, .page = page, .count = 1};
+    good = receive_pages(d, r, &one, NULL, urgent);
+    page++;
+  }
+  count_add(d->stats.zero_pages, noted);
+  confirmed(d, noted);
+  return good;
+}
+
+static bool receive(struct pc_dest *d, const struct frame *f, const uint8_t *payload, bool urgent) {
+  struct region *r = f->region < d->region_count ? &d->regions[f->region] : NULL;
+  if (!r || f->kind == FRAME_REQUEST || !frame_fits(f, r->is.pages, r->is.page_size)) {
+    engine_fail(&d->stats, d->wake, PC_BAD_FRAME,
+                "the source sent a frame that does not fit the guest: kind %d, region %d, page %llu, "
+                "count %u, payload %u",
+                f->kind, f->region, (unsigned long long)f->page, f->count, f->payload);
+    return false;
+  }
+  count_add(d->stats.transferred_bytes, FRAME_BYTES + f->payload);
+  return f->kind == FRAME_ZERO ? receive_zeros(d, r, f, urgent)
+                               : receive_pages(d, r, f, payload, urgent);
+}
+
+static void *receive_run(void *argument) {
+  struct connection *c = argument;
+  struct pc_dest *d = c->engine;
+  struct frame_reader reader;
+  struct frame f;
+  uint8_t *payload;
+  int got = frame_reader_init(&reader, c->fd, FRAME_MAX_PAYLOAD,
+                              c->urgent ? URGENT_AHEAD : FRAME_BYTES);
+  while (got == 0 || got == 1) {
+    got = frame_read(&reader, &f, &payload);
+    if (got != 1 || !receive(d, &f, payload, c->urgent))
+      break;
+  }
+  if (got == -EPROTO)
+    engine_fail(&d->stats, d->wake, PC_BAD_FRAME, "the source sent what is not a frame");
+  else if (got <= 0 && !called_off(d))
+    engine_fail(&d->stats, d->wake, PC_CONNECTION, "the %s connection %s%s",
+                c->urgent ? "urgent" : "push", got ? "broke: " : "was closed by the source",
+                got ? strerrordesc_np(-got) : "");
+  frame_reader_free(&reader);
+  return NULL;
+}
+
+/* --- faults ------------------------------------------------------------------------------------ */
+
+static struct region *region_at(struct pc_dest *d, int uffd, uint64_t address) {
+  for (unsigned i = 0; i < d->region_count; i++) {
+    struct region *r = &d->regions[i];
+    if (r->is.uffd == uffd && address - r->is.address < r->is.pages << r->page_shift)
+      return r;
+  }
+  return NULL;
+}
+
+/* One fault: answered from what is known, left to who is placing the page, or, when it returns true,
+ * to be asked for. */
+static bool fault(struct pc_dest *d, struct region *r, uint64_t page, uint64_t now) {
+  _Atomic uint8_t *state = &d->record[r->first + page];
+  uint8_t is = atomic_load(state);
+  do {
+    if (is & DONE) {
+      uint64_t placed, existing = 0;
+      int failed;
+      do { /* the end of the connections does not concern this page */
+        failed = place(d, r, page, 1, NULL, &placed, &existing);
+      } while (failed == -ECANCELED && !atomic_load(&d->stopping));
+      if (failed)
+        place_failed(d, r, page, failed);
+      count_add(d->stats.discarded_pages, placed - existing);
+      return false;
+    }
+    if (is & WANTED)
+      return false;
+  } while (!atomic_compare_exchange_weak(state, &is, is | WANTED));
+  if (is & CLAIMED) /* its placer sees WANTED when it confirms */
+    return false;
+  struct asked *asked = asked_slot(d, r->first + page);
+  atomic_store(&asked->at_ns, now);
+  atomic_store_explicit(&asked->page_and_one, r->first + page + 1, memory_order_release);
+  return true;
+}
+
+static void *faults_run(void *argument) {
+  struct fault_thread *taker = argument;
+  struct pc_dest *d = taker->dest;
+  struct uffd_msg messages[FAULTS_AT_ONCE];
+  while (!atomic_load(&d->stopping)) {
+    pthread_mutex_lock(&d->asking);
+    bool unsent = d->urgent >= 0 && (d->waiting_to > 0 || d->look_again < d->slots);
+    struct pollfd ready[3] = {{.fd = taker->uffd, .events = POLLIN},
+                              {.fd = d->notice, .events = POLLIN},
+                              {.fd = unsent ? d->urgent : -1, .events = POLLOUT}};
+    pthread_mutex_unlock(&d->asking);
+    poll(ready, 3, -1);
+    eventfd_t noticed;
+    if (ready[1].revents)
+      eventfd_read(d->notice, &noticed);
+    ssize_t n = ready[0].revents ? read(taker->uffd, messages, sizeof messages) : 0;
+    if (n < 0 && errno != EAGAIN && errno != EINTR) {
+      engine_fail(&d->stats, d->wake, PC_MEMORY, "reading faults from the userfaultfd: %s",
+                  strerrordesc_np(errno));
+      break;
+    }
+    uint64_t now = pc_monotonic_ns();
+    count_set(d->stats.beat_ns, now);
+    struct { struct region *region; uint64_t page; } ask[FAULTS_AT_ONCE];
+    unsigned asks = 0;
+    for (ssize_t i = 0; i < n / (ssize_t)sizeof *messages; i++) {
+      uint64_t address = messages[i].arg.pagefault.address;
+      struct region *r = region_at(d, taker->uffd, address);
+      if (messages[i].event != UFFD_EVENT_PAGEFAULT || !r)
+        continue;
+      count_add(d->stats.faults, 1);
+      uint64_t page = (address - r->is.address) >> r->page_shift;
+      if (fault(d, r, page, now))
+        ask[asks].region = r, ask[asks++].page = page;
+    }
+    if (!asks && !unsent)
+      continue;
+    pthread_mutex_lock(&d->asking);
+    for (unsigned i = 0; i < asks && d->urgent >= 0; i++) /* or pc_dest_connect will ask */
+      if (!ask_page(d, ask[i].region, ask[i].page))
+        d->look_again = 0;
+    ask_flush(d);
+    pthread_mutex_unlock(&d->asking);
+  }
+  eventfd_write(d->notice, 1); /* for the next fault thread */
+  return NULL;
+}
+
+/* --- life -------------------------------------------------------------------------------------- */
+
+struct pc_stats *pc_dest_stats(struct pc_dest *d) {
+  return &d->stats;
+}
+
+struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int record, int wake,
+                            char error[200]) {
+  struct pc_dest *d = calloc(1, sizeof *d);
+  if (!d) {
+    snprintf(error, 200, "no memory for the engine");
+    return NULL;
+  }
+  d->wake = wake, d->urgent = -1, d->region_count = count, d->notice = -1;
+  d->record = MAP_FAILED, d->zeros = MAP_FAILED;
+  pthread_mutex_init(&d->asking, NULL);
+  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
+    d->connections[i] = (struct connection){.engine = d, .fd = -1};
+  d->slots = engine_regions(d->regions, regions, count, error);
+  if (d->slots == 0) {
+    pc_dest_free(d);
+    return NULL;
+  }
+  d->notice = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (d->notice >= 0 && !ftruncate(record, (off_t)d->slots))
+    d->record = mmap(NULL, d->slots, PROT_READ | PROT_WRITE, MAP_SHARED, record, 0);
+  d->look_again = d->slots;
+  d->zeros = mmap(NULL, FRAME_MAX_PAYLOAD, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (d->record == MAP_FAILED || d->zeros == MAP_FAILED) {
+    snprintf(error, 200, "making the record of %llu pages: %s", (unsigned long long)d->slots,
+             strerrordesc_np(errno));
+    pc_dest_free(d);
+    return NULL;
+  }
+  for (unsigned i = 0; i < count; i++) {
+    struct region *r = &d->regions[i];
+    d->stats.total_pages += r->is.pages;
+    unsigned known = 0;
+    while (known < d->taker_count && d->takers[known].uffd != r->is.uffd)
+      known++;
+    if (known == d->taker_count)
+      d->takers[d->taker_count++] = (struct fault_thread){.dest = d, .uffd = r->is.uffd};
+  }
+  return d;
+}
+
+int pc_dest_register(struct pc_dest *d) {
+  for (unsigned i = 0; i < d->taker_count; i++) {
+    struct uffdio_api api = {.api = UFFD_API};
+    if (ioctl(d->takers[i].uffd, UFFDIO_API, &api)) {
+      int failed = errno;
+      engine_fail(&d->stats, d->wake, PC_MEMORY, "UFFDIO_API: %s", strerrordesc_np(failed));
+      return -failed;
+    }
+    fcntl(d->takers[i].uffd, F_SETFL, fcntl(d->takers[i].uffd, F_GETFL) | O_NONBLOCK);
+  }
+  for (unsigned i = 0; i < d->region_count; i++) {
+    struct region *r = &d->regions[i];
+    struct uffdio_register range = {.range = {r->is.address, r->is.pages << r->page_shift},
+                                    .mode = UFFDIO_REGISTER_MODE_MISSING};
+    if (ioctl(r->is.uffd, UFFDIO_REGISTER, &range)) {
+      int failed = errno;
+      engine_fail(&d->stats, d->wake, PC_MEMORY,
+                  "registering region %u at %#llx with userfaultfd: %s%s", i,
+                  (unsigned long long)r->is.address, strerrordesc_np(failed),
+                  failed == EBUSY ? " (another userfaultfd has it)" : "");
+      pc_dest_unregister(d, 1);
+      return -failed;
+    }
+    d->registered++;
+  }
+  for (unsigned i = 0; i < d->taker_count; i++) {
+    int failed = engine_thread(&d->takers[i].thread, "pc-faults", faults_run, &d->takers[i]);
+    if (failed) {
+      engine_fail(&d->stats, d->wake, PC_MEMORY, "starting a fault thread: %s",
+                  strerrordesc_np(-failed));
+      return failed;
+    }
+    d->takers[i].running = true;
+  }
+  return 0;
+}
+
+int pc_dest_connect(struct pc_dest *d, int fd, int urgent) {
+  struct connection *c = NULL;
+  bool second = false;
+  for (unsigned i = PC_MAX_CONNECTIONS; i-- > 0;) {
+    if (d->connections[i].fd < 0)
+      c = &d->connections[i];
+    else
+      second |= urgent && d->connections[i].urgent;
+  }
+  if (!c || second) {
+    engine_fail(&d->stats, d->wake, PC_CONNECTION,
+                "the source made more than %d connections, or more than one for urgent pages",
+                PC_MAX_CONNECTIONS);
+    close(fd);
+    return -EMFILE;
+  }
+  engine_socket(fd, urgent);
+  c->fd = fd, c->urgent = urgent;
+  int failed = engine_thread(&c->thread, urgent ? "pc-urgent" : "pc-receive", receive_run, c);
+  c->running = !failed;
+  if (failed) {
+    engine_fail(&d->stats, d->wake, PC_CONNECTION, "starting a thread for a connection: %s",
+                strerrordesc_np(-failed));
+  } else if (urgent) { /* all that is wanted is asked for, again where it was asked for already */
+    pthread_mutex_lock(&d->asking);
+    d->urgent = fd;
+    d->waiting_from = d->waiting_to = 0;
+    d->look_again = 0;
+    pthread_mutex_unlock(&d->asking);
+    eventfd_write(d->notice, 1);
+  }
+  return failed;
+}
+
+void pc_dest_disconnect(struct pc_dest *d) {
+  atomic_store(&d->ending, true);
+  pthread_mutex_lock(&d->asking);
+  d->urgent = -1;
+  pthread_mutex_unlock(&d->asking);
+  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
+    if (d->connections[i].fd >= 0)
+      shutdown(d->connections[i].fd, SHUT_RDWR);
+  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++) {
+    struct connection *c = &d->connections[i];
+    if (c->fd < 0)
+      continue;
+    if (c->running)
+      pthread_join(c->thread, NULL);
+    close(c->fd);
+    c->fd = -1, c->running = false;
+  }
+  atomic_store(&d->ending, false);
+  engine_forget_connections(&d->stats);
+}
+
+int pc_dest_unregister(struct pc_dest *d, int called_off) {
+  if (!called_off && count_get(d->stats.confirmed_pages) != d->stats.total_pages)
+    return -EBUSY;
+  int failed = 0;
+  for (unsigned i = 0; i < d->registered; i++) {
+    struct region *r = &d->regions[i];
+    struct uffdio_range range = {r->is.address, r->is.pages << r->page_shift};
+    /* Of a VMM that is gone the kernel says ENOMEM here. */
+    if (ioctl(r->is.uffd, UFFDIO_UNREGISTER, &range) && errno != ENOMEM)
+      failed = -errno;
+  }
+  return failed;
+}
+
+void pc_dest_stop(struct pc_dest *d) {
+  atomic_store(&d->stopping, true);
+  eventfd_write(d->notice, 1);
+  pc_dest_disconnect(d);
+  for (unsigned i = 0; i < d->taker_count; i++) {
+    if (d->takers[i].running)
+      pthread_join(d->takers[i].thread, NULL);
+    d->takers[i].running = false;
+  }
+}
+
+void pc_dest_free(struct pc_dest *d) {
+  if (d->notice >= 0) {
+    pc_dest_stop(d);
+    close(d->notice);
+  }
+  if (d->record != MAP_FAILED)
+    munmap((void *)d->record, d->slots);
+  if (d->zeros != MAP_FAILED)
+    munmap((void *)d->zeros, FRAME_MAX_PAYLOAD);
+  pthread_mutex_destroy(&d->asking);
+  free(d);
+}

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A blocking Varlink client for the command line: one connection, one call at a time.
+
+Owns the client's half of the framing. Imports nothing that takes time to load, and knows no
+interface: names and parameters are the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+# Connecting to a unix socket waits only while the server's backlog is full.
+CONNECT_SECONDS = 10.0
+
+
+class NoAnswer(Exception):
+    """Nothing could be reached at the address; the text says why."""
+
+
+class ConnectionLost(Exception):
+    """The connection ended before the reply came, so what became of the call is not known."""
+
+
+class ErrorReply(Exception):
+    """The service answered with an error: its qualified name and parameters."""
+
+    def __init__(self, name: str, parameters: dict[str, Any]) -> None:
+        super().__init__(name)
+        self.name = name
+        self.parameters = parameters
+
+
+class Client:
+    """A connection to the service that listens on the unix socket `path`. Raises NoAnswer."""
+
+    def __init__(self, path: str) -> None:
+        self._buffer = bytearray()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._socket.settimeout(CONNECT_SECONDS)
+            self._socket.connect(path)
+            self._socket.settimeout(None)
+        except OSError as error:
+            self._socket.close()
+            raise NoAnswer(error.strerror or str(error)) from error
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection, and with it any stream."""
+        self._socket.close()
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """The reply's parameters. None among the call's is left out.
+
+        Raises ErrorReply, ConnectionLost.
+        """
+        self._send({"method": method}, parameters)
+        return self._reply()[0]
+
+    def stream(self, method: str, **parameters: Any) -> Iterator[dict[str, Any]]:
+        """The parameters of each reply to a call with `more`. Raises ErrorReply, ConnectionLost."""
+        self._send({"method": method, "more": True}, parameters)
+        continues = True
+        while continues:
+            reply, continues = self._reply()
+            yield reply
+
+    def _send(self, header: dict[str, Any], parameters: dict[str, Any]) -> None:
+        given = {key: value for key, value in parameters.items() if value is not None}
+        message = json.dumps({**header, "parameters": given}, separators=(",", ":"))
+        try:
+            self._socket.sendall(message.encode() + b"\0")
+        except OSError as error:
+            raise ConnectionLost from error
+
+    def _reply(self) -> tuple[dict[str, Any], bool]:
+        while (end := self._buffer.find(b"\0")) < 0:
+            try:
+                data = self._socket.recv(65536)
+            except OSError as error:
+                raise ConnectionLost from error
+            if not data:
+                raise ConnectionLost
+            self._buffer += data
+        message = json.loads(self._buffer[:end])
+        del self._buffer[: end + 1]
+        parameters = message.get("parameters") or {}
+        if message.get("error"):
+            raise ErrorReply(message["error"], parameters)
+        return parameters, bool(message.get("continues"))

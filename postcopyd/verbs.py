@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs that ask a running daemon: what each asks, what it prints, its exit status.
+
+Owns what an operator is told when the daemon refuses, is not there or goes away, and the rule that
+decides between exit statuses 1 and 3. Knows of the daemon what its interface file says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from postcopyd import config, progress
+from postcopyd.errors import PostcopydError
+from postcopyd.varlink_client import Client, ConnectionLost, ErrorReply, NoAnswer
+
+DONE, FAILED, USAGE, WAITS = 0, 1, 2, 3
+# The shell's number for what SIGINT ended.
+INTERRUPTED = 130
+
+INTERFACE = "io.postcopyd"
+# Last seen in one of these, a guest may have left the source for good. In handover it may not have;
+# a script that is told so wrongly would run it twice.
+_MAYBE_THERE = frozenset({"handover", "postcopy", "paused", "drained"})
+
+
+def say(sentence: str, status: int) -> int:
+    """Tell the operator why, and give the exit status back."""
+    print(f"postcopyd: {sentence}", file=sys.stderr, flush=True)
+    return status
+
+
+class Failed(Exception):
+    """One sentence for the operator, and the exit status."""
+
+    def __init__(self, sentence: str, status: int = FAILED) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+def _control(args: argparse.Namespace) -> str:
+    return args.control or os.environ.get("POSTCOPYD_CONTROL") or config.DEFAULT_CONTROL
+
+
+def _again(args: argparse.Namespace, verb: str) -> str:
+    """The command to type next, against the same daemon."""
+    control = f" --control {args.control}" if args.control else ""
+    return f"`postcopyd {verb} {args.name}{control}`"
+
+
+def _connect(args: argparse.Namespace) -> Client:
+    path = _control(args)
+    try:
+        return Client(path)
+    except NoAnswer as error:
+        if isinstance(error.__cause__, PermissionError):
+            why = "run this as root or as a member of the group postcopyd"
+            raise Failed(f"may not speak to the daemon on {path} ({error}): {why}") from None
+        start = f"start it with `postcopyd serve --control {path}`"
+        raise Failed(f"no daemon answers on {path} ({error}): {start}") from None
+
+
+def _refused(error: ErrorReply) -> Failed:
+    name = error.name.removeprefix(f"{INTERFACE}.")
+    sentence = error.parameters.get("message")
+    if not sentence:
+        detail = "".join(f" {value}" for value in error.parameters.values())
+        sentence = f"the daemon answered {name}{detail}: it may be of another version than this"
+    return Failed(sentence, USAGE if name == "InvalidRequest" else FAILED)
+
+
+def _call(client: Client, args: argparse.Namespace, method: str, **parameters: Any) -> Any:
+    try:
+        return client.call(f"{INTERFACE}.{method}", **parameters)
+    except ErrorReply as error:
+        raise _refused(error) from None
+    except ConnectionLost:
+        path = _control(args)
+        raise Failed(
+            f"the daemon on {path} closed the connection and did not answer {method}: it ended, "
+            "or has too many clients; see its log, then ask again"
+        ) from None
+
+
+def _ask(args: argparse.Namespace, method: str, **parameters: Any) -> Any:
+    with _connect(args) as client:
+        return _call(client, args, method, **parameters)
+
+
+def _tell(args: argparse.Namespace, event: str, sentence: str) -> int:
+    if args.json:
+        progress.emit({"event": event, "vm": args.name})
+    else:
+        print(f"{args.name}: {sentence}", flush=True)
+    return DONE
+
+
+def attach(args: argparse.Namespace) -> int:
+    driver = "qemu" if args.qemu else "process"
+    # The daemon has another working directory.
+    path = os.path.abspath(args.qemu or args.process)
+    status = _ask(args, "Attach", name=args.name, driver=driver, socket=path)["status"]
+    if args.json:
+        progress.emit(status)
+    else:
+        print(progress.line(status), flush=True)
+    return DONE
+
+
+def detach(args: argparse.Namespace) -> int:
+    _ask(args, "Detach", name=args.name)
+    return _tell(args, "detached", "detached")
+
+
+def check(args: argparse.Namespace) -> int:
+    problems = _ask(args, "Check", name=args.name, to=str(args.to))["problems"]
+    if args.json:
+        progress.emit(
+            {"event": "checked", "vm": args.name, "to": str(args.to), "problems": problems}
+        )
+    elif problems:
+        print("\n".join(f"{args.name}: {problem}" for problem in problems), flush=True)
+    else:
+        print(f"{args.name}: nothing stands in the way of a migration to {args.to}", flush=True)
+    return FAILED if problems else DONE
+
+
+def migrate(args: argparse.Namespace) -> int:
+    try:
+        config.check_mode(args.mode)
+        with _connect(args) as client:
+            started = _call(
+                client,
+                args,
+                "Migrate",
+                name=args.name,
+                to=str(args.to),
+                mode=args.mode,
+                bandwidth=args.bandwidth,
+                precopyPasses=args.precopy_passes,
+                maxDowntimeMs=args.max_downtime,
+                keepSource=args.keep_source,
+            )
+            result, maybe_there = _follow(client, args, started["migration"])
+    except (Failed, PostcopydError) as failed:
+        if args.json:
+            progress.emit({"event": "failed", "vm": args.name, "error": str(failed)})
+        raise
+    if args.json:
+        progress.emit(result)
+    elif result["event"] == "completed":
+        print(progress.summary(result, result.get("peer") or str(args.to)), flush=True)
+    if result["event"] == "completed":
+        return DONE
+    sentence = result.get("error") or f"the migration of {args.name} ended: {result['event']}"
+    if result["event"] == "paused":
+        return say(f"{sentence}; go on with {_again(args, 'recover')}", WAITS)
+    return say(sentence, WAITS if maybe_there else FAILED)
+
+
+def _follow(
+    client: Client, args: argparse.Namespace, migration: str
+) -> tuple[dict[str, Any], bool]:
+    """The result of a migration, and whether the guest was ever seen past the handover."""
+    phase, maybe_there = "", False
+    try:
+        with progress.view(args.json) as view:
+            for reply in client.stream(f"{INTERFACE}.Watch", name=args.name):
+                status = reply["status"]
+                result = status.get("result") or {}
+                if status.get("migration") != migration:
+                    raise Failed(
+                        f"lost sight of migration {migration} of {args.name}: another one, "
+                        f"{status.get('migration')}, took its place; see {_again(args, 'status')}",
+                        WAITS if phase in _MAYBE_THERE else FAILED,
+                    )
+                if result.get("migration") == migration:
+                    return result, maybe_there
+                phase = status["phase"]
+                # A handover may still end with the guest where it was; what follows may not.
+                maybe_there = maybe_there or phase in _MAYBE_THERE - {"handover"}
+                view.show(status)
+        raise ConnectionLost
+    except (ConnectionLost, ErrorReply) as error:
+        what = f"the daemon on {_control(args)} went away"
+        if isinstance(error, ErrorReply):
+            what = str(_refused(error))
+        ask = f"start the daemon again if it ended, then ask {_again(args, 'status')}"
+        if phase in _MAYBE_THERE:
+            raise Failed(
+                f"{what} with {args.name} in phase {phase}, so the guest may be at {args.to}: "
+                f"do not start it here; {ask}, and if it is paused {_again(args, 'recover')}",
+                WAITS,
+            ) from None
+        raise Failed(
+            f"{what} before the handover of {args.name} was seen, so the guest should be here: "
+            f"{ask} to be sure"
+        ) from None
+    except KeyboardInterrupt:
+        follow = f"follow it with {_again(args, 'watch')}"
+        off = f"call it off with {_again(args, 'cancel')}"
+        if maybe_there:
+            off = "it is past the handover and cannot be called off"
+        raise Failed(
+            f"the migration of {args.name} goes on in the daemon: {follow}; {off}", INTERRUPTED
+        ) from None
+
+
+def list(args: argparse.Namespace) -> int:
+    statuses = _ask(args, "List")["vms"]
+    if args.json:
+        for status in statuses:
+            progress.emit(status)
+    else:
+        print(progress.table(statuses), flush=True)
+    return DONE
+
+
+def status(args: argparse.Namespace) -> int:
+    if args.name:
+        statuses = [_ask(args, "Status", name=args.name)["status"]]
+    else:
+        statuses = _ask(args, "List")["vms"]
+    for at, status in enumerate(statuses):
+        if args.json:
+            progress.emit(status)
+        else:
+            print(("\n" if at else "") + progress.block(status), flush=True)
+    return DONE
+
+
+def watch(args: argparse.Namespace) -> int:
+    ended = None
+    with _connect(args) as client:
+        try:
+            view = progress.PlainView()
+            for reply in client.stream(f"{INTERFACE}.Watch", name=args.name):
+                status = reply["status"]
+                if args.json:
+                    progress.emit(status)
+                    continue
+                view.show(status)
+                result = status.get("result") or {}
+                if result and result.get("migration") != ended and result["event"] == "completed":
+                    print(progress.summary(result, status.get("peer") or ""), flush=True)
+                ended = result.get("migration")
+        except ErrorReply as error:
+            raise _refused(error) from None
+        except ConnectionLost:
+            pass
+    raise Failed(f"the daemon on {_control(args)} went away; its migrations wait for it")
+
+
+def cancel(args: argparse.Namespace) -> int:
+    _ask(args, "Cancel", name=args.name)
+    return _tell(args, "cancelled", "the migration is called off, the guest is here as it was")
+
+
+def recover(args: argparse.Namespace) -> int:
+    _ask(args, "Recover", name=args.name, to=str(args.to) if args.to else None)
+    return _tell(args, "recovering", f"recovery goes on; follow it with {_again(args, 'watch')}")
+
+
+def resolve(args: argparse.Namespace) -> int:
+    _ask(args, "Resolve", name=args.name, decision=args.decision)
+    return _tell(args, "resolved", f"resolved: {args.decision}")

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One attached VM as the daemon knows it: its driver, its record, and the status that people see.
+
+Owns the driver's connection and the status object. At most one migration uses a VM at a time
+(`claim`). The record is written here, so that there is one place that knows its fields.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import trio
+
+from postcopyd.errors import PostcopydError
+from postcopyd.store import Store
+from postcopyd.vmm import Vmm
+
+Status = dict[str, Any]
+
+PERMANENT = ("vm", "role", "phase", "migration", "peer", "remaining", "message", "result")
+"""Fields of the status that stay when a migration is over, and outlive the daemon."""
+
+
+class Vm:
+    """`epoch` counts changes of ownership; it belongs to the guest and travels with it."""
+
+    def __init__(self, name: str, store: Store, driver: Vmm | None) -> None:
+        self.name = name
+        self.driver = driver
+        self.epoch = 0
+        self.ownership = "held"
+        self.claimed_by: Any = None
+        self._store = store
+        self.status: Status = {
+            "vm": name,
+            "role": "",
+            "phase": "idle",
+            "migration": "",
+            "peer": "",
+            "remaining": 0,
+            "message": "attached, no migration",
+        }
+        self._changed = trio.Event()
+
+    def show(self, **changes: Any) -> None:
+        """Changes the status and tells who watches. None removes a field."""
+        self.status = {k: v for k, v in (self.status | changes).items() if v is not None}
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def settle(self, **changes: Any) -> None:
+        """`show` for the end of a migration: what was only progress goes."""
+        self.status = {k: v for k, v in self.status.items() if k in PERMANENT}
+        self.show(**changes)
+
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[AsyncIterator[Status]]:
+        """The current status, then each change; a slow watcher sees the newest only."""
+
+        async def states() -> AsyncIterator[Status]:
+            while True:
+                changed = self._changed
+                yield self.status
+                await changed.wait()
+
+        async with contextlib.aclosing(states()) as iterator:
+            yield iterator
+
+    @contextmanager
+    def claim(self, session: object) -> Iterator[None]:
+        """Takes the VM for a session; raises PostcopydError when another has it."""
+        if self.claimed_by is not None:
+            raise PostcopydError(
+                f"{self.name} is in migration {self.status['migration'] or '(starting)'} already: "
+                f"wait for it or cancel it",
+                "Busy",
+            )
+        self.claimed_by = session
+        try:
+            yield
+        finally:
+            self.claimed_by = None
+
+    def attached(self) -> Vmm:
+        """The driver; raises PostcopydError when the VMM is gone."""
+        if self.driver is None:
+            raise PostcopydError(
+                f"the VMM of {self.name} is gone: start it and `postcopyd attach {self.name}` again",
+                "NotAttached",
+            )
+        return self.driver
+
+    def record(self, ownership: str | None = None, *, durable: bool = False, **more: Any) -> None:
+        """Writes the record before what it says is acted on. Raises PostcopydError.
+
+        `ownership` is one of held, intent, granted (source: given away), arriving, loaded, owned,
+        declined (destination). A start of the daemon, and recovery, read it.
+        """
+        before = self.ownership
+        self.ownership = ownership or before
+        try:
+            self._store.save(
+                self.name,
+                {
+                    "driver": self.driver.kind if self.driver else "",
+                    "socket": self.driver.socket if self.driver else "",
+                    "epoch": self.epoch,
+                    "ownership": self.ownership,
+                    "status": {k: v for k, v in self.status.items() if k in PERMANENT},
+                    **more,
+                },
+                durable=durable,
+            )
+        except PostcopydError:
+            self.ownership = before
+            raise

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What postcopyd asks of a VMM: the interface that every driver has.
+
+This package owns the conversation with a VMM: finding its guest RAM, stopping and running the
+guest, moving its device state. It must not know of pages, peers, ownership or migrations: it does
+what a session tells it, once, and says truthfully how it ended. A driver author reads this file
+and nothing else.
+
+The order of calls. Source: `connect`, `inspect`, `prepare`, `save`, then `finish`; or `rollback`
+from any point before `finish`. Destination: `connect`, `inspect`, `adopt`, `load`, `run`,
+`release`; or `release` and `end` from any point before `run`. Descriptors of guest RAM and
+userfaultfds belong to the caller as soon as they are returned.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import AsyncIterable, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from postcopyd.errors import PostcopydError
+
+State = Literal["running", "paused", "incoming"]
+Role = Literal["source", "destination"]
+
+
+class VmmError(PostcopydError):
+    """The VMM refused or failed at what was asked; the connection is in order."""
+
+    name = "VmmFailed"
+
+
+class VmmProtocolError(PostcopydError):
+    """The VMM broke the rules of its own protocol, or went beyond a limit."""
+
+    name = "VmmProtocol"
+
+
+class VmmTimeout(PostcopydError):
+    """The VMM gave no answer in the time allowed; whether it did what was asked is unknown."""
+
+    name = "VmmTimeout"
+
+
+class VmmGone(PostcopydError):
+    """Nobody answers at the VMM's socket, or the VMM ended."""
+
+    name = "VmmGone"
+
+
+class Declined(PostcopydError):
+    """`run` was refused by the VMM and no vCPU has run: ownership may go back to the source."""
+
+    name = "Declined"
+
+
+@dataclass(frozen=True)
+class Region:
+    """One mapping of guest RAM in the VMM."""
+
+    name: str
+    pages: int
+    page_size: int  # bytes
+    address: int  # in the VMM's address space
+    fd: int | None  # the shared file behind it, ours to close; None: anonymous memory
+    offset: int  # of the mapping in the file, bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.pages * self.page_size
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A VMM as `inspect` found it."""
+
+    state: State
+    pid: int
+    regions: tuple[Region, ...]
+    facts: dict[str, str]  # what must be equal on both hosts
+    problems: tuple[str, ...]  # sentences: why it cannot be migrated, each with its mend
+
+    def close(self) -> None:
+        """Close the descriptors of all regions; call it once."""
+        for region in self.regions:
+            if region.fd is not None:
+                os.close(region.fd)
+
+
+class Vmm(abc.ABC):
+    """One attached VM; owns its connections to the VMM, and nothing else of it.
+
+    Every method raises `PostcopydError` (or one of the errors above) with a sentence for the
+    operator. Every method may be cancelled; `rollback`, `end` and `aclose` work afterwards.
+    A VMM that is driven by nobody goes on as it is: losing a driver changes nothing in it.
+    """
+
+    name: str  # the VM's, as on the command line
+    kind: str  # "qemu" or "process"
+    socket: str
+
+    #: What the guest did just before `save` stopped it, and what `rollback` goes back to. A
+    #: session that was started again sets it from its record, before it calls `rollback`.
+    before: Literal["running", "paused"] | None = None
+
+    @classmethod
+    @abc.abstractmethod
+    async def connect(cls, name: str, socket: str) -> Self:
+        """Attach to the VMM at the unix socket. Within seconds also when nobody answers."""
+
+    @abc.abstractmethod
+    async def inspect(self, role: Role) -> Shape:
+        """Describe the VMM; touches nothing in it.
+
+        What stands in the way of the role goes to `Shape.problems`; raises only when the VMM
+        cannot be asked. The caller calls `close()` on what it gets.
+        """
+
+    # --- source
+
+    @abc.abstractmethod
+    async def prepare(self) -> None:
+        """Set what must be set before the handover, while the guest runs on.
+
+        `rollback` undoes it. Sets nothing that outlasts a call to `rollback`.
+        """
+
+    @abc.abstractmethod
+    async def save(
+        self, send: Callable[[bytes], Awaitable[None]], stopped: Callable[[], None]
+    ) -> None:
+        """Stop the guest and stream its device state.
+
+        Calls `stopped()` once, at the instant the guest has stopped, and `send` with each piece
+        of device state as the VMM produces it. Returns when all of it was sent and guest RAM is
+        final. Whatever it raises, the guest may be stopped: call `rollback`. What `send` raises
+        comes through as it is.
+        """
+
+    @abc.abstractmethod
+    async def rollback(self) -> None:
+        """Put the guest back as it was: running, or paused if it was; idempotent.
+
+        From any point before the grant, also when another method was cancelled half-way. Returns
+        once the guest is as it was.
+        """
+
+    @abc.abstractmethod
+    async def finish(self, keep: bool) -> None:
+        """After drained: end the VMM, or with `keep` leave it stopped."""
+
+    # --- destination
+
+    @abc.abstractmethod
+    async def adopt(self, shape: Shape) -> list[int]:
+        """Empty guest RAM and return the VMM's userfaultfds, for the VMM in state incoming.
+
+        They are the caller's; UFFDIO_API has not been done and nothing is registered. The VMM
+        keeps copies of its own until `release`, so that pages wait when the caller dies. After
+        `adopt` every page of every region is missing. A second call starts anew.
+        """
+
+    async def adopted(self) -> list[int]:
+        """The userfaultfds of an adoption made before this daemon was started, as duplicates.
+
+        Nothing is emptied, and the API is done on them. Drivers that cannot ask the VMM for them
+        again leave this as it is; their sessions keep the descriptors by other means.
+        """
+        raise VmmError(f"the {self.kind} driver cannot get the userfaultfd of {self.name} again")
+
+    @abc.abstractmethod
+    async def load(self, receive: AsyncIterable[bytes]) -> None:
+        """Load the device state; the guest ends paused, whatever the VMM's options.
+
+        Loading touches guest RAM: faults must be answered meanwhile, by somebody who does not
+        wait for this call. The end of `receive` is the end of the device state. If it raises, the
+        VMM is of no use any more: call `end`.
+        """
+
+    @abc.abstractmethod
+    async def run(self) -> None:
+        """Run the guest; returns once it runs.
+
+        Raises `Declined` when the VMM refused and no vCPU has run. Any other error means that it
+        may or may not be running.
+        """
+
+    @abc.abstractmethod
+    async def release(self) -> None:
+        """The VMM closes its copies of the userfaultfds; idempotent.
+
+        Only after drained and unregistered, or when no guest was loaded: with the last copy
+        missing pages become zeros.
+        """
+
+    # --- both
+
+    @abc.abstractmethod
+    async def end(self) -> None:
+        """End the VMM for certain: by asking, then SIGKILL. Returns when it is gone."""
+
+    @abc.abstractmethod
+    async def gone(self) -> None:
+        """Return when the VMM's process has ended."""
+
+    @abc.abstractmethod
+    async def aclose(self) -> None:
+        """Let go of the VMM; it goes on as it is. Idempotent."""

@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives an unmodified QEMU by QMP: inspect, save, roll back; adopt, load, run.
+
+QEMU moves its device state by its own migration stream, through a socket pair of which we hold
+the other end; capability `x-ignore-shared` keeps guest RAM out of it. This module knows QEMU's
+states and what leads from one to the other. It knows nothing of peers, pages or ownership, and
+keeps nothing that QEMU could not be asked again after a restart of the daemon, except the settings
+it found (without them the defaults are put back) and whether the guest ran.
+
+The source:       running --migrate--> (STOP) finish-migrate --> postmigrate --cont--> running
+The destination:  inmigrate --stop, migrate-incoming--> paused --cont--> running
+
+`pause-before-switchover` is not used: the stop would last 1.5 ms longer (QEMU waits 1 ms for stray
+wake-ups of its semaphore), cancelling in that moment hangs QEMU 7.2, and it guards nothing, because
+after `completed` the source can still go back by `cont`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, Self
+
+import trio
+
+from postcopyd import headroom, procfs
+from postcopyd.errors import PostcopydError
+from postcopyd.vmm import (
+    Declined,
+    Role,
+    Shape,
+    State,
+    Vmm,
+    VmmError,
+    VmmGone,
+    VmmTimeout,
+    qemu_facts,
+    qemu_ram,
+    qemu_settings,
+    qemu_stream,
+    qemu_userfaultfd,
+)
+from postcopyd.vmm.qmp import Events, Qmp, QmpClosed, QmpRefused
+
+# Faults of one userfaultfd are read by one thread: several serve several vCPUs better, but each
+# costs threads. Region i belongs to descriptor i % number.
+MAX_DESCRIPTORS = 4
+
+ANSWER_SECONDS = 10.0  # for questions; commands of the handover wait as long as they take
+QUIT_SECONDS = 2.0  # for a QEMU whose guest is not needed any more
+FINISH_SECONDS = 10.0  # for one that may have disks to flush
+DISK_LOCK_SECONDS = 5.0  # how long a destination that was just killed may still hold a disk
+POLL_SECONDS = 0.005
+
+
+class QemuVmm(Vmm):
+    """One QEMU, by its QMP socket."""
+
+    kind = "qemu"
+
+    # Bytes that other arrivals on this host were promised (see `headroom`); the session's to set.
+    reserved: int = 0
+
+    def __init__(self, name: str, socket: str, qmp: Qmp, pid: int, pidfd: int) -> None:
+        self.name = name
+        self.socket = socket
+        self.pid = pid
+        self._qmp = qmp
+        self._pidfd = pidfd
+        self._settings = qemu_settings.Settings(qmp)
+
+    @classmethod
+    async def connect(cls, name: str, socket: str) -> Self:
+        """Take the monitor at a QMP socket. Raises PostcopydError within seconds when it cannot."""
+        qmp = Qmp(socket)
+        try:
+            with _patience(name):
+                await qmp.open()
+                thread = (await qmp.execute("query-cpus-fast"))[0]["thread-id"]
+            pid = qmp.peer_pid()
+            if not procfs.has_thread(pid, thread):  # someone else made the socket for QEMU
+                pid = int(procfs.status(thread).get("Tgid", 0))
+            return cls(name, socket, qmp, pid, _pidfd(name, pid))
+        except BaseException:
+            qmp.close()
+            raise
+
+    @classmethod
+    def known(cls, name: str, socket: str, pid: int) -> Self:
+        """The driver of a QEMU that a daemon before this one was attached to. Raises VmmGone.
+
+        Its monitor is taken at first use: that may be stuck in a page fault which the caller has to
+        answer first, with the descriptors that `adopted` gives. That `pid` is still that QEMU (by
+        its start time) is the caller's to see.
+        """
+        return cls(name, socket, Qmp(socket), pid, _pidfd(name, pid))
+
+    async def inspect(self, role: Role) -> Shape:
+        """What is there and what forbids a migration in this role. Only asks and reads."""
+        with _patience(self.name):
+            return await self._inspect(role)
+
+    async def _inspect(self, role: Role) -> Shape:
+        qmp = self._qmp
+        run_state = (await qmp.execute("query-status"))["status"]
+        backends = await qemu_ram.backends(qmp)
+        devices = [device async for device in qemu_facts.devices(qmp)]
+        facts = await qemu_facts.facts(qmp, backends, devices)
+        problems = await qemu_facts.refusals(qmp, self.pid, role, run_state, devices)
+        regions, unfit = qemu_ram.regions(backends, self.pid, qmp.version)
+        try:
+            facts |= {f"pages of {r.name}": f"{r.page_size} bytes each" for r in regions}
+            problems += unfit
+            problems += await trio.to_thread.run_sync(qemu_ram.sharers, regions, self.pid)
+            if role == "destination":
+                problems += headroom.problems(self.pid, regions, self.reserved)
+        except BaseException:
+            _close(region.fd for region in regions)
+            raise
+        state: State = "paused"
+        if run_state == "running":
+            state = "running"
+        elif run_state == "inmigrate":
+            state = "incoming"
+        return Shape(
+            state=state,
+            pid=self.pid,
+            regions=tuple(regions),
+            facts=facts,
+            problems=tuple(problems),
+        )
+
+    # ---- the source
+
+    async def prepare(self) -> None:
+        """Set capabilities and bandwidth; the guest does not notice."""
+        await self._look()
+        await self._settings.apply(qemu_settings.SOURCE)
+
+    async def save(
+        self, send: Callable[[bytes], Awaitable[None]], stopped: Callable[[], None]
+    ) -> None:
+        """Stop the guest and stream its device state; returns with QEMU in postmigrate.
+
+        `stopped` is called once: at STOP, or at the start for a guest that did not run. After a
+        failure or cancellation `rollback` has to be called. Raises VmmError, VmmGone, and
+        whatever `send` raises.
+        """
+        with self._qmp.events("STOP", "RESUME", "MIGRATION") as events:
+            if await self._look() == "paused":
+                stopped()
+            async with (
+                qemu_stream.opened(self._qmp, "migrate", {}) as ours,
+                qemu_stream.crew() as crew,  # until the relay has seen the end of the stream
+            ):
+                crew.start_soon(qemu_stream.relay, ours, send)
+                await self._saved(events, stopped if self.before == "running" else None)
+            while (event := events.take()) is not None:
+                self._must_not_resume(event)
+
+    async def _saved(self, events: Events, stopped: Callable[[], None] | None) -> None:
+        while True:
+            event = await events.next()
+            self._must_not_resume(event)
+            status = event.get("data", {}).get("status")
+            if event["event"] == "STOP" and stopped is not None:
+                stopped()
+                stopped = None
+            elif status == "completed":
+                if stopped is not None:
+                    raise VmmError(f"QEMU saved the guest of {self.name} without stopping it.")
+                return
+            elif status in ("failed", "cancelled"):
+                raise VmmError(
+                    f"QEMU gave up saving the device state of {self.name}: "
+                    f"{await self._why(status)}."
+                )
+
+    def _must_not_resume(self, event: dict[str, Any]) -> None:
+        if event["event"] == "RESUME":
+            raise VmmError(
+                f"The guest {self.name} was resumed by someone else while it was being handed "
+                f"over: leave it alone and migrate again."
+            )
+
+    async def rollback(self) -> None:
+        """The guest as it was before `prepare`, from whatever state QEMU is in. Idempotent.
+
+        A guest that was paused and whose state was saved whole stays in QEMU's run state
+        postmigrate (nothing leads from there to paused but running): `cont` runs it as ever, but it
+        must run before it can be migrated again. Raises VmmError when it cannot be run again.
+        """
+        qmp = self._qmp
+        migrated = await self._cancelled()
+        run_state = (await qmp.execute("query-status"))["status"]
+        lost = run_state == "postmigrate" and self.before != "paused"
+        if lost or (run_state in qemu_facts.PAUSED and self.before == "running"):
+            await self._run_again()
+        await self._settings.restore()
+        if migrated != "none" and await self._runs():
+            # Switches may have learnt the destination's port from its announcement.
+            parameters = await qmp.execute("query-migrate-parameters")
+            keys = ("initial", "max", "rounds", "step")
+            await qmp.execute("announce-self", {key: parameters[f"announce-{key}"] for key in keys})
+
+    async def _cancelled(self) -> str:
+        """Ends a migration that is going on; returns the state of the last one."""
+        while True:
+            status = str((await self._qmp.execute("query-migrate")).get("status", "none"))
+            run_state = (await self._qmp.execute("query-status"))["status"]
+            if status in qemu_facts.OVER and run_state != "finish-migrate":
+                return status
+            if status in {"pre-switchover", "cancelling"}:
+                # Only when somebody set that capability: cancelling in the instant before the pause
+                # leaves QEMU 7.2 asleep in it, and this wakes it.
+                with suppress(QmpRefused):
+                    await self._qmp.execute("migrate_cancel")
+                    await self._qmp.execute("migrate-continue", {"state": "cancelling"})
+            elif status not in qemu_facts.OVER:
+                await self._qmp.execute("migrate_cancel")
+            await trio.sleep(POLL_SECONDS)
+
+    async def _run_again(self) -> None:
+        deadline = trio.current_time() + DISK_LOCK_SECONDS
+        while True:
+            try:
+                await self._qmp.execute("cont")
+                return
+            except QmpRefused as refusal:
+                if "lock" not in refusal.reason or trio.current_time() > deadline:
+                    raise VmmError(
+                        f"The guest {self.name} stays stopped at the source, as QEMU would not run "
+                        f"it again ({refusal.reason}): release what holds its disks, then send QMP "
+                        f"`cont` to {self.socket}."
+                    ) from None
+            await trio.sleep(POLL_SECONDS * 10)
+
+    async def finish(self, keep: bool) -> None:
+        """The guest runs elsewhere: end this QEMU, or leave it stopped. Fine if it has ended."""
+        if not keep:
+            await self._end(FINISH_SECONDS)
+        else:
+            with suppress(QmpClosed):
+                await self._settings.restore()
+
+    # ---- the destination
+
+    async def adopt(self, shape: Shape) -> list[int]:
+        """Empty the RAM and make the userfaultfds in QEMU: min(4, number of regions) of them.
+
+        Region i of the shape belongs to descriptor i % number; they are sorted by their number in
+        QEMU, so that `adopted` can give them in the same order.
+        Raises PostcopydError; then nothing is left in QEMU, and the RAM is as good as empty.
+        """
+        state = (await self._qmp.execute("query-status"))["status"]
+        if state != "inmigrate":
+            raise VmmError(
+                f"The QEMU of {self.name} does not wait for a guest (run state {state}), so its "
+                f"RAM was not touched: start it anew with -incoming defer."
+            )
+        regions = list(shape.regions)
+        if sharers := await trio.to_thread.run_sync(qemu_ram.sharers, regions, self.pid):
+            raise VmmError(sharers[0])
+        await qemu_userfaultfd.close_all(self.pid)
+        await self._settings.apply(qemu_settings.DESTINATION)
+        # Whatever its options: the guest runs when it is told to and not before.
+        await self._qmp.execute("stop")
+        descriptors: dict[int, int] = {}
+        try:
+            await trio.to_thread.run_sync(qemu_ram.empty, regions, self.pid)
+            for _ in range(min(len(regions), MAX_DESCRIPTORS)):
+                ours, number = await qemu_userfaultfd.create(self._qmp, self.pid)
+                descriptors[number] = ours
+        except BaseException:
+            _close(descriptors.values())
+            with trio.CancelScope(shield=True), suppress(PostcopydError, OSError):
+                await self.release()
+            raise
+        return [descriptors[number] for number in sorted(descriptors)]
+
+    async def adopted(self) -> list[int]:
+        """Duplicates of the userfaultfds in QEMU, in the order that `adopt` returned them."""
+        return qemu_userfaultfd.duplicates(self.pid)
+
+    async def load(self, receive: AsyncIterable[bytes]) -> None:
+        """Feed the device state; returns with the guest paused and the stream at its end.
+
+        After any failure this QEMU is of no use any more: `end` it. Raises VmmError, VmmGone, and
+        whatever `receive` raises.
+        """
+        arguments = {"exit-on-error": False} if self._qmp.version >= (9, 1) else {}
+        with self._qmp.events("RESUME", "MIGRATION") as events:
+            async with (
+                qemu_stream.opened(self._qmp, "migrate-incoming", arguments) as ours,
+                qemu_stream.crew() as crew,
+            ):
+                crew.start_soon(qemu_stream.feed, ours, receive)
+                await self._loaded(events)
+
+    async def _loaded(self, events: Events) -> None:
+        ran = False
+        while True:
+            event = await events.next()
+            ran |= event["event"] == "RESUME"
+            status = event.get("data", {}).get("status")
+            if status == "failed":
+                raise VmmError(
+                    f"QEMU could not load the device state of {self.name}: "
+                    f"{await self._why(status)}; see that both QEMUs have the same devices, and start this one anew."
+                )
+            if status == "completed":
+                if ran:
+                    raise VmmError(f"QEMU ran {self.name} before it was told to: end it.")
+                return
+
+    async def run(self) -> None:
+        """Run the guest. Raises Declined when it certainly did not run, another PostcopydError when
+        that cannot be known. Waits while QEMU waits for a page."""
+        try:
+            await self._qmp.execute("cont")
+        except QmpClosed as closed:
+            if closed.unsent:
+                raise Declined(f"The guest {self.name} was not run: {closed}") from None
+            raise
+        except QmpRefused as refusal:
+            if not await self._runs():
+                raise Declined(
+                    f"QEMU would not run the guest {self.name} ({refusal.reason}): see that its "
+                    f"disks are not in use elsewhere."
+                ) from None
+            return
+        # QEMU answers `cont` after RESUME; a state that it ignores `cont` in is neither yes nor no.
+        if not await self._runs():
+            raise VmmError(
+                f"QEMU accepted to run {self.name} but does not: look at QMP query-status."
+            )
+
+    async def release(self) -> None:
+        """Close the userfaultfds in QEMU and put its settings back.
+
+        Only after the guest is drained, or before `load`."""
+        await qemu_userfaultfd.close_all(self.pid)
+        await self._settings.restore()
+
+    async def end(self) -> None:
+        """End QEMU for certain; returns when the process is gone."""
+        await self._end(QUIT_SECONDS)
+
+    async def _end(self, patience: float) -> None:
+        with trio.move_on_after(patience):
+            with suppress(PostcopydError):
+                await self._qmp.execute("quit")
+            await self._exit()
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        await self._exit()
+
+    # ---- both
+
+    async def gone(self) -> None:
+        """Returns when QEMU has ended. Also reads the monitor meanwhile: keep it running."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._idle)
+            await self._exit()
+            nursery.cancel_scope.cancel()
+
+    async def _idle(self) -> None:
+        with suppress(PostcopydError):
+            await self._qmp.drain()
+
+    async def _exit(self) -> None:
+        own = os.dup(self._pidfd)  # one descriptor can be waited for by one task only
+        try:
+            await trio.lowlevel.wait_readable(own)
+        finally:
+            os.close(own)
+
+    async def aclose(self) -> None:
+        """Leave QEMU as it is and let go of its monitor."""
+        self._qmp.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        await trio.lowlevel.checkpoint()
+
+    async def _look(self) -> Literal["running", "paused"]:
+        """Note what the guest does before we change it."""
+        self.before = "running" if await self._runs() else "paused"
+        return self.before
+
+    async def _runs(self) -> bool:
+        return bool((await self._qmp.execute("query-status"))["running"])
+
+    async def _why(self, status: str) -> str:
+        """QEMU's reason for the end of a migration, or where to look for it."""
+        reason = (await self._qmp.execute("query-migrate")).get("error-desc")
+        return str(reason or f"migration {status}, its own log says why").rstrip(".")
+
+
+@contextmanager
+def _patience(name: str) -> Iterator[None]:
+    """Questions are answered in milliseconds, or QEMU's main loop is stuck."""
+    try:
+        with trio.fail_after(ANSWER_SECONDS):
+            yield
+    except trio.TooSlowError:
+        raise VmmTimeout(
+            f"The QEMU of {name} did not answer for {ANSWER_SECONDS:g} s: see whether it is "
+            f"stopped (SIGSTOP), waits for its disks, or for pages of a migration."
+        ) from None
+
+
+def _pidfd(name: str, pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        raise VmmGone(
+            f"The QEMU process {pid} of {name} was not found ({error.strerror}): run postcopyd in "
+            f"the PID namespace of QEMU or above it, and start QEMU if it has ended."
+        ) from None
+
+
+def _close(descriptors: Iterable[int | None]) -> None:
+    for descriptor in descriptors:
+        if descriptor is not None:
+            os.close(descriptor)

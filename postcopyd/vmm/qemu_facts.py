@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be equal on both hosts for a guest of QEMU, and what forbids moving it.
+
+Owns the questions to QEMU and the sentences; RAM is `qemu_ram.py`'s. QEMU's versions may differ:
+the versioned machine type is the promise that matters. Only asks; nothing is changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from postcopyd import procfs
+from postcopyd.vmm.qemu_ram import Backend
+from postcopyd.vmm.qmp import Qmp, QmpRefused
+
+# Capabilities that may be on beside our own: the others change the stream into one that a plain
+# descriptor or ignored RAM cannot carry.
+HARMLESS = {
+    "x-ignore-shared",
+    "events",
+    "pause-before-switchover",
+    "late-block-activate",
+    "auto-converge",
+    "dirty-bitmaps",
+    "validate-uuid",
+    "zero-blocks",
+    "release-ram",
+}
+OVER = {
+    "none",
+    "completed",
+    "cancelled",
+    "failed",
+}  # states of query-migrate in which nothing goes on
+PAUSED = {"paused", "prelaunch"}
+
+# Bits that follow from the number of vCPUs, which newer versions show among the features and older
+# ones add when the guest asks: HTT and CMP_LEGACY, by (leaf, subleaf or -1, register).
+FROM_TOPOLOGY = {(1, -1, "EDX"): 1 << 28, (0x80000001, -1, "ECX"): 1 << 1}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device that the command line or a hot plug made."""
+
+    id: str  # "" when it was given none
+    kind: str  # QOM type
+    bus: str  # last part of the bus's path: the same in all versions
+    address: int | None  # PCI slot << 3 | function
+    path: str
+
+    @property
+    def place(self) -> str:
+        if self.address is None:
+            return self.bus or "no bus"
+        return f"{self.bus} {self.address >> 3:02x}.{self.address & 7}"
+
+
+async def devices(qmp: Qmp) -> AsyncIterator[Device]:
+    """All devices that are not part of the machine type.
+
+    From QOM, because `query-pci` shows what is behind a bridge only after the firmware has run.
+    """
+    for container in ("peripheral", "peripheral-anon"):
+        for entry in await qmp.execute("qom-list", {"path": f"/machine/{container}"}):
+            kind = entry["type"]
+            if not kind.startswith("child<"):
+                continue
+            path = f"/machine/{container}/{entry['name']}"
+            bus = await _get(qmp, path, "parent_bus") or ""
+            address = await _get(qmp, path, "addr")
+            yield Device(
+                entry["name"] if container == "peripheral" else "",
+                kind.removeprefix("child<").removesuffix(">"),
+                bus.rpartition("/")[2],
+                address if isinstance(address, int) and address >= 0 else None,
+                path,
+            )
+
+
+async def facts(qmp: Qmp, backends: list[Backend], present: list[Device]) -> dict[str, str]:
+    """What must be equal on both hosts, each as text for people."""
+    cpus = await qmp.execute("query-cpus-fast")
+    smp = await _get(qmp, "/machine", "smp") or {}
+    memory = await _get(qmp, "/machine", "memory") or {}
+    plugged = await qmp.execute("query-memory-devices")
+    kvm = (await qmp.execute("query-kvm"))["enabled"]
+    topology = ", ".join(
+        f"{smp[key]} {key}"
+        for key in sorted(smp)
+        if key not in ("cpus", "maxcpus") and smp[key] != 1
+    )
+    found = {
+        "machine": str(await _get(qmp, "/machine", "type")).removesuffix("-machine"),
+        "accelerator": "KVM" if kvm else "TCG",
+        "CPU": await _cpu(qmp, cpus[0]["qom-path"]),
+        "vCPUs": f"{len(cpus)} of at most {smp.get('maxcpus', len(cpus))}, {topology or 'flat'}",
+        "RAM": ", ".join(f"{backend.id} of {backend.size} bytes" for backend in backends),
+        "memory layout": ", ".join(
+            [f"{key} {memory[key]}" for key in sorted(memory)]
+            + [f"below 4 GiB at most {await _get(qmp, '/machine', 'max-ram-below-4g')}"]
+        ),
+    }
+    if numa := _digestible((await _try(qmp, "x-query-numa") or {}).get("human-readable-text", "")):
+        found["NUMA"] = numa
+    for device in plugged:
+        data = device["data"]
+        found[f"memory device {data.get('id', '')}"] = (
+            f"{device['type']} of {data.get('size')} bytes at {data.get('addr', 0):#x}, "
+            f"slot {data.get('slot')}"
+        )
+    nameless: dict[str, list[str]] = {}
+    for device in present:
+        if device.id:
+            found[f"device {device.id}"] = f"{device.kind} at {device.place}"
+        else:
+            nameless.setdefault(device.place, []).append(device.kind)
+    for place, kinds in nameless.items():
+        found[f"devices at {place}"] = ", ".join(sorted(kinds))
+    return found
+
+
+async def refusals(
+    qmp: Qmp, pid: int, role: str, run_state: str, present: list[Device]
+) -> list[str]:
+    """Why this guest cannot be migrated now in this role, RAM aside; a sentence each."""
+    migration = await qmp.execute("query-migrate")
+    under_way = migration.get("status", "none")
+    problems = []
+    if role == "source":
+        if run_state == "inmigrate":
+            problems.append("QEMU waits for an incoming migration: it has no guest to give away.")
+        elif run_state == "postmigrate":
+            problems.append(
+                "The guest was stopped by an earlier migration (run state postmigrate): if it runs "
+                "nowhere else, send QMP `cont` and try again."
+            )
+        elif run_state not in PAUSED | {"running"}:
+            problems.append(
+                f"The guest is neither running nor paused but '{run_state}': bring it to one of "
+                f"these (QMP `cont`, `stop` or `system_reset`) and try again."
+            )
+    elif run_state != "inmigrate":
+        problems.append(
+            f"QEMU does not wait for a guest (run state {run_state}): start it anew with "
+            f"-incoming defer."
+        )
+    elif _incoming(pid) not in (None, "defer") or under_way != "none":
+        problems.append(
+            "QEMU has been told already where its guest comes from: start it anew with "
+            "-incoming defer."
+        )
+    if role == "source" and under_way not in OVER:
+        problems.append(
+            f"QEMU is migrating this guest already ({under_way}): wait for its end or send "
+            f"QMP `migrate_cancel`."
+        )
+    for reason in migration.get("blocked-reasons", []):
+        problems.append(f"QEMU says that this guest cannot be migrated: {reason.rstrip('.')}.")
+    problems += [problem async for problem in _settings(qmp)]
+    problems += [problem async for problem in _devices(qmp, present)]
+    return problems
+
+
+async def _settings(qmp: Qmp) -> AsyncIterator[str]:
+    capabilities = await qmp.execute("query-migrate-capabilities")
+    on = {c["capability"] for c in capabilities if c["state"]}
+    if "x-ignore-shared" not in {c["capability"] for c in capabilities}:
+        yield "This QEMU cannot leave RAM out of its stream: use QEMU 4.0 or later."
+    for name in sorted(on - HARMLESS):
+        yield (
+            f"QEMU's migration capability {name} is on: switch it off with "
+            f"QMP `migrate-set-capabilities`."
+        )
+    parameters = await qmp.execute("query-migrate-parameters")
+    if parameters.get("tls-creds"):
+        yield "QEMU's migration parameter tls-creds is set: set it to an empty string."
+    if parameters.get("mode", "normal") != "normal":
+        yield f"QEMU's migration mode is {parameters['mode']}: set it to normal."
+
+
+async def _devices(qmp: Qmp, present: list[Device]) -> AsyncIterator[str]:
+    for device in present:
+        name = f"Device '{device.id or device.path}' ({device.kind})"
+        if device.kind.startswith("vfio"):
+            yield f"{name} pins the guest's RAM: unplug it before the migration."
+        elif device.kind.startswith(("vhost-user", "vhost-vdpa")):
+            yield (
+                f"{name} lets another process read guest RAM, which would find zeros in pages that "
+                f"have not arrived: unplug it, or use a device that QEMU emulates."
+            )
+        elif await _get(qmp, device.path, "free-page-reporting") is True:
+            yield (
+                f"{name} reports free pages, which come and go unseen: start both QEMUs with "
+                f"free-page-reporting=off."
+            )
+    for plugged in await qmp.execute("query-memory-devices"):
+        if plugged["type"] != "dimm":
+            yield (
+                f"Memory device '{plugged['data'].get('id', '')}' ({plugged['type']}) discards or "
+                f"persists pages unseen: unplug it, or use a pc-dimm with a memory-backend-file."
+            )
+
+
+def _incoming(pid: int) -> str | None:
+    """What stands after -incoming on the command line ("defer"), None when it cannot be told."""
+    words = procfs.arguments(pid)
+    for option, value in pairwise(words):
+        if option in ("-incoming", "--incoming"):
+            return value
+    return None
+
+
+async def _cpu(qmp: Qmp, path: str) -> str:
+    """The CPU's type, and a digest of all that CPUID shows of it and that is set."""
+    words = await _get(qmp, path, "feature-words") or []
+    features = []
+    for word in words:
+        leaf = (word["cpuid-input-eax"], word.get("cpuid-input-ecx", -1), word["cpuid-register"])
+        # Later versions know more words; one that is zero says nothing.
+        if bits := word["features"] & ~FROM_TOPOLOGY.get(leaf, 0):
+            features.append((*leaf, bits))
+    features.sort()
+    other = [
+        await _get(qmp, path, key)
+        for key in (
+            "vendor",
+            "family",
+            "model",
+            "stepping",
+            "model-id",
+            "level",
+            "xlevel",
+            "phys-bits",
+        )
+    ]
+    digest = hashlib.sha256(json.dumps([features, other]).encode()).hexdigest()[:12]
+    return f"{str(await _get(qmp, path, 'type')).removesuffix('-cpu')}, CPUID {digest}"
+
+
+async def _get(qmp: Qmp, path: str, key: str) -> Any:
+    """A QOM property, None when the object has none of this name."""
+    return await _try(qmp, "qom-get", {"path": path, "property": key})
+
+
+async def _try(qmp: Qmp, command: str, arguments: dict[str, Any] | None = None) -> Any:
+    try:
+        return await qmp.execute(command, arguments)
+    except QmpRefused:
+        return None
+
+
+def _digestible(text: str) -> str:
+    """QEMU's text for people in one line."""
+    return "; ".join(line.strip() for line in text.splitlines())

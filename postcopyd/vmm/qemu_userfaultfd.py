@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The userfaultfds that a QEMU holds: making them there, finding them, closing them there.
+
+Owns the two ways of making one (the system call, and the device lent by QMP to a QEMU that may not
+make the call). How a call is run inside QEMU is `adoption`'s business, what it is good for the
+engine's. QEMU's seccomp filter forbids by list and these calls are not on it: no obstacle.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+import trio
+
+from postcopyd import adoption, procfs
+from postcopyd.errors import PostcopydError
+from postcopyd.vmm import VmmError
+from postcopyd.vmm.qmp import Qmp
+
+LINK = "anon_inode:[userfaultfd]"
+DEVICE = "/dev/userfaultfd"
+LENT = "postcopyd-userfaultfd"  # the device's name in QEMU's monitor
+
+
+def numbers(pid: int) -> list[int]:
+    """All that QEMU has, in order. With x-ignore-shared it makes none itself: all are ours."""
+    return sorted(number for number, link in procfs.descriptors(pid).items() if link == LINK)
+
+
+async def create(qmp: Qmp, pid: int) -> tuple[int, int]:
+    """Make one: our duplicate (the caller's) and its number in QEMU. Raises PostcopydError."""
+    with suppress(PermissionError):
+        return await adoption.create_userfaultfd(pid, allow_seccomp=True)
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise VmmError(
+            f"QEMU {pid} may not use userfaultfd and {DEVICE} could not be opened "
+            f"({error.strerror}): set sysctl vm.unprivileged_userfaultfd=1, or let postcopyd open "
+            f"the device."
+        ) from None
+    try:
+        await qmp.execute("getfd", {"fdname": LENT}, fd=device)
+    finally:
+        os.close(device)
+    try:
+        lent = [n for n, link in procfs.descriptors(pid).items() if link == DEVICE]
+        if not lent:
+            raise VmmError(f"QEMU {pid} did not keep {DEVICE}, which it was lent: see its log.")
+        return await adoption.create_userfaultfd(pid, device_fd=lent[0], allow_seccomp=True)
+    except PermissionError as error:
+        raise VmmError(
+            f"QEMU {pid} may not use userfaultfd even through {DEVICE} ({error.strerror}): see what "
+            f"its security module (AppArmor, SELinux) forbids."
+        ) from None
+    finally:
+        with trio.CancelScope(shield=True), suppress(PostcopydError):
+            await qmp.execute("closefd", {"fdname": LENT})
+
+
+def duplicates(pid: int) -> list[int]:
+    """Duplicates of all that QEMU has, in the order of `numbers`. Raises PostcopydError."""
+    return [adoption.duplicate(pid, number) for number in numbers(pid)]
+
+
+async def close_all(pid: int) -> None:
+    """Close all of them in QEMU. Raises PostcopydError."""
+    for number in numbers(pid):
+        await adoption.close_in(pid, number, allow_seccomp=True)

@@ -1,0 +1,1318 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The native engine, tried with real userfaultfds on this program's own memory and TCP over loopback.
+ * `engine_test NAME` runs one subtest and exits with 0 when it holds, 77 when the machine lacks a part
+ * (the last line of stderr says which), anything else when it does not hold. Most subtests connect two
+ * engines; in some the test itself is one end (`by hand`) and sees every frame.
+ *
+ * Guest memory proves itself: each word of each page has a value known from its place, and each guest
+ * thread writes one word of its own into each page that it visits. A page that was lost, torn, placed
+ * twice or overwritten after the guest wrote shows in check_guest. */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sched.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "uffd.h"
+
+enum { MISSING = 77, SMALL = 4096, HUGE = 2 << 20, MAX_REGIONS = 2, MAX_THREADS = 16 };
+
+#define check(holds, ...)                                                                          \
+  do {                                                                                             \
+    if (!(holds)) {                                                                                \
+      fprintf(stderr, "%s:%d: not so: %s: ", __func__, __LINE__, #holds);                          \
+      fprintf(stderr, __VA_ARGS__);                                                                \
+      fprintf(stderr, "\n");                                                                       \
+      _exit(1);                                                                                    \
+    }                                                                                              \
+  } while (0)
+#define get(field) __atomic_load_n(&(field), __ATOMIC_ACQUIRE)
+/* Waits for what other threads bring about; the alarm in main ends a wait in vain. */
+#define wait_until(holds)                                                                          \
+  do                                                                                               \
+    waiting_for = __LINE__;                                                                        \
+  while (!(holds) && !usleep(100))
+
+static volatile int waiting_for;
+
+static void missing(const char *what) {
+  fprintf(stderr, "missing: %s\n", what);
+  exit(MISSING);
+}
+
+static uint64_t mix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+  return x ^ x >> 31;
+}
+
+static uint64_t drawn = 1;
+static uint64_t draw(void) {
+  return mix(drawn++);
+}
+
+/* --- guest memory ------------------------------------------------------------------------------ */
+
+enum content { HOLE, ZEROS, DATA };
+
+struct guest {
+  unsigned count;
+  struct ram {
+    uint64_t pages;
+    uint32_t page_size;
+    int source, file, uffd; /* file -1: the destination has anonymous memory */
+    uint8_t *at;            /* the destination's mapping */
+    enum content (*content)(uint64_t page);
+    uint8_t *visited[MAX_THREADS]; /* pages where that thread has left its word */
+  } ram[MAX_REGIONS];
+};
+
+static enum content all_data(uint64_t page) {
+  (void)page;
+  return DATA;
+}
+
+/* Runs of all kinds, of many lengths. */
+static enum content mixed(uint64_t page) {
+  uint64_t block = page % 512 < 256 ? page / 64 : page / 3;
+  return (enum content)(mix(block) % 3);
+}
+
+static uint64_t word_of(const struct ram *m, uint64_t page, uint64_t word) {
+  return m->content(page) == DATA ? mix(page << 20 | word) | 1 : 0;
+}
+
+static void fill_page(const struct ram *m, uint64_t page, uint8_t *to) {
+  for (uint64_t i = 0; i < m->page_size / 8; i++)
+    ((uint64_t *)to)[i] = word_of(m, page, i);
+}
+
+/* Sanitizers must not shadow guest memory of 16 GiB: past their interceptor. */
+static uint8_t *map(uint64_t bytes, int fd, int flags) {
+  void *at = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE,
+                             fd < 0 ? flags | MAP_PRIVATE | MAP_ANONYMOUS : flags | MAP_SHARED, fd, 0);
+  check(at != MAP_FAILED, "mapping %llu bytes: %m", (unsigned long long)bytes);
+  return at;
+}
+
+static int new_uffd(void) {
+  int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0)
+    missing("userfaultfd");
+  return fd;
+}
+
+static int new_file(uint64_t bytes, uint32_t page_size) {
+  int fd = memfd_create("guest", MFD_CLOEXEC | (page_size == HUGE ? MFD_HUGETLB | (21 << 26) : 0));
+  check(fd >= 0 && !ftruncate(fd, (off_t)bytes), "memfd: %m");
+  return fd;
+}
+
+static struct ram *add_ram(struct guest *g, uint64_t pages, uint32_t page_size,
+                           enum content (*content)(uint64_t)) {
+  struct ram *m = &g->ram[g->count++];
+  uint64_t bytes = pages * page_size;
+  *m = (struct ram){.pages = pages, .page_size = page_size, .content = content};
+  m->source = new_file(bytes, page_size);
+  m->file = new_file(bytes, page_size);
+  m->at = map(bytes, m->file, 0);
+  m->uffd = new_uffd();
+  return m;
+}
+
+/* Writes what `content` says to the source's file, from page `from` to `to`. */
+static void fill_source(struct ram *m, uint64_t from, uint64_t to) {
+  uint8_t *at = map(m->pages * m->page_size, m->source, 0);
+  for (uint64_t page = from; page < to; page++)
+    if (m->content(page) != HOLE)
+      fill_page(m, page, at + page * m->page_size);
+  munmap(at, m->pages * m->page_size);
+}
+
+static uint64_t count_content(struct guest *g, enum content content) {
+  uint64_t n = 0;
+  for (struct ram *m = g->ram; m < g->ram + g->count; m++)
+    for (uint64_t page = 0; page < m->pages; page++)
+      n += m->content(page) == content;
+  return n;
+}
+
+static uint64_t allocated(int fd) {
+  struct stat st;
+  check(!fstat(fd, &st), "%m");
+  return (uint64_t)st.st_blocks * 512;
+}
+
+static void discard(struct ram *m, uint64_t page, uint64_t count) {
+  if (m->file >= 0)
+    check(!fallocate(m->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                     (off_t)(page * m->page_size), (off_t)(count * m->page_size)), "%m");
+  else
+    check(!madvise(m->at + page * m->page_size, count * m->page_size, MADV_DONTNEED), "%m");
+}
+
+static uint64_t load(struct ram *m, uint64_t page, uint64_t word) {
+  return __atomic_load_n((uint64_t *)(m->at + page * m->page_size) + word, __ATOMIC_RELAXED);
+}
+
+static bool page_is(struct ram *m, uint64_t page, bool zeros) {
+  for (uint64_t i = 0; i < m->page_size / 8; i++)
+    if (load(m, page, i) != (zeros ? 0 : word_of(m, page, i)))
+      return false;
+  return true;
+}
+
+static const uint64_t LEFT = 0x5555555555555554ull; /* a thread's word becomes what it was ^ LEFT */
+
+/* Visits one page as guest thread `id`: all must be as in the source or as this thread left it. */
+static void visit(struct ram *m, uint64_t page, unsigned id) {
+  uint64_t *own = (uint64_t *)(m->at + page * m->page_size) + id;
+  uint64_t expected = word_of(m, page, id) ^ (m->visited[id][page] ? LEFT : 0);
+  uint64_t is = __atomic_load_n(own, __ATOMIC_RELAXED);
+  check(is == expected, "word %u of page %llu is %llx", id, (unsigned long long)page,
+        (unsigned long long)is);
+  uint64_t far = m->page_size / 8 - 1 - (page + id) % 128;
+  check(load(m, page, far) == word_of(m, page, far), "page %llu", (unsigned long long)page);
+  if (!m->visited[id][page]) {
+    m->visited[id][page] = 1;
+    __atomic_store_n(own, expected ^ LEFT, __ATOMIC_RELAXED);
+  }
+}
+
+struct guest_thread {
+  struct guest *guest;
+  unsigned id;
+  uint64_t visits; /* 0: every page once */
+  pthread_t thread;
+};
+
+static void *guest_run(void *argument) {
+  struct guest_thread *t = argument;
+  uint64_t pages = 0, seed = t->id * 1000003ull;
+  for (unsigned i = 0; i < t->guest->count; i++)
+    pages += t->guest->ram[i].pages;
+  for (uint64_t i = 0; i < (t->visits ? t->visits : pages); i++) {
+    /* An odd multiplier goes through all of a power of two, and roughly at random. */
+    uint64_t page = t->visits ? mix(seed + i) % pages : (i * 0x9e3779b1ull + seed) % pages;
+    struct ram *m = t->guest->ram;
+    for (; page >= m->pages; m++)
+      page -= m->pages;
+    visit(m, page, t->id);
+  }
+  return NULL;
+}
+
+static struct guest_thread *guest_start(struct guest *g, unsigned threads, uint64_t visits) {
+  struct guest_thread *t = calloc(threads, sizeof *t);
+  for (struct ram *m = g->ram; m < g->ram + g->count; m++)
+    for (unsigned i = 0; i < threads; i++)
+      m->visited[i] = calloc(m->pages, 1);
+  for (unsigned i = 0; i < threads; i++) {
+    t[i] = (struct guest_thread){.guest = g, .id = i, .visits = visits};
+    check(!pthread_create(&t[i].thread, NULL, guest_run, &t[i]), "thread");
+  }
+  return t;
+}
+
+static void guest_join(struct guest_thread *t, unsigned threads) {
+  for (unsigned i = 0; i < threads; i++)
+    pthread_join(t[i].thread, NULL);
+  free(t);
+}
+
+/* Every word of every page, and what the guest's threads wrote. */
+static void check_guest(struct guest *g) {
+  for (struct ram *m = g->ram; m < g->ram + g->count; m++)
+    for (uint64_t page = 0; page < m->pages; page++)
+      for (uint64_t i = 0; i < m->page_size / 8; i++) {
+        uint64_t left = i < MAX_THREADS && m->visited[i] && m->visited[i][page] ? LEFT : 0;
+        check(load(m, page, i) == (word_of(m, page, i) ^ left), "word %llu of page %llu is %llx",
+              (unsigned long long)i, (unsigned long long)page,
+              (unsigned long long)load(m, page, i));
+      }
+}
+
+static void guest_free(struct guest *g) {
+  for (struct ram *m = g->ram; m < g->ram + g->count; m++) {
+    munmap(m->at, m->pages * m->page_size);
+    close(m->source), close(m->uffd);
+    if (m->file >= 0)
+      close(m->file);
+    for (unsigned i = 0; i < MAX_THREADS; i++)
+      free(m->visited[i]);
+  }
+}
+
+/* --- engines ----------------------------------------------------------------------------------- */
+
+struct pair {
+  struct guest *guest;
+  int wake, record;
+  struct pc_dest *dest;
+  struct pc_source *source;
+  struct pc_stats *at, *from; /* the destination's statistics, the source's */
+};
+
+static void regions_of(struct guest *g, struct pc_region to[MAX_REGIONS], bool source) {
+  for (unsigned i = 0; i < g->count; i++) {
+    struct ram *m = &g->ram[i];
+    to[i] = (struct pc_region){.address = (uintptr_t)m->at, .pages = m->pages,
+                               .page_size = m->page_size, .uffd = m->uffd,
+                               .fd = source ? m->source : -1};
+  }
+}
+
+static void new_source(struct pair *p) {
+  struct pc_region regions[MAX_REGIONS];
+  char error[200];
+  regions_of(p->guest, regions, true);
+  p->source = pc_source_new(regions, p->guest->count, p->wake, error);
+  check(p->source, "%s", error);
+  p->from = pc_source_stats(p->source);
+}
+
+static struct pair new_dest(struct guest *g) {
+  struct pair p = {.guest = g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  struct pc_region regions[MAX_REGIONS];
+  char error[200];
+  p.record = memfd_create("record", MFD_CLOEXEC);
+  regions_of(g, regions, false);
+  p.dest = pc_dest_new(regions, g->count, p.record, p.wake, error);
+  check(p.dest, "%s", error);
+  p.at = pc_dest_stats(p.dest);
+  check(!pc_dest_register(p.dest), "%s", p.at->sentence);
+  return p;
+}
+
+static void tcp_pair(int fd[2]) {
+  struct sockaddr_in name = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+  socklen_t size = sizeof name;
+  int on = 1, listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  fd[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  check(!bind(listener, (void *)&name, size) && !listen(listener, 1) &&
+            !getsockname(listener, (void *)&name, &size) && !connect(fd[0], (void *)&name, size),
+        "%m");
+  fd[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK); /* as an event loop has it */
+  check(fd[1] >= 0, "%m");
+  setsockopt(fd[0], IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  close(listener);
+}
+
+static void connect_engines(struct pair *p, bool urgent) {
+  int fd[2];
+  tcp_pair(fd);
+  check(!pc_dest_connect(p->dest, fd[0], urgent) && !pc_source_connect(p->source, fd[1], urgent), " ");
+}
+
+/* Both engines with one urgent and some push connections, at work. */
+static struct pair start(struct guest *g, int pushes, uint64_t rate) {
+  struct pair p = new_dest(g);
+  new_source(&p);
+  connect_engines(&p, true);
+  for (int i = 0; i < pushes; i++)
+    connect_engines(&p, false);
+  check(!pc_source_serve(p.source), "%s", p.from->sentence);
+  if (pushes)
+    check(!pc_source_push(p.source, rate), "%s", p.from->sentence);
+  return p;
+}
+
+static bool drained(struct pair *p) {
+  int failure = get(p->at->failure);
+  check(failure <= PC_OK, "%s", p->at->sentence);
+  return get(p->at->confirmed_pages) == p->at->total_pages;
+}
+
+static void finish(struct pair *p) {
+  if (p->source)
+    pc_source_free(p->source);
+  pc_dest_disconnect(p->dest);
+  pc_dest_unregister(p->dest, 1);
+  pc_dest_free(p->dest);
+  close(p->wake), close(p->record);
+}
+
+/* One end by hand. */
+static void send_frame(int fd, enum frame_kind kind, unsigned region, uint64_t page, uint32_t count,
+                       const void *payload, uint32_t bytes) {
+  uint8_t header[FRAME_BYTES];
+  pc_frame_encode(header, kind, (int)region, page, count, bytes);
+  struct iovec iov[2] = {{header, sizeof header}, {(void *)payload, bytes}};
+  check(!write_all(fd, iov, bytes ? 2 : 1), "%m");
+}
+
+static void send_page(int fd, struct ram *m, uint64_t page) {
+  uint8_t *bytes = malloc(m->page_size);
+  fill_page(m, page, bytes);
+  send_frame(fd, FRAME_PAGES, 0, page, 1, bytes, m->page_size);
+  free(bytes);
+}
+
+static int bytes_waiting(int fd) {
+  int n = 0;
+  ioctl(fd, FIONREAD, &n);
+  return n;
+}
+
+/* A destination with an urgent connection, of which the other end is returned. */
+static int by_hand(struct pair *p, bool urgent) {
+  int fd[2];
+  tcp_pair(fd);
+  check(!pc_dest_connect(p->dest, fd[0], urgent), " ");
+  fcntl(fd[1], F_SETFL, 0);
+  return fd[1];
+}
+
+static uint64_t read_request(int fd) {
+  uint8_t in[FRAME_BYTES];
+  int64_t f[5];
+  check(recv(fd, in, sizeof in, MSG_WAITALL) == sizeof in && !pc_frame_decode(in, f), "%m");
+  check(f[0] == FRAME_REQUEST && f[3] == 1 && f[4] == 0, "not a request");
+  return (uint64_t)f[2];
+}
+
+struct reader {
+  struct ram *ram;
+  uint64_t page, value;
+  bool done;
+  pthread_t thread;
+};
+
+static void *reader_run(void *argument) {
+  struct reader *r = argument;
+  r->value = load(r->ram, r->page, 0);
+  __atomic_store_n(&r->done, true, __ATOMIC_RELEASE);
+  return NULL;
+}
+
+static void reader_start(struct reader *r, struct ram *m, uint64_t page) {
+  *r = (struct reader){.ram = m, .page = page};
+  check(!pthread_create(&r->thread, NULL, reader_run, r), "thread");
+}
+
+/* --- whole guests ------------------------------------------------------------------------------ */
+
+static void check_counts(struct pair *p, bool none_twice) {
+  struct pc_stats *d = p->at, *s = p->from;
+  check(get(d->confirmed_pages) == d->total_pages, " ");
+  check(get(d->urgent_pages) + get(d->pushed_pages) + get(d->zero_pages) == d->total_pages,
+        "%llu urgent, %llu pushed, %llu zero", (unsigned long long)d->urgent_pages,
+        (unsigned long long)d->pushed_pages, (unsigned long long)d->zero_pages);
+  check(get(d->existing_pages) == 0 && get(d->stalls) == 0, " ");
+  if (!none_twice)
+    return;
+  check(get(d->duplicate_pages) == 0, "%llu", (unsigned long long)d->duplicate_pages);
+  wait_until(get(s->urgent_pages) == get(d->urgent_pages) &&
+             get(s->pushed_pages) == get(d->pushed_pages) &&
+             get(s->zero_pages) == get(d->zero_pages) &&
+             get(s->transferred_bytes) == get(d->transferred_bytes));
+}
+
+static void move(int pushes) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 8192, SMALL, mixed);
+  fill_source(m, 0, m->pages);
+  struct pair p = start(&g, pushes, 0);
+  struct guest_thread *t = guest_start(&g, 4, 0);
+  guest_join(t, 4);
+  wait_until(drained(&p));
+  check_counts(&p, true);
+  check(get(p.from->failure) == PC_OK && get(p.at->answered) <= get(p.at->requests), " ");
+  if (pushes) {
+    wait_until(get(p.from->pushing) == 0);
+    check(get(p.from->urgent_pages) + get(p.from->pushed_pages) == count_content(&g, DATA), " ");
+  }
+  check(!pc_dest_unregister(p.dest, 0), "refused");
+  check_guest(&g);
+  finish(&p);
+  guest_free(&g);
+}
+
+static void moved_1(void) { move(1); }
+static void moved_4(void) { move(4); }
+static void urgent_only(void) { move(0); }
+
+static void two_regions(void) {
+  struct guest g = {0};
+  add_ram(&g, 3001, SMALL, mixed); /* not a multiple of the bitmap's word */
+  add_ram(&g, 1095, SMALL, mixed);
+  fill_source(&g.ram[0], 0, g.ram[0].pages);
+  fill_source(&g.ram[1], 0, g.ram[1].pages);
+  struct pair p = start(&g, 2, 0);
+  guest_join(guest_start(&g, 4, 4000), 4);
+  wait_until(drained(&p));
+  check_counts(&p, true);
+  check_guest(&g);
+  finish(&p);
+  guest_free(&g);
+}
+
+static int huge_before = -1;
+static void huge_pages_back(void) {
+  FILE *f = fopen("/proc/sys/vm/nr_hugepages", "w");
+  if (f && huge_before >= 0)
+    fprintf(f, "%d", huge_before);
+  if (f)
+    fclose(f);
+}
+
+static void huge_pages(void) {
+  enum { PAGES = 12 };
+  FILE *f = fopen("/proc/sys/vm/nr_hugepages", "r+");
+  int now = 0;
+  if (!f || fscanf(f, "%d", &huge_before) != 1)
+    missing("hugetlbfs");
+  atexit(huge_pages_back);
+  rewind(f), fprintf(f, "%d", huge_before + 2 * PAGES), fflush(f);
+  rewind(f);
+  if (fscanf(f, "%d", &now) != 1 || now < huge_before + 2 * PAGES)
+    missing("24 huge pages of 2 MiB");
+  fclose(f);
+  struct guest g = {0};
+  add_ram(&g, 1024, SMALL, mixed);
+  add_ram(&g, PAGES, HUGE, mixed);
+  fill_source(&g.ram[0], 0, g.ram[0].pages);
+  fill_source(&g.ram[1], 0, PAGES);
+  struct pair p = start(&g, 2, 0);
+  guest_join(guest_start(&g, 4, 2000), 4);
+  wait_until(drained(&p));
+  check_counts(&p, true);
+  check_guest(&g);
+  uint64_t before = get(p.at->discarded_pages);
+  for (uint64_t page = 0; page < PAGES; page++) {
+    discard(&g.ram[1], page, 1);
+    check(page_is(&g.ram[1], page, true), "a discarded huge page came back");
+  }
+  wait_until(get(p.at->discarded_pages) == before + PAGES);
+  finish(&p);
+  guest_free(&g);
+  huge_pages_back();
+}
+
+static void anonymous(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 4096, SMALL, mixed);
+  uint8_t *at = map(m->pages * SMALL, -1, 0);
+  int ready[2];
+  check(!pipe(ready), "%m");
+  pid_t child = fork();
+  if (!child) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    for (uint64_t page = 0; page < m->pages; page++)
+      if (mixed(page) != HOLE)
+        fill_page(m, page, at + page * SMALL);
+    check(write(ready[1], "", 1) == 1, "%m");
+    for (;;)
+      pause();
+  }
+  char byte;
+  check(read(ready[0], &byte, 1) == 1, "%m");
+  struct pair p = new_dest(&g);
+  struct pc_region region = {.address = (uintptr_t)at, .pages = m->pages, .page_size = SMALL,
+                             .fd = -1, .pid = child};
+  char error[200];
+  p.source = pc_source_new(&region, 1, p.wake, error);
+  check(p.source, "%s", error);
+  p.from = pc_source_stats(p.source);
+  check(!pc_source_scan(p.source), " ");
+  connect_engines(&p, true);
+  connect_engines(&p, false);
+  connect_engines(&p, false);
+  check(!pc_source_serve(p.source) && !pc_source_push(p.source, 0), " ");
+  guest_join(guest_start(&g, 4, 2000), 4);
+  wait_until(drained(&p));
+  check_counts(&p, true);
+  check_guest(&g);
+
+  /* The same VMM dies before a second destination has asked for anything. */
+  struct guest other = {0};
+  add_ram(&other, 4096, SMALL, mixed);
+  struct pair q = new_dest(&other);
+  q.source = pc_source_new(&region, 1, q.wake, error);
+  q.from = pc_source_stats(q.source);
+  kill(child, SIGKILL), waitpid(child, NULL, 0);
+  connect_engines(&q, true);
+  check(!pc_source_serve(q.source), " ");
+  struct reader r;
+  reader_start(&r, other.ram, 5);
+  wait_until(get(q.from->failure) == PC_VMM_GONE);
+  usleep(1000);
+  check(!get(r.done), "a fault was answered though its page is lost");
+  finish(&q);
+  pthread_join(r.thread, NULL);
+  finish(&p);
+  guest_free(&other), guest_free(&g);
+  munmap(at, m->pages * SMALL), close(ready[0]), close(ready[1]);
+}
+
+/* --- holes and zeros --------------------------------------------------------------------------- */
+
+static void zeros(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 8192, SMALL, mixed);
+  fill_source(m, 0, m->pages);
+  uint64_t data = count_content(&g, DATA);
+  check(allocated(m->source) == (data + count_content(&g, ZEROS)) * SMALL, "the source's holes");
+  struct pair p = start(&g, 2, 0);
+  wait_until(drained(&p));
+  check_counts(&p, true);
+  check(get(p.at->zero_pages) == m->pages - data, " ");
+  check(get(p.at->transferred_bytes) < data * SMALL * 101 / 100 + m->pages * 2, "%llu bytes for %llu",
+        (unsigned long long)p.at->transferred_bytes, (unsigned long long)(data * SMALL));
+  check(allocated(m->file) == data * SMALL, "%llu", (unsigned long long)allocated(m->file));
+  check_guest(&g); /* touches all */
+  wait_until(get(p.at->discarded_pages) == m->pages - data);
+  check(get(p.at->requests) == 0, " ");
+  check(allocated(m->source) == (data + count_content(&g, ZEROS)) * SMALL, "holes were read");
+  finish(&p);
+  guest_free(&g);
+}
+
+static enum content sparse_content(uint64_t page) {
+  return page % (1 << 20) < 640 ? DATA : HOLE; /* 2.5 MiB at the start of each 4 GiB */
+}
+
+static void sparse(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 4 << 20, SMALL, sparse_content);
+  for (uint64_t page = 0; page < m->pages; page += 1 << 20)
+    fill_source(m, page, page + 640);
+  uint64_t before = pc_monotonic_ns();
+  struct pair p = start(&g, 2, 0);
+  wait_until(drained(&p));
+  double ms = (double)(pc_monotonic_ns() - before) / 1e6;
+  check(get(p.at->transferred_bytes) < (10 << 20) * 1.01, "%llu bytes",
+        (unsigned long long)p.at->transferred_bytes);
+  check(allocated(m->file) == 10 << 20 && allocated(m->source) == 10 << 20, " ");
+  printf("16 GiB with 10 MiB of data: %.1f ms\n", ms);
+  check(ms < 2000, "%.0f ms", ms); /* reading 16 GiB of holes would take longer */
+  for (uint64_t page = 0; page < m->pages; page += 1 << 19)
+    check(page_is(m, page, sparse_content(page) == HOLE), " ");
+  finish(&p);
+  guest_free(&g);
+}
+
+/* --- one page, by hand ------------------------------------------------------------------------- */
+
+static void one_request(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 64, SMALL, all_data);
+  struct pair p = new_dest(&g);
+  int source = by_hand(&p, true);
+  struct reader r[16];
+  for (unsigned i = 0; i < 16; i++)
+    reader_start(&r[i], m, 9);
+  check(read_request(source) == 9, " ");
+  wait_until(get(p.at->faults) == 16);
+  struct reader last;
+  reader_start(&last, m, 10); /* when its request is here, all before it would be */
+  check(read_request(source) == 10, " ");
+  check(bytes_waiting(source) == 0 && get(p.at->requests) == 2, "asked again");
+  send_page(source, m, 10);
+  send_page(source, m, 9);
+  for (unsigned i = 0; i < 16; i++) {
+    pthread_join(r[i].thread, NULL);
+    check(r[i].value == word_of(m, 9, 0), " ");
+  }
+  pthread_join(last.thread, NULL);
+  wait_until(get(p.at->answered) == 2);
+  check(get(p.at->urgent_pages) == 2 && bytes_waiting(source) == 0, " ");
+  close(source);
+  finish(&p);
+  guest_free(&g);
+}
+
+static void discarded(bool of_file) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 64, SMALL, all_data);
+  if (!of_file) {
+    munmap(m->at, m->pages * SMALL);
+    close(m->file);
+    m->file = -1, m->at = map(m->pages * SMALL, -1, 0);
+  }
+  struct pair p = new_dest(&g);
+  int source = by_hand(&p, true);
+  send_page(source, m, 3);
+  wait_until(get(p.at->confirmed_pages) == 1);
+  check(page_is(m, 3, false) && get(p.at->faults) == 0, "not placed");
+  discard(m, 3, 1);
+  check(page_is(m, 3, true), "a discarded page is not zeros");
+  wait_until(get(p.at->discarded_pages) == 1);
+  check(get(p.at->requests) == 0, " ");
+  send_page(source, m, 3);
+  wait_until(get(p.at->duplicate_pages) == 1);
+  check(page_is(m, 3, true), "a late duplicate came through");
+  discard(m, 3, 1); /* and with nothing there for EEXIST to protect */
+  send_page(source, m, 3);
+  wait_until(get(p.at->duplicate_pages) == 2);
+  check(page_is(m, 3, true), "a late duplicate came through");
+  wait_until(get(p.at->discarded_pages) == 2);
+
+  discard(m, 5, 1); /* never placed: the source's content, or zeros */
+  struct reader r;
+  reader_start(&r, m, 5);
+  check(read_request(source) == 5, " ");
+  send_page(source, m, 5);
+  pthread_join(r.thread, NULL);
+  check(page_is(m, 5, false), " ");
+  check(get(p.at->confirmed_pages) == 2, " ");
+  close(source);
+  finish(&p);
+  guest_free(&g);
+}
+
+static void discard_file(void) { discarded(true); }
+static void discard_anonymous(void) { discarded(false); }
+
+/* Placing a long run takes a while, in which its first pages are there and not confirmed yet. */
+enum { RACE_RUN = 256 };
+
+struct discarder {
+  struct ram *ram;
+  atomic_bool end;
+  _Atomic uint64_t placing; /* first page of the run being placed */
+};
+
+static void *discard_run(void *argument) {
+  struct discarder *d = argument;
+  for (uint64_t i = 0; !atomic_load(&d->end); i++) {
+    discard(d->ram, atomic_load(&d->placing) + mix(i) % RACE_RUN, 1);
+    sched_yield();
+  }
+  return NULL;
+}
+
+static void *discard_touch(void *argument) {
+  struct discarder *d = argument;
+  for (uint64_t i = (uintptr_t)&i; !atomic_load(&d->end); i++) {
+    uint64_t page = atomic_load(&d->placing) + mix(i) % RACE_RUN, is = load(d->ram, page, 77);
+    check(is == 0 || is == word_of(d->ram, page, 77), "page %llu: %llx", (unsigned long long)page,
+          (unsigned long long)is);
+    sched_yield();
+  }
+  return NULL;
+}
+
+/* Pages are placed while one thread discards and two touch right there. */
+static void discard_race(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 32 * RACE_RUN, SMALL, all_data);
+  struct pair p = new_dest(&g);
+  int urgent = by_hand(&p, true), push = by_hand(&p, false);
+  struct discarder d = {.ram = m};
+  pthread_t threads[3];
+  uint8_t *run = malloc(RACE_RUN * SMALL), drop[4096];
+  for (unsigned i = 0; i < 3; i++)
+    pthread_create(&threads[i], NULL, i ? discard_touch : discard_run, &d);
+  for (uint64_t page = 0; page < m->pages; page += RACE_RUN) {
+    for (unsigned i = 0; i < RACE_RUN; i++)
+      fill_page(m, page + i, run + i * SMALL);
+    atomic_store(&d.placing, page);
+    send_frame(push, FRAME_PAGES, 0, page, RACE_RUN, run, RACE_RUN * SMALL);
+    for (unsigned i = 0; i < RACE_RUN; i += 32) /* duplicates, or not */
+      send_frame(urgent, FRAME_PAGES, 0, page + i, 1, run + i * SMALL, SMALL);
+    while (recv(urgent, drop, sizeof drop, MSG_DONTWAIT) > 0)
+      ;
+    uint64_t all = page + RACE_RUN, some = all / 64;
+    wait_until(get(p.at->confirmed_pages) >= all && get(p.at->discarded_pages) >= some);
+  }
+  atomic_store(&d.end, true);
+  for (unsigned i = 0; i < 3; i++)
+    pthread_join(threads[i], NULL); /* stuck threads end in the alarm */
+  check(drained(&p), " ");
+  printf("%llu faults, %llu discarded\n", (unsigned long long)get(p.at->faults),
+         (unsigned long long)get(p.at->discarded_pages));
+  free(run), close(urgent), close(push);
+  finish(&p);
+  guest_free(&g);
+}
+
+/* --- the kernel says no ------------------------------------------------------------------------ */
+
+static void existing(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 256, SMALL, all_data);
+  fill_source(m, 0, m->pages);
+  for (uint64_t page = 10; page < 110; page += 10)
+    check(pwrite(m->file, "guest's", 8, (off_t)(page * SMALL)) == 8, "%m");
+  struct pair p = start(&g, 1, 0);
+  wait_until(drained(&p));
+  check(get(p.at->existing_pages) == 10, "%llu", (unsigned long long)p.at->existing_pages);
+  for (uint64_t page = 0; page < m->pages; page++) {
+    bool ours = page % 10 || page < 10 || page >= 110;
+    check(ours ? page_is(m, page, false) : !strcmp((char *)m->at + page * SMALL, "guest's"),
+          "page %llu", (unsigned long long)page);
+  }
+  finish(&p);
+  guest_free(&g);
+}
+
+static void split_mapping(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 1024, SMALL, all_data);
+  fill_source(m, 0, m->pages);
+  for (uint64_t page = 5; page < m->pages; page += 23)
+    check(!madvise(m->at + page * SMALL, SMALL, MADV_DONTFORK), "%m");
+  check(!mprotect(m->at + 600 * SMALL, 50 * SMALL, PROT_READ), "%m");
+  struct pair p = start(&g, 1, 0);
+  wait_until(drained(&p));
+  check_counts(&p, true);
+  check(!pc_dest_unregister(p.dest, 0), " ");
+  check_guest(&g);
+  finish(&p);
+  guest_free(&g);
+}
+
+static void vmm_gone(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 64, SMALL, all_data);
+  int ready[2], theirs;
+  check(!pipe(ready), "%m");
+  pid_t child = fork();
+  if (!child) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    theirs = new_uffd();
+    check(write(ready[1], &theirs, sizeof theirs) == sizeof theirs, "%m");
+    pause(); /* in the engine's hands from here on */
+    _exit(0);
+  }
+  check(read(ready[0], &theirs, sizeof theirs) == sizeof theirs, "%m");
+  close(m->uffd);
+  int pidfd = (int)syscall(SYS_pidfd_open, child, 0);
+  m->uffd = (int)syscall(SYS_pidfd_getfd, pidfd, theirs, 0);
+  check(m->uffd >= 0, "%m");
+  struct pair p = new_dest(&g);
+  int source = by_hand(&p, false);
+  send_page(source, m, 1);
+  wait_until(get(p.at->confirmed_pages) == 1);
+  kill(child, SIGKILL), waitpid(child, NULL, 0);
+  send_page(source, m, 2);
+  wait_until(get(p.at->failure) == PC_VMM_GONE);
+  check(get(p.at->confirmed_pages) == 1, " ");
+  pc_dest_disconnect(p.dest);
+  check(get(p.at->failure) == PC_VMM_GONE, "forgotten");
+  check(pc_dest_unregister(p.dest, 0) == -EBUSY && !pc_dest_unregister(p.dest, 1), " ");
+  close(source), close(pidfd), close(ready[0]), close(ready[1]);
+  finish(&p);
+  guest_free(&g);
+}
+
+static void no_memory(void) {
+  char folder[] = "/tmp/engine_test.XXXXXX", path[64];
+  check(mkdtemp(folder), "%m");
+  if (unshare(CLONE_NEWNS) || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
+      mount("none", folder, "tmpfs", 0, "size=512k")) {
+    rmdir(folder);
+    missing("the right to mount a tmpfs in a mount namespace");
+  }
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 64, SMALL, all_data);
+  fill_source(m, 0, m->pages);
+  munmap(m->at, m->pages * SMALL), close(m->file);
+  snprintf(path, sizeof path, "%s/ram", folder);
+  m->file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  check(m->file >= 0 && !ftruncate(m->file, (off_t)m->pages * SMALL), "%m");
+  m->at = map(m->pages * SMALL, m->file, 0);
+  snprintf(path, sizeof path, "%s/ballast", folder);
+  int ballast = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  check(!fallocate(ballast, 0, 0, 100 * SMALL), "%m");
+
+  struct pair p = start(&g, 1, 0);
+  wait_until(get(p.at->stalls) > 2);
+  check(get(p.at->failure) == PC_OK, "%s", p.at->sentence);
+  check(get(p.at->confirmed_pages) < m->pages, " ");
+  pc_dest_disconnect(p.dest); /* returns though placing cannot */
+  pc_source_disconnect(p.source);
+  uint64_t stalls = get(p.at->stalls), confirmed = get(p.at->confirmed_pages);
+  check(confirmed < m->pages && get(p.at->failure) == PC_OK, "%s", p.at->sentence);
+  connect_engines(&p, true);
+  connect_engines(&p, false);
+  check(!pc_source_serve(p.source) && !pc_source_push(p.source, 0), " ");
+  wait_until(get(p.at->stalls) > stalls + 2);
+  check(!ftruncate(ballast, 0), "%m");
+  wait_until(drained(&p));
+  check_guest(&g);
+  finish(&p);
+  guest_free(&g);
+  close(ballast), umount2(folder, MNT_DETACH), rmdir(folder);
+}
+
+/* --- broken connections ------------------------------------------------------------------------ */
+
+/* A proxy that cuts after so many bytes from the source. */
+struct proxy {
+  int dest, source;
+  int64_t bytes;
+  pthread_t thread;
+};
+
+static void *proxy_run(void *argument) {
+  struct proxy *x = argument;
+  char buffer[16384];
+  while (x->bytes > 0) {
+    struct pollfd ready[2] = {{.fd = x->dest, .events = POLLIN}, {.fd = x->source, .events = POLLIN}};
+    poll(ready, 2, -1);
+    int from = ready[0].revents ? x->dest : x->source, to = from == x->dest ? x->source : x->dest;
+    ssize_t n = recv(from, buffer, sizeof buffer, MSG_DONTWAIT);
+    if (n < 0 && errno == EAGAIN)
+      continue;
+    if (n <= 0)
+      break;
+    if (from == x->source)
+      x->bytes -= n, n += x->bytes < 0 ? x->bytes : 0;
+    struct iovec iov = {buffer, (size_t)n};
+    if (write_all(to, &iov, 1))
+      break;
+  }
+  close(x->dest), close(x->source);
+  return NULL;
+}
+
+static void connect_by_proxy(struct pair *p, struct proxy *x, bool urgent, int64_t bytes) {
+  int dest[2], source[2];
+  tcp_pair(dest), tcp_pair(source);
+  *x = (struct proxy){.dest = dest[1], .source = source[1], .bytes = bytes};
+  fcntl(x->dest, F_SETFL, 0), fcntl(x->source, F_SETFL, 0);
+  check(!pc_dest_connect(p->dest, dest[0], urgent) && !pc_source_connect(p->source, source[0], urgent),
+        " ");
+  pthread_create(&x->thread, NULL, proxy_run, x);
+}
+
+static void cut(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 4096, SMALL, mixed);
+  fill_source(m, 0, m->pages);
+  struct pair p = new_dest(&g);
+  struct guest_thread *t = guest_start(&g, 4, 0);
+  for (int time = 0; time < 6; time++) {
+    struct proxy x[3];
+    bool last = time == 5, urgent = time % 2; /* which of them is cut */
+    new_source(&p);
+    for (int i = 0; i < 3; i++)
+      connect_by_proxy(&p, &x[i], i == 0,
+                       last || urgent != (i == 0) ? INT64_MAX : 50000 + (int64_t)(draw() % 500000));
+    check(!pc_source_serve(p.source), " ");
+    if (!urgent || last)
+      check(!pc_source_push(p.source, 0), " ");
+    if (last) {
+      wait_until(drained(&p));
+    } else {
+      wait_until(get(p.at->failure) == PC_CONNECTION && get(p.from->failure) == PC_CONNECTION);
+      check(get(p.at->confirmed_pages) < p.at->total_pages, "too late");
+      check(pc_dest_unregister(p.dest, 0) == -EBUSY, "pages lack");
+    }
+    pc_dest_disconnect(p.dest);
+    pc_source_free(p.source);
+    p.source = NULL;
+    check(get(p.at->failure) == PC_OK, "not forgotten");
+    for (int i = 0; i < 3; i++)
+      pthread_join(x[i].thread, NULL);
+  }
+  guest_join(t, 4);
+  check(!pc_dest_unregister(p.dest, 0), " ");
+  check_counts(&p, false);
+  check_guest(&g);
+  finish(&p);
+  guest_free(&g);
+}
+
+/* The same source engine may be connected again too: it sends again what may have been lost. */
+static void connect_again(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 2048, SMALL, mixed);
+  fill_source(m, 0, m->pages);
+  struct pair p = start(&g, 2, 4 << 20);
+  wait_until(get(p.at->pushed_pages) > 100);
+  pc_source_disconnect(p.source);
+  pc_dest_disconnect(p.dest);
+  check(get(p.at->failure) == PC_OK && get(p.from->failure) == PC_OK, " ");
+  check(!drained(&p), "too late");
+  struct guest_thread *t = guest_start(&g, 2, 0);
+  connect_engines(&p, true);
+  connect_engines(&p, false);
+  check(!pc_source_serve(p.source) && !pc_source_push(p.source, 0), " ");
+  guest_join(t, 2);
+  wait_until(drained(&p));
+  check_counts(&p, false);
+  check_guest(&g);
+  finish(&p);
+  guest_free(&g);
+}
+
+/* Wants many pages at once without as many threads: a signal takes the thread out of each fault once
+ * the engine has it. Past the sanitizers' sigaction, which would hold the signal back. */
+extern int __sigaction(int, const struct sigaction *, struct sigaction *);
+static jmp_buf out_of_fault;
+
+static void leave_fault(int signal) {
+  (void)signal;
+  _longjmp(out_of_fault, 1);
+}
+
+struct wanter {
+  struct ram *ram;
+  _Atomic uint64_t at;
+  pthread_t thread;
+};
+
+static void *wanter_run(void *argument) {
+  struct wanter *w = argument;
+  for (; atomic_load(&w->at) < w->ram->pages; atomic_fetch_add(&w->at, 1))
+    if (!_setjmp(out_of_fault))
+      load(w->ram, atomic_load(&w->at), 0);
+  return NULL;
+}
+
+static void want_all(struct pair *p) {
+  struct wanter w = {.ram = p->guest->ram};
+  struct sigaction action = {.sa_handler = leave_fault, .sa_flags = SA_NODEFER};
+  __sigaction(SIGUSR1, &action, NULL);
+  prctl(PR_SET_TIMERSLACK, 1);
+  pthread_create(&w.thread, NULL, wanter_run, &w);
+  for (uint64_t page = 0; page < w.ram->pages; page++) {
+    while (get(p->at->faults) <= page)
+      usleep(1);
+    pthread_kill(w.thread, SIGUSR1);
+    while (atomic_load(&w.at) <= page)
+      usleep(1);
+  }
+  pthread_join(w.thread, NULL);
+}
+
+static void overflow(bool connected_before) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 6000, SMALL, all_data);
+  struct pair p = new_dest(&g);
+  int fd[2], small = 4096;
+  tcp_pair(fd);
+  setsockopt(fd[0], SOL_SOCKET, SO_SNDBUF, &small, sizeof small);
+  setsockopt(fd[1], SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
+  fcntl(fd[1], F_SETFL, 0);
+  if (connected_before)
+    check(!pc_dest_connect(p.dest, fd[0], true), " ");
+  want_all(&p);
+  if (!connected_before)
+    check(!pc_dest_connect(p.dest, fd[0], true), " ");
+  uint8_t *asked = calloc(m->pages, 1);
+  for (uint64_t page, n = 0; n < m->pages;) { /* from here on there is no fault to wake anybody */
+    page = read_request(fd[1]);
+    check(page < m->pages, " ");
+    n += !asked[page];
+    if (!asked[page]++)
+      send_page(fd[1], m, page);
+  }
+  wait_until(drained(&p));
+  check_counts(&p, false);
+  check(get(p.at->faults) == m->pages && (!connected_before || get(p.at->requests) > m->pages),
+        "the socket took all");
+  check_guest(&g);
+  free(asked), close(fd[1]);
+  finish(&p);
+  guest_free(&g);
+}
+
+static void overflow_full(void) { overflow(true); }
+static void overflow_away(void) { overflow(false); }
+
+/* --- hostile peers ----------------------------------------------------------------------------- */
+
+static const struct {
+  int kind, region;
+  uint64_t page;
+  uint32_t count, payload;
+} BAD[] = {
+    {FRAME_REQUEST, 0, 0, 1, 0},           {FRAME_PAGES, 1, 0, 1, SMALL},
+    {FRAME_PAGES, 65535, 0, 1, SMALL},     {FRAME_PAGES, 0, 64, 1, SMALL},
+    {FRAME_PAGES, 0, ~0ull, 1, SMALL},     {FRAME_PAGES, 0, 1ull << 63, 1, SMALL},
+    {FRAME_PAGES, 0, 63, 2, 2 * SMALL},    {FRAME_PAGES, 0, 0, 0, 0},
+    {FRAME_PAGES, 0, 0, 0, SMALL},         {FRAME_PAGES, 0, 0, 1, 0},
+    {FRAME_PAGES, 0, 0, 1, SMALL - 1},     {FRAME_PAGES, 0, 0, 1, 2 * SMALL},
+    {FRAME_PAGES, 0, 0, 1, HUGE},          {FRAME_PAGES, 0, 0, 1, HUGE + 1},
+    {FRAME_PAGES, 0, 0, 1, ~0u},           {FRAME_PAGES, 0, 0, 1u << 20, 0},
+    {FRAME_PAGES, 0, 0, 65, 65 * SMALL},   {FRAME_PAGES, 0, 0, 1u << 31, HUGE},
+    {FRAME_ZERO, 0, 0, 65, 0},             {FRAME_ZERO, 0, 1, 64, 0},
+    {FRAME_ZERO, 0, 0, ~0u, 0},            {FRAME_ZERO, 0, ~0ull, 2, 0},
+    {FRAME_ZERO, 0, 0, 1, SMALL},          {FRAME_ZERO, 1, 0, 1, 0},
+    {FRAME_ZERO, 0, 0, 0, 0},              {0, 0, 0, 1, 0},
+    {4, 0, 0, 1, 0},                       {255, 0, 0, 1, 0},
+};
+enum { BADS = sizeof BAD / sizeof *BAD };
+
+/* Sends header and payload, as far as the peer takes it: it may well hang up in the middle. */
+static void send_bad(int fd, const uint8_t header[FRAME_BYTES], uint32_t payload) {
+  static uint8_t bytes[HUGE + 1];
+  memset(bytes, 0xee, sizeof bytes);
+  send(fd, header, FRAME_BYTES, MSG_NOSIGNAL);
+  for (uint32_t sent = 0; sent < payload && sent < sizeof bytes;) {
+    ssize_t n = send(fd, bytes + sent, (payload < sizeof bytes ? payload : sizeof bytes) - sent,
+                     MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (n < 0 && errno != EAGAIN)
+      break;
+    if (n < 0 && !usleep(50))
+      if (recv(fd, &(char){0}, 1, MSG_DONTWAIT | MSG_PEEK) >= 0 || errno != EAGAIN)
+        break;
+    sent += n > 0 ? (uint32_t)n : 0;
+    if (payload > HUGE)
+      break; /* refused by its header */
+  }
+}
+
+/* Makes a header that must be refused: one of the table, or a good one with bytes spoilt. */
+static uint32_t bad_header(unsigned time, uint8_t header[FRAME_BYTES], bool for_source) {
+  for (;;) {
+    if (time < BADS && !(for_source && BAD[time].kind == FRAME_REQUEST)) {
+      pc_frame_encode(header, BAD[time].kind, BAD[time].region, BAD[time].page, BAD[time].count,
+                      BAD[time].payload);
+      return BAD[time].payload;
+    }
+    uint64_t r = draw();
+    if (r % 8 == 0) {
+      for (unsigned i = 0; i < FRAME_BYTES; i++)
+        header[i] = (uint8_t)draw();
+    } else {
+      pc_frame_encode(header, for_source ? FRAME_REQUEST : 1 + (int)(r / 8 % 3), 0, r / 64 % 64, 1,
+                      r / 8 % 3 == 1 ? SMALL : 0);
+      for (unsigned n = 1 + (unsigned)(r >> 60) % 3; n > 0; n--)
+        header[draw() % FRAME_BYTES] = (uint8_t)draw();
+    }
+    struct frame f;
+    if (frame_decode(header, &f))
+      return 0;
+    bool fits = f.region == 0 && frame_fits(&f, 64, SMALL);
+    if (!fits || (for_source ? f.kind != FRAME_REQUEST || f.count != 1 : f.kind == FRAME_REQUEST))
+      return f.payload;
+  }
+}
+
+static void hostile_source(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 64, SMALL, all_data);
+  struct pair p = new_dest(&g);
+  for (unsigned time = 0; time < BADS + 400; time++) {
+    uint8_t header[FRAME_BYTES];
+    int fd = by_hand(&p, time % 2);
+    uint32_t payload = bad_header(time, header, false);
+    send_bad(fd, header, payload);
+    shutdown(fd, SHUT_WR);
+    wait_until(get(p.at->failure) > PC_OK);
+    check(get(p.at->failure) == PC_BAD_FRAME, "time %u: %s", time, p.at->sentence);
+    pc_dest_disconnect(p.dest);
+    check(get(p.at->failure) == PC_OK, " ");
+    close(fd);
+  }
+  check(get(p.at->confirmed_pages) == 0 && get(p.at->transferred_bytes) == 0, " ");
+  check(allocated(m->file) == 0, "a page was touched");
+  for (unsigned cut_at = 0; cut_at < FRAME_BYTES + SMALL; cut_at += 1 + cut_at / 8) {
+    uint8_t bytes[FRAME_BYTES + SMALL] = {0};
+    int fd = by_hand(&p, cut_at % 2);
+    pc_frame_encode(bytes, FRAME_PAGES, 0, 7, 1, SMALL);
+    check(send(fd, bytes, cut_at, 0) == (ssize_t)cut_at, "%m");
+    close(fd);
+    wait_until(get(p.at->failure) > PC_OK);
+    check(get(p.at->failure) == PC_CONNECTION, "%u: %s", cut_at, p.at->sentence);
+    pc_dest_disconnect(p.dest);
+  }
+  check(get(p.at->confirmed_pages) == 0 && allocated(m->file) == 0, "half a page was placed");
+  finish(&p);
+  guest_free(&g);
+}
+
+static void hostile_destination(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 64, SMALL, all_data);
+  fill_source(m, 0, m->pages);
+  struct pair p = new_dest(&g);
+  new_source(&p);
+  for (unsigned time = 0; time < BADS + 400; time++) {
+    uint8_t header[FRAME_BYTES], byte;
+    int fd[2];
+    tcp_pair(fd);
+    check(!pc_source_connect(p.source, fd[1], true) && !pc_source_serve(p.source), " ");
+    uint32_t payload = bad_header(time, header, true);
+    send_bad(fd[0], header, payload);
+    shutdown(fd[0], SHUT_WR);
+    wait_until(get(p.from->failure) > PC_OK);
+    check(get(p.from->failure) == PC_BAD_FRAME, "time %u: %s", time, p.from->sentence);
+    pc_source_disconnect(p.source);
+    check(recv(fd[0], &byte, 1, 0) <= 0, "a bad request was answered");
+    close(fd[0]);
+  }
+  check(get(p.from->transferred_bytes) == 0 && get(p.from->requests) == 0, " ");
+  finish(&p);
+  guest_free(&g);
+}
+
+/* --- life -------------------------------------------------------------------------------------- */
+
+static unsigned open_files(void) {
+  unsigned n = 0;
+  DIR *folder = opendir("/proc/self/fd");
+  while (readdir(folder))
+    n++;
+  closedir(folder);
+  return n;
+}
+
+static void *aimless_run(void *argument) {
+  struct discarder *d = argument;
+  for (uint64_t i = (uintptr_t)&i; !atomic_load(&d->end); i++)
+    load(d->ram, mix(i) % d->ram->pages, 0);
+  return NULL;
+}
+
+static void stop_anytime(void) {
+  unsigned before = 0;
+  for (unsigned time = 0; time < 120; time++) {
+    struct guest g = {0};
+    struct ram *m = add_ram(&g, 4096, SMALL, mixed);
+    if (time % 8 == 0)
+      fill_source(m, 0, m->pages);
+    struct discarder d = {.ram = m};
+    pthread_t threads[3];
+    struct pair p = start(&g, (int)(draw() % 4), draw() % 2 ? 0 : 20 << 20);
+    for (unsigned i = 0; i < 3; i++)
+      pthread_create(&threads[i], NULL, aimless_run, &d);
+    usleep((useconds_t)(draw() % 3000));
+    switch (draw() % 6) {
+    case 0:
+      pc_dest_stop(p.dest);
+      break;
+    case 1:
+      pc_dest_disconnect(p.dest);
+      break;
+    case 2:
+      pc_source_disconnect(p.source);
+      break;
+    case 3:
+      pc_source_free(p.source);
+      p.source = NULL;
+      break;
+    case 4:
+      pc_dest_disconnect(p.dest);
+      pc_source_disconnect(p.source);
+      connect_engines(&p, true);
+      connect_engines(&p, false);
+      check(!pc_source_serve(p.source) && !pc_source_push(p.source, 0), " ");
+      usleep((useconds_t)(draw() % 1000));
+    }
+    atomic_store(&d.end, true);
+    finish(&p); /* gives the guest up: who waits reads zeros */
+    for (unsigned i = 0; i < 3; i++)
+      pthread_join(threads[i], NULL);
+    guest_free(&g);
+    unsigned now = open_files();
+    before = before ? before : now;
+    check(now == before, "%u descriptors are open, %u were", now, before);
+  }
+}
+
+static void bandwidth(void) {
+  enum { RATE = 8 << 20 };
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 4096, SMALL, all_data);
+  fill_source(m, 0, m->pages);
+  uint64_t before = pc_monotonic_ns();
+  struct pair p = start(&g, 2, RATE);
+  for (uint64_t page = 3000; page < 3300; page++) /* all these are answered */
+    check(load(m, page, 5) == word_of(m, page, 5), " ");
+  check(get(p.from->pushing) == 2 && get(p.at->confirmed_pages) < m->pages / 2,
+        "urgent pages waited for the push");
+  wait_until(get(p.from->pushed_pages) >= 1024);
+  double s = (double)(pc_monotonic_ns() - before) / 1e9;
+  double ratio = (double)get(p.from->pushed_pages) * SMALL / s / RATE;
+  printf("%.3f of the limit\n", ratio);
+  check(ratio > 0.9 && ratio < 1.1, "%.3f of the limit", ratio);
+  check(get(p.from->pushing) == 2, " ");
+  uint64_t asked = pc_monotonic_ns();
+  pc_source_free(p.source);
+  p.source = NULL;
+  check(pc_monotonic_ns() - asked < 1000000000, "stopping waited for the bandwidth");
+  finish(&p);
+  guest_free(&g);
+}
+
+/* With 1 MB/s a run of 64 KiB lasts 64 ms; none is ever taken and not yet sent. */
+static void slow_push(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 256, SMALL, all_data);
+  fill_source(m, 0, m->pages);
+  struct pair p = start(&g, 2, 16 << 10); /* 64 s for all */
+  for (uint64_t page = 0; page < m->pages; page++)
+    check(load(m, page, 5) == word_of(m, page, 5), " ");
+  wait_until(drained(&p));
+  check_counts(&p, true);
+  check(get(p.from->pushed_pages) < 128, "%llu", (unsigned long long)p.from->pushed_pages);
+  finish(&p);
+  guest_free(&g);
+}
+
+static const struct {
+  const char *name;
+  void (*run)(void);
+} SUBTESTS[] = {
+    {"moved_1", moved_1},
+    {"moved_4", moved_4},
+    {"urgent_only", urgent_only},
+    {"two_regions", two_regions},
+    {"huge_pages", huge_pages},
+    {"anonymous", anonymous},
+    {"zeros", zeros},
+    {"sparse", sparse},
+    {"one_request", one_request},
+    {"discard_file", discard_file},
+    {"discard_anonymous", discard_anonymous},
+    {"discard_race", discard_race},
+    {"existing", existing},
+    {"split_mapping", split_mapping},
+    {"vmm_gone", vmm_gone},
+    {"no_memory", no_memory},
+    {"cut", cut},
+    {"connect_again", connect_again},
+    {"overflow_full", overflow_full},
+    {"overflow_away", overflow_away},
+    {"hostile_source", hostile_source},
+    {"hostile_destination", hostile_destination},
+    {"stop_anytime", stop_anytime},
+    {"bandwidth", bandwidth},
+    {"slow_push", slow_push},
+};
+
+static void stuck(int signal) {
+  (void)signal;
+  dprintf(2, "stuck: line %d waits for what does not come\n", waiting_for);
+  _exit(2);
+}
+
+int main(int argc, char **argv) {
+  struct sigaction action = {.sa_handler = stuck};
+  sigaction(SIGALRM, &action, NULL);
+  alarm(30);
+  for (unsigned i = 0; i < sizeof SUBTESTS / sizeof *SUBTESTS; i++) {
+    if (argc == 2 && !strcmp(argv[1], SUBTESTS[i].name)) {
+      SUBTESTS[i].run();
+      return 0;
+    }
+    if (argc == 1)
+      puts(SUBTESTS[i].name);
+  }
+  return argc == 1 ? 0 : 64;
+}

@@ -1,0 +1,765 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process driver against the demo VMM, a KVM vCPU, and VMMs that break the rules."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+from conftest import missing
+
+from postcopyd.errors import PostcopydError
+from postcopyd.vmm import (
+    Declined,
+    Region,
+    Shape,
+    VmmError,
+    VmmGone,
+    VmmProtocolError,
+    VmmTimeout,
+)
+from postcopyd.vmm.process import Limits, ProcessVmm
+
+pytestmark = pytest.mark.trio
+
+ROOT = Path(__file__).parents[2]
+FLAGS = [
+    "-O2",
+    "-std=gnu11",
+    "-D_GNU_SOURCE",
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
+    "-Werror",
+    "-pthread",
+]
+QUICK = Limits(hello=0.5, answer=0.5, save=0.5, load=0.5, quit=0.5, state_bytes=1 << 20)
+
+FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+
+UFFDIO_API, UFFDIO_REGISTER, UFFDIO_UNREGISTER = 0xC018AA3F, 0xC020AA00, 0x8010AA01
+UFFDIO_COPY, UFFDIO_WAKE = 0xC028AA03, 0x8010AA02
+
+
+# --- parts
+
+
+def compile_c(folder: Path, source: str) -> Path:
+    program = folder / Path(source).stem
+    subprocess.run(["cc", *FLAGS, "-o", program, ROOT / source], check=True)
+    return program
+
+
+@pytest.fixture(scope="module")
+def demo_vmm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_c(tmp_path_factory.mktemp("demo"), "examples/vmm.c")
+
+
+@pytest.fixture(scope="module")
+def kvm_vmm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        missing("/dev/kvm")
+    return compile_c(tmp_path_factory.mktemp("kvm"), "tests/guests/kvm_vmm.c")
+
+
+class Guest:
+    """A VMM's process, and the demo guest's own verbs on a connection of the test's."""
+
+    def __init__(self, program: Path, path: Path, *options: str) -> None:
+        self.socket = str(path)
+        self.process = subprocess.Popen(
+            [program, "--socket", path, *options], stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        first = self.process.stdout.readline()
+        assert json.loads(first or "{}").get("event") == "listening"
+
+    def say(self, line: str) -> dict[str, int]:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(60)
+            client.connect(self.socket)
+            client.sendall(line.encode() + b"\n")
+            answer = client.makefile().readline().split()
+        assert answer[:1] == ["ok"], answer
+        return {key: int(value) for key, value in (word.split("=") for word in answer[1:])}
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not ready():
+            assert self.process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+Start = Callable[..., Guest]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    guests: list[Guest] = []
+
+    def start_one(program: Path, *options: str) -> Guest:
+        guests.append(Guest(program, tmp_path / f"vmm{len(guests)}.sock", *options))
+        return guests[-1]
+
+    yield start_one
+    for guest in guests:
+        guest.process.kill()
+        guest.process.communicate()
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+class Pager(threading.Thread):
+    """Answers the faults of one userfaultfd from another VMM's memory, page by page."""
+
+    def __init__(self, uffd: int, there: Shape, here: Shape) -> None:
+        super().__init__()
+        self.uffd, self.here, self.faults = uffd, here, 0
+        self.memory = os.open(f"/proc/{there.pid}/mem", os.O_RDONLY)
+        self.pairs = list(zip(there.regions, here.regions, strict=True))
+        self.failed: BaseException | None = None
+        self.done = os.eventfd(0)
+        fcntl.ioctl(uffd, UFFDIO_API, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
+        for region in here.regions:
+            request = struct.pack("QQQQ", region.address, region.size, 1, 0)
+            fcntl.ioctl(uffd, UFFDIO_REGISTER, bytearray(request))
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while self.done not in (ready := select.select([self.uffd, self.done], [], [])[0]):
+                assert ready
+                with contextlib.suppress(BlockingIOError):
+                    self.answer(os.read(self.uffd, 32))
+        except BaseException as error:
+            self.failed = error
+
+    def answer(self, message: bytes) -> None:
+        assert message[0] == 0x12
+        self.faults += 1
+        self.copy(struct.unpack_from("Q", message, 16)[0])
+
+    def copy(self, address: int) -> None:
+        there, here = next(
+            pair for pair in self.pairs if 0 <= address - pair[1].address < pair[1].size
+        )
+        size = here.page_size
+        address &= -size
+        page = os.pread(self.memory, size, there.address + address - here.address)
+        source = ctypes.create_string_buffer(page, size)
+        request = struct.pack("QQQQq", address, ctypes.addressof(source), size, 0, 0)
+        try:
+            fcntl.ioctl(self.uffd, UFFDIO_COPY, bytearray(request))
+        except FileExistsError:
+            fcntl.ioctl(self.uffd, UFFDIO_WAKE, bytearray(struct.pack("QQ", address, size)))
+
+    def finish(self) -> None:
+        """All that is missing, then unregistered."""
+        for _, region in self.pairs:
+            for address in range(region.address, region.address + region.size, region.page_size):
+                self.copy(address)
+            request = struct.pack("QQ", region.address, region.size)
+            fcntl.ioctl(self.uffd, UFFDIO_UNREGISTER, bytearray(request))
+        self.stop()
+        assert self.failed is None
+
+    def stop(self) -> None:
+        os.eventfd_write(self.done, 1)
+        self.join()
+        for fd in (self.done, self.memory, self.uffd):
+            os.close(fd)
+
+
+async def save_all(vmm: ProcessVmm) -> bytes:
+    pieces: list[bytes] = []
+    stops: list[float] = []
+
+    async def send(piece: bytes) -> None:
+        assert stops, "device state before the stop"
+        pieces.append(piece)
+
+    await vmm.save(send, lambda: stops.append(trio.current_time()))
+    assert len(stops) == 1
+    return b"".join(pieces)
+
+
+async def pieces_of(state: bytes, size: int = 1000) -> AsyncIterator[bytes]:
+    for at in range(0, len(state), size):
+        yield state[at : at + size]
+
+
+def copy_file(there: Region, here: Region) -> None:
+    """By hand: what the source's file has; its holes stay holes."""
+    assert there.fd is not None and here.fd is not None
+    at, end = there.offset, there.offset + there.size
+    with contextlib.suppress(OSError):
+        while (at := os.lseek(there.fd, at, os.SEEK_DATA)) < end:
+            os.pwrite(here.fd, os.pread(there.fd, 4096, at), at - there.offset + here.offset)
+            at += 4096
+
+
+@contextlib.asynccontextmanager
+async def driver(socket_path: object, limits: Limits | None = None) -> AsyncIterator[ProcessVmm]:
+    vmm = await ProcessVmm.connect("web1", str(socket_path), limits)
+    try:
+        yield vmm
+    finally:
+        await vmm.aclose()
+
+
+# --- the demo VMM
+
+
+async def test_inspect_describes_the_vmm_as_it_is(demo_vmm: Path, start: Start) -> None:
+    """State, process, regions, page size and facts are the VMM's, and nothing is in the way."""
+    guest = start(demo_vmm, "--memory", "8M", "--regions", "2", "--threads", "3")
+    async with driver(guest.socket) as vmm:
+        shape = await vmm.inspect("source")
+        assert ("running", guest.process.pid, ()) == (shape.state, shape.pid, shape.problems)
+        assert [("ram0", 1024, 4096, 0), ("ram1", 1024, 4096, 4 << 20)] == [
+            (region.name, region.pages, region.page_size, region.offset) for region in shape.regions
+        ]
+        assert {
+            "vmm": "demo",
+            "layout": "memory=8388608 regions=2 page=4096",
+            "cpu": "threads=3 wild=1",
+        } == shape.facts
+        shape.close()
+        wrong_role = await vmm.inspect("destination")
+        assert "waits for an incoming migration" in wrong_role.problems[0]
+        wrong_role.close()
+
+
+@pytest.mark.parametrize("options", [("--backing", "file"), ("--backing", "memfd", "--wild", "5")])
+async def test_a_guest_whose_memory_is_copied_by_hand_goes_on(
+    demo_vmm: Path, start: Start, shm: Path, options: tuple[str, ...]
+) -> None:
+    """Save, copy the file, load, run: every page is what the guest wrote, with several regions."""
+    more = ["--memory", "16M", "--regions", "2", "--device-state", "3M", *options]
+    files = [["--path", str(shm / side)] if "file" in options else [] for side in "ab"]
+    one = start(demo_vmm, *more, *files[0])
+    two = start(demo_vmm, *more, *files[1], "--incoming")
+    one.wait(lambda: one.say("verify")["pages"] == 4096)
+    async with driver(one.socket) as source, driver(two.socket) as destination:
+        there, here = await source.inspect("source"), await destination.inspect("destination")
+        assert () == there.problems + here.problems
+        assert there.facts == here.facts
+        state = await save_all(source)
+        assert len(state) > 3 << 20
+        for a, b in zip(there.regions, here.regions, strict=True):
+            copy_file(a, b)
+        await destination.load(pieces_of(state))
+        assert {"pages": 4096, "bad": 0, "zero": 0, "stale": 0, "torn": 0} == two.say("verify")
+        await destination.run()
+        assert "running" == (await destination.inspect("source")).state
+        assert 0 == two.say("verify")["bad"]
+        await source.finish(keep=False)
+        assert 0 == one.process.wait(10)
+        await destination.end()
+        assert [] == list(shm.iterdir())
+        there.close()
+        here.close()
+
+
+@pytest.mark.parametrize("backing", ["memfd", "anonymous", "hugetlbfs"])
+async def test_missing_pages_are_faulted_in_through_the_userfaultfd(
+    demo_vmm: Path, start: Start, backing: str
+) -> None:
+    """After adopt every page is missing; load and the running guest fault each one in, once."""
+    page = 2 << 20 if backing == "hugetlbfs" else 4096
+    if page > 4096 and int(FREE_HUGE_PAGES.read_text()) < 8:
+        missing("8 free huge pages of 2 MiB")
+    options = ["--memory", "8M", "--backing", backing, "--threads", "3"]
+    one, two = start(demo_vmm, *options), start(demo_vmm, *options, "--incoming")
+    assert {} == one.say(f"balloon {page} {page}")
+    async with driver(one.socket) as source, driver(two.socket) as destination:
+        there, here = await source.inspect("source"), await destination.inspect("destination")
+        (uffd,) = await destination.adopt(here)
+        pager = Pager(uffd, there, here)
+        state = await save_all(source)
+        await destination.load(pieces_of(state))
+        assert pager.faults == 1  # --load-touches
+        await destination.run()
+        assert {"pages": 2048, "bad": 0, "zero": 0, "stale": 0, "torn": 0} == two.say("verify")
+        assert (8 << 20) // page <= pager.faults  # two threads may wait for one page
+        pager.finish()
+        await destination.release()
+        assert source.before == "running"
+        await source.finish(keep=True)
+        shape = await source.inspect("source")
+        assert shape.state == "paused"
+        for each in (there, here, shape):
+            each.close()
+
+
+async def test_pages_wait_and_never_read_as_zeros_when_the_daemon_dies(
+    demo_vmm: Path, start: Start
+) -> None:
+    """The VMM's own copy of the userfaultfd keeps pages missing, and is handed out again."""
+    options = ["--memory", "4M", "--load-touches", "0"]
+    one, two = start(demo_vmm, *options), start(demo_vmm, *options, "--incoming")
+    async with driver(one.socket) as source:
+        there = await source.inspect("source")
+        async with driver(two.socket) as destination:
+            here = await destination.inspect("destination")
+            pager = Pager((await destination.adopt(here))[0], there, here)
+            await destination.load(pieces_of(await save_all(source)))
+            pager.stop()
+            await destination.run()
+        async with driver(two.socket) as destination:
+            (uffd,) = await destination.adopted()
+            with pytest.raises(
+                OSError, match="Invalid argument"
+            ):  # the API is done on it: it is the same one
+                fcntl.ioctl(uffd, UFFDIO_API, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))
+            # Faults that were read and not answered come again after a wake.
+            region = here.regions[0]
+            fcntl.ioctl(
+                uffd, UFFDIO_WAKE, bytearray(struct.pack("QQ", region.address, region.size))
+            )
+            with os.fdopen(os.dup(uffd), "rb", 0) as messages:
+                assert select.select([messages], [], [], 30)[0]
+            pager.memory = os.open(f"/proc/{there.pid}/mem", os.O_RDONLY)
+            pager.uffd = uffd
+            for address in range(region.address, region.address + region.size, 4096):
+                pager.copy(address)
+            assert 0 == two.say("verify")["bad"]
+            os.close(uffd)
+            os.close(pager.memory)
+        there.close()
+        here.close()
+
+
+async def test_a_lost_page_is_noticed(demo_vmm: Path, start: Start) -> None:
+    """The demo guest tells zero, stale and torn pages apart, so that a clean verify means much."""
+    guest = start(demo_vmm, "--memory", "4M")
+    async with driver(guest.socket) as vmm:
+        shape = await vmm.inspect("source")
+        await save_all(vmm)
+        while guest.say("verify")["pages"] != 1024:
+            pass
+        (region,) = shape.regions
+        assert region.fd is not None
+        old = os.pread(region.fd, 4096, 7 * 4096)
+        if not any(old):
+            pytest.fail("the guest has not written page 7 yet")
+        version = struct.unpack_from("Q", old, 8)[0]
+        os.pwrite(region.fd, bytes(4096), 5 * 4096)
+        os.pwrite(region.fd, b"\1" * 100, 6 * 4096 + 2000)
+        assert {"pages": 1024, "bad": 2, "zero": 1, "stale": 0, "torn": 1} == guest.say("verify")
+        await vmm.rollback()
+        guest.wait(lambda: version_of(region, 7) > version)
+        await save_all(vmm)
+        os.pwrite(region.fd, old, 7 * 4096)
+        assert 1 == guest.say("verify")["stale"]
+        shape.close()
+
+
+def version_of(region: Region, page: int) -> int:
+    assert region.fd is not None
+    version: int = struct.unpack("Q", os.pread(region.fd, 8, page * 4096 + 8))[0]
+    return version
+
+
+@pytest.mark.parametrize("when", ["before", "stopped", "saving"])
+async def test_rollback_puts_the_guest_back_as_it_was(
+    demo_vmm: Path, start: Start, when: str
+) -> None:
+    """A save cancelled anywhere is undone: a running guest runs, a paused one stays paused."""
+    guest = start(demo_vmm, "--memory", "4M", "--device-state", "8M")
+    async with driver(guest.socket) as vmm:
+
+        async def cancelled_save() -> None:
+            with trio.CancelScope() as scope:
+                if when == "before":
+                    scope.cancel()
+
+                async def send(piece: bytes) -> None:
+                    scope.cancel()
+                    await trio.lowlevel.checkpoint()
+
+                await vmm.save(send, scope.cancel if when == "stopped" else lambda: None)
+            assert scope.cancelled_caught
+
+        async def state() -> str:
+            shape = await vmm.inspect("source")
+            shape.close()
+            return shape.state
+
+        await cancelled_save()
+        await vmm.rollback()
+        await vmm.rollback()
+        assert "running" == await state()
+        await vmm._do("stop")
+        await cancelled_save()
+        await vmm.rollback()
+        assert "paused" == await state()
+
+
+async def test_a_disconnect_half_way_changes_nothing(demo_vmm: Path, start: Start) -> None:
+    """A driver lost between stop and save, or in the middle of load, leaves the VMM as it was."""
+    one = start(demo_vmm, "--memory", "4M")
+    two = start(demo_vmm, "--memory", "4M", "--incoming")
+    async with driver(one.socket) as vmm:
+        await vmm._do("stop")
+    async with driver(one.socket) as vmm:
+        shape = await vmm.inspect("source")
+        assert "paused" == shape.state
+        state = await save_all(vmm)
+
+    class Lost(Exception):
+        pass
+
+    async def cut_short() -> AsyncIterator[bytes]:
+        yield state[:300]
+        raise Lost
+
+    async with driver(two.socket) as vmm:
+        with pytest.raises(Lost):
+            await vmm.load(cut_short())
+        here = await vmm.inspect("destination")
+        assert "incoming" == here.state
+        with pytest.raises(VmmError, match="cut short"):
+            await vmm.load(pieces_of(state[:-8]))
+        with pytest.raises(VmmError, match="damaged"):
+            await vmm.load(pieces_of(state[:-1] + b"?"))
+        copy_file(shape.regions[0], here.regions[0])
+        await vmm.load(pieces_of(state))
+        await vmm.run()
+    assert 0 == two.say("verify")["bad"]
+    shape.close()
+    here.close()
+
+
+async def test_run_before_load_is_declined_by_nobody_and_refused(
+    demo_vmm: Path, start: Start
+) -> None:
+    """A refusal counts as Declined only when the VMM says it is paused with a guest loaded."""
+    guest = start(demo_vmm, "--memory", "4M", "--incoming")
+    async with driver(guest.socket) as vmm:
+        with pytest.raises(VmmError, match="no device state has been loaded"):
+            await vmm.run()
+
+
+async def test_a_running_guest_cannot_be_discarded(demo_vmm: Path, start: Start) -> None:
+    """Adopting the wrong VMM, one that runs, is refused by it and costs it nothing."""
+    guest = start(demo_vmm, "--memory", "4M")
+    async with driver(guest.socket) as vmm:
+        shape = await vmm.inspect("destination")
+        with pytest.raises(VmmError, match="only while incoming"):
+            await vmm.adopt(shape)
+        shape.close()
+    assert 0 == guest.say("verify")["bad"]
+
+
+async def test_a_second_driver_is_turned_away_with_a_sentence(demo_vmm: Path, start: Start) -> None:
+    """While one client drives the VMM another is told so at once; afterwards it may."""
+    guest = start(demo_vmm, "--memory", "4M")
+    async with driver(guest.socket):
+        with pytest.raises(VmmError, match="another client holds this VMM"):
+            await ProcessVmm.connect("web1", guest.socket)
+    async with driver(guest.socket):
+        pass
+
+
+async def test_end_also_ends_a_vmm_that_does_not_answer(demo_vmm: Path, start: Start) -> None:
+    """A stopped process cannot quit; SIGKILL through its pidfd ends it, and gone() returns."""
+    guest = start(demo_vmm, "--memory", "4M")
+    async with driver(guest.socket, QUICK) as vmm, trio.open_nursery() as nursery:
+        nursery.start_soon(vmm.gone)
+        guest.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, guest.process.pid, os.WSTOPPED)  # or it may still answer
+        with trio.fail_after(10):
+            await vmm.end()
+    assert -signal.SIGKILL == guest.process.wait(10)
+
+
+# --- a real vCPU
+
+
+@pytest.mark.parametrize("backing", ["memfd", "anonymous"])
+async def test_a_kvm_vcpu_faults_its_memory_in_and_goes_on(
+    kvm_vmm: Path, start: Start, backing: str
+) -> None:
+    """KVM's accesses from kernel mode fault through the userfaultfd; the vCPU finds no bad page."""
+    one = start(kvm_vmm, "--memory", "2", "--backing", backing)
+    two = start(kvm_vmm, "--memory", "2", "--backing", backing, "--incoming")
+    one.wait(lambda: one.say("progress")["sweeps"] > 3)
+    async with driver(one.socket) as source, driver(two.socket) as destination:
+        there, here = await source.inspect("source"), await destination.inspect("destination")
+        assert () == there.problems + here.problems
+        pager = Pager((await destination.adopt(here))[0], there, here)
+        state = await save_all(source)
+        sweeps = one.say("progress")["sweeps"]
+        await destination.load(pieces_of(state))
+        await destination.run()
+        two.wait(lambda: two.say("progress")["sweeps"] > sweeps + 2)
+        assert pager.faults > 256  # its code, and every page it walks
+        pager.finish()
+        await destination.release()
+        assert {"pages": 256, "bad": 0} == two.say("verify")
+        await source.rollback()
+        one.wait(lambda: one.say("progress")["sweeps"] > sweeps + 2)
+        assert {"pages": 256, "bad": 0} == one.say("verify")
+        there.close()
+        here.close()
+
+
+# --- VMMs that break the rules
+
+
+class Liar(threading.Thread):
+    """A VMM that answers each request with what it was given; in a process of its own right."""
+
+    def __init__(self, path: Path, answers: dict[str, object]) -> None:
+        super().__init__(daemon=True)
+        self.path, self.answers = path, answers
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(path))
+        self.listener.listen(8)
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                with client, contextlib.suppress(OSError):
+                    self.serve(client)
+
+    def serve(self, client: socket.socket) -> None:
+        buffer = b""
+        while True:
+            data, fds, _, _ = socket.recv_fds(client, 4096, 1)
+            if not data:
+                return
+            buffer += data
+            *lines, buffer = buffer.split(b"\n")
+            for line in lines:
+                answer = self.answers.get(line.split()[0].decode(), b"ok\n")
+                try:
+                    told: object = answer(client, fds) if callable(answer) else answer
+                    assert isinstance(told, bytes)
+                    client.sendall(told)
+                finally:
+                    while fds:
+                        os.close(fds.pop())
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.join(10)
+        self.listener.close()
+
+
+@pytest.fixture
+def lie(tmp_path: Path) -> Iterator[Callable[[dict[str, object]], str]]:
+    liars: list[Liar] = []
+
+    def start_one(answers: dict[str, object]) -> str:
+        liars.append(Liar(tmp_path / f"liar{len(liars)}.sock", HONEST | answers))
+        return str(liars[-1].path)
+
+    yield start_one
+    for liar in liars:
+        liar.close()
+
+
+HONEST: dict[str, object] = {"hello": b"ok vmm=liar state=paused\n"}
+REGION = b"region name=ram0 address=0x10000 size=4096 page=4096 backing=anonymous offset=0\n"
+
+
+def many_fds(client: socket.socket, fds: list[int]) -> bytes:
+    rights = array.array("i", [client.fileno()] * 100)
+    client.sendmsg([b"ok\n"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    return b""
+
+
+def not_a_userfaultfd(client: socket.socket, fds: list[int]) -> bytes:
+    socket.send_fds(client, [b"ok\n"], [client.fileno()])
+    return b""
+
+
+def hang_up(client: socket.socket, fds: list[int]) -> bytes:
+    client.shutdown(socket.SHUT_RDWR)
+    return b""
+
+
+def endless(client: socket.socket, fds: list[int]) -> bytes:
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(fds[0], bytes(65536))
+    return b""
+
+
+def write_twelve(client: socket.socket, fds: list[int]) -> bytes:
+    os.write(fds[0], bytes(12))
+    os.close(fds.pop())
+    return b"ok bytes=13\n"
+
+
+def hold(client: socket.socket, fds: list[int]) -> bytes:
+    client.recv(1)  # until the driver gives up
+    return b""
+
+
+LIES = [
+    ({"hello": b""}, "connect", VmmTimeout),
+    ({"hello": hang_up}, "connect", VmmGone),
+    ({"hello": b"error this VMM speaks postcopyd 7 only\n"}, "connect", VmmError),
+    ({"hello": b"ok\n"}, "connect", VmmProtocolError),
+    ({"hello": b"ok vmm=liar state=flying\n"}, "connect", VmmProtocolError),
+    ({"hello": b"x" * 5000}, "connect", VmmProtocolError),
+    ({"hello": b"\xff\x00\n"}, "connect", VmmProtocolError),
+    ({"hello": b"more\n" * 300}, "connect", VmmProtocolError),
+    ({"hello": many_fds}, "connect", VmmProtocolError),
+    ({"facts": b"fact cpu a\nfact cpu b\nok\n"}, "inspect", VmmProtocolError),
+    ({"facts": b"fact vmm other\nok\n"}, "inspect", VmmProtocolError),
+    (
+        {"facts": b"".join(b"fact f%d 1\n" % i for i in range(65)) + b"ok\n"},
+        "inspect",
+        VmmProtocolError,
+    ),
+    ({"regions": b"ok\n"}, "inspect", VmmProtocolError),
+    ({"regions": b"region\nok\n"}, "inspect", VmmProtocolError),
+    ({"regions": REGION * 2 + b"ok\n"}, "inspect", VmmProtocolError),
+    ({"regions": REGION + REGION.replace(b"ram0", b"ram1") + b"ok\n"}, "inspect", VmmProtocolError),
+    (
+        {"regions": REGION.replace(b"=4096 page", b"=4097 page") + b"ok\n"},
+        "inspect",
+        VmmProtocolError,
+    ),
+    (
+        {"regions": REGION.replace(b"=4096 page", b"=-1 page") + b"ok\n"},
+        "inspect",
+        VmmProtocolError,
+    ),
+    ({"regions": REGION.replace(b"anonymous", b"file") + b"ok\n"}, "inspect", VmmProtocolError),
+    ({"stop": b"error I will not\n"}, "save", VmmError),
+    ({"stop": b"extra\nok\n"}, "save", VmmProtocolError),
+    ({"save": endless}, "save", VmmProtocolError),
+    ({"save": write_twelve}, "save", VmmProtocolError),
+    ({"save": hold}, "save", VmmTimeout),
+    ({"save": hang_up}, "save", VmmGone),
+    ({"load": hold}, "load", VmmTimeout),
+    ({"load": b"ok bytes=3\n"}, "load", VmmProtocolError),
+    ({"load": b"ok\n"}, "load", VmmProtocolError),
+    ({"load": b"ok bytes=99999999999999999999\n"}, "load", VmmProtocolError),
+    ({"userfaultfd": b"ok\n"}, "adopted", VmmProtocolError),
+    ({"userfaultfd": not_a_userfaultfd}, "adopted", VmmProtocolError),
+    ({"userfaultfd": b"error no permission\n"}, "adopted", VmmError),
+    ({"run": b"error the disk is locked elsewhere\n"}, "run", Declined),
+    ({"run": hang_up}, "run", VmmGone),
+    ({"run": b""}, "run", VmmTimeout),
+]
+
+
+@pytest.mark.parametrize(("answers", "what", "error"), LIES)
+async def test_a_vmm_that_breaks_the_rules_gets_a_named_error_in_bounded_time(
+    lie: Callable[[dict[str, object]], str],
+    answers: dict[str, object],
+    what: str,
+    error: type[PostcopydError],
+) -> None:
+    """Each lie, silence or flood ends with its error, in one sentence, and no descriptor kept."""
+    path = lie(answers)
+    with trio.fail_after(10), pytest.raises(PostcopydError) as caught:
+        async with driver(path, QUICK) as vmm:
+            before = len(os.listdir("/proc/self/fd"))
+            try:
+                match what:
+                    case "inspect":
+                        await vmm.inspect("source")
+                    case "save":
+                        await save_all(vmm)
+                    case "load":
+                        await vmm.load(pieces_of(bytes(4 << 20), 1 << 20))
+                    case "adopted":
+                        await vmm.adopted()
+                    case "run":
+                        await vmm.run()
+            finally:
+                vmm._drop()
+                leaked = len(os.listdir("/proc/self/fd")) - before
+                assert leaked <= 0 or await no_more_than(before)
+    assert error is type(caught.value)
+    assert "web1" in str(caught.value) and "\n" not in str(caught.value)
+
+
+async def no_more_than(count: int) -> bool:
+    """The liar's own ends of a connection close a moment later."""
+    with trio.fail_after(5):
+        while len(os.listdir("/proc/self/fd")) > count:
+            await trio.sleep(0.01)
+    return True
+
+
+async def test_regions_that_are_not_mapped_as_said_are_a_problem(
+    lie: Callable[[dict[str, object]], str],
+) -> None:
+    """What the VMM says of its RAM is held against the kernel's list of its mappings."""
+
+    def send_file(client: socket.socket, fds: list[int]) -> bytes:
+        file = os.memfd_create("ram")
+        os.ftruncate(file, 4096)
+        socket.send_fds(client, [REGION.replace(b"anonymous", b"file") + b"ok\n"], [file])
+        os.close(file)
+        return b""
+
+    for answer in (REGION + b"ok\n", send_file):
+        async with driver(lie({"regions": answer}), QUICK) as vmm:
+            shape = await vmm.inspect("source")
+            assert "region ram0 has nothing mapped at 0x10000" in shape.problems[0]
+            shape.close()
+
+
+async def test_discard_that_left_pages_behind_is_found_out(
+    lie: Callable[[dict[str, object]], str],
+) -> None:
+    """Pages that are still there would never fault and be stale: adopt refuses them."""
+    memory = ctypes.create_string_buffer(b"x" * 3 * 4096)
+    address = (ctypes.addressof(memory) + 4095) & ~4095
+    text = REGION.replace(b"0x10000", hex(address).encode()) + b"ok\n"
+    hello = b"ok vmm=liar state=incoming\n"
+    async with driver(lie({"regions": text, "hello": hello}), QUICK) as vmm:
+        shape = await vmm.inspect("destination")
+        with pytest.raises(VmmProtocolError, match="ram0 still has pages after discard"):
+            await vmm.adopt(shape)
+
+
+async def test_nobody_there_is_said_quickly(tmp_path: Path) -> None:
+    """A path without a socket, one without a listener, and one too long are each one sentence."""
+    stale = tmp_path / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(stale))
+    for path in (tmp_path / "none.sock", stale, tmp_path / ("x" * 200)):
+        with trio.fail_after(2), pytest.raises(VmmGone, match="start the VMM"):
+            await ProcessVmm.connect("web1", str(path))
+
+
+async def test_a_vmm_that_never_accepts_is_given_up(tmp_path: Path) -> None:
+    """A full queue and a silent listener both end in the time for hello."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "deaf.sock"))
+        listener.listen(0)
+        for _ in range(3):
+            with trio.fail_after(5), pytest.raises(VmmTimeout, match="did not answer"):
+                await ProcessVmm.connect("web1", str(tmp_path / "deaf.sock"), QUICK)
