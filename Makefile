@@ -1,1 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
+# One command for each habit. Each installs what it needs, says so, and needs no network the second
+# time: Debian packages by apt-get, Python packages into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find postcopyd examples -name '*.[ch]' -o -name '*.py' -o -name '*.varlink') \
+  meson.build pyproject.toml README.md LICENSE
+# meson and ninja are programs of the venv; the build looks for them by name.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+BUILD_PACKAGES := gcc libc6-dev make python3-venv
+GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
+TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev
+
+.PHONY: all build demo test check fmt clean
+all: build
+
+build: $(VENV)/.built
+
+$(VENV)/.tools: pyproject.toml
+	@tools/debian-packages $(BUILD_PACKAGES)
+	@echo "Python packages for building and testing go to $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/requirements.py > $(VENV)/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.tools $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps .
+	@touch $@
+
+demo: build
+	@tools/debian-packages $(GUEST_PACKAGES)
+	$(BIN)/postcopyd demo
+	$(BIN)/postcopyd demo --guest qemu
+
+test: build
+	@tools/debian-packages $(TEST_PACKAGES)
+	@tools/newest-qemu
+	$(BIN)/pytest -q $(TESTS)
+
+check: build
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fmt: build
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .build .*_cache

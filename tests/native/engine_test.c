@@ -961,7 +961,8 @@ static void connect_again(void) {
 /* Wants many pages at once without as many threads: a signal takes the thread out of each fault once
  * the engine has it. Past the sanitizers' sigaction, which would hold the signal back. */
 extern int __sigaction(int, const struct sigaction *, struct sigaction *);
-static jmp_buf out_of_fault;
+static _Thread_local jmp_buf out_of_fault;
+enum { WANTERS = 16 };
 
 static void leave_fault(int signal) {
   (void)signal;
@@ -976,31 +977,35 @@ struct wanter {
 
 static void *wanter_run(void *argument) {
   struct wanter *w = argument;
-  for (; atomic_load(&w->at) < w->ram->pages; atomic_fetch_add(&w->at, 1))
+  for (; atomic_load(&w->at) < w->ram->pages; atomic_fetch_add(&w->at, WANTERS))
     if (!_setjmp(out_of_fault))
       load(w->ram, atomic_load(&w->at), 0);
   return NULL;
 }
 
 static void want_all(struct pair *p) {
-  struct wanter w = {.ram = p->guest->ram};
+  struct wanter w[WANTERS];
+  struct ram *m = p->guest->ram;
   struct sigaction action = {.sa_handler = leave_fault, .sa_flags = SA_NODEFER};
   __sigaction(SIGUSR1, &action, NULL);
-  prctl(PR_SET_TIMERSLACK, 1);
-  pthread_create(&w.thread, NULL, wanter_run, &w);
-  for (uint64_t page = 0; page < w.ram->pages; page++) {
-    while (get(p->at->faults) <= page)
-      usleep(1);
-    pthread_kill(w.thread, SIGUSR1);
-    while (atomic_load(&w.at) <= page)
-      usleep(1);
+  for (unsigned i = 0; i < WANTERS; i++) {
+    w[i] = (struct wanter){.ram = m, .at = i};
+    pthread_create(&w[i].thread, NULL, wanter_run, &w[i]);
   }
-  pthread_join(w.thread, NULL);
+  for (uint64_t page = WANTERS; page <= m->pages; page += WANTERS) {
+    wait_until(get(p->at->faults) >= page);
+    for (unsigned i = 0; i < WANTERS; i++)
+      pthread_kill(w[i].thread, SIGUSR1);
+    for (unsigned i = 0; i < WANTERS; i++)
+      wait_until(atomic_load(&w[i].at) >= page);
+  }
+  for (unsigned i = 0; i < WANTERS; i++)
+    pthread_join(w[i].thread, NULL);
 }
 
 static void overflow(bool connected_before) {
   struct guest g = {0};
-  struct ram *m = add_ram(&g, 6000, SMALL, all_data);
+  struct ram *m = add_ram(&g, 10000, SMALL, all_data);
   struct pair p = new_dest(&g);
   int fd[2], small = 4096;
   tcp_pair(fd);
@@ -1305,7 +1310,7 @@ static void stuck(int signal) {
 int main(int argc, char **argv) {
   struct sigaction action = {.sa_handler = stuck};
   sigaction(SIGALRM, &action, NULL);
-  alarm(30);
+  alarm(60);
   for (unsigned i = 0; i < sizeof SUBTESTS / sizeof *SUBTESTS; i++) {
     if (argc == 2 && !strcmp(argv[1], SUBTESTS[i].name)) {
       SUBTESTS[i].run();

@@ -49,7 +49,7 @@ def test_engine(programs: dict[str, Path], subtest: str, build: str) -> None:
     job = subprocess.Popen([programs[build], subtest], stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
-        output = job.communicate(timeout=40)[0]
+        output = job.communicate(timeout=90)[0]
     finally:
         try:  # with the child that plays the VMM
             os.killpg(job.pid, signal.SIGKILL)
