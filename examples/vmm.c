@@ -14,6 +14,7 @@
 #include "vmm_protocol.h"
 
 #include <getopt.h>
+#include <poll.h>
 #include <sys/file.h>
 
 #ifndef MFD_HUGE_2MB
@@ -69,6 +70,7 @@ static struct {
     pthread_mutex_t data;
     bool report;
     char *unlink;
+    char *misbehave; /* HOW:VERB, until it was done */
 } guest = {.lock = PTHREAD_MUTEX_INITIALIZER, .data = PTHREAD_MUTEX_INITIALIZER};
 
 static struct vmm vmm = {.name = "demo", VMM_INIT};
@@ -581,8 +583,26 @@ static void do_balloon(struct vmm_client *client, int count, char **words)
         vmm_reply(client, -1, "ok");
 }
 
+/* What a broken VMM does to who drives it, once. True: the verb is not to be obeyed. */
+static bool misbehave(struct vmm_client *client, const char *verb)
+{
+    const char *how = guest.misbehave, *when = how ? strchr(how, ':') + 1 : NULL;
+    if (!how || strcmp(verb, when))
+        return false;
+    guest.misbehave = NULL;
+    if (!strncmp(how, "exit:", 5))
+        _exit(1);
+    if (!strncmp(how, "refuse:", 7))
+        vmm_reply(client, -1, "error it was told to refuse %s", verb);
+    else /* hang, until the client has had enough */
+        poll(&(struct pollfd){client->socket, POLLRDHUP, 0}, 1, -1);
+    return true;
+}
+
 static bool extension(struct vmm_client *client, int count, char **words)
 {
+    if (count && misbehave(client, words[0]))
+        return true;
     if (count && !strcmp(words[0], "verify"))
         do_verify(client);
     else if (count && !strcmp(words[0], "balloon"))
@@ -767,6 +787,7 @@ static const char usage[] =
     "  --rate N           pages written per second by all threads together (default: no limit)\n"
     "  --device-state N   bytes added to the device state (default 0)\n"
     "  --load-touches N   pages that loading the device state reads (default 1)\n"
+    "  --misbehave HOW:VERB  refuse, hang or exit, once, when told this (for tests)\n"
     "  --incoming         wait for a guest instead of starting one\n"
     "  --report           a line of JSON on stdout each 100 ms\n";
 
@@ -790,6 +811,7 @@ int main(int argc, char **argv)
                                             {"rate", required_argument, NULL, 'r'},
                                             {"device-state", required_argument, NULL, 'd'},
                                             {"load-touches", required_argument, NULL, 'l'},
+                                            {"misbehave", required_argument, NULL, 'M'},
                                             {"incoming", no_argument, NULL, 'i'},
                                             {"report", no_argument, NULL, 'R'},
                                             {"help", no_argument, NULL, 'h'},
@@ -806,6 +828,7 @@ int main(int argc, char **argv)
         case 'r': guest.rate = parse_size(optarg); break;
         case 'd': guest.padding = parse_size(optarg); break;
         case 'l': guest.load_touches = parse_size(optarg); break;
+        case 'M': guest.misbehave = optarg; break;
         case 'i': incoming = true; break;
         case 'R': guest.report = true; break;
         case 'h': fputs(usage, stdout); return 0;
@@ -816,6 +839,8 @@ int main(int argc, char **argv)
         fputs(usage, stderr);
         return 2;
     }
+    if (guest.misbehave && !strchr(guest.misbehave, ':'))
+        fail("--misbehave %s has no verb; write it as refuse:load", guest.misbehave);
     bool huge = !strcmp(backing, "hugetlbfs"), file = !strcmp(backing, "file");
     if (!huge && !file && strcmp(backing, "memfd") && strcmp(backing, "anonymous"))
         fail("--backing %s is unknown; it is file, memfd, anonymous or hugetlbfs", backing);

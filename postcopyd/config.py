@@ -40,7 +40,7 @@ class ServeOptions(NamedTuple):
 
     control: str = DEFAULT_CONTROL
     listen: Address = Address("", DEFAULT_PORT)
-    state_dir: Path = Path("/var/lib/postcopyd")
+    state_dir: Path = Path("/run/postcopyd/state")
     tls: Literal["require", "off"] = "require"
     tls_dir: Path = Path("/etc/pki/postcopyd")
     hooks_dir: Path | None = None

@@ -147,7 +147,10 @@ class Daemon:
 
         async def run() -> None:
             with claimed_for(claimed):
-                await session.run()
+                try:
+                    await session.run()
+                except Exception:  # one migration's bug is not the others' end
+                    log.exception("bug in a session", vm=name, migration=migration)
 
         vm.settle(role="source", phase="handover", migration=migration, peer=request.to, result=None)
         self._nursery.start_soon(run)
@@ -201,6 +204,8 @@ class Daemon:
                 await self._take_control(stream, str(address[0]))
         except (PostcopydError, trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
             log.warning("connection ended", error=str(error) or type(error).__name__)
+        except Exception:  # one peer's bug is not the others' end
+            log.exception("bug in serving a peer")
         finally:
             self._peers.release_on_behalf_of(stream)
             await trio.aclose_forcefully(stream)

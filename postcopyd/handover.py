@@ -31,6 +31,7 @@ class Source(Enum):
 
     GREETING = "greeting"
     OFFERING = "offering"
+    ASKED = "asked"
     CONNECTING = "connecting"
     SERVING = "serving"
     SAVING = "saving"
@@ -110,8 +111,8 @@ _SOURCE_GIVES_UP: dict[Event, Source] = {
 
 SOURCE: Mapping[Source, Mapping[Event, Source]] = {
     Source.GREETING: {Received(p.Hello): Source.OFFERING, **_SOURCE_GIVES_UP},
-    Source.OFFERING: {
-        Sent(p.Offer): Source.OFFERING,
+    Source.OFFERING: {Sent(p.Offer): Source.ASKED, **_SOURCE_GIVES_UP},
+    Source.ASKED: {
         Received(p.Checked): Source.CHECKED,
         Received(p.Ready): Source.CONNECTING,
         **_SOURCE_GIVES_UP,
@@ -144,8 +145,8 @@ SOURCE: Mapping[Source, Mapping[Event, Source]] = {
         Happened.LOST: Source.DRAINED,
         Happened.FAILED: Source.DRAINED,
     },
-    Source.CHECKED: {Happened.LOST: Source.CHECKED},
-    Source.DECLINED: {},
+    Source.CHECKED: {Happened.LOST: Source.CHECKED, Happened.FAILED: Source.CHECKED},
+    Source.DECLINED: {Happened.LOST: Source.DECLINED, Happened.FAILED: Source.DECLINED},
     Source.ROLLED_BACK: {
         Sent(p.Cancel): Source.ROLLED_BACK,
         Sent(p.Error): Source.ROLLED_BACK,
@@ -209,7 +210,10 @@ DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
         Happened.FAILED: Destination.DONE,
     },
     Destination.DONE: {Happened.LOST: Destination.DONE, Happened.FAILED: Destination.DONE},
-    Destination.CHECKED: {Happened.LOST: Destination.CHECKED},
+    Destination.CHECKED: {
+        Happened.LOST: Destination.CHECKED,
+        Happened.FAILED: Destination.CHECKED,
+    },
     Destination.DECLINED: {
         Happened.LOST: Destination.DECLINED,
         Happened.FAILED: Destination.DECLINED,

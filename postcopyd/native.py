@@ -57,11 +57,12 @@ class Engine:
             raise
         self.stats = stats(self.handle)
 
-    def close(self) -> None:
-        """Stops and joins all threads, closes all connections. Blocks for milliseconds."""
+    async def aclose(self) -> None:
+        """Stops and joins all threads, closes all connections; milliseconds, and not cancelled."""
         if self.handle is not None:
             handle, self.handle = self.handle, None
-            self._free(handle)
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._free, handle)
             trio.lowlevel.notify_closing(self.wake)
             os.close(self.wake)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 import msgpack
 from msgspec import Meta, Struct, ValidationError, convert, to_builtins
@@ -50,10 +50,21 @@ KEEPALIVE_S = 1.0
 DEAD_S = 10.0
 """A peer that has said nothing for this long is taken for dead; ten keepalives were lost then."""
 
-Name = Annotated[str, Meta(min_length=1, max_length=128)]
+MAX_ITEMS = 512
+"""Items of one array or map: the facts of an offer. An unpacker makes room for what a header says
+before the items are there, so without this a few kilobytes of headers ask for gigabytes."""
+
+MAX_STRING = 4 * 4096
+"""Bytes of one string: a sentence in UTF-8."""
+
+# Names become parts of log lines, of arguments of hooks, of what a terminal shows.
+_NO_CONTROLS = r"\A[^\x00-\x1f\x7f-\x9f]*\Z"
+
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=_NO_CONTROLS)]
 Sentence = Annotated[str, Meta(max_length=4096)]
 T = TypeVar("T")
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Time = Annotated[float, Meta(ge=0, le=1e15)]  # in the unit of its name; infinity is not JSON
 
 
 class LocalProtocolError(PostcopydError):
@@ -77,8 +88,8 @@ class Hello(Message, frozen=True, tag="hello"):
 
     version: Count
     features: Annotated[list[Name], Meta(max_length=64)] = []
-    software: Annotated[str, Meta(max_length=128)] = ""
-    host: Annotated[str, Meta(max_length=256)] = ""
+    software: Annotated[str, Meta(max_length=128, pattern=_NO_CONTROLS)] = ""
+    host: Annotated[str, Meta(max_length=256, pattern=_NO_CONTROLS)] = ""
 
 
 class RegionOffer(Struct, frozen=True, rename="camel"):
@@ -166,9 +177,9 @@ class Faults(Struct, frozen=True, rename="camel"):
     """
 
     count: Count = 0
-    p50_us: Annotated[float, Meta(ge=0)] = 0.0
-    p99_us: Annotated[float, Meta(ge=0)] = 0.0
-    max_us: Annotated[float, Meta(ge=0)] = 0.0
+    p50_us: Time = 0.0
+    p99_us: Time = 0.0
+    max_us: Time = 0.0
     histogram: Annotated[dict[str, Count], Meta(max_length=64)] = {}
 
 
@@ -193,7 +204,7 @@ class Drained(Message, frozen=True, tag="drained"):
     duplicate: Count
     requests: Count
     discarded: Count
-    brownout_ms: Annotated[float, Meta(ge=0)]
+    brownout_ms: Time
     faults: Faults
 
 
@@ -241,49 +252,90 @@ class DataWelcome(Struct, frozen=True, rename="camel"):
 class Codec:
     """Bytes to msgpack objects, of one direction of one connection.
 
-    `feed` takes what was received and `objects` gives what is complete. Bytes beyond a complete
-    object are kept. Raises RemoteProtocolError for what is no msgpack, or larger than MAX_MESSAGE.
+    `feed` takes what was received and `objects` gives what is complete; call them in turn. Bytes
+    beyond a complete object are kept. Raises RemoteProtocolError for what is no msgpack, for a map
+    with one key twice, for extension types, and for what is larger than the limits above; the
+    connection is of no use then.
     """
 
     def __init__(self) -> None:
         self._unpacker = msgpack.Unpacker(
-            raw=False, strict_map_key=True, max_buffer_size=MAX_MESSAGE + DEVICE_CHUNK
+            raw=False,
+            strict_map_key=True,
+            object_pairs_hook=_unique,
+            ext_hook=_no_extension,
+            max_buffer_size=0,  # by ourselves, below: what is legal must not depend on the chunks
+            max_str_len=MAX_STRING,
+            max_bin_len=DEVICE_CHUNK,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
+            max_ext_len=0,
         )
+        self._fed = 0
+        self._begin = 0  # of the object that is not complete yet, counted as _fed
 
     def feed(self, data: bytes) -> None:
-        try:
-            self._unpacker.feed(data)
-        except msgpack.exceptions.BufferFull:
-            raise RemoteProtocolError(
-                f"the peer sent a message of more than {MAX_MESSAGE} bytes"
-            ) from None
+        self._fed += len(data)
+        self._unpacker.feed(data)
 
     def objects(self) -> Iterator[Any]:
         while True:
             try:
-                yield self._unpacker.unpack()
+                obj = self._unpacker.unpack()
             except msgpack.exceptions.OutOfData:
+                self._limit(self._fed)
                 return
             except (ValueError, msgpack.exceptions.UnpackException) as error:
                 # Includes bad UTF-8, map keys that are not strings, nesting beyond msgpack's limit.
                 raise RemoteProtocolError(
                     f"the peer sent what is no msgpack message: {error or type(error).__name__}"
                 ) from None
+            end = self._unpacker.tell()
+            self._limit(end)
+            self._begin = end
+            yield obj
+
+    def _limit(self, end: int) -> None:
+        if end - self._begin > MAX_MESSAGE:
+            raise RemoteProtocolError(
+                f"the peer sent a message of more than {MAX_MESSAGE} bytes"
+            ) from None
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a map has one key twice")
+    return found
+
+
+def _no_extension(code: int, data: bytes) -> NoReturn:
+    raise ValueError(f"extension type {code}")
 
 
 def pack(message: Struct) -> bytes:
-    """The bytes of a message or of a data connection's first object."""
+    """The bytes of a message or of a data connection's first object.
+
+    Raises LocalProtocolError when it is larger than the peer would take.
+    """
     packed: bytes = msgpack.packb(to_builtins(message, builtin_types=(bytes,)))
+    if len(packed) > MAX_MESSAGE:
+        raise LocalProtocolError(
+            f"a {type(message).__name__} of {len(packed)} bytes is more than the {MAX_MESSAGE} that "
+            f"a message may have"
+        )
     return packed
 
 
 def parse(obj: Any, kind: type[T]) -> T:
     """Checks a received object against one of the types above; raises RemoteProtocolError."""
     try:
-        return convert(obj, kind)
+        # bytes as they are: msgspec would take Base64 text for them, as JSON needs.
+        return convert(obj, kind, builtin_types=(bytes,))
     except ValidationError as error:
-        what = obj.get("type", "object") if isinstance(obj, dict) else type(obj).__name__
-        raise RemoteProtocolError(f"the peer sent a bad {what!s:.32} message: {error}") from None
+        tag = obj.get("type") if isinstance(obj, dict) else None
+        what = tag if isinstance(tag, str) else type(obj).__name__
+        raise RemoteProtocolError(f"the peer sent a bad {what!r:.32} message: {error}") from None
 
 
 def parse_message(obj: Any) -> AnyMessage:
@@ -327,6 +379,8 @@ def pack_frame(frame: Frame) -> bytes:
 
 def unpack_frame(header: bytes) -> Frame:
     """The reverse; raises RemoteProtocolError for what C would refuse as well."""
+    if len(header) != FRAME_BYTES:
+        raise RemoteProtocolError(f"a page frame's header has {FRAME_BYTES} bytes, not {len(header)}")
     array, kind, m1, region, m2, page, m3, count, m4, payload = _HEADER.unpack(header)
     if (array, m1, m2, m3, m4) != (0x95, 0xCD, 0xCF, 0xCE, 0xC6):
         raise RemoteProtocolError("the peer sent what is not a page frame")

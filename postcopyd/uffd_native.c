@@ -474,9 +474,11 @@ static void *faults_run(void *argument) {
     if (!asks && !unsent)
       continue;
     pthread_mutex_lock(&d->asking);
-    for (unsigned i = 0; i < asks && d->urgent >= 0; i++) /* or pc_dest_connect will ask */
-      if (!ask_page(d, ask[i].region, ask[i].page))
-        d->look_again = 0;
+    for (unsigned i = 0; i < asks && d->urgent >= 0; i++) { /* or pc_dest_connect sees to it */
+      uint64_t slot = ask[i].region->first + ask[i].page;
+      if (slot < d->look_again && !ask_page(d, ask[i].region, ask[i].page))
+        d->look_again = slot;
+    }
     ask_flush(d);
     pthread_mutex_unlock(&d->asking);
   }

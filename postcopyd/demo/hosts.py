@@ -7,7 +7,9 @@ socket; knows nothing of their inside.
 
 from __future__ import annotations
 
+import json
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -23,6 +25,7 @@ from postcopyd.errors import PostcopydError
 from postcopyd.varlink_client import Client, ErrorReply, NoAnswer
 
 START_S = 20.0
+PACKAGE = Path(__file__).resolve().parent.parent
 Status = dict[str, Any]
 
 
@@ -37,6 +40,7 @@ class Host:
 
     def __init__(self, folder: Path, name: str, options: tuple[str, ...]) -> None:
         self.name = name
+        folder = folder.absolute()
         self.control = str(folder / f"{name}.control")
         self.state = folder / f"{name}.state"
         self.log = folder / f"{name}.log"
@@ -53,6 +57,7 @@ class Host:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "postcopyd", *serve],
+                cwd=PACKAGE.parent,  # the same package that runs this
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 stdout=log,
@@ -87,6 +92,9 @@ class Host:
             except ErrorReply as error:
                 sentence = error.parameters.get("message", str(error.parameters))
                 raise PostcopydError(sentence, error.name.rpartition(".")[2]) from None
+            except NoAnswer as error:
+                log = self.log.read_text()[-2000:]
+                raise DemoError(f"the daemon {self.name} does not answer ({error}): {log}") from None
 
         return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
 
@@ -145,10 +153,10 @@ async def open_hosts(
 class ProcessGuest:
     """The demo guest: examples/vmm.c, a small VMM whose threads write and check their memory."""
 
-    def __init__(self, path: Path, *options: str) -> None:
+    def __init__(self, path: Path, *options: str, program: Path | None = None) -> None:
         self.path = path
         self.process = subprocess.Popen(
-            [str(executable()), "--socket", str(path), *options],
+            [str(program or executable()), "--socket", str(path), *options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -159,24 +167,45 @@ class ProcessGuest:
         if b"listening" not in line:
             self.kill()
             raise DemoError(f"starting the demo guest: {line.decode(errors='replace').strip()}")
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self._said = b""
 
-    def ask(self, line: str) -> str:
-        """One line of the VMM's protocol and its answer; the daemon must have let go of it."""
+    def ask(self, line: str) -> dict[str, str]:
+        """One of the guest's own verbs, which it answers whoever drives it: the words of the
+        answer."""
         with socket.socket(socket.AF_UNIX) as s:
             s.connect(str(self.path))
             with s.makefile("rw") as lines:
-                for question in ("hello postcopyd 1", line):
-                    lines.write(question + "\n")
-                    lines.flush()
-                    answer = lines.readline().strip()
+                lines.write(line + "\n")
+                lines.flush()
+                answer = lines.readline().strip()
         if not answer.startswith("ok"):
             raise DemoError(f"asking the demo guest {line!r}: {answer or 'it ended'}")
-        return answer
+        return dict(word.split("=", 1) for word in answer.split()[1:])
 
     def verify(self) -> tuple[int, int]:
         """(pages checked, bad ones) of all of the guest's memory."""
-        words = dict(word.split("=", 1) for word in self.ask("verify").split()[1:])
+        words = self.ask("verify")
         return int(words["pages"]), int(words["bad"])
+
+    def report(self, seconds: float = 5.0) -> dict[str, Any]:
+        """The next report of a guest started with --report; raises DemoError when none comes."""
+        assert self.process.stdout is not None
+        while more := self.process.stdout.read():  # what was said before is of the past
+            self._said = (self._said + more).rpartition(b"\n")[2]
+        with selectors.DefaultSelector() as ready:
+            ready.register(self.process.stdout, selectors.EVENT_READ)
+            while True:
+                line, end, rest = self._said.partition(b"\n")
+                if end:
+                    self._said = rest
+                    if line.startswith(b"{"):
+                        report: dict[str, Any] = json.loads(line)
+                        return report
+                elif ready.select(seconds) and (more := self.process.stdout.read()):
+                    self._said += more
+                else:
+                    raise DemoError("the demo guest does not report")
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):

@@ -36,26 +36,10 @@ from postcopyd.errors import PostcopydError
 
 # All that a caller needs for a guest can be had from here.
 __all__ = [
-    "MISSING_KERNEL",
-    "MISSING_QEMU",
-    "Echo",
-    "Guest",
-    "GuestConfig",
-    "GuestError",
-    "Kernel",
-    "MissingPartError",
-    "QemuBinary",
-    "QemuProcess",
-    "Report",
-    "Sweep",
-    "Workload",
-    "command",
-    "find_init",
-    "find_kernel",
-    "find_qemu",
-    "open_guest",
-    "write_initramfs",
-]
+    "MISSING_KERNEL", "MISSING_QEMU", "Echo", "Guest", "GuestConfig", "GuestError", "Kernel",
+    "MissingPartError", "QemuBinary", "QemuProcess", "Report", "Sweep", "Workload", "command",
+    "find_init", "find_kernel", "find_qemu", "open_guest", "write_initramfs",
+]  # fmt: skip
 
 MISSING_QEMU = (
     "found no QEMU to run the guest in: install the Debian package qemu-system-x86, or name a "

@@ -372,7 +372,7 @@ class DestinationSession:
         """Only when nothing is registered any more, or the VMM has ended."""
         with trio.CancelScope(shield=True):
             if self._engine is not None:
-                await trio.to_thread.run_sync(self._engine.close)
+                await self._engine.aclose()
             for fd in (*self._uffds, *([self._record] if self._record >= 0 else [])):
                 os.close(fd)
             if self._record >= 0:

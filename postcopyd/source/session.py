@@ -53,7 +53,7 @@ class SourceSession:
         self._shape: Shape | None = None
         self._touched = False
         self._began = time.monotonic()
-        self._stopped_at = self._ran_at = 0.0
+        self._stopped_at = self._saved_at = self._loaded_at = self._ran_at = 0.0
         self._faults = p.Faults()
 
     def cancel(self) -> None:
@@ -180,6 +180,7 @@ class SourceSession:
             nursery.start_soon(self._watch_engine)
             nursery.start_soon(self._save, channel)
             await channel.expect(p.Loaded)
+            self._loaded_at = time.monotonic()
             nursery.cancel_scope.cancel()
         self._commit()
         await channel.send(p.Grant(self.vm.epoch))
@@ -204,6 +205,7 @@ class SourceSession:
             self._stopped_at = time.monotonic()
 
         await self.vm.attached().save(send, stopped)
+        self._saved_at = time.monotonic()
         # Only now is RAM final, disk reads that were under way at the stop included. What the
         # destination has asked for meanwhile waits in the urgent socket.
         assert self._engine is not None
@@ -355,7 +357,7 @@ class SourceSession:
         if self._channel is not None:
             await self._channel.aclose()
         if self._engine is not None:
-            await trio.to_thread.run_sync(self._engine.close)
+            await self._engine.aclose()
         if self._shape is not None:
             self._shape.close()
         self._channel = self._engine = self._shape = None
@@ -373,6 +375,16 @@ class SourceSession:
     @property
     def _downtime_ms(self) -> float:
         return round((self._ran_at - self._stopped_at) * 1e3, 2)
+
+    @property
+    def _downtime_parts(self) -> dict[str, float]:
+        """What the guest waited for: its VMM here giving the device state, the one there taking the
+        rest of it, and running it there; a round trip is in the second and in the third."""
+        if not self._ran_at:
+            return {}
+        times = (self._stopped_at, self._saved_at, self._loaded_at, self._ran_at)
+        parts = zip(("save", "load", "run"), zip(times, times[1:], strict=False), strict=True)
+        return {name: round((after - before) * 1e3, 2) for name, (before, after) in parts}
 
     async def _hooks(self, phase: str, **about: Any) -> None:
         await run_hooks(
@@ -425,6 +437,7 @@ class SourceSession:
             "peer": self.request.to,
             "mode": "postcopy",
             "downtimeMs": self._downtime_ms if self._ran_at else 0.0,
+            "downtimePartsMs": self._downtime_parts,
             "totalMs": round(elapsed * 1e3, 2),
             "brownoutMs": round(drained.brownout_ms, 2) if drained else 0.0,
             "memory": {

@@ -49,6 +49,7 @@ from postcopyd.vmm.qmp import Events, Qmp, QmpClosed, QmpRefused
 MAX_DESCRIPTORS = 4
 
 ANSWER_SECONDS = 10.0  # for questions; commands of the handover wait as long as they take
+FAIL_SECONDS = 2.0  # for a migration whose stream has lost its other end
 QUIT_SECONDS = 2.0  # for a QEMU whose guest is not needed any more
 FINISH_SECONDS = 10.0  # for one that may have disks to flush
 DISK_LOCK_SECONDS = 5.0  # how long a destination that was just killed may still hold a disk
@@ -193,7 +194,7 @@ class QemuVmm(Vmm):
         must run before it can be migrated again. Raises VmmError when it cannot be run again.
         """
         qmp = self._qmp
-        migrated = await self._cancelled()
+        migrated = await self._ended()
         run_state = (await qmp.execute("query-status"))["status"]
         lost = run_state == "postmigrate" and self.before != "paused"
         if lost or (run_state in qemu_facts.PAUSED and self.before == "running"):
@@ -205,21 +206,27 @@ class QemuVmm(Vmm):
             keys = ("initial", "max", "rounds", "step")
             await qmp.execute("announce-self", {key: parameters[f"announce-{key}"] for key in keys})
 
-    async def _cancelled(self) -> str:
-        """Ends a migration that is going on; returns the state of the last one."""
+    async def _ended(self) -> str:
+        """Waits until no migration goes on; returns the state of the last one.
+
+        Our end of its stream is closed, so it fails by itself in milliseconds, unless it has been
+        written whole, and then it completes. QEMU takes its disks back after either. After
+        `migrate_cancel` past the stop, 7.2 runs the guest with its disks inactive and aborts at
+        their next use: that is for a migration that neither writes nor stops, and for a pause that
+        somebody else asked for.
+        """
+        deadline = trio.current_time() + FAIL_SECONDS
         while True:
             status = str((await self._qmp.execute("query-migrate")).get("status", "none"))
             run_state = (await self._qmp.execute("query-status"))["status"]
             if status in qemu_facts.OVER and run_state != "finish-migrate":
                 return status
-            if status in {"pre-switchover", "cancelling"}:
-                # Only when somebody set that capability: cancelling in the instant before the pause
-                # leaves QEMU 7.2 asleep in it, and this wakes it.
-                with suppress(QmpRefused):
-                    await self._qmp.execute("migrate_cancel")
-                    await self._qmp.execute("migrate-continue", {"state": "cancelling"})
-            elif status not in qemu_facts.OVER:
+            stuck = run_state != "finish-migrate" and trio.current_time() > deadline
+            if status == "pre-switchover" or (stuck and status not in qemu_facts.OVER):
                 await self._qmp.execute("migrate_cancel")
+            if status == "cancelling":  # 7.2 may have missed it on its way into the pause
+                with suppress(QmpRefused):
+                    await self._qmp.execute("migrate-continue", {"state": "cancelling"})
             await trio.sleep(POLL_SECONDS)
 
     async def _run_again(self) -> None:
@@ -308,7 +315,8 @@ class QemuVmm(Vmm):
             if status == "failed":
                 raise VmmError(
                     f"QEMU could not load the device state of {self.name}: "
-                    f"{await self._why(status)}; see that both QEMUs have the same devices, and start this one anew."
+                    f"{await self._why(status)}; see that both QEMUs have the same devices, and "
+                    f"start this one anew."
                 )
             if status == "completed":
                 if ran:

@@ -50,7 +50,7 @@ class Backend:
 
 
 async def backends(qmp: Qmp) -> list[Backend]:
-    """All memory backends by name, so that both hosts count them alike (QEMU's own order varies)."""
+    """All memory backends by name, so that both hosts count them alike (QEMU's order varies)."""
     addresses = _host_addresses(await qmp.execute("x-query-ramblock"))
     found = []
     for number, backend in enumerate(await qmp.execute("query-memdev")):

@@ -51,8 +51,8 @@ async def create(qmp: Qmp, pid: int) -> tuple[int, int]:
         return await adoption.create_userfaultfd(pid, device_fd=lent[0], allow_seccomp=True)
     except PermissionError as error:
         raise VmmError(
-            f"QEMU {pid} may not use userfaultfd even through {DEVICE} ({error.strerror}): see what "
-            f"its security module (AppArmor, SELinux) forbids."
+            f"QEMU {pid} may not use userfaultfd even through {DEVICE} ({error.strerror}): see "
+            f"what its security module (AppArmor, SELinux) forbids."
         ) from None
     finally:
         with trio.CancelScope(shield=True), suppress(PostcopydError):

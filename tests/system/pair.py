@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pair of daemons with process guests, for tests: who is where, and what must be true of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from postcopyd.demo.hosts import PACKAGE, DemoError, Host, ProcessGuest
+
+SMALL = ("--memory", "16M", "--rate", "20000")
+MIB = 1 << 20
+
+# Each phase of each VM may have a script of its own, NAME.ROLE.PHASE beside this one.
+HOOK = """#!/bin/sh
+echo "$1 $2 $3" >> "${0%/*}/log"
+script="${0%/*}/scripts/$1.$2.$3"
+if [ -e "$script" ]; then . "$script"; fi
+"""
+
+
+class Pair:
+    """Two daemons (or more) and the guests that were started beside them."""
+
+    def __init__(self, folder: Path, hosts: int, options: tuple[str, ...]) -> None:
+        self.folder = folder
+        self.hooks = folder / "hooks"
+        (self.hooks / "scripts").mkdir(parents=True)
+        hook = self.hooks / "hook"
+        hook.write_text(HOOK)
+        hook.chmod(hook.stat().st_mode | stat.S_IXUSR)
+        options = ("--hooks-dir", str(self.hooks), *options)
+        self.hosts = [Host(folder, f"host{i}", options) for i in range(hosts)]
+        self.guests: list[ProcessGuest] = []
+        self._names = 0
+
+    def __iter__(self) -> Iterator[Host]:
+        return iter(self.hosts)
+
+    def name(self) -> str:
+        """A VM's name that was not used yet."""
+        self._names += 1
+        return f"vm{self._names}"
+
+    def hook(self, vm: str, role: str, phase: str, script: str) -> None:
+        (self.hooks / "scripts" / f"{vm}.{role}.{phase}").write_text(script)
+
+    def hooks_run(self, vm: str) -> list[str]:
+        """ROLE PHASE of each hook that ran for a VM, in order."""
+        lines = (self.hooks / "log").read_text().splitlines()
+        return [line.removeprefix(f"{vm} ") for line in lines if line.startswith(f"{vm} ")]
+
+    def guest(self, *options: str, program: Path | None = None) -> ProcessGuest:
+        report = () if program else ("--report",)
+        path = self.folder / f"guest{len(self.guests)}"
+        self.guests.append(ProcessGuest(path, *options, *report, program=program))
+        return self.guests[-1]
+
+    async def attach(self, host: Host, name: str, guest: ProcessGuest) -> ProcessGuest:
+        await host.attach(name, "process", guest.path)
+        return guest
+
+    async def place(
+        self, *options: str, there: tuple[str, ...] = (), here: tuple[str, ...] = ()
+    ) -> tuple[str, ProcessGuest, ProcessGuest]:
+        """A guest at the first host that has done something, and a VMM that waits at the second."""
+        name, options = self.name(), options or SMALL
+        a, b, *_ = self.hosts
+        source = await self.attach(a, name, self.guest(*options, *here))
+        destination = await self.attach(b, name, self.guest(*options, *there, "--incoming"))
+        await worked(source)
+        return name, source, destination
+
+    def end(self) -> None:
+        for guest in self.guests:
+            guest.kill()
+        for host in self.hosts:
+            host.end()
+        for host in self.hosts:
+            log = host.log.read_text()
+            assert "Traceback" not in log, log[-8000:]
+
+
+@contextmanager
+def open_pair(*options: str, hosts: int = 2) -> Iterator[Pair]:
+    """Not an asynchronous one, so that a module's tests can share it."""
+    with tempfile.TemporaryDirectory(prefix="pcm") as name:
+        pair = Pair(Path(name), hosts, options)
+        try:
+
+            async def start() -> None:
+                async with trio.open_nursery() as nursery:
+                    for host in pair.hosts:
+                        nursery.start_soon(host.start)
+
+            trio.run(start)
+            yield pair
+        finally:
+            pair.end()
+
+
+async def until(condition: Callable[[], Any], what: str, seconds: float = 30) -> None:
+    """Waits for what others do."""
+    with trio.move_on_after(seconds):
+        while not await trio.to_thread.run_sync(condition):
+            await trio.sleep(0.01)
+        return
+    raise AssertionError(f"{what}: not within {seconds} s")
+
+
+async def status_until(
+    host: Host, name: str, condition: Callable[[dict[str, Any]], Any], seconds: float = 30
+) -> dict[str, Any]:
+    """Asks for the status until it is as wanted."""
+    status: dict[str, Any] = {}
+    with trio.move_on_after(seconds):
+        while not condition(status := await host.status(name)):
+            await trio.sleep(0.01)
+        return status
+    raise AssertionError(f"{name} did not get there within {seconds} s: {status}")
+
+
+async def worked(guest: ProcessGuest, ops: int = 1000) -> None:
+    """Returns when the guest has written `ops` more pages than it had."""
+    report = await trio.to_thread.run_sync(guest.report)
+    before = report["ops"]
+    deadline = time.monotonic() + 20
+    while report["ops"] < before + ops:
+        assert time.monotonic() < deadline and report["state"] != "paused", report
+        report = await trio.to_thread.run_sync(guest.report)
+
+
+async def verified(guest: ProcessGuest, pages: int | None = None) -> None:
+    """The guest has checked all of its memory, and found it right."""
+    with trio.fail_after(60):
+        checked, bad = await trio.to_thread.run_sync(guest.verify, abandon_on_cancel=True)
+    assert bad == 0
+    assert checked == (pages or checked) > 0
+
+
+async def ended(guest: ProcessGuest) -> None:
+    """The VMM's process ends by itself."""
+    await until(lambda: guest.process.poll() is not None, "ending the VMM", 10)
+
+
+def completed(result: dict[str, Any], memory: int | None = None, page: int = 4096) -> None:
+    """The result object of a migration that went well: every field, and sums that can be."""
+    assert result["event"] == "completed", result.get("error")
+    assert result["mode"] == "postcopy"
+    assert result["recoveries"] == 0
+    counts = result["memory"]
+    total, pages = counts["totalBytes"], counts["pages"]
+    assert total == (memory or total) == pages * page
+    assert counts["pageSize"] == page
+    sent = counts["pushedPages"] + counts["urgentPages"]
+    assert pages == counts["zeroPages"] + sent
+    assert counts["precopyPages"] == counts["dirtyPages"] == counts["duplicatePages"] == 0
+    assert 0 <= result["transferredBytes"] - sent * page < 100_000 + sent * 32
+    assert result["bytesPerSecond"] > 0
+    assert 0 < result["downtimeMs"] < result["totalMs"]
+    assert 0 <= result["brownoutMs"] < result["totalMs"]
+    faults = result["faults"]
+    assert 0 <= faults["p50Us"] <= faults["p99Us"] <= faults["maxUs"] * 1.125 + 1
+    assert all(int(bucket) & (int(bucket) - 1) == 0 for bucket in faults["histogramUs"])
+    assert counts["urgentPages"] <= faults["count"] + 16
+
+
+async def unmoved(
+    host: Host, name: str, guest: ProcessGuest, result: dict[str, Any], why: str, event: str
+) -> None:
+    """The migration failed before the grant: said so, and the guest runs on at the source."""
+    assert result["event"] == event, result
+    assert why in result["error"]
+    assert result["memory"]["pushedPages"] == 0
+    status = await host.status(name)
+    assert (status["role"], status["phase"]) == ("source", "failed")
+    assert why in status["message"]
+    await worked(guest, 100)
+    await verified(guest)
+
+
+async def cli(*words: str, **environment: str) -> tuple[int, list[str], str]:
+    """Exit status, lines and errors of the real command line."""
+    done = await trio.run_process(
+        [sys.executable, "-m", "postcopyd", *words],
+        cwd=PACKAGE.parent,
+        env=os.environ | environment,
+        capture_stdout=True,
+        capture_stderr=True,
+        check=False,
+    )
+    return done.returncode, done.stdout.decode().splitlines(), done.stderr.decode()
+
+
+def last_json(lines: list[str]) -> dict[str, Any]:
+    objects = [json.loads(line) for line in lines]
+    assert objects
+    last: dict[str, Any] = objects[-1]
+    return last
+
+
+__all__ = [
+    "MIB",
+    "SMALL",
+    "DemoError",
+    "Host",
+    "Pair",
+    "ProcessGuest",
+    "cli",
+    "completed",
+    "ended",
+    "last_json",
+    "open_pair",
+    "status_until",
+    "unmoved",
+    "until",
+    "verified",
+    "worked",
+]

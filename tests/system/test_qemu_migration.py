@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real QEMU guests that prove their memory, moved by two real daemons."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import statistics
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from conftest import missing
+
+from postcopyd.demo import qemu_guest as q
+from postcopyd.demo.hosts import Host, open_hosts
+from postcopyd.vmm.qmp import Qmp
+
+MIB = 1 << 20
+VM = "guest"
+QEMUS = q.find_qemu()
+EACH_QEMU = pytest.mark.parametrize("qemu", QEMUS, ids=str)
+
+
+@pytest.fixture(scope="session")
+def boot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Kernel and initramfs of the verifying guest."""
+    kernel = q.find_kernel()
+    if kernel is None or not QEMUS:
+        missing("QEMU and a guest kernel: qemu-system-x86 and linux-image-cloud-amd64")
+    initramfs = tmp_path_factory.mktemp("guest") / "initramfs"
+    q.write_initramfs(initramfs, kernel, q.find_init())
+    return kernel.image, initramfs
+
+
+class Pair:
+    """Two daemons and one guest; the guest's QEMUs are named by where they run."""
+
+    def __init__(self, hosts: list[Host], guest: q.Guest, config: q.GuestConfig) -> None:
+        self.hosts = hosts
+        self.guest = guest
+        self.config = config
+        self.moves = 0
+
+    @property
+    def here(self) -> Host:
+        return self.hosts[self.moves % 2]
+
+    @property
+    def there(self) -> Host:
+        return self.hosts[(self.moves + 1) % 2]
+
+    async def boot(self) -> q.QemuProcess:
+        """The guest at the first host, attached and at work."""
+        qemu = await self.guest.launch(dataclasses.replace(self.config, name="qemu0"))
+        await self.here.attach(VM, "qemu", qemu.qmp_path)
+        await self.guest.ready()
+        return qemu
+
+    async def wait_for_it(self, **changes: Any) -> q.QemuProcess:
+        """A QEMU at the other host that waits for the guest."""
+        config = dataclasses.replace(
+            self.config, name=f"qemu{self.moves + 1}", incoming=True, **changes
+        )
+        qemu = await self.guest.launch(config)
+        await self.there.attach(VM, "qemu", qemu.qmp_path)
+        return qemu
+
+    async def move(self, **options: Any) -> dict[str, Any]:
+        """Moves the guest and has it check all of its memory. Returns the result."""
+        before = await self.guest.report()
+        result = await self.here.migrate(VM, self.there, **options)
+        assert result["event"] == "completed", result
+        self.moves += 1
+        after = await self.guest.report()
+        while after.operations <= before.operations:
+            after = await self.guest.report(after)
+        await self.check()
+        return result
+
+    async def check(self) -> None:
+        """Every page of the guest is right, and was all the time."""
+        sweep = await self.guest.sweep()
+        report = await self.guest.report()
+        wrong = (sweep.bad, report.bad, report.disk_bad, report.net_bad)
+        assert wrong == (0, 0, 0, 0), self.guest.bad
+
+
+@asynccontextmanager
+async def pair(folder: Path, boot: tuple[Path, Path], **config: Any) -> AsyncIterator[Pair]:
+    kernel, initramfs = boot
+    made = q.GuestConfig(kernel=kernel, initramfs=initramfs, **config)
+    async with open_hosts(folder) as hosts, q.open_guest(folder) as guest:
+        yield Pair(hosts, guest, made)
+
+
+@pytest.fixture
+def folder() -> Any:
+    """A folder on tmpfs with a short name, for sockets and records."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="pc-", dir="/dev/shm") as made:
+        yield Path(made)
+
+
+async def test_a_guest_of_1_gib_moves_there_and_back_ten_times(
+    folder: Path, boot: tuple[Path, Path], record_property: Any
+) -> None:
+    """The main job: no bad page in ten moves of a guest that writes and checks 512 MiB."""
+    work = q.Workload(test_mb=512)
+    async with pair(folder, boot, qemu=QEMUS[-1], memory=1024 * MIB, workload=work) as it:
+        await it.boot()
+        results = []
+        for _ in range(10):
+            await it.wait_for_it()
+            results.append(await it.move())
+        downtimes = sorted(result["downtimeMs"] for result in results)
+        print("downtime ms:", downtimes, "parts", [r["downtimePartsMs"] for r in results])
+        record_property("median downtime ms", statistics.median(downtimes))
+        memory = results[-1]["memory"]
+        assert memory["pages"] == memory["zeroPages"] + memory["pushedPages"] + memory["urgentPages"]
+        assert memory["totalBytes"] == 1024 * MIB
+        assert [report.bad for report in it.guest.reports if report.bad] == []
+
+
+@EACH_QEMU
+async def test_an_unprivileged_sandboxed_qemu_moves(
+    folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary
+) -> None:
+    """QEMU as libvirt runs it, as another user and without the privilege to make a userfaultfd."""
+    folder.chmod(0o777)
+    async with pair(folder, boot, qemu=qemu, memory=256 * MIB, user="nobody") as it:
+        await it.boot()
+        await it.wait_for_it()
+        await it.move()
+
+
+@EACH_QEMU
+async def test_two_vcpus_with_disk_and_network_in_use(
+    folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary
+) -> None:
+    """Disk and network go on through the move; the guest's own checks of both find nothing wrong."""
+    image = folder / "disk"
+    with image.open("wb") as file:
+        file.truncate(64 * MIB)
+    async with pair(folder, boot, qemu=qemu, memory=512 * MIB, vcpus=2, disk=image) as it:
+        echo = await it.guest.echo()
+        it.config = dataclasses.replace(it.config, net_port=echo.port)
+        await it.boot()
+        await it.wait_for_it()
+        await it.move()
+        after = await it.guest.report()
+        later = await it.guest.report(after)
+        while later.disk_ops <= after.disk_ops or later.net_received <= after.net_received:
+            later = await it.guest.report(later)
+        await it.check()
+        assert echo.duplicates == 0
+
+
+async def test_two_numa_backends(folder: Path, boot: tuple[Path, Path]) -> None:
+    """Each memory backend is a region of its own, with a userfaultfd of its own."""
+    async with pair(folder, boot, qemu=QEMUS[-1], memory=512 * MIB, backends=2) as it:
+        await it.boot()
+        await it.wait_for_it()
+        await it.move()
+
+
+@pytest.mark.skipif(len(QEMUS) < 2, reason="one QEMU only")
+async def test_between_two_versions_of_qemu(folder: Path, boot: tuple[Path, Path]) -> None:
+    """A guest of a versioned machine type moves to a newer QEMU."""
+    config = {"machine": "pc-q35-7.2", "memory": 256 * MIB, "qemu": QEMUS[0]}
+    async with pair(folder, boot, **config) as it:
+        await it.boot()
+        await it.wait_for_it(qemu=QEMUS[-1])
+        await it.move()
+
+
+@EACH_QEMU
+async def test_a_disk_locked_at_the_destination_leaves_the_guest_at_the_source(
+    folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary
+) -> None:
+    """When `cont` is refused no vCPU has run: declined, and the guest goes on where it was."""
+    image, other = folder / "disk", folder / "other-disk"
+    for path in (image, other):
+        with path.open("wb") as file:
+            file.truncate(16 * MIB)
+    async with pair(folder, boot, qemu=qemu, memory=256 * MIB, disk=image) as it:
+        await it.boot()
+        lock = os.open(other, os.O_RDWR)
+        # QEMU's locks (block/file-posix.c): byte 100 + n is held by who uses permission n, byte
+        # 200 + n by who forbids it to others; this third process forbids all of them.
+        for byte in range(200, 204):
+            fcntl.fcntl(lock, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, byte, 1, 0))
+        destination = await it.wait_for_it(disk=other)
+        before = await it.guest.report()
+        result = await it.here.migrate(VM, it.there)
+        assert result["event"] == "failed"
+        assert "lock" in result["error"]
+        assert (await it.here.status(VM))["phase"] == "failed"
+        after = await it.guest.report()
+        while after.operations <= before.operations or after.qemu != "qemu0":
+            after = await it.guest.report(after)
+        await it.check()
+        with trio.fail_after(10):
+            assert await destination.wait() is not None
+        os.close(lock)
+        # And a second attempt, with a new destination, works.
+        again = await it.guest.launch(
+            dataclasses.replace(it.config, name="again", incoming=True)
+        )
+        await it.there.attach(VM, "qemu", again.qmp_path)
+        await it.move()
+
+
+async def test_a_paused_guest_stays_paused(folder: Path, boot: tuple[Path, Path]) -> None:
+    """What was paused by its operator is not run by a migration."""
+    monitor = folder / "second"
+    async with pair(folder, boot, qemu=QEMUS[-1], memory=256 * MIB) as it:
+        it.config = dataclasses.replace(it.config, second_qmp=monitor)
+        await it.boot()
+        async with own_monitor(monitor) as qmp:
+            await qmp.execute("stop")
+        monitor = folder / "third"
+        await it.wait_for_it(second_qmp=monitor)
+        result = await it.here.migrate(VM, it.there)
+        assert result["event"] == "completed", result
+        async with own_monitor(monitor) as qmp:
+            assert (await qmp.execute("query-status"))["status"] == "paused"
+            await qmp.execute("cont")
+        it.moves += 1
+        await it.check()
+
+
+@asynccontextmanager
+async def own_monitor(path: Path) -> AsyncIterator[Qmp]:
+    qmp = Qmp(str(path))
+    await qmp.open()
+    try:
+        yield qmp
+    finally:
+        qmp.close()
+
+
+async def test_check_names_what_differs_and_touches_nothing(
+    folder: Path, boot: tuple[Path, Path]
+) -> None:
+    """Another machine type at the destination is found before anything happens."""
+    async with pair(folder, boot, qemu=QEMUS[-1], memory=256 * MIB, vcpus=1) as it:
+        await it.boot()
+        await it.wait_for_it(machine="pc", vcpus=2)
+        problems = (await it.here.call("Check", name=VM, to=it.there.address))["problems"]
+        assert any("machine" in problem for problem in problems), json.dumps(problems)
+        status = await it.here.status(VM)
+        assert status["phase"] == "idle"
+        await it.check()
