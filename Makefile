@@ -14,7 +14,7 @@ BUILD_PACKAGES := gcc libc6-dev make python3-venv
 GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
 TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev
 
-.PHONY: all build demo test check fmt clean
+.PHONY: all build demo test check gen fmt clean
 all: build
 
 build: $(VENV)/.built
@@ -45,6 +45,11 @@ check: build
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tools/protocol-tables --check
+
+# What is written from other files: the tables of docs/PROTOCOL.md.
+gen: build
+	$(BIN)/python tools/protocol-tables
 
 fmt: build
 	$(BIN)/ruff format .

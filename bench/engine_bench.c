@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The two native engines in two processes over TCP loopback, under the workload of the floor program
- * (the least that sockets and userfaultfd can do), with the same arguments and the same JSON, so that
- * both can be compared in one run: guest threads touch every page once in random order.
+/* The two native engines in two processes over TCP loopback, under the workload of the floor
+ * program (the least that sockets and userfaultfd can do), with the same arguments and the same
+ * JSON, so that both can be compared in one run: guest threads touch every page once in random
+ * order.
  *
  *   engine_bench MB THREADS RUN SHM PUSH     e.g. engine_bench 512 2 16 1 1
  *
- * RUN, pages in a push frame, belongs to the floor only: the engine has its own. PUSH is the number of
- * push connections. Only accesses of more than 3 us count as stalls. */
+ * RUN, pages in a push frame, belongs to the floor only: the engine has its own. PUSH is the number
+ * of push connections. Only accesses of more than 3 us count as stalls. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <netinet/in.h>
@@ -38,7 +39,7 @@ static void must(int holds, const char *what) {
   }
 }
 
-/* --- the guest: as in the floor program -------------------------------------------------------- */
+/* --- the guest: as in the floor program ------------------------------------------------------- */
 
 static void *guest_run(void *argument) {
   uint64_t id = (uintptr_t)argument, each = pages / threads, x = 88172645463325252ull + id;
@@ -67,7 +68,7 @@ static void *guest_run(void *argument) {
   return NULL;
 }
 
-/* --- the two ends ------------------------------------------------------------------------------ */
+/* --- the two ends ----------------------------------------------------------------------------- */
 
 static uint8_t *shared(int fd) {
   must(fd >= 0 && !ftruncate(fd, (off_t)pages * 4096), "memfd");
@@ -76,8 +77,8 @@ static uint8_t *shared(int fd) {
   return at;
 }
 
-/* Connections arrive in the order in which the other end makes them: urgent, then push. The first byte
- * on the pipe says that the source is ready, the first byte back that the guest runs. */
+/* Connections arrive in the order in which the other end makes them: urgent, then push. The first
+ * byte on the pipe says that the source is ready, the first byte back that the guest runs. */
 static void source_run(int listener, int pushes, int ready, int go) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   int fd = memfd_create("source", MFD_CLOEXEC);
@@ -120,8 +121,9 @@ int main(int argc, char **argv) {
     source_run(listener, pushes, ready[1], go[0]);
 
   struct pc_region region = {.pages = pages, .page_size = 4096, .fd = -1};
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS;
   guest = shm ? shared(memfd_create("destination", MFD_CLOEXEC))
-              : mmap(NULL, pages * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+              : mmap(NULL, pages * 4096, PROT_READ | PROT_WRITE, flags, -1, 0);
   region.address = (uintptr_t)guest;
   region.uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
   must(region.uffd >= 0, "userfaultfd");

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENGINE = Path(__file__).parents[1] / "postcopyd"
-SOURCES = [Path(__file__).with_name("engine_bench.c"),
-           *(ENGINE / f"{name}.c" for name in ("engine", "uffd_native", "source_native"))]
+SOURCES = [
+    Path(__file__).with_name("engine_bench.c"),
+    *(ENGINE / f"{name}.c" for name in ("engine", "uffd_native", "source_native")),
+]
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,42 @@ def workloads() -> list[Workload]:
     """What docs/PERFORMANCE.md sets goals for and two processes can show."""
     rate = Measure("faults/s", "faults", 0.9, more_is_better=True)
     urgent = (Measure("urgent p50", "p50_us", 1.25), Measure("urgent p99", "p99_us", 1.25), rate)
-    push = (Measure("push rate", "GB/s", 0.9, more_is_better=True),
-            Measure("p50 beside push", "p50_us", 1.25), Measure("p99 beside push", "p99_us", 1.5))
-    return [Workload("urgent only, 1 thread", 1, 0, urgent),
-            *(Workload(f"urgent only, {n} threads", n, 0, (rate,)) for n in (2, 4, 8, 16, 32)),
-            Workload("push, 1 thread", 1, 1, push), Workload("push, 2 threads", 2, 1, push)]
+    push = (
+        Measure("push rate", "GB/s", 0.9, more_is_better=True),
+        Measure("p50 beside push", "p50_us", 1.25),
+        Measure("p99 beside push", "p99_us", 1.5),
+    )
+    return [
+        Workload("urgent only, 1 thread", 1, 0, urgent),
+        *(Workload(f"urgent only, {n} threads", n, 0, (rate,)) for n in (2, 4, 8, 16, 32)),
+        Workload("push, 1 thread", 1, 1, push),
+        Workload("push, 2 threads", 2, 1, push),
+    ]
 
 
 def compile_to(program: Path, sources: list[Path]) -> None:
     """Compiles C sources; raises CalledProcessError."""
-    subprocess.run([os.environ.get("CC", "cc"), "-O2", "-std=gnu11", "-w", "-pthread",
-                    f"-I{ENGINE}", *map(str, sources), "-o", str(program)], check=True)
+    subprocess.run(
+        [
+            os.environ.get("CC", "cc"),
+            "-O2",
+            "-std=gnu11",
+            "-w",
+            "-pthread",
+            f"-I{ENGINE}",
+            *map(str, sources),
+            "-o",
+            str(program),
+        ],
+        check=True,
+    )
 
 
 def measure(program: Path, mb: int, run: int, workload: Workload) -> dict[str, float]:
     """One run: what the program printed, and its faults per second."""
     arguments = [mb, workload.threads, run, 1, workload.push]
-    out = subprocess.run([program, *map(str, arguments)], check=True, capture_output=True, timeout=120)
+    command = [program, *map(str, arguments)]
+    out = subprocess.run(command, check=True, capture_output=True, timeout=120)
     result: dict[str, float] = json.loads(out.stdout)
     result["faults"] = result["stalls"] / result["guest_s"]
     return result
@@ -84,8 +105,10 @@ def main() -> int:
         for workload in workloads():
             if options.only not in workload.name:
                 continue
-            runs = [[measure(program, options.mb, options.run, workload)
-                     for program in (floor, engine)] for _ in range(options.rounds)]
+            runs = [
+                [measure(program, options.mb, options.run, workload) for program in (floor, engine)]
+                for _ in range(options.rounds)
+            ]
             for m in workload.measures:
                 ratios = sorted(e[m.field] / max(f[m.field], 1e-9) for f, e in runs)
                 middle = statistics.median(ratios)
@@ -93,9 +116,12 @@ def main() -> int:
                 missed += not good
                 figures = [statistics.median(pair[i][m.field] for pair in runs) for i in (0, 1)]
                 low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-                print(f"{workload.name:24} {m.name:16} floor {figures[0]:10.2f} engine "
-                      f"{figures[1]:10.2f} ratio {middle:5.2f} spread {low:.2f}-{high:.2f} "
-                      f"goal {m.goal} {'' if good else 'MISSED'}", flush=True)
+                print(
+                    f"{workload.name:24} {m.name:16} floor {figures[0]:10.2f} engine "
+                    f"{figures[1]:10.2f} ratio {middle:5.2f} spread {low:.2f}-{high:.2f} "
+                    f"goal {m.goal} {'' if good else 'MISSED'}",
+                    flush=True,
+                )
     return 1 if missed else 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import platform
-from typing import Any
 
 import trio
 
@@ -76,16 +75,12 @@ async def create_userfaultfd(
     `device_fd` is the number *in the VMM* of an open /dev/userfaultfd, for VMMs without the
     privilege. Raises AdoptionError, or PermissionError when the VMM may not make one.
     """
-    return await _in_thread(_create, pid, device_fd, allow_seccomp)
+    return await trio.to_thread.run_sync(_create, pid, device_fd, allow_seccomp)
 
 
 async def close_in(pid: int, number: int, *, allow_seccomp: bool) -> None:
     """Closes a descriptor of the VMM. Raises AdoptionError."""
-    await _in_thread(_call, pid, "close", (number,), allow_seccomp)
-
-
-async def _in_thread(function: Any, *arguments: Any) -> Any:
-    return await trio.to_thread.run_sync(function, *arguments)
+    await trio.to_thread.run_sync(_call, pid, "close", (number,), allow_seccomp)
 
 
 def duplicate(pid: int, number: int) -> int:

@@ -174,7 +174,7 @@ class Channel:
         while not self._objects:
             try:
                 with trio.fail_after(p.DEAD_S):
-                    data = await self._stream.receive_some(BUFFER)  # type: ignore[call-arg]
+                    data = await self._stream.receive_some(BUFFER)
             except trio.TooSlowError:
                 raise ConnectionLost(
                     f"{self.peer} has said nothing for {p.DEAD_S:.0f} s"

@@ -62,6 +62,14 @@ class Daemon:
     ) -> Status:
         """A VM whose VMM is gone may be attached again; one that is there must be detached first."""
         known = self.vms.get(name)
+        if known is not None:
+            await known.ended()
+        if known is not None and known.status["phase"] == "paused":
+            raise PostcopydError(
+                f"{name} is known here, in a migration that is not at its end: "
+                f"{known.status['message']}",
+                "Busy",
+            )
         if known is not None and (known.driver is not None or known.claimed_by is not None):
             raise PostcopydError(
                 f"{name} is attached already, by {known.status['vm']}'s "
@@ -83,33 +91,45 @@ class Daemon:
             raise
         self.vms[name] = vm
         self._nursery.start_soon(self._follow, vm, connected)
-        vm.show()
+        vm.show(**({"message": "attached, no migration"} if vm.status["phase"] == "idle" else {}))
         log.info("attached", vm=name, driver=driver, socket=socket)
         return vm.status
 
     async def _follow(self, vm: Vm, driver: vmm.Vmm) -> None:
-        """Says so when a VMM ends that no migration is using; a session notices by itself."""
-        await driver.gone()
-        while vm.claimed_by is not None and vm.driver is driver:
-            await trio.sleep(0.05)
-        if vm.driver is driver:
-            vm.driver = None
-            await driver.aclose()
-            log.warning("VMM ended", vm=vm.name)
-            if vm.status["phase"] == "idle":
-                vm.show(message="its VMM has ended; attach it again once it runs")
+        """Lets go of a VMM that has ended, once no session uses it: that notices by itself."""
+        with trio.CancelScope() as vm.following:
+            await driver.gone()
+            await vm.free.wait()
+            if vm.driver is driver:
+                vm.driver = None
+                await driver.aclose()
+                log.warning("VMM ended", vm=vm.name)
+                if vm.waiting is not None:
+                    await vm.waiting.close()
+                    vm.waiting = None
+                if vm.status["phase"] in ("idle", "paused"):
+                    vm.show(message=f"the VMM of {vm.name} here has ended; attach it again once it runs")
 
     async def detach(self, name: str) -> None:
         vm = self._vm(name)
+        await vm.ended()
         if vm.claimed_by is not None:
             raise PostcopydError(
                 f"{name} is in migration {vm.status['migration']}: wait for it, or cancel it", "Busy"
             )
+        if vm.status["phase"] == "paused":
+            raise PostcopydError(
+                f"{name} cannot be let go of in the middle of a migration: {vm.status['message']}; "
+                f"`postcopyd resolve {name} --kill` ends its VMM here when you know that you must",
+                "Busy",
+            )
         driver, vm.driver = vm.driver, None
         if driver is not None:
+            vm.following.cancel()
             await driver.aclose()
         self.settings.store.remove(name)
         del self.vms[name]
+        vm.let_go()
         log.info("detached", vm=name)
 
     def _vm(self, name: str) -> Vm:
@@ -120,26 +140,59 @@ class Daemon:
                 f"no VM {name} is attached to this daemon: `postcopyd attach {name} ...`", "NoSuchVm"
             ) from None
 
-    def list(self) -> list[Status]:
-        return [self.vms[name].status for name in sorted(self.vms)]
-
     def status(self, name: str) -> Status:
         return self._vm(name).status
 
     def watch(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[Status]]:
         return self._vm(name).watch()
 
+    async def restore(self) -> None:
+        """The VMs that the daemon before this one had, with what it last said of them."""
+        for name, record in self.settings.store.load().items():
+            vm = Vm(name, self.settings.store, None)
+            vm.epoch, vm.ownership = record["epoch"], record["ownership"]
+            vm.show(**record["status"])
+            unfinished = vm.ownership in ("intent", "arriving", "loaded") or (
+                vm.ownership in ("granted", "owned") and vm.status["phase"] != "drained"
+            )
+            if unfinished:
+                vm.show(
+                    phase="paused",
+                    message=f"the daemon ended during a migration of {name} with {vm.status['peer']}"
+                    f" (here: {vm.ownership}); this version cannot continue it, and leaves its VMM "
+                    f"here as it is: look at both VMMs before you run either",
+                )
+            self.vms[name] = vm
+            if record["socket"] and not unfinished and vm.ownership != "granted":
+                try:
+                    vm.driver = await DRIVERS[record["driver"]].connect(name, record["socket"])
+                    self._nursery.start_soon(self._follow, vm, vm.driver)
+                except PostcopydError as error:
+                    log.warning("VMM of a known VM not reached", vm=name, error=str(error))
+
     # --- leaving -------------------------------------------------------------------------------
 
     async def check(self, name: str, to: str) -> list[str]:
         vm = self._vm(name)
+        await vm.ended()
         session = SourceSession(vm, MigrateRequest(to), self.settings, secrets.token_hex(8))
         with vm.claim(session):
             return await session.check()
 
     async def migrate(self, name: str, request: MigrateRequest) -> str:
         vm = self._vm(name)
+        await vm.ended()
         vm.attached()
+        if vm.claimed_by is None and vm.status["phase"] == "paused":
+            raise PostcopydError(
+                f"{name} is in a migration that is not at its end: {vm.status['message']}", "Busy"
+            )
+        if vm.claimed_by is None and vm.ownership == "granted":
+            raise PostcopydError(
+                f"the guest of {name} was given to {vm.status['peer']} and the VMM here is a stale "
+                f"copy of it: end that VMM and `postcopyd detach {name}`",
+                "Refused",
+            )
         migration = secrets.token_hex(8)
         session = SourceSession(vm, request, self.settings, migration)
         claimed = vm.claim(session)
@@ -152,7 +205,7 @@ class Daemon:
                 except Exception:  # one migration's bug is not the others' end
                     log.exception("bug in a session", vm=name, migration=migration)
 
-        vm.settle(role="source", phase="handover", migration=migration, peer=request.to, result=None)
+        vm.settle(role="source", phase="idle", migration=migration, peer=request.to, result=None)
         self._nursery.start_soon(run)
         return migration
 
@@ -175,15 +228,26 @@ class Daemon:
         )
 
     async def resolve(self, name: str, decision: Literal["wait", "poison", "kill"]) -> None:
-        self._paused(name)
-        if decision != "wait":
-            raise PostcopydError(
-                "this version only waits; end the VMM by its own means when you know that you must"
-            )
+        vm = self._paused(name)
+        if decision == "poison":
+            raise PostcopydError("this version cannot poison missing pages: wait, or kill")
+        if decision == "kill":
+            with vm.claim(self):
+                if vm.driver is not None:
+                    await vm.driver.end()
+                vm.settle(
+                    phase="failed",
+                    message=f"the VMM of {name} here was ended by an operator's decision, in the "
+                    f"middle of its migration with {vm.status['peer']}",
+                )
+                vm.record("declined")
+            log.warning("VMM ended by an operator", vm=name)
 
-    def _paused(self, name: str) -> None:
-        if self._vm(name).status["phase"] != "paused":
+    def _paused(self, name: str) -> Vm:
+        vm = self._vm(name)
+        if vm.status["phase"] != "paused":
             raise PostcopydError(f"{name} has no paused migration here", "NotMigrating")
+        return vm
 
     # --- arriving ------------------------------------------------------------------------------
 
@@ -226,18 +290,18 @@ class Daemon:
             channel.peer = f"{hello.host or address} ({address})"
             offer = await channel.expect(p.Offer)
             if not offer.check:
-                await run_hooks(
-                    self.settings.hooks,
-                    offer.vm,
-                    "destination",
-                    "prepare",
-                    migration=offer.migration,
-                    peer=channel.peer,
-                )
+                async with channel.alive():
+                    await run_hooks(
+                        self.settings.hooks,
+                        offer.vm,
+                        "destination",
+                        "prepare",
+                        migration=offer.migration,
+                        peer=channel.peer,
+                    )
             vm = self._vm_here(offer.vm)
+            await vm.ended()
             vm.attached()
-            if offer.epoch <= vm.epoch and vm.epoch and not offer.check:
-                vm.epoch = offer.epoch - 1  # a guest made anew begins to count anew
             session = DestinationSession(vm, offer, channel, self.settings)
             with vm.claim(session):
                 if offer.check:
@@ -262,7 +326,11 @@ class Daemon:
         return self.vms[name]
 
 
-class claimed_for:  # noqa: N801
+    # Last, because inside the class it hides the builtin from annotations.
+    def list(self) -> list[Status]:
+        return [self.vms[name].status for name in sorted(self.vms)]
+
+class claimed_for:
     """Gives back in the task what `claim` took in the call that started it."""
 
     def __init__(self, claimed: Any) -> None:
@@ -289,6 +357,7 @@ async def serve(options: ServeOptions) -> None:
     listeners = await _listen(options)
     async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
         daemon = Daemon(settings, migrations)
+        await daemon.restore()
         await nursery.start(_signals, nursery, migrations)
         await nursery.start(control.serve, daemon, control_listener)
         await nursery.start(trio.serve_listeners, daemon.serve_peer, listeners)

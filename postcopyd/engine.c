@@ -124,7 +124,7 @@ void frame_reader_free(struct frame_reader *r) {
   free(r->buffer);
 }
 
-/* Has at least `need` bytes of the frame at `from` in the buffer. 0: ended before its first byte. */
+/* Gets at least `need` bytes of the frame at `from` into the buffer. 0: ended before its first. */
 static int frame_fill(struct frame_reader *r, size_t need) {
   if (r->from && r->from + need > r->to) {
     memmove(r->buffer, r->buffer + r->from, r->to - r->from);

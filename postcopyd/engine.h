@@ -16,7 +16,7 @@
 
 enum { PC_MAX_REGIONS = 256, PC_MAX_CONNECTIONS = 33 };
 
-/* Statistics are plain words that Python reads while threads count: relaxed atomics on both sides. */
+/* Statistics are plain words that Python reads while threads count: relaxed atomics everywhere. */
 #define count_add(field, n) __atomic_fetch_add(&(field), (n), __ATOMIC_RELAXED)
 #define count_get(field) __atomic_load_n(&(field), __ATOMIC_RELAXED)
 #define count_set(field, n) __atomic_store_n(&(field), (n), __ATOMIC_RELAXED)
@@ -39,8 +39,8 @@ void engine_wake(int wake);
 /* Sets failure and sentence once and wakes Python. */
 void engine_fail(struct pc_stats *stats, int wake, int failure, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
-/* Once all connections are closed, what was wrong is over (and tried again with the next ones), save
- * that the VMM is gone. */
+/* Once all connections are closed, what was wrong is over (and tried again with the next ones),
+ * save that the VMM is gone. */
 void engine_forget_connections(struct pc_stats *stats);
 /* A thread with all signals blocked and a name that shows in top and perf. Returns -errno. */
 int engine_thread(pthread_t *thread, const char *name, void *(*run)(void *), void *argument);

@@ -13,8 +13,8 @@ before it sends the grant and from then on never runs the guest, unless the dest
 only what was granted. Between the grant and the answer the source does not know which: it waits.
 
 A connection lost before the grant ends the migration with the guest at the source. But once the
-destination has said *loaded* it cannot know whether a grant was recorded: it keeps the loaded guest,
-not running, until the source has said (state IN_DOUBT).
+destination has said *loaded* it cannot know whether a grant was recorded: it keeps the loaded
+guest, not running, until the source has said (state IN_DOUBT).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Sent:
         self.message = message
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.message is self.message  # type: ignore[attr-defined]
+        return type(other) is type(self) and other.message is self.message
 
     def __hash__(self) -> int:
         return hash((type(self), self.message))
@@ -285,7 +285,9 @@ class Machine:
     def happened(self, event: Happened) -> None:
         self._go(event, LocalProtocolError, "met")
 
-    def _go(self, event: Event, error: type[LocalProtocolError | RemoteProtocolError], verb: str) -> None:
+    def _go(
+        self, event: Event, error: type[LocalProtocolError | RemoteProtocolError], verb: str
+    ) -> None:
         table: Mapping[State, Mapping[Event, State]]
         table = SOURCE if isinstance(self.state, Source) else DESTINATION  # type: ignore[assignment]
         after = table[self.state].get(event)

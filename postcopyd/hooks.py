@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +59,25 @@ async def run_hooks(directory: Path | None, vm: str, role: str, phase: str, **ab
 
 async def _run(hook: Path, vm: str, role: str, phase: str, about: dict[str, Any]) -> str | None:
     """The reason why a hook failed, or None."""
-    stdin = json.dumps({"vm": vm, "role": role, "phase": phase, **about}).encode()
-    try:
-        with trio.fail_after(HOOK_S):
-            done = await trio.run_process(
-                [str(hook), vm, role, phase],
-                stdin=stdin,
-                stdout=subprocess.DEVNULL,
-                capture_stderr=True,
-                check=False,
-            )
-    except trio.TooSlowError:
-        return f"it did not end within {HOOK_S:.0f} s"
-    except OSError as error:
-        return f"it cannot be run: {error.strerror}"
-    if done.returncode == 0:
-        return None
-    said = done.stderr.decode(errors="replace").strip()
-    return said[-500:] or f"exit status {done.returncode}"
+    # Not pipes: a VMM that the hook has started would hold their other ends.
+    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answered:
+        asked.write(json.dumps({"vm": vm, "role": role, "phase": phase, **about}).encode())
+        asked.seek(0)
+        try:
+            with trio.fail_after(HOOK_S):
+                done = await trio.run_process(
+                    [str(hook), vm, role, phase],
+                    stdin=asked.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=answered.fileno(),
+                    check=False,
+                )
+        except trio.TooSlowError:
+            return f"it did not end within {HOOK_S:.0f} s"
+        except OSError as error:
+            return f"it cannot be run: {error.strerror}"
+        if done.returncode == 0:
+            return None
+        answered.seek(0)
+        said = answered.read().decode(errors="replace").strip()
+        return said[-500:] or f"exit status {done.returncode}"

@@ -110,7 +110,7 @@ def faults(stats: Any) -> Faults:
     total = sum(counts)
 
     def bounds(bucket: int) -> tuple[float, float]:
-        if bucket < 8:  # noqa: PLR2004
+        if bucket < 8:
             return bucket, bucket + 1
         low = 2 ** (bucket // 8) * (1 + bucket % 8 / 8)
         return low, low + 2 ** (bucket // 8) / 8

@@ -6,7 +6,7 @@ begins with one clear msgpack string that names its kind (`CONTROL` or `DATA`), 
 serves both and TLS can begin behind it. Then:
 
   control   a stream of msgpack maps, each a message below with its name under "type", both ways
-  data      one `DataHello` from the source, answered by `DataWelcome`; from then on page frames only
+  data      one `DataHello` from the source, answered by `DataWelcome`; then page frames only
 
 `Codec` turns bytes into messages and back and belongs to one direction of one connection. Page
 frames are read and written by C (wire.h has their layout); `pack_frame` and `unpack_frame` are the
@@ -119,7 +119,7 @@ class Offer(Message, frozen=True, tag="offer"):
 
 
 class Checked(Message, frozen=True, tag="checked"):
-    """Answer to an offer with `check`: why the migration would be refused, empty when it would go."""
+    """Answer to an offer with `check`: why the migration would be refused; empty: it would go."""
 
     problems: Annotated[list[Sentence], Meta(max_length=256)]
 
@@ -288,7 +288,7 @@ class Codec:
             except (ValueError, msgpack.exceptions.UnpackException) as error:
                 # Includes bad UTF-8, map keys that are not strings, nesting beyond msgpack's limit.
                 raise RemoteProtocolError(
-                    f"the peer sent what is no msgpack message: {error or type(error).__name__}"
+                    f"the peer sent what is no msgpack message: {str(error) or type(error).__name__}"
                 ) from None
             end = self._unpacker.tell()
             self._limit(end)
@@ -321,8 +321,8 @@ def pack(message: Struct) -> bytes:
     packed: bytes = msgpack.packb(to_builtins(message, builtin_types=(bytes,)))
     if len(packed) > MAX_MESSAGE:
         raise LocalProtocolError(
-            f"a {type(message).__name__} of {len(packed)} bytes is more than the {MAX_MESSAGE} that "
-            f"a message may have"
+            f"a {type(message).__name__} of {len(packed)} bytes is more than a message may have, "
+            f"{MAX_MESSAGE}"
         )
     return packed
 
@@ -335,7 +335,9 @@ def parse(obj: Any, kind: type[T]) -> T:
     except ValidationError as error:
         tag = obj.get("type") if isinstance(obj, dict) else None
         what = tag if isinstance(tag, str) else type(obj).__name__
-        raise RemoteProtocolError(f"the peer sent a bad {what!r:.32} message: {error}") from None
+        raise RemoteProtocolError(
+            f"the peer sent a bad {what!r:.32} message: {error!s:.200}"
+        ) from None
 
 
 def parse_message(obj: Any) -> AnyMessage:
@@ -367,7 +369,7 @@ class Frame(NamedTuple):
     kind: int
     region: int
     page: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     payload: int
 
 
@@ -380,7 +382,9 @@ def pack_frame(frame: Frame) -> bytes:
 def unpack_frame(header: bytes) -> Frame:
     """The reverse; raises RemoteProtocolError for what C would refuse as well."""
     if len(header) != FRAME_BYTES:
-        raise RemoteProtocolError(f"a page frame's header has {FRAME_BYTES} bytes, not {len(header)}")
+        raise RemoteProtocolError(
+            f"a page frame's header has {FRAME_BYTES} bytes, not {len(header)}"
+        )
     array, kind, m1, region, m2, page, m3, count, m4, payload = _HEADER.unpack(header)
     if (array, m1, m2, m3, m4) != (0x95, 0xCD, 0xCF, 0xCE, 0xC6):
         raise RemoteProtocolError("the peer sent what is not a page frame")

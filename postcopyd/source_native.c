@@ -4,9 +4,9 @@
  *   urgent_run    one thread: reads requests, sends those pages       on the urgent connection
  *   push_run      one thread for each push connection: next_run chooses, send_run sends
  *
- * Guest RAM is read with pread (or process_vm_readv for anonymous memory) and not through a mapping:
- * a hole reads as zeros without being allocated, a truncated file is an error and not a SIGBUS, and
- * no page tables are built for a guest that is about to leave.
+ * Guest RAM is read with pread (or process_vm_readv for anonymous memory) and not through a
+ * mapping: a hole reads as zeros without being allocated, a truncated file is an error and not a
+ * SIGBUS, and no page tables are built for a guest that is about to leave.
  *
  * Two bitmaps, one bit for each page, changed by atomic operations:
  *   data   found by SEEK_DATA (or /proc/PID/pagemap); a clear bit means hole, after the last scan
@@ -57,7 +57,7 @@ struct pc_source {
   uint64_t rate, paid_until_ns;
 };
 
-/* --- reading guest RAM ------------------------------------------------------------------------- */
+/* --- reading guest RAM ------------------------------------------------------------------------ */
 
 static int read_pages(struct pc_source *s, const struct region *r, uint64_t page, uint64_t count,
                       uint8_t *to) {
@@ -91,7 +91,7 @@ static bool all_zero(const uint8_t *page, size_t bytes) {
   return first == 0 && memcmp(page, page + sizeof first, bytes - sizeof first) == 0;
 }
 
-/* --- bitmaps ----------------------------------------------------------------------------------- */
+/* --- bitmaps ---------------------------------------------------------------------------------- */
 
 /* Sets a bit; true when it was clear. */
 static bool bit_take(_Atomic uint64_t *map, uint64_t slot) {
@@ -121,7 +121,7 @@ static uint64_t bits_find(const _Atomic uint64_t *map, bool value, uint64_t from
   return to;
 }
 
-/* --- finding data ------------------------------------------------------------------------------ */
+/* --- finding data ----------------------------------------------------------------------------- */
 
 /* Marks the data of a shared file in pages [from, to) of a region. Only extents are asked for, so a
  * hole costs nothing for each of its pages. A file system without holes (hugetlbfs) is all data. */
@@ -155,7 +155,8 @@ static void scan_anonymous(struct pc_source *s, struct region *r, uint64_t from,
   uint64_t small = from * each, last = to * each;
   while (small < last) {
     uint64_t n = last - small < 512 ? last - small : 512;
-    ssize_t got = fd < 0 ? -1 : pread(fd, entries, n * 8, (off_t)((r->is.address / 4096 + small) * 8));
+    off_t at = (off_t)((r->is.address / 4096 + small) * 8);
+    ssize_t got = fd < 0 ? -1 : pread(fd, entries, n * 8, at);
     if (got < 8) {
       bits_set(s->data, r->first + small / each, r->first + to);
       break;
@@ -184,7 +185,7 @@ int pc_source_scan(struct pc_source *s) {
   return 0;
 }
 
-/* --- sending ----------------------------------------------------------------------------------- */
+/* --- sending ---------------------------------------------------------------------------------- */
 
 /* Frames being gathered for one write. */
 struct batch {
@@ -197,7 +198,7 @@ struct batch {
   unsigned count;
 };
 
-/* Adds the page that stands in batch->pages at `used`; it joins the last frame where it follows it. */
+/* Adds the page that stands in batch->pages at `used`, to the last frame where it follows it. */
 static void batch_add(struct batch *b, const struct region *r, unsigned index, uint64_t page) {
   uint8_t kind = all_zero(b->pages + b->used, r->is.page_size) ? FRAME_ZERO : FRAME_PAGES;
   uint32_t bytes = kind == FRAME_PAGES ? r->is.page_size : 0;
@@ -272,7 +273,8 @@ static void *urgent_run(void *argument) {
   while (got >= 0 && (got = frame_read(&reader, &f, &payload)) == 1) {
     count_set(s->stats.beat_ns, pc_monotonic_ns());
     struct region *r = f.region < s->region_count ? &s->regions[f.region] : NULL;
-    if (!r || f.kind != FRAME_REQUEST || f.count != 1 || !frame_fits(&f, r->is.pages, r->is.page_size)) {
+    if (!r || f.kind != FRAME_REQUEST || f.count != 1 ||
+        !frame_fits(&f, r->is.pages, r->is.page_size)) {
       got = -EPROTO;
       break;
     }
@@ -303,11 +305,11 @@ out:
   return NULL;
 }
 
-/* --- pushing ----------------------------------------------------------------------------------- */
+/* --- pushing ---------------------------------------------------------------------------------- */
 
 /* The order of pushing, all of it: on from the page asked for last, because a guest goes on near
- * where it was, else on from where the push is; around, until every page was sent. Takes the pages it
- * returns. */
+ * where it was, else on from where the push is; around, until every page was sent. Takes the pages
+ * it returns. */
 static bool next_run(struct pc_source *s, struct region **region, uint64_t *page, uint64_t *count) {
   uint64_t run = 0;
   pthread_mutex_lock(&s->choosing);
@@ -458,7 +460,7 @@ out:
   return NULL;
 }
 
-/* --- life -------------------------------------------------------------------------------------- */
+/* --- life ------------------------------------------------------------------------------------- */
 
 /* Nothing was sent yet, save the slots between regions: nobody ever finds one of these. */
 static void forget_sent(struct pc_source *s) {
@@ -563,7 +565,7 @@ void pc_source_disconnect(struct pc_source *s) {
     close(c->fd);
     c->fd = -1, c->running = false;
   }
-  forget_sent(s); /* what was on its way may be lost: all of it again, the destination drops doubles */
+  forget_sent(s); /* what was on its way may be lost; the destination drops what it has */
   eventfd_t taken;
   eventfd_read(s->stop, &taken);
   atomic_store(&s->stopping, false);

@@ -19,10 +19,10 @@
  *
  * Who may change it: a fault thread sets WANTED; a receiving thread claims (from 0 or WANTED) and
  * only the claimer makes DONE of it. DONE is never taken back. So a page is placed once, and a
- * duplicate finds DONE or CLAIMED and is dropped. A fault on a DONE page is answered with zeros: the
- * page is a hole, or was placed and the guest has discarded it since (or the message is older than
- * the placing: then the kernel says EEXIST and nobody is harmed). After a crash WANTED and CLAIMED
- * mean nothing; EEXIST tells of a page that was placed and not yet confirmed.
+ * duplicate finds DONE or CLAIMED and is dropped. A fault on a DONE page is answered with zeros:
+ * the page is a hole, or was placed and the guest has discarded it since (or the message is older
+ * than the placing: then the kernel says EEXIST and nobody is harmed). After a crash WANTED and
+ * CLAIMED mean nothing; EEXIST tells of a page that was placed and not yet confirmed.
  *
  * Locks: `asking` guards the urgent connection's requests. Everything else is the record's bytes
  * and counters, changed by atomic operations. The fault threads alone send requests; `notice` tells
@@ -51,12 +51,13 @@ enum { WANTED = 1, CLAIMED = 2, DONE = 4 };
 /* The same bits in each byte of a word of the record, to look at eight pages at a time. */
 #define EIGHT(state) (0x0101010101010101ull * (state))
 
-/* Messages read at a time; requests that may wait for room in the urgent socket. A guest has as many
- * faults as threads (and KVM's asynchronous ones); what does not fit is found in the record again. */
+/* Messages read at a time; requests that may wait for room in the urgent socket. A guest has as
+ * many faults as threads (and KVM's asynchronous ones); what does not fit is found in the record
+ * again. */
 enum { FAULTS_AT_ONCE = 64, REQUESTS_WAITING = 4096 };
 /* Frames read at a time from the urgent connection: 16 pages of 4 KiB. */
 enum { URGENT_AHEAD = 16 * (4096 + FRAME_BYTES) };
-/* When an asked page was asked for, kept for the latency statistics; a collision loses one sample. */
+/* When a page was asked for, kept for the latency statistics; a collision loses one sample. */
 enum { ASKED_SLOTS = 4096 };
 /* How long placing waits before it tries again when the destination has no memory. */
 enum { NO_MEMORY_WAIT_MS = 10 };
@@ -96,14 +97,14 @@ struct pc_dest {
   struct asked asked[ASKED_SLOTS];
 };
 
-/* --- asking ------------------------------------------------------------------------------------ */
+/* --- asking ----------------------------------------------------------------------------------- */
 
 static struct asked *asked_slot(struct pc_dest *d, uint64_t slot) {
   return &d->asked[(slot * 0x9e3779b97f4a7c15ull >> 32) % ASKED_SLOTS];
 }
 
-/* With `asking` held: puts a request where ask_flush sends it from. False when there is no room: the
- * record has the page as WANTED, and ask_flush looks again. */
+/* With `asking` held: puts a request where ask_flush sends it from. False when there is no room:
+ * the record has the page as WANTED, and ask_flush looks again. */
 static bool ask_page(struct pc_dest *d, const struct region *r, uint64_t page) {
   if (d->waiting_to + FRAME_BYTES > sizeof d->waiting)
     return false;
@@ -161,7 +162,7 @@ static void ask_flush(struct pc_dest *d) {
   }
 }
 
-/* --- placing ----------------------------------------------------------------------------------- */
+/* --- placing ---------------------------------------------------------------------------------- */
 
 static void wake_page(struct region *r, uint64_t page) {
   struct uffdio_range range = {r->is.address + (page << r->page_shift), r->is.page_size};
@@ -179,9 +180,9 @@ static void wait_for_memory(struct pc_dest *d) {
 }
 
 /* Puts `count` pages from `from` (NULL: zeros) into the guest and wakes who waits for them. Pages
- * already there are left alone and counted in `*existing`. Returns 0, or -errno with `*placed` pages
- * done: -ESRCH the VMM is gone, -ECANCELED connections or engine are ended, else what the kernel
- * says. */
+ * already there are left alone and counted in `*existing`. Returns 0, or -errno with `*placed`
+ * pages done: -ESRCH the VMM is gone, -ECANCELED connections or engine are ended, else what the
+ * kernel says. */
 static int place(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,
                  const uint8_t *from, uint64_t *placed, uint64_t *existing) {
   uint64_t done = 0, span = count;
@@ -282,7 +283,7 @@ static bool claim(struct pc_dest *d, struct region *r, uint64_t page, bool *want
   return true;
 }
 
-/* --- receiving --------------------------------------------------------------------------------- */
+/* --- receiving -------------------------------------------------------------------------------- */
 
 static void note_latency(struct pc_dest *d, struct region *r, uint64_t page) {
   struct asked *asked = asked_slot(d, r->first + page);
@@ -364,8 +365,8 @@ static bool receive(struct pc_dest *d, const struct frame *f, const uint8_t *pay
   struct region *r = f->region < d->region_count ? &d->regions[f->region] : NULL;
   if (!r || f->kind == FRAME_REQUEST || !frame_fits(f, r->is.pages, r->is.page_size)) {
     engine_fail(&d->stats, d->wake, PC_BAD_FRAME,
-                "the source sent a frame that does not fit the guest: kind %d, region %d, page %llu, "
-                "count %u, payload %u",
+                "the source sent a frame that does not fit the guest: kind %d, region %d, "
+                "page %llu, count %u, payload %u",
                 f->kind, f->region, (unsigned long long)f->page, f->count, f->payload);
     return false;
   }
@@ -397,7 +398,7 @@ static void *receive_run(void *argument) {
   return NULL;
 }
 
-/* --- faults ------------------------------------------------------------------------------------ */
+/* --- faults ----------------------------------------------------------------------------------- */
 
 static struct region *region_at(struct pc_dest *d, int uffd, uint64_t address) {
   for (unsigned i = 0; i < d->region_count; i++) {
@@ -408,8 +409,8 @@ static struct region *region_at(struct pc_dest *d, int uffd, uint64_t address) {
   return NULL;
 }
 
-/* One fault: answered from what is known, left to who is placing the page, or, when it returns true,
- * to be asked for. */
+/* One fault: answered from what is known, left to who is placing the page, or, when it returns
+ * true, to be asked for. */
 static bool fault(struct pc_dest *d, struct region *r, uint64_t page, uint64_t now) {
   _Atomic uint8_t *state = &d->record[r->first + page];
   uint8_t is = atomic_load(state);
@@ -486,7 +487,7 @@ static void *faults_run(void *argument) {
   return NULL;
 }
 
-/* --- life -------------------------------------------------------------------------------------- */
+/* --- life ------------------------------------------------------------------------------------- */
 
 struct pc_stats *pc_dest_stats(struct pc_dest *d) {
   return &d->stats;

@@ -8,9 +8,9 @@ Owns the driver's connection and the status object. At most one migration uses a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -20,8 +20,18 @@ from postcopyd.vmm import Vmm
 
 Status = dict[str, Any]
 
+ENDING_S = 10.0
+"""How long a request waits for the last steps of a migration that is over."""
+
 PERMANENT = ("vm", "role", "phase", "migration", "peer", "remaining", "message", "result")
 """Fields of the status that stay when a migration is over, and outlive the daemon."""
+
+
+class Waiting(Protocol):
+    """An arrival that is paused: its engine goes on answering what it can."""
+
+    async def close(self) -> None:
+        """Ends it for good; only when the VMM has ended."""
 
 
 class Vm:
@@ -33,6 +43,10 @@ class Vm:
         self.epoch = 0
         self.ownership = "held"
         self.claimed_by: Any = None
+        self.free = trio.Event()
+        self.free.set()
+        self.following = trio.CancelScope()  # of the task that waits for the VMM's end
+        self.waiting: Waiting | None = None
         self._store = store
         self.status: Status = {
             "vm": name,
@@ -44,12 +58,18 @@ class Vm:
             "message": "attached, no migration",
         }
         self._changed = trio.Event()
+        self._gone = False
 
     def show(self, **changes: Any) -> None:
         """Changes the status and tells who watches. None removes a field."""
         self.status = {k: v for k, v in (self.status | changes).items() if v is not None}
         self._changed.set()
         self._changed = trio.Event()
+
+    def let_go(self) -> None:
+        """Ends all watches: the VM is not this daemon's any more."""
+        self._gone = True
+        self._changed.set()
 
     def settle(self, **changes: Any) -> None:
         """`show` for the end of a migration: what was only progress goes."""
@@ -60,8 +80,8 @@ class Vm:
     async def watch(self) -> AsyncIterator[AsyncIterator[Status]]:
         """The current status, then each change; a slow watcher sees the newest only."""
 
-        async def states() -> AsyncIterator[Status]:
-            while True:
+        async def states() -> AsyncGenerator[Status, None]:
+            while not self._gone:
                 changed = self._changed
                 yield self.status
                 await changed.wait()
@@ -78,11 +98,19 @@ class Vm:
                 f"wait for it or cancel it",
                 "Busy",
             )
-        self.claimed_by = session
+        self.claimed_by, self.free = session, trio.Event()
         try:
             yield
         finally:
             self.claimed_by = None
+            self.free.set()
+
+    async def ended(self) -> None:
+        """Returns when no migration has the VM that is over but for its last steps: who has seen
+        its result may go on at once."""
+        with trio.move_on_after(ENDING_S):
+            while self.claimed_by is not None and self.status["phase"] in ("drained", "failed"):
+                await self.free.wait()
 
     def attached(self) -> Vmm:
         """The driver; raises PostcopydError when the VMM is gone."""

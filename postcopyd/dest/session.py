@@ -56,7 +56,7 @@ class DestinationSession:
         self._shape: Shape | None = None
         self._uffds: list[int] = []
         self._record = -1
-        self._adopted = self._loading = False
+        self._accepted = self._adopted = self._loading = False
         self._connected = trio.Event()
         self._lacking = [True, *[False] * offer.connections]
         self._ran_ns = 0
@@ -82,7 +82,7 @@ class DestinationSession:
         except PostcopydError as error:
             problems = [str(error)]
         finally:
-            await self._close()
+            await self.close()
         await self.channel.send(p.Checked([problem[:4000] for problem in problems][:256]))
 
     async def take_data(self, stream: trio.SocketStream, hello: p.DataHello) -> None:
@@ -91,12 +91,14 @@ class DestinationSession:
             raise RemoteProtocolError(
                 f"a data connection named migration {hello.migration} with a wrong token"
             )
-        if self._engine is None or hello.urgent not in self._lacking:
+        if self.machine.state is not Destination.CONNECTING or hello.urgent not in self._lacking:
             raise RemoteProtocolError(
                 f"a data connection too many came for migration {hello.migration}"
             )
         self._lacking.remove(hello.urgent)
         await stream.send_all(p.pack(p.DataWelcome(hello.migration)))
+        if self._engine is None or self.machine.state is not Destination.CONNECTING:
+            return  # called off meanwhile
         self._engine.connect(detach(stream), urgent=hello.urgent)
         if not self._lacking:
             self._connected.set()
@@ -105,19 +107,19 @@ class DestinationSession:
 
     async def _arrive(self) -> None:
         vm, offer, channel = self.vm, self.offer, self.channel
+        shape = self._shape = await vm.attached().inspect("destination")
+        problems = [*shape.problems, *self._differences(shape)]
+        if problems:
+            raise PostcopydError("; ".join(problems), "Refused")
+        self._accepted = True
         vm.settle(
             role="destination",
-            phase="handover",
+            phase="idle",
             migration=offer.migration,
             peer=channel.peer,
             result=None,
             message=f"preparing for {vm.name} from {channel.peer}",
         )
-        driver = vm.attached()
-        shape = self._shape = await driver.inspect("destination")
-        problems = [*shape.problems, *self._differences(shape)]
-        if problems:
-            raise PostcopydError("; ".join(problems), "Refused")
         async with channel.alive():
             await self._adopt(shape)
             await channel.send(p.Ready(self.token))
@@ -127,7 +129,7 @@ class DestinationSession:
             await self._load()
             await self._run_guest()
             await self._drain()
-        await self._close()
+        await self.close()
 
     def _differences(self, shape: Shape) -> list[str]:
         """What differs between the VMM that offers and the one that waits here."""
@@ -173,7 +175,7 @@ class DestinationSession:
 
     async def _load(self) -> None:
         """Device state into the VMM, while its faults are answered by the engine."""
-        self.vm.show(message=f"{self.vm.name} is being handed over from {self.channel.peer}")
+        self.vm.show(phase="handover", message=f"{self.vm.name} is being handed over from {self.channel.peer}")
         self._loading = True
         pieces, state = trio.open_memory_channel[bytes](DEVICE_CHUNKS)
         async with open_nursery() as nursery:
@@ -290,7 +292,7 @@ class DestinationSession:
         """Bytes that are not here yet; an estimate where regions have pages of several sizes."""
         assert self._engine is not None and self._shape is not None
         stats, total = self._engine.stats, sum(r.size for r in self._shape.regions)
-        return total * (stats.total_pages - stats.confirmed_pages) // stats.total_pages
+        return int(total * (stats.total_pages - stats.confirmed_pages) // stats.total_pages)
 
     async def _watch_engine(self) -> None:
         assert self._engine is not None
@@ -310,7 +312,7 @@ class DestinationSession:
                 await self._called_off(error)
             elif state in (Destination.DRAINED, Destination.DONE):
                 self.log.warning("after drained", error=str(error))
-                await self._close()
+                await self.close()
             elif state in (Destination.LOADED, Destination.GRANTED, Destination.RUNNING):
                 await self._paused(error)
             else:
@@ -340,27 +342,32 @@ class DestinationSession:
         if self._loading and driver is not None:
             await driver.aclose()
             vm.driver = None
-        vm.settle(phase="failed", remaining=0, message=message)
-        self._record_settled("declined")
+        if self._accepted:  # or it may be a guest of this host that was named by mistake
+            vm.settle(phase="failed", remaining=0, message=message)
+            self._record_settled("declined")
         self.log.warning("arrival called off", error=str(error))
-        await self._close()
+        await self.close()
         await self._hooks("failed", message=str(error))
 
     async def _paused(self, error: PostcopydError) -> None:
         """The guest is (or may be) this host's: it waits for what it lacks, and nothing ends it."""
         state, vm = self.machine.state, self.vm
         self.machine.happened(Happened.LOST)
-        sentence = {
-            Destination.LOADED: f"{vm.name} is loaded here and not running: whether it was granted "
-            f"is known to {self.channel.peer} only",
-            Destination.GRANTED: f"{vm.name} was granted to this host",
-        }.get(state, f"{vm.name} runs here and waits for pages that are still at {self.channel.peer}")
+        sentence = f"{vm.name} runs here and waits for pages that are still at {self.channel.peer}"
+        if state is Destination.GRANTED:
+            sentence = f"{vm.name} was granted to this host"
+        elif state is Destination.LOADED:
+            sentence = (
+                f"{vm.name} is loaded here and not running: whether it was granted is known to "
+                f"{self.channel.peer} only"
+            )
         vm.show(phase="paused", message=f"{sentence}: {error}")
         self._record_settled(None)
         self.log.error("paused", error=str(error))
         await self.channel.aclose()
         if self._engine is not None:
             await self._engine.disconnect()
+            self.vm.waiting = self
 
     def _record_settled(self, ownership: str | None) -> None:
         try:
@@ -368,7 +375,7 @@ class DestinationSession:
         except PostcopydError as error:
             self.log.error("record not written", error=str(error))
 
-    async def _close(self) -> None:
+    async def close(self) -> None:
         """Only when nothing is registered any more, or the VMM has ended."""
         with trio.CancelScope(shield=True):
             if self._engine is not None:

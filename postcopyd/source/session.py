@@ -9,6 +9,7 @@ Whatever fails before the grant ends in `_rolled_back`, whatever fails after it 
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import structlog
@@ -70,7 +71,7 @@ class SourceSession:
         vm, to = self.vm, self.request.to
         vm.settle(
             role="source",
-            phase="handover",
+            phase="idle",
             migration=self.migration,
             peer=to,
             mode="postcopy",
@@ -100,9 +101,9 @@ class SourceSession:
         shape = self._shape = await self.vm.attached().inspect("source")
         problems = [*shape.problems]
         try:
-            async with await self._greeted() as channel:
-                await channel.send(self._offer(shape, check=True))
-                problems += (await channel.expect(p.Checked)).problems
+            channel = await self._greeted()
+            await channel.send(self._offer(shape, check=True))
+            problems += (await channel.expect(p.Checked)).problems
         except PostcopydError as error:
             problems.append(str(error))
         finally:
@@ -121,7 +122,8 @@ class SourceSession:
                 f"{self.vm.name} is itself waiting for an incoming migration here", "Refused"
             )
         await self._hooks("prepare")
-        async with await self._greeted() as channel, channel.alive():
+        channel = await self._greeted()  # closed in `_close`: the peer is told why it ends
+        async with channel.alive():
             await channel.send(self._offer(shape))
             token = (await channel.expect(p.Ready)).token
             await self._connect(shape, token)
@@ -174,7 +176,7 @@ class SourceSession:
 
     async def _hand_over(self, channel: Channel) -> None:
         """Stop here, device state across, grant, run there: the blackout."""
-        self.vm.show(message=f"handing {self.vm.name} over to {self.request.to}")
+        self.vm.show(phase="handover", message=f"handing {self.vm.name} over to {self.request.to}")
         await channel.send(p.Handover())
         async with open_nursery() as nursery:
             nursery.start_soon(self._watch_engine)
@@ -246,17 +248,17 @@ class SourceSession:
                 f"but the guest has {engine.stats.total_pages}"
             )
         self._faults = message.faults
-        result = self._result(message)
-        await engine.disconnect()
-        self.vm.settle(
-            phase="drained",
-            remaining=0,
-            result=result,
-            message=f"{self.vm.name} is at {self.request.to}, with all of its memory",
-        )
+        moved = time.monotonic()
+        await engine.disconnect()  # its threads count what they have sent to the last
+        result = self._result(message, at=moved)
+        sentence = f"{self.vm.name} is at {self.request.to}, with all of its memory"
+        self.vm.settle(phase="drained", remaining=0, message=sentence)
         self._record_settled("granted")
         await self._acknowledge(channel)
-        await self._let_go()
+        trouble = await self._let_go()
+        # Who waits for the result is told last, and finds the VMM here as it shall be.
+        self.vm.show(result=result, message=sentence + trouble)
+        self._record_settled("granted")
         self.log.info("drained", **{k: v for k, v in result.items() if k.endswith("Ms")})
         await self._hooks("drained")
 
@@ -266,16 +268,21 @@ class SourceSession:
         except PostcopydError:  # the destination has all it needs
             self.log.warning("the destination went before it was acknowledged")
 
-    async def _let_go(self) -> None:
-        driver = self.vm.attached()
+    async def _let_go(self) -> str:
+        """Ends the VMM here, or leaves it; returns what the operator has to be told."""
+        driver = self.vm.driver
+        if driver is None:
+            return ""
         try:
             await driver.finish(self.request.keep_source)
         except PostcopydError as error:
             self.log.warning("the source VMM did not end as told", error=str(error))
-            self.vm.show(message=f"{self.vm.status['message']}; the VMM here: {error}")
-        if not self.request.keep_source:
-            await driver.aclose()
-            self.vm.driver = None
+            return f"; the VMM here: {error}"
+        finally:
+            if not self.request.keep_source:
+                await driver.aclose()
+                self.vm.driver = None
+        return ""
 
     # --- when it goes wrong ----------------------------------------------------------------------
 
@@ -288,10 +295,10 @@ class SourceSession:
 
     def _paused(self, error: PostcopydError) -> None:
         """After the grant nobody here runs the guest, whatever happened."""
-        if self.machine.state is Source.DRAINED:
+        if self.vm.status["phase"] == "drained":
             self.log.warning("after drained", error=str(error))
             return
-        where = "runs" if self.machine.state is Source.RAN else "was granted"
+        where = "runs" if self.machine.state in (Source.RAN, Source.DRAINED) else "was granted"
         self.machine.happened(Happened.LOST)
         self.vm.show(
             phase="paused",
@@ -383,7 +390,7 @@ class SourceSession:
         if not self._ran_at:
             return {}
         times = (self._stopped_at, self._saved_at, self._loaded_at, self._ran_at)
-        parts = zip(("save", "load", "run"), zip(times, times[1:], strict=False), strict=True)
+        parts = zip(("save", "load", "run"), pairwise(times), strict=True)
         return {name: round((after - before) * 1e3, 2) for name, (before, after) in parts}
 
     async def _hooks(self, phase: str, **about: Any) -> None:
@@ -423,12 +430,17 @@ class SourceSession:
         return sum(region.size for region in self._shape.regions) if self._shape else 0
 
     def _result(
-        self, drained: p.Drained | None, event: str = "completed", error: str | None = None
+        self,
+        drained: p.Drained | None,
+        event: str = "completed",
+        error: str | None = None,
+        at: float | None = None,
     ) -> dict[str, Any]:
-        """The result object that design and CLI promise."""
-        elapsed = time.monotonic() - self._began
+        """The result object that design and CLI promise; `at` is when the migration was over."""
+        at = at or time.monotonic()
+        elapsed = at - self._began
         stats: Any = self._engine.stats if self._engine is not None else None
-        since = time.monotonic() - self._ran_at if self._ran_at else 0.0
+        since = at - self._ran_at if self._ran_at else 0.0
         moved = stats.transferred_bytes if stats else 0
         return {
             "event": event,

@@ -145,7 +145,8 @@ class QemuVmm(Vmm):
     ) -> None:
         """Stop the guest and stream its device state; returns with QEMU in postmigrate.
 
-        `stopped` is called once: at STOP, or at the start for a guest that did not run. After a
+        `stopped` is called once: at STOP, or at the start for a guest that did not run. RAM is
+        final when this returns and not at STOP, after which QEMU waits for its disks. After a
         failure or cancellation `rollback` has to be called. Raises VmmError, VmmGone, and
         whatever `send` raises.
         """

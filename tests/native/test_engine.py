@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -10,15 +11,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-from tests.conftest import missing
+from conftest import missing
 
 HERE = Path(__file__).parent
 ENGINE = HERE.parents[1] / "postcopyd"
-SOURCES = [HERE / "engine_test.c", *(ENGINE / f"{name}.c" for name in
-                                     ("engine", "uffd_native", "source_native"))]
+SOURCES = [
+    HERE / "engine_test.c",
+    *(ENGINE / f"{name}.c" for name in ("engine", "uffd_native", "source_native")),
+]
 SUBTESTS = re.findall(r'^    \{"(\w+)", \w+\},$', SOURCES[0].read_text(), re.MULTILINE)
-FLAGS = "-std=gnu11 -g -pthread -Wall -Wextra -Wshadow".split()
+FLAGS = ["-std=gnu11", "-g", "-pthread", "-Wall", "-Wextra", "-Wshadow"]
 BUILDS = {
     "plain": ["-O2", "-Werror"],
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -34,8 +36,15 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     compiler = os.environ.get("CC", "cc")
     jobs = {}
     for name, flags in BUILDS.items():
-        command = [compiler, *FLAGS, *flags, f"-I{ENGINE}", *map(str, SOURCES), "-o",
-                   str(folder / name)]
+        command = [
+            compiler,
+            *FLAGS,
+            *flags,
+            f"-I{ENGINE}",
+            *map(str, SOURCES),
+            "-o",
+            str(folder / name),
+        ]
         jobs[name] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for name, job in jobs.items():
         assert (0, "") == (job.wait(), job.communicate()[1]), f"compiling {name}"
@@ -46,15 +55,18 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("subtest", SUBTESTS)
 def test_engine(programs: dict[str, Path], subtest: str, build: str) -> None:
     """What the comment at the subtest of this name in engine_test.c says."""
-    job = subprocess.Popen([programs[build], subtest], stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    job = subprocess.Popen(
+        [programs[build], subtest],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         output = job.communicate(timeout=90)[0]
     finally:
-        try:  # with the child that plays the VMM
+        with contextlib.suppress(ProcessLookupError):  # the child that plays the VMM
             os.killpg(job.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     if job.returncode == MISSING:
         missing(output.splitlines()[-1].removeprefix("missing: "))
     assert (0, "") == (job.returncode, "" if job.returncode == 0 else output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 
 import trio
 
-from postcopyd.demo.hosts import PACKAGE, DemoError, Host, ProcessGuest
+from postcopyd.demo.hosts import PACKAGE, Host, ProcessGuest
 
 SMALL = ("--memory", "16M", "--rate", "20000")
 MIB = 1 << 20
@@ -81,9 +82,12 @@ class Pair:
         await worked(source)
         return name, source, destination
 
-    def end(self) -> None:
+    def end_guests(self) -> None:
         for guest in self.guests:
             guest.kill()
+
+    def end(self) -> None:
+        self.end_guests()
         for host in self.hosts:
             host.end()
         for host in self.hosts:
@@ -148,6 +152,18 @@ async def verified(guest: ProcessGuest, pages: int | None = None) -> None:
     assert checked == (pages or checked) > 0
 
 
+def command(guest: ProcessGuest, verb: str) -> str:
+    """The answer to a verb of the VMM's protocol; no daemon may drive the VMM."""
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect(str(guest.path))
+        with s.makefile("rw") as lines:
+            for line in ("hello postcopyd 1", verb):
+                lines.write(line + "\n")
+                lines.flush()
+                answer = lines.readline().strip()
+    return answer
+
+
 async def ended(guest: ProcessGuest) -> None:
     """The VMM's process ends by itself."""
     await until(lambda: guest.process.poll() is not None, "ending the VMM", 10)
@@ -207,23 +223,3 @@ def last_json(lines: list[str]) -> dict[str, Any]:
     assert objects
     last: dict[str, Any] = objects[-1]
     return last
-
-
-__all__ = [
-    "MIB",
-    "SMALL",
-    "DemoError",
-    "Host",
-    "Pair",
-    "ProcessGuest",
-    "cli",
-    "completed",
-    "ended",
-    "last_json",
-    "open_pair",
-    "status_until",
-    "unmoved",
-    "until",
-    "verified",
-    "worked",
-]

@@ -36,8 +36,7 @@ def find_qemus() -> list[list[str]]:
     named = os.environ.get("POSTCOPYD_QEMU", "")
     if named:
         return [entry.split(",") for entry in named.split(os.pathsep)]
-    found = shutil.which("qemu-system-x86_64")
-    return [[found]] if found else []
+    return [["qemu-system-x86_64"]]
 
 
 QEMUS = find_qemus()
@@ -110,8 +109,11 @@ class Lab:
     def start(self, qemu: int, *options: str, memory: str | None = FILE) -> Machine:
         base = ["-machine", f"{MACHINE},accel=tcg" + (",memory-backend=ram0" if memory else "")]
         base += ["-m", f"{RAM // MIB}"] + (["-object", memory] if memory else [])
+        return self.start_bare(qemu, *base, *options)
+
+    def start_bare(self, qemu: int, *options: str) -> Machine:
         name = f"m{len(self.machines)}"
-        machine = Machine(self.folder, QEMUS[qemu], name, base + list(options))
+        machine = Machine(self.folder, QEMUS[qemu], name, list(options))
         self.machines.append(machine)
         return machine
 
@@ -140,8 +142,11 @@ class Lab:
 
 @pytest.fixture
 async def lab() -> AsyncIterator[Lab]:
-    if not QEMUS:
-        missing("qemu-system-x86_64")
+    for qemu in QEMUS:
+        if shutil.which(qemu[0]) is None:
+            missing(qemu[0])
+    if os.geteuid() != 0:
+        missing("root")
     folder = Path(tempfile.mkdtemp(prefix="pcq"))
     made = Lab(folder)
     try:
@@ -154,7 +159,7 @@ async def lab() -> AsyncIterator[Lab]:
         shutil.rmtree(folder)
 
 
-@pytest.fixture(params=range(len(QEMUS)), ids=lambda number: Path(QEMUS[number][0]).parts[1])
+@pytest.fixture(params=range(len(QEMUS)), ids=lambda number: f"qemu{number}")
 def qemu(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
@@ -417,6 +422,45 @@ async def test_a_guest_moves(lab: Lab, source: int, destination: int, image: Pat
     assert lab.machines[0].process.wait(1) == 0
     await b.release()
     assert not any((await settings(lab.machines[1]))[0].values())
+
+
+async def test_several_backends_are_several_regions(lab: Lab, qemu: int) -> None:
+    """Two NUMA nodes and a memory module: three regions by name, a userfaultfd each, one guest."""
+    parts = ["-machine", f"{MACHINE},accel=tcg", "-m", "64M,slots=2,maxmem=1G", "-smp", "2"]
+    for name in ("ram1", "ram0", "extra"):
+        size = 64 if name == "extra" else 32
+        path = f"mem-path=RAMFILE.{name}"
+        parts += ["-object", f"memory-backend-file,id={name},size={size}M,share=on,{path}"]
+    parts += ["-numa", "node,cpus=0,memdev=ram0", "-numa", "node,cpus=1,memdev=ram1"]
+    parts += ["-device", "pc-dimm,id=dimm0,memdev=extra"]
+    machines = [lab.start_bare(qemu, *parts), lab.start_bare(qemu, *parts, "-incoming", "defer")]
+    try:
+        a, b = [await lab.drive(machine) for machine in machines]
+        async with inspected(a, "source") as ours, inspected(b, "destination") as theirs:
+            assert (ours.problems, theirs.problems) == ((), ())
+            assert ours.facts == theirs.facts
+            assert "64" in ours.facts["memory device dimm0"]
+            regions = [(region.name, region.size // MIB) for region in theirs.regions]
+            assert regions == [("extra", 64), ("ram0", 32), ("ram1", 32)]
+            descriptors = await b.adopt(theirs)
+            assert len(descriptors) == len(qemu_userfaultfd.numbers(b.pid)) == 3
+            for descriptor in descriptors:
+                os.close(descriptor)
+            tape = Tape()
+            await a.prepare()
+            await a.save(tape.send, tape.stopped)
+            assert sum(map(len, tape.pieces)) < MIB
+            for here, there in zip(ours.regions, theirs.regions, strict=True):
+                assert here.fd is not None
+                assert there.fd is not None
+                os.pwrite(there.fd, os.pread(here.fd, here.size, here.offset), there.offset)
+        await b.load(tape.play())
+        await b.run()
+        assert await machines[1].state() == "running"
+    finally:
+        for machine in machines:
+            for name in ("ram0", "ram1", "extra"):
+                Path(f"{machine.ram}.{name}").unlink(missing_ok=True)
 
 
 async def test_a_paused_guest_stays_paused(lab: Lab, qemu: int) -> None:

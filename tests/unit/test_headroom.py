@@ -25,7 +25,7 @@ class FakeHost:
         self.host = Host(folder / "proc", folder / "sys")
         self.mounts: list[str] = []
         self.write("proc/meminfo", f"MemTotal: 1 kB\nMemAvailable: {8 * GIB >> 10} kB\n")
-        self.write(f"proc/{PID}/cgroup", "")
+        self.write(f"proc/{PID}/cgroup", "0::/")
 
     def write(self, path: str, text: object) -> None:
         file = self.folder / path

@@ -1,0 +1,419 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the subtests of engine_test.c are made of: checks, guest memory that proves itself, guest
+ * threads, pairs of engines, and one end of a connection played by hand. Knows no subtest. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "engine.h"
+#include "uffd.h"
+
+enum { MISSING = 77, SMALL = 4096, HUGE = 2 << 20, MAX_REGIONS = 2, MAX_THREADS = 16 };
+
+#define check(holds, ...)                                                                          \
+  do {                                                                                             \
+    if (!(holds)) {                                                                                \
+      fprintf(stderr, "%s:%d: not so: %s: ", __func__, __LINE__, #holds);                          \
+      fprintf(stderr, __VA_ARGS__);                                                                \
+      fprintf(stderr, "\n");                                                                       \
+      leave(1);                                                                                    \
+    }                                                                                              \
+  } while (0)
+#define get(field) __atomic_load_n(&(field), __ATOMIC_ACQUIRE)
+/* Waits for what other threads bring about; the alarm in main ends a wait in vain. */
+#define wait_until(holds)                                                                          \
+  do                                                                                               \
+    waiting_for = __LINE__;                                                                        \
+  while (!(holds) && !usleep(100))
+
+static volatile int waiting_for;
+
+/* What the machine had of huge pages, while a subtest has reserved more. */
+static char huge_before[24];
+
+static void huge_pages_back(void) {
+  int fd = *huge_before ? open("/proc/sys/vm/nr_hugepages", O_WRONLY) : -1;
+  if (fd >= 0 && write(fd, huge_before, strlen(huge_before)) > 0)
+    *huge_before = 0;
+  if (fd >= 0)
+    close(fd);
+}
+
+static void leave(int status) {
+  huge_pages_back();
+  _exit(status);
+}
+
+static void missing(const char *what) {
+  fprintf(stderr, "missing: %s\n", what);
+  leave(MISSING);
+}
+
+static uint64_t mix(uint64_t x) {
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+  return x ^ x >> 31;
+}
+
+static uint64_t drawn = 1;
+static uint64_t draw(void) {
+  return mix(drawn++);
+}
+
+/* --- guest memory ----------------------------------------------------------------------------- */
+
+enum content { HOLE, ZEROS, DATA };
+
+struct guest {
+  unsigned count;
+  struct ram {
+    uint64_t pages;
+    uint32_t page_size;
+    int source, file, uffd; /* file -1: the destination has anonymous memory */
+    uint8_t *at;            /* the destination's mapping */
+    enum content (*content)(uint64_t page);
+    uint8_t *visited[MAX_THREADS]; /* pages where that thread has left its word */
+  } ram[MAX_REGIONS];
+};
+
+static enum content all_data(uint64_t page) {
+  (void)page;
+  return DATA;
+}
+
+/* Runs of all kinds, of many lengths. */
+static enum content mixed(uint64_t page) {
+  uint64_t block = page % 512 < 256 ? page / 64 : page / 3;
+  return (enum content)(mix(block) % 3);
+}
+
+static uint64_t word_of(const struct ram *m, uint64_t page, uint64_t word) {
+  return m->content(page) == DATA ? mix(page << 20 | word) | 1 : 0;
+}
+
+static void fill_page(const struct ram *m, uint64_t page, uint8_t *to) {
+  for (uint64_t i = 0; i < m->page_size / 8; i++)
+    ((uint64_t *)to)[i] = word_of(m, page, i);
+}
+
+/* Sanitizers must not shadow guest memory of 16 GiB: past their interceptor. */
+static uint8_t *map(uint64_t bytes, int fd) {
+  int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+  void *at = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, flags, fd, 0);
+  check(at != MAP_FAILED, "mapping %llu bytes: %m", (unsigned long long)bytes);
+  return at;
+}
+
+static int new_uffd(void) {
+  int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+  if (fd < 0)
+    missing("userfaultfd");
+  return fd;
+}
+
+static int new_file(uint64_t bytes, uint32_t page_size) {
+  int fd = memfd_create("guest", MFD_CLOEXEC | (page_size == HUGE ? MFD_HUGETLB | (21 << 26) : 0));
+  check(fd >= 0 && !ftruncate(fd, (off_t)bytes), "memfd: %m");
+  return fd;
+}
+
+static struct ram *add_ram(struct guest *g, uint64_t pages, uint32_t page_size,
+                           enum content (*content)(uint64_t)) {
+  struct ram *m = &g->ram[g->count++];
+  uint64_t bytes = pages * page_size;
+  *m = (struct ram){.pages = pages, .page_size = page_size, .content = content};
+  m->source = new_file(bytes, page_size);
+  m->file = new_file(bytes, page_size);
+  m->at = map(bytes, m->file);
+  m->uffd = new_uffd();
+  return m;
+}
+
+/* Writes what `content` says to the source's file, from page `from` to `to`. */
+static void fill_source(struct ram *m, uint64_t from, uint64_t to) {
+  uint8_t *at = map(m->pages * m->page_size, m->source);
+  for (uint64_t page = from; page < to; page++)
+    if (m->content(page) != HOLE)
+      fill_page(m, page, at + page * m->page_size);
+  munmap(at, m->pages * m->page_size);
+}
+
+static uint64_t count_content(struct guest *g, enum content content) {
+  uint64_t n = 0;
+  for (struct ram *m = g->ram; m < g->ram + g->count; m++)
+    for (uint64_t page = 0; page < m->pages; page++)
+      n += m->content(page) == content;
+  return n;
+}
+
+static uint64_t allocated(int fd) {
+  struct stat st;
+  check(!fstat(fd, &st), "%m");
+  return (uint64_t)st.st_blocks * 512;
+}
+
+static void discard(struct ram *m, uint64_t page, uint64_t count) {
+  if (m->file >= 0)
+    check(!fallocate(m->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                     (off_t)(page * m->page_size), (off_t)(count * m->page_size)), "%m");
+  else
+    check(!madvise(m->at + page * m->page_size, count * m->page_size, MADV_DONTNEED), "%m");
+}
+
+static uint64_t load(struct ram *m, uint64_t page, uint64_t word) {
+  return __atomic_load_n((uint64_t *)(m->at + page * m->page_size) + word, __ATOMIC_RELAXED);
+}
+
+static bool page_is(struct ram *m, uint64_t page, bool zeros) {
+  for (uint64_t i = 0; i < m->page_size / 8; i++)
+    if (load(m, page, i) != (zeros ? 0 : word_of(m, page, i)))
+      return false;
+  return true;
+}
+
+static const uint64_t LEFT = 0x5555555555555554ull; /* a thread's word becomes what it was ^ LEFT */
+
+/* Visits one page as guest thread `id`: all must be as in the source or as this thread left it. */
+static void visit(struct ram *m, uint64_t page, unsigned id) {
+  uint64_t *own = (uint64_t *)(m->at + page * m->page_size) + id;
+  uint64_t expected = word_of(m, page, id) ^ (m->visited[id][page] ? LEFT : 0);
+  uint64_t is = __atomic_load_n(own, __ATOMIC_RELAXED);
+  check(is == expected, "word %u of page %llu is %llx", id, (unsigned long long)page,
+        (unsigned long long)is);
+  uint64_t far = m->page_size / 8 - 1 - (page + id) % 128;
+  check(load(m, page, far) == word_of(m, page, far), "page %llu", (unsigned long long)page);
+  if (!m->visited[id][page]) {
+    m->visited[id][page] = 1;
+    __atomic_store_n(own, expected ^ LEFT, __ATOMIC_RELAXED);
+  }
+}
+
+struct guest_thread {
+  struct guest *guest;
+  unsigned id;
+  uint64_t visits; /* 0: every page once */
+  pthread_t thread;
+};
+
+static void *guest_run(void *argument) {
+  struct guest_thread *t = argument;
+  uint64_t pages = 0, seed = t->id * 1000003ull;
+  for (unsigned i = 0; i < t->guest->count; i++)
+    pages += t->guest->ram[i].pages;
+  for (uint64_t i = 0; i < (t->visits ? t->visits : pages); i++) {
+    /* An odd multiplier goes through all of a power of two, and roughly at random. */
+    uint64_t page = t->visits ? mix(seed + i) % pages : (i * 0x9e3779b1ull + seed) % pages;
+    struct ram *m = t->guest->ram;
+    for (; page >= m->pages; m++)
+      page -= m->pages;
+    visit(m, page, t->id);
+  }
+  return NULL;
+}
+
+static struct guest_thread *guest_start(struct guest *g, unsigned threads, uint64_t visits) {
+  struct guest_thread *t = calloc(threads, sizeof *t);
+  for (struct ram *m = g->ram; m < g->ram + g->count; m++)
+    for (unsigned i = 0; i < threads; i++)
+      m->visited[i] = calloc(m->pages, 1);
+  for (unsigned i = 0; i < threads; i++) {
+    t[i] = (struct guest_thread){.guest = g, .id = i, .visits = visits};
+    check(!pthread_create(&t[i].thread, NULL, guest_run, &t[i]), "thread");
+  }
+  return t;
+}
+
+static void guest_join(struct guest_thread *t, unsigned threads) {
+  for (unsigned i = 0; i < threads; i++)
+    pthread_join(t[i].thread, NULL);
+  free(t);
+}
+
+/* Every word of every page, and what the guest's threads wrote. */
+static void check_guest(struct guest *g) {
+  for (struct ram *m = g->ram; m < g->ram + g->count; m++)
+    for (uint64_t page = 0; page < m->pages; page++)
+      for (uint64_t i = 0; i < m->page_size / 8; i++) {
+        uint64_t left = i < MAX_THREADS && m->visited[i] && m->visited[i][page] ? LEFT : 0;
+        check(load(m, page, i) == (word_of(m, page, i) ^ left), "word %llu of page %llu is %llx",
+              (unsigned long long)i, (unsigned long long)page,
+              (unsigned long long)load(m, page, i));
+      }
+}
+
+static void guest_free(struct guest *g) {
+  for (struct ram *m = g->ram; m < g->ram + g->count; m++) {
+    munmap(m->at, m->pages * m->page_size);
+    close(m->source), close(m->uffd);
+    if (m->file >= 0)
+      close(m->file);
+    for (unsigned i = 0; i < MAX_THREADS; i++)
+      free(m->visited[i]);
+  }
+}
+
+/* --- engines ---------------------------------------------------------------------------------- */
+
+struct pair {
+  struct guest *guest;
+  int wake, record;
+  struct pc_dest *dest;
+  struct pc_source *source;
+  struct pc_stats *at, *from; /* the destination's statistics, the source's */
+};
+
+static void regions_of(struct guest *g, struct pc_region to[MAX_REGIONS], bool source) {
+  for (unsigned i = 0; i < g->count; i++) {
+    struct ram *m = &g->ram[i];
+    to[i] = (struct pc_region){.address = (uintptr_t)m->at, .pages = m->pages,
+                               .page_size = m->page_size, .uffd = m->uffd,
+                               .fd = source ? m->source : -1};
+  }
+}
+
+static void new_source(struct pair *p) {
+  struct pc_region regions[MAX_REGIONS];
+  char error[200];
+  regions_of(p->guest, regions, true);
+  p->source = pc_source_new(regions, p->guest->count, p->wake, error);
+  check(p->source, "%s", error);
+  p->from = pc_source_stats(p->source);
+}
+
+static struct pair new_dest(struct guest *g) {
+  struct pair p = {.guest = g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  struct pc_region regions[MAX_REGIONS];
+  char error[200];
+  p.record = memfd_create("record", MFD_CLOEXEC);
+  regions_of(g, regions, false);
+  p.dest = pc_dest_new(regions, g->count, p.record, p.wake, error);
+  check(p.dest, "%s", error);
+  p.at = pc_dest_stats(p.dest);
+  check(!pc_dest_register(p.dest), "%s", p.at->sentence);
+  return p;
+}
+
+static int buffer_bytes; /* of sockets made from now on; 0: as the system has it */
+
+static void tcp_pair(int fd[2]) {
+  struct sockaddr_in name = {.sin_family = AF_INET, .sin_addr = {htonl(INADDR_LOOPBACK)}};
+  socklen_t size = sizeof name;
+  int on = 1, listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  fd[0] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (buffer_bytes) {
+    setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &buffer_bytes, sizeof buffer_bytes);
+    setsockopt(fd[0], SOL_SOCKET, SO_SNDBUF, &buffer_bytes, sizeof buffer_bytes);
+  }
+  check(!bind(listener, (void *)&name, size) && !listen(listener, 1) &&
+            !getsockname(listener, (void *)&name, &size) && !connect(fd[0], (void *)&name, size),
+        "%m");
+  fd[1] = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK); /* as an event loop has it */
+  check(fd[1] >= 0, "%m");
+  setsockopt(fd[0], IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  close(listener);
+}
+
+static void connect_engines(struct pair *p, bool urgent) {
+  int fd[2];
+  tcp_pair(fd);
+  check(!pc_dest_connect(p->dest, fd[0], urgent), "%s", p->at->sentence);
+  check(!pc_source_connect(p->source, fd[1], urgent), "%s", p->from->sentence);
+}
+
+/* Both engines with one urgent and some push connections, at work. */
+static struct pair start(struct guest *g, int pushes, uint64_t rate) {
+  struct pair p = new_dest(g);
+  new_source(&p);
+  connect_engines(&p, true);
+  for (int i = 0; i < pushes; i++)
+    connect_engines(&p, false);
+  check(!pc_source_serve(p.source), "%s", p.from->sentence);
+  if (pushes)
+    check(!pc_source_push(p.source, rate), "%s", p.from->sentence);
+  return p;
+}
+
+static bool drained(struct pair *p) {
+  int failure = get(p->at->failure);
+  check(failure <= PC_OK, "%s", p->at->sentence);
+  return get(p->at->confirmed_pages) == p->at->total_pages;
+}
+
+static void finish(struct pair *p) {
+  if (p->source)
+    pc_source_free(p->source);
+  pc_dest_disconnect(p->dest);
+  pc_dest_unregister(p->dest, 1);
+  pc_dest_free(p->dest);
+  close(p->wake), close(p->record);
+}
+
+/* One end by hand. */
+static void send_frame(int fd, enum frame_kind kind, unsigned region, uint64_t page, uint32_t count,
+                       const void *payload, uint32_t bytes) {
+  uint8_t header[FRAME_BYTES];
+  pc_frame_encode(header, kind, (int)region, page, count, bytes);
+  struct iovec iov[2] = {{header, sizeof header}, {(void *)payload, bytes}};
+  check(!write_all(fd, iov, bytes ? 2 : 1), "%m");
+}
+
+static void send_page(int fd, struct ram *m, uint64_t page) {
+  uint8_t *bytes = malloc(m->page_size);
+  fill_page(m, page, bytes);
+  send_frame(fd, FRAME_PAGES, 0, page, 1, bytes, m->page_size);
+  free(bytes);
+}
+
+static int bytes_waiting(int fd) {
+  int n = 0;
+  ioctl(fd, FIONREAD, &n);
+  return n;
+}
+
+/* A destination with an urgent connection, of which the other end is returned. */
+static int by_hand(struct pair *p, bool urgent) {
+  int fd[2];
+  tcp_pair(fd);
+  check(!pc_dest_connect(p->dest, fd[0], urgent), " ");
+  fcntl(fd[1], F_SETFL, 0);
+  return fd[1];
+}
+
+static uint64_t read_request(int fd) {
+  uint8_t in[FRAME_BYTES];
+  int64_t f[5];
+  check(recv(fd, in, sizeof in, MSG_WAITALL) == sizeof in && !pc_frame_decode(in, f), "%m");
+  check(f[0] == FRAME_REQUEST && f[3] == 1 && f[4] == 0, "not a request");
+  return (uint64_t)f[2];
+}
+
+struct reader {
+  struct ram *ram;
+  uint64_t page, value;
+  bool done;
+  pthread_t thread;
+};
+
+static void *reader_run(void *argument) {
+  struct reader *r = argument;
+  r->value = load(r->ram, r->page, 0);
+  __atomic_store_n(&r->done, true, __ATOMIC_RELEASE);
+  return NULL;
+}
+
+static void reader_start(struct reader *r, struct ram *m, uint64_t page) {
+  *r = (struct reader){.ram = m, .page = page};
+  check(!pthread_create(&r->thread, NULL, reader_run, r), "thread");
+}
