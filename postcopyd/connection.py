@@ -176,9 +176,7 @@ class Channel:
                 with trio.fail_after(p.DEAD_S):
                     data = await self._stream.receive_some(BUFFER)
             except trio.TooSlowError:
-                raise ConnectionLost(
-                    f"{self.peer} has said nothing for {p.DEAD_S:.0f} s"
-                ) from None
+                raise ConnectionLost(f"{self.peer} has said nothing for {p.DEAD_S:.0f} s") from None
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise ConnectionLost(
                     f"the connection to {self.peer} broke: {error.__cause__ or error}"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The daemon of one host: its VMs, its migrations in both roles, its two doors.
 
-Owns the registry of attached VMs, one task for each migration, and what listens: the control socket
-(control.py) and the migration port, where each connection says first what it is for (connection.py).
+Owns the registry of attached VMs, one task for each migration, and what listens: the control
+socket (control.py) and the migration port, where each connection says first what it is for
+(connection.py).
 What happens within a migration is the sessions' business.
 """
 
@@ -57,10 +58,8 @@ class Daemon:
 
     # --- VMs -----------------------------------------------------------------------------------
 
-    async def attach(
-        self, name: str, driver: Literal["qemu", "process"], socket: str
-    ) -> Status:
-        """A VM whose VMM is gone may be attached again; one that is there must be detached first."""
+    async def attach(self, name: str, driver: Literal["qemu", "process"], socket: str) -> Status:
+        """A VM whose VMM has ended may be attached again; one that is there, once detached."""
         known = self.vms.get(name)
         if known is not None:
             await known.ended()
@@ -81,7 +80,9 @@ class Daemon:
         vm = known or Vm(name, self.settings.store, None)
         if vm.driver is not None or self.vms.get(name, vm) is not vm:
             await connected.aclose()  # somebody else was faster
-            raise PostcopydError(f"{name} was attached by somebody else just now", "AlreadyAttached")
+            raise PostcopydError(
+                f"{name} was attached by somebody else just now", "AlreadyAttached"
+            )
         vm.driver = connected
         try:
             vm.record("held")
@@ -108,14 +109,17 @@ class Daemon:
                     await vm.waiting.close()
                     vm.waiting = None
                 if vm.status["phase"] in ("idle", "paused"):
-                    vm.show(message=f"the VMM of {vm.name} here has ended; attach it again once it runs")
+                    vm.show(
+                        message=f"the VMM of {vm.name} here has ended; attach it again once it runs"
+                    )
 
     async def detach(self, name: str) -> None:
         vm = self._vm(name)
         await vm.ended()
         if vm.claimed_by is not None:
             raise PostcopydError(
-                f"{name} is in migration {vm.status['migration']}: wait for it, or cancel it", "Busy"
+                f"{name} is in migration {vm.status['migration']}: wait for it, or cancel it",
+                "Busy",
             )
         if vm.status["phase"] == "paused":
             raise PostcopydError(
@@ -137,7 +141,8 @@ class Daemon:
             return self.vms[name]
         except KeyError:
             raise PostcopydError(
-                f"no VM {name} is attached to this daemon: `postcopyd attach {name} ...`", "NoSuchVm"
+                f"no VM {name} is attached to this daemon: `postcopyd attach {name} ...`",
+                "NoSuchVm",
             ) from None
 
     def status(self, name: str) -> Status:
@@ -158,8 +163,8 @@ class Daemon:
             if unfinished:
                 vm.show(
                     phase="paused",
-                    message=f"the daemon ended during a migration of {name} with {vm.status['peer']}"
-                    f" (here: {vm.ownership}); this version cannot continue it, and leaves its VMM "
+                    message=f"the daemon ended during a migration of {name} with "
+                    f"{vm.status['peer']} (here: {vm.ownership}); this version cannot continue it, and leaves its VMM "
                     f"here as it is: look at both VMMs before you run either",
                 )
             self.vms[name] = vm
@@ -319,16 +324,16 @@ class Daemon:
     def _vm_here(self, name: str) -> Vm:
         if name not in self.vms:
             raise PostcopydError(
-                f"no VM {name} is attached at the destination: start its VMM there as a destination "
-                f"and `postcopyd attach {name}`",
+                f"no VM {name} is attached at the destination: start its VMM there, waiting for a "
+                f"migration, and `postcopyd attach {name}`",
                 "NoSuchVm",
             )
         return self.vms[name]
 
-
     # Last, because inside the class it hides the builtin from annotations.
     def list(self) -> list[Status]:
         return [self.vms[name].status for name in sorted(self.vms)]
+
 
 class claimed_for:
     """Gives back in the task what `claim` took in the call that started it."""

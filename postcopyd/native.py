@@ -135,5 +135,3 @@ def faults(stats: Any) -> Faults:
         max_us=round(stats.latency_max_ns / 1e3, 1),
         histogram=histogram,
     )
-
-

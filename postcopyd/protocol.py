@@ -287,8 +287,9 @@ class Codec:
                 return
             except (ValueError, msgpack.exceptions.UnpackException) as error:
                 # Includes bad UTF-8, map keys that are not strings, nesting beyond msgpack's limit.
+                why = str(error) or type(error).__name__
                 raise RemoteProtocolError(
-                    f"the peer sent what is no msgpack message: {str(error) or type(error).__name__}"
+                    f"the peer sent what is no msgpack message: {why}"
                 ) from None
             end = self._unpacker.tell()
             self._limit(end)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sessions of a daemon share: its store, its hooks, its limits."""
+"""What the sessions of a daemon share: its store, its hooks, its limits, and who is arriving."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from postcopyd.store import Store
+from postcopyd.vmm import Shape
 
 
 @dataclass(frozen=True)
@@ -17,3 +18,5 @@ class Settings:
     hooks: Path | None = None
     bandwidth: int = 0
     connections: int = 2
+    arriving: dict[str, Shape] = field(default_factory=dict)
+    """Guests that are on their way here, by VM name: memory that they lack is theirs already."""

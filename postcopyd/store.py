@@ -98,7 +98,8 @@ class Store:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise PostcopydError(
-                f"making the page record {path}: {error.strerror}; make room there", "StateNotWritten"
+                f"making the page record {path}: {error.strerror}; make room there",
+                "StateNotWritten",
             ) from None
 
     def remove_pages(self, name: str) -> None:

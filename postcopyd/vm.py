@@ -116,7 +116,8 @@ class Vm:
         """The driver; raises PostcopydError when the VMM is gone."""
         if self.driver is None:
             raise PostcopydError(
-                f"the VMM of {self.name} is gone: start it and `postcopyd attach {self.name}` again",
+                f"the VMM of {self.name} is gone: start it and attach it again, "
+                f"`postcopyd attach {self.name} ...`",
                 "NotAttached",
             )
         return self.driver

@@ -19,6 +19,7 @@ from typing import Any
 import structlog
 import trio
 
+from postcopyd import headroom
 from postcopyd import protocol as p
 from postcopyd._native import lib
 from postcopyd.connection import Channel, ConnectionLost, PeerError, detach, open_nursery
@@ -78,7 +79,7 @@ class DestinationSession:
         """Answers an offer that only asks."""
         try:
             shape = self._shape = await self.vm.attached().inspect("destination")
-            problems = [*shape.problems, *self._differences(shape)]
+            problems = [*shape.problems, *self._differences(shape), *self._lacks(shape)]
         except PostcopydError as error:
             problems = [str(error)]
         finally:
@@ -108,7 +109,7 @@ class DestinationSession:
     async def _arrive(self) -> None:
         vm, offer, channel = self.vm, self.offer, self.channel
         shape = self._shape = await vm.attached().inspect("destination")
-        problems = [*shape.problems, *self._differences(shape)]
+        problems = [*shape.problems, *self._differences(shape), *self._lacks(shape)]
         if problems:
             raise PostcopydError("; ".join(problems), "Refused")
         self._accepted = True
@@ -120,6 +121,7 @@ class DestinationSession:
             result=None,
             message=f"preparing for {vm.name} from {channel.peer}",
         )
+        self.settings.arriving[vm.name] = shape
         async with channel.alive():
             await self._adopt(shape)
             await channel.send(p.Ready(self.token))
@@ -155,10 +157,15 @@ class DestinationSession:
             mine, theirs = shape.facts.get(key), self.offer.facts.get(key)
             if mine != theirs:
                 problems.append(
-                    f"{key} differs: {mine or 'none'} here, {theirs or 'none'} at the source; start "
-                    f"the destination as the source was started"
+                    f"{key} differs: {mine or 'none'} here, {theirs or 'none'} at the source; "
+                    f"start the destination as the source was started"
                 )
         return problems
+
+    def _lacks(self, shape: Shape) -> list[str]:
+        """Memory that this host lacks. Past the handover the kernel would kill the VMM for it."""
+        promised = sum(headroom.needed(other.regions) for other in self.settings.arriving.values())
+        return headroom.problems(shape.pid, shape.regions, promised)
 
     async def _adopt(self, shape: Shape) -> None:
         """Guest RAM empty and registered: from here on each access waits for its page."""
@@ -175,7 +182,10 @@ class DestinationSession:
 
     async def _load(self) -> None:
         """Device state into the VMM, while its faults are answered by the engine."""
-        self.vm.show(phase="handover", message=f"{self.vm.name} is being handed over from {self.channel.peer}")
+        self.vm.show(
+            phase="handover",
+            message=f"{self.vm.name} is being handed over from {self.channel.peer}",
+        )
         self._loading = True
         pieces, state = trio.open_memory_channel[bytes](DEVICE_CHUNKS)
         async with open_nursery() as nursery:
@@ -385,6 +395,8 @@ class DestinationSession:
             if self._record >= 0:
                 self.settings.store.remove_pages(self.vm.name)
             if self._shape is not None:
+                if self.settings.arriving.get(self.vm.name) is self._shape:
+                    del self.settings.arriving[self.vm.name]
                 self._shape.close()
             self._engine, self._uffds, self._record, self._shape = None, [], -1, None
 
@@ -401,6 +413,6 @@ class DestinationSession:
 
 
 def _regions(regions: list[tuple[str, int, int]]) -> str:
-    return ", ".join(f"{name} {pages * size >> 20} MiB ({size >> 10} KiB pages)" for name, pages, size in regions)
-
-
+    return ", ".join(
+        f"{name} {pages * size >> 20} MiB ({size >> 10} KiB pages)" for name, pages, size in regions
+    )

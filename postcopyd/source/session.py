@@ -304,7 +304,8 @@ class SourceSession:
             phase="paused",
             result=self._result(None, event="paused", error=str(error)),
             message=f"{self.vm.name} {where} at {self.request.to} and part of its memory is still "
-            f"here: {error}; keep this VMM, it must not run, and `postcopyd recover {self.vm.name}`",
+            f"here: {error}; keep this VMM, it must not run, and "
+            f"`postcopyd recover {self.vm.name}`",
         )
         self._record_settled(None)
         self.log.error("migration paused after the grant", error=str(error))
@@ -345,9 +346,7 @@ class SourceSession:
             phase=phase,
             remaining=0,
             message=sentence,
-            result=self._result(
-                None, event="cancelled" if cancelled else "failed", error=sentence
-            ),
+            result=self._result(None, event="cancelled" if cancelled else "failed", error=sentence),
         )
         self._record_settled("held")
         self.log.warning("migration ended before the grant", error=str(error))
@@ -480,5 +479,3 @@ def faults_json(faults: p.Faults) -> dict[str, Any]:
         "maxUs": faults.max_us,
         "histogramUs": faults.histogram,
     }
-
-

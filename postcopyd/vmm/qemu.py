@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 
 import trio
 
-from postcopyd import headroom, procfs
+from postcopyd import procfs
 from postcopyd.errors import PostcopydError
 from postcopyd.vmm import (
     Declined,
@@ -60,9 +60,6 @@ class QemuVmm(Vmm):
     """One QEMU, by its QMP socket."""
 
     kind = "qemu"
-
-    # Bytes that other arrivals on this host were promised (see `headroom`); the session's to set.
-    reserved: int = 0
 
     def __init__(self, name: str, socket: str, qmp: Qmp, pid: int, pidfd: int) -> None:
         self.name = name
@@ -115,8 +112,6 @@ class QemuVmm(Vmm):
             facts |= {f"pages of {r.name}": f"{r.page_size} bytes each" for r in regions}
             problems += unfit
             problems += await trio.to_thread.run_sync(qemu_ram.sharers, regions, self.pid)
-            if role == "destination":
-                problems += headroom.problems(self.pid, regions, self.reserved)
         except BaseException:
             _close(region.fd for region in regions)
             raise

@@ -237,7 +237,8 @@ static void one_request(void) {
   }
   pthread_join(last.thread, NULL);
   wait_until(get(p.at->answered) == 2);
-  check(get(p.at->urgent_pages) == 2 && bytes_waiting(source) == 0, " ");
+  wait_until(get(p.at->urgent_pages) == 2 && get(p.at->confirmed_pages) == 2);
+  check(bytes_waiting(source) == 0, "asked again");
   close(source);
   finish(&p);
   guest_free(&g);
@@ -276,7 +277,7 @@ static void discard_one(bool of_file) {
   send_page(source, m, 5);
   pthread_join(r.thread, NULL);
   check(page_is(m, 5, false), " ");
-  check(get(p.at->confirmed_pages) == 2, " ");
+  wait_until(get(p.at->confirmed_pages) == 2);
   close(source);
   finish(&p);
   guest_free(&g);
