@@ -36,7 +36,7 @@ class DemoError(PostcopydError):
 
 
 class Host:
-    """One daemon. `call` and `migrate` wait in a thread, so that guests can be followed meanwhile."""
+    """One daemon. `call` and `migrate` wait in a thread: guests can be followed meanwhile."""
 
     def __init__(self, folder: Path, name: str, options: tuple[str, ...]) -> None:
         self.name = name

@@ -322,21 +322,23 @@ class QemuVmm(Vmm):
     async def run(self) -> None:
         """Run the guest. Raises Declined when it certainly did not run, another PostcopydError when
         that cannot be known. Waits while QEMU waits for a page."""
-        try:
-            await self._qmp.execute("cont")
-        except QmpClosed as closed:
-            if closed.unsent:
-                raise Declined(f"The guest {self.name} was not run: {closed}") from None
-            raise
-        except QmpRefused as refusal:
-            if not await self._runs():
-                raise Declined(
-                    f"QEMU would not run the guest {self.name} ({refusal.reason}): see that its "
-                    f"disks are not in use elsewhere."
-                ) from None
-            return
+        with self._qmp.events("RESUME") as events:
+            try:
+                await self._qmp.execute("cont")
+            except QmpClosed as closed:
+                if closed.unsent:
+                    raise Declined(f"The guest {self.name} was not run: {closed}") from None
+                raise
+            except QmpRefused as refusal:
+                if not await self._runs():
+                    raise Declined(
+                        f"QEMU would not run the guest {self.name} ({refusal.reason}): see that "
+                        f"its disks are not in use elsewhere."
+                    ) from None
+                return
+            resumed = events.take() is not None
         # QEMU answers `cont` after RESUME; a state that it ignores `cont` in is neither yes nor no.
-        if not await self._runs():
+        if not resumed and not await self._runs():
             raise VmmError(
                 f"QEMU accepted to run {self.name} but does not: look at QMP query-status."
             )
