@@ -26,7 +26,7 @@ _CALLS = {"x86_64": {"userfaultfd": 323, "ioctl": 16, "close": 3}}
 
 
 class AdoptionError(PostcopydError):
-    """The VMM cannot be adopted; the sentence says why and what to do. Nothing was changed in it."""
+    """The VMM cannot be adopted, and nothing was changed in it; the sentence says what to do."""
 
     name = "NotAdopted"
 

@@ -137,6 +137,7 @@ class Channel:
         self._sending = trio.Lock()
         self._last_sent = trio.current_time()
         self._objects: list[Any] = []
+        self._half_sent = False
 
     async def send(self, message: p.Message) -> None:
         """Tells the machine and sends; raises ConnectionLost."""
@@ -146,18 +147,26 @@ class Channel:
     async def _send(self, data: bytes) -> None:
         try:
             async with self._sending:
+                if self._half_sent:
+                    raise ConnectionLost(f"a message to {self.peer} was cut short")
                 self._last_sent = trio.current_time()
+                self._half_sent = True  # until it is out: being cancelled leaves a torn stream
                 await self._stream.send_all(data)
+                self._half_sent = False
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionLost(f"sending to {self.peer}: {error.__cause__ or error}") from None
 
     async def receive(self) -> p.Message:
         """The next message that is not a keepalive."""
         while True:
-            message = p.parse_message(await self._next_object())
+            try:
+                message = p.parse_message(await self._next_object())
+            except RemoteProtocolError as error:
+                raise RemoteProtocolError(f"speaking with {self.peer}: {error}") from None
             self.machine.received(message)
             if isinstance(message, p.Error):
-                raise PeerError(f"{self.peer} said: {message.message}", message.name)
+                said = "".join(c if c.isprintable() else "?" for c in message.message)
+                raise PeerError(f"{self.peer} said: {said}", message.name)
             if not isinstance(message, p.Keepalive):
                 return message
 
@@ -207,7 +216,7 @@ class Channel:
         with trio.move_on_after(1) as scope:
             scope.shield = True
             try:
-                await self.send(p.Error(name=name, message=str(error)[:4000]))
+                await self.send(p.Error(name=name, message=p.sentence(str(error))))
             except PostcopydError:
                 return
 

@@ -22,7 +22,14 @@ import trio
 from postcopyd import control, vmm
 from postcopyd import protocol as p
 from postcopyd.config import ServeOptions
-from postcopyd.connection import Channel, accepted_kind, receive_object, tune
+from postcopyd.connection import (
+    Channel,
+    PeerError,
+    accepted_kind,
+    open_nursery,
+    receive_object,
+    tune,
+)
 from postcopyd.control import MigrateRequest
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
@@ -164,8 +171,8 @@ class Daemon:
                 vm.show(
                     phase="paused",
                     message=f"the daemon ended during a migration of {name} with "
-                    f"{vm.status['peer']} (here: {vm.ownership}); this version cannot continue it, and leaves its VMM "
-                    f"here as it is: look at both VMMs before you run either",
+                    f"{vm.status['peer']} (here: {vm.ownership}); this version cannot continue it "
+                    f"and leaves its VMM here as it is: look at both VMMs before you run either",
                 )
             self.vms[name] = vm
             if record["socket"] and not unfinished and vm.ownership != "granted":
@@ -295,7 +302,8 @@ class Daemon:
             channel.peer = f"{hello.host or address} ({address})"
             offer = await channel.expect(p.Offer)
             if not offer.check:
-                async with channel.alive():
+                async with channel.alive(), open_nursery() as nursery:
+                    nursery.start_soon(self._hear_end, channel)
                     await run_hooks(
                         self.settings.hooks,
                         offer.vm,
@@ -304,6 +312,7 @@ class Daemon:
                         migration=offer.migration,
                         peer=channel.peer,
                     )
+                    nursery.cancel_scope.cancel()
             vm = self._vm_here(offer.vm)
             await vm.ended()
             vm.attached()
@@ -320,6 +329,11 @@ class Daemon:
         except PostcopydError as error:
             log.warning("offer refused", peer=channel.peer, error=str(error))
             await channel.tell_error(error)
+
+    async def _hear_end(self, channel: Channel) -> None:
+        """Raises when the source takes its offer back or is gone; nothing else is due."""
+        await channel.receive()
+        raise PeerError(f"{channel.peer} took its offer back", "Cancelled")
 
     def _vm_here(self, name: str) -> Vm:
         if name not in self.vms:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 import msgpack
@@ -54,14 +55,17 @@ MAX_ITEMS = 512
 """Items of one array or map: the facts of an offer. An unpacker makes room for what a header says
 before the items are there, so without this a few kilobytes of headers ask for gigabytes."""
 
-MAX_STRING = 4 * 4096
+MAX_SENTENCE = 4096
+"""Characters of a sentence or a fact."""
+
+MAX_STRING = 4 * MAX_SENTENCE
 """Bytes of one string: a sentence in UTF-8."""
 
 # Names become parts of log lines, of arguments of hooks, of what a terminal shows.
 _NO_CONTROLS = r"\A[^\x00-\x1f\x7f-\x9f]*\Z"
 
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=_NO_CONTROLS)]
-Sentence = Annotated[str, Meta(max_length=4096)]
+Sentence = Annotated[str, Meta(max_length=MAX_SENTENCE)]
 T = TypeVar("T")
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Time = Annotated[float, Meta(ge=0, le=1e15)]  # in the unit of its name; infinity is not JSON
@@ -103,8 +107,8 @@ class RegionOffer(Struct, frozen=True, rename="camel"):
 class Offer(Message, frozen=True, tag="offer"):
     """What the source wants to send. With `check` nothing is touched and `Checked` answers.
 
-    `facts` are the driver's: what must be equal on both hosts. `run` is false for a guest that is
-    paused and shall stay so. `epoch` numbers the ownership that this migration would hand over.
+    `facts` are the driver's: what must be equal on both hosts. `epoch` numbers the
+    ownership that this migration would hand over.
     """
 
     migration: Name
@@ -114,7 +118,6 @@ class Offer(Message, frozen=True, tag="offer"):
     facts: Annotated[dict[str, Sentence], Meta(max_length=512)]
     connections: Annotated[int, Meta(ge=1, le=MAX_CONNECTIONS)]
     epoch: Count
-    run: bool = True
     check: bool = False
 
 
@@ -145,9 +148,13 @@ class Device(Message, frozen=True, tag="device"):
 
 
 class DeviceEnd(Message, frozen=True, tag="deviceEnd"):
-    """All device state was sent: `size` bytes. The guest is stopped and offered."""
+    """All device state was sent: `size` bytes. The guest is stopped and offered.
+
+    `run` is false for a guest that was paused before, and shall stay so.
+    """
 
     size: Count
+    run: bool = True
 
 
 class Loaded(Message, frozen=True, tag="loaded"):
@@ -339,6 +346,18 @@ def parse(obj: Any, kind: type[T]) -> T:
         raise RemoteProtocolError(
             f"the peer sent a bad {what!r:.32} message: {error!s:.200}"
         ) from None
+
+
+def sentence(text: str) -> str:
+    """A sentence of ours as it may travel: not longer than a peer takes."""
+    return text if len(text) <= MAX_SENTENCE else text[: MAX_SENTENCE - 4] + " ..."
+
+
+def fact(value: str) -> str:
+    """A fact as it travels and is compared: one that is too long as its beginning and a digest."""
+    if len(value) <= MAX_SENTENCE:
+        return value
+    return f"{value[: MAX_SENTENCE - 100]} ... sha256 {sha256(value.encode()).hexdigest()}"
 
 
 def parse_message(obj: Any) -> AnyMessage:

@@ -25,6 +25,12 @@ from postcopyd.errors import PostcopydError
 VERSION = 1
 
 
+class StateNotWritten(PostcopydError):
+    """A record could not be written; what it was to say must not be acted on."""
+
+    name = "StateNotWritten"
+
+
 class Store:
     """The state directory. One daemon owns it; calls are short and synchronous."""
 
@@ -61,24 +67,23 @@ class Store:
                 finally:
                     os.close(folder)
         except OSError as error:
-            raise PostcopydError(
+            raise StateNotWritten(
                 f"writing the record of {name} to {path}: {error.strerror}; "
-                f"nothing was changed, make room there and try again",
-                "StateNotWritten",
+                f"nothing was changed, make room there and try again"
             ) from None
 
     def load(self) -> dict[str, dict[str, Any]]:
         """All records by VM name. A torn or foreign file raises PostcopydError naming it."""
         records = {}
         for path in sorted(self.directory.glob("*.json")):
-            checksum, _, body = path.read_bytes().rstrip(b"\n").partition(b" ")
             try:
+                checksum, _, body = path.read_bytes().rstrip(b"\n").partition(b" ")
                 if int(checksum, 16) != zlib.crc32(body):
                     raise ValueError("its checksum is wrong")
                 record = json.loads(body)
                 if record["version"] != VERSION:
                     raise ValueError(f"it is of version {record['version']}")
-            except (ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise PostcopydError(
                     f"reading the record {path}: {error}; move it away when its VM is known to be "
                     f"in order"
@@ -97,9 +102,8 @@ class Store:
             path.unlink(missing_ok=True)
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise PostcopydError(
-                f"making the page record {path}: {error.strerror}; make room there",
-                "StateNotWritten",
+            raise StateNotWritten(
+                f"making the page record {path}: {error.strerror}; make room there"
             ) from None
 
     def remove_pages(self, name: str) -> None:

@@ -93,8 +93,8 @@ class Host:
                 sentence = error.parameters.get("message", str(error.parameters))
                 raise PostcopydError(sentence, error.name.rpartition(".")[2]) from None
             except NoAnswer as error:
-                log = self.log.read_text()[-2000:]
-                raise DemoError(f"the daemon {self.name} does not answer ({error}): {log}") from None
+                said = f"{error}: {self.log.read_text()[-2000:]}"
+                raise DemoError(f"the daemon {self.name} does not answer ({said})") from None
 
         return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
 

@@ -25,16 +25,19 @@ from postcopyd._native import lib
 from postcopyd.connection import Channel, ConnectionLost, PeerError, detach, open_nursery
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.errors import PostcopydError
-from postcopyd.handover import Destination, Happened, Machine
+from postcopyd.handover import DESTINATION_KEEPS, Destination, Happened, Machine
 from postcopyd.hooks import run_hooks
 from postcopyd.native import faults
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
+from postcopyd.store import StateNotWritten
 from postcopyd.vm import Vm
 from postcopyd.vmm import Declined, Shape
 
 PROGRESS_S = 0.1
 ACKNOWLEDGE_S = 10.0
+CONNECTIONS_S = 30.0
+"""How long the source may take to make its data connections; they take milliseconds."""
 DEVICE_CHUNKS = 1024
 """Pieces of device state kept while the VMM loads: it may wait in a fault that the source answers
 only once it has given all of its state, so this must take what comes after such a fault."""
@@ -61,6 +64,7 @@ class DestinationSession:
         self._connected = trio.Event()
         self._lacking = [True, *[False] * offer.connections]
         self._ran_ns = 0
+        self._run = True
 
     async def run(self) -> None:
         """The whole arrival. What goes wrong ends in the VM's status and is told to the source."""
@@ -78,13 +82,14 @@ class DestinationSession:
     async def check(self) -> None:
         """Answers an offer that only asks."""
         try:
-            shape = self._shape = await self.vm.attached().inspect("destination")
+            async with self.channel.alive():
+                shape = self._shape = await self.vm.attached().inspect("destination")
             problems = [*shape.problems, *self._differences(shape), *self._lacks(shape)]
         except PostcopydError as error:
             problems = [str(error)]
         finally:
             await self.close()
-        await self.channel.send(p.Checked([problem[:4000] for problem in problems][:256]))
+        await self.channel.send(p.Checked([p.sentence(problem) for problem in problems][:256]))
 
     async def take_data(self, stream: trio.SocketStream, hello: p.DataHello) -> None:
         """A data connection that names this migration. Raises RemoteProtocolError."""
@@ -107,6 +112,18 @@ class DestinationSession:
     # --- the steps -----------------------------------------------------------------------------
 
     async def _arrive(self) -> None:
+        async with self.channel.alive():
+            async with open_nursery() as nursery:  # the source may take it back at any time
+                nursery.start_soon(self._prepare)
+                handover = await self._receive()
+                assert isinstance(handover, p.Handover)
+            await self._load()
+            await self._run_guest()
+            await self._drain()
+        await self.close()
+
+    async def _prepare(self) -> None:
+        """Everything up to *serving*."""
         vm, offer, channel = self.vm, self.offer, self.channel
         shape = self._shape = await vm.attached().inspect("destination")
         problems = [*shape.problems, *self._differences(shape), *self._lacks(shape)]
@@ -122,16 +139,16 @@ class DestinationSession:
             message=f"preparing for {vm.name} from {channel.peer}",
         )
         self.settings.arriving[vm.name] = shape
-        async with channel.alive():
-            await self._adopt(shape)
-            await channel.send(p.Ready(self.token))
-            async with open_nursery() as nursery:
-                nursery.start_soon(self._say_serving)
-                await channel.expect(p.Handover)
-            await self._load()
-            await self._run_guest()
-            await self._drain()
-        await self.close()
+        await self._adopt(shape)
+        await channel.send(p.Ready(self.token))
+        try:
+            with trio.fail_after(CONNECTIONS_S):
+                await self._connected.wait()
+        except trio.TooSlowError:
+            raise PostcopydError(
+                f"{channel.peer} made no data connections within {CONNECTIONS_S:.0f} s"
+            ) from None
+        await channel.send(p.Serving())
 
     def _differences(self, shape: Shape) -> list[str]:
         """What differs between the VMM that offers and the one that waits here."""
@@ -153,8 +170,9 @@ class DestinationSession:
                 f"guest RAM differs: here {_regions(here)}, at the source {_regions(there)}; "
                 f"start the destination with the same memory backends"
             )
-        for key in sorted(shape.facts.keys() | self.offer.facts.keys()):
-            mine, theirs = shape.facts.get(key), self.offer.facts.get(key)
+        facts = {key: p.fact(value) for key, value in shape.facts.items()}
+        for key in sorted(facts.keys() | self.offer.facts.keys()):
+            mine, theirs = facts.get(key), self.offer.facts.get(key)
             if mine != theirs:
                 problems.append(
                     f"{key} differs: {mine or 'none'} here, {theirs or 'none'} at the source; "
@@ -176,10 +194,6 @@ class DestinationSession:
         self._engine = DestinationEngine(shape.regions, self._uffds, self._record)
         self._engine.register()
 
-    async def _say_serving(self) -> None:
-        await self._connected.wait()
-        await self.channel.send(p.Serving())
-
     async def _load(self) -> None:
         """Device state into the VMM, while its faults are answered by the engine."""
         self.vm.show(
@@ -197,10 +211,12 @@ class DestinationSession:
                 while isinstance(message := await self._receive(), p.Device):
                     size += len(message.data)
                     await pieces.send(message.data)
-            if isinstance(message, p.DeviceEnd) and message.size != size:
+            assert isinstance(message, p.DeviceEnd)
+            if message.size != size:
                 raise RemoteProtocolError(
                     f"{self.channel.peer} sent {size} bytes of device state and says {message.size}"
                 )
+            self._run = message.run
             grant = await self._receive()
             nursery.cancel_scope.cancel()
         assert isinstance(grant, p.Grant)
@@ -213,7 +229,7 @@ class DestinationSession:
     async def _load_and_say(self, state: trio.MemoryReceiveChannel[bytes]) -> None:
         async with state:
             await self.vm.attached().load(state)
-        self.vm.record("loaded", peer=self.channel.peer, run=self.offer.run)
+        self.vm.record("loaded", peer=self.channel.peer, run=self._run)
         await self.channel.send(p.Loaded())
 
     async def _receive(self) -> p.Message:
@@ -224,14 +240,14 @@ class DestinationSession:
 
     async def _run_guest(self) -> None:
         vm = self.vm
-        vm.epoch = self.offer.epoch
-        vm.record("owned", peer=self.channel.peer, run=self.offer.run)
-        if self.offer.run:
-            try:
+        try:
+            vm.epoch = self.offer.epoch
+            vm.record("owned", peer=self.channel.peer, run=self._run)
+            if self._run:
                 await vm.attached().run()
-            except Declined as refused:
-                await self._decline(str(refused))
-                raise
+        except (Declined, StateNotWritten) as refused:
+            await self._decline(str(refused))
+            raise
         self._ran_ns = lib.pc_monotonic_ns()
         await self.channel.send(p.Ran())
         vm.show(
@@ -243,21 +259,29 @@ class DestinationSession:
     async def _decline(self, reason: str) -> None:
         """No vCPU has run: the VMM ends first, then the source may have its guest back."""
         await self.vm.attached().end()
-        self.vm.record("declined")
-        await self.channel.send(p.Declined(reason))
+        self._record_settled("declined")
+        await self.channel.send(p.Declined(p.sentence(reason)))
 
     async def _drain(self) -> None:
         engine, channel = self._engine, self.channel
         assert engine is not None
-        async with open_nursery() as nursery:
-            nursery.start_soon(self._watch_vmm)
-            nursery.start_soon(self._listen)
-            nursery.start_soon(self._say_progress)
-            while not engine.complete:
-                await engine.wait()
-            nursery.cancel_scope.cancel()
+        try:
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._watch_vmm)
+                nursery.start_soon(self._listen)
+                nursery.start_soon(self._say_progress)
+                while not engine.complete:
+                    await engine.wait()
+                nursery.cancel_scope.cancel()
+        except PostcopydError as error:
+            if not engine.complete:
+                raise
+            self.log.warning("all is here, and only the source not told", error=str(error))
         engine.unregister()
-        await self.vm.attached().release()
+        try:
+            await self.vm.attached().release()
+        except PostcopydError as error:  # an unused descriptor stays in the VMM
+            self.log.warning("the VMM keeps its userfaultfd", error=str(error))
         stats = engine.stats
         last = stats.last_urgent_ns
         drained = p.Drained(
@@ -279,7 +303,7 @@ class DestinationSession:
             await channel.send(drained)
             with trio.move_on_after(ACKNOWLEDGE_S):
                 await channel.expect(p.Acknowledged)
-        except (ConnectionLost, PeerError) as error:
+        except PostcopydError as error:
             self.log.warning("drained, but the source did not acknowledge it", error=str(error))
         self.log.info("drained", pages=stats.confirmed_pages)
         await self._hooks("drained")
@@ -323,7 +347,7 @@ class DestinationSession:
             elif state in (Destination.DRAINED, Destination.DONE):
                 self.log.warning("after drained", error=str(error))
                 await self.close()
-            elif state in (Destination.LOADED, Destination.GRANTED, Destination.RUNNING):
+            elif state in DESTINATION_KEEPS:
                 await self._paused(error)
             else:
                 await self._called_off(error)
@@ -364,9 +388,9 @@ class DestinationSession:
         state, vm = self.machine.state, self.vm
         self.machine.happened(Happened.LOST)
         sentence = f"{vm.name} runs here and waits for pages that are still at {self.channel.peer}"
-        if state is Destination.GRANTED:
+        if state in (Destination.GRANTED, Destination.GRANTED_LOST):
             sentence = f"{vm.name} was granted to this host"
-        elif state is Destination.LOADED:
+        elif state in (Destination.LOADED, Destination.IN_DOUBT):
             sentence = (
                 f"{vm.name} is loaded here and not running: whether it was granted is known to "
                 f"{self.channel.peer} only"

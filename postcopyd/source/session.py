@@ -150,10 +150,9 @@ class SourceSession:
             vm=self.vm.name,
             driver=self.vm.attached().kind,
             regions=[p.RegionOffer(r.name, r.pages, r.page_size) for r in shape.regions],
-            facts=shape.facts,
+            facts={key: p.fact(value) for key, value in shape.facts.items()},
             connections=self.settings.connections,
             epoch=self.vm.epoch + 1,
-            run=shape.state == "running",
             check=check,
         )
 
@@ -212,7 +211,7 @@ class SourceSession:
         # destination has asked for meanwhile waits in the urgent socket.
         assert self._engine is not None
         self._engine.serve()
-        await channel.send(p.DeviceEnd(size))
+        await channel.send(p.DeviceEnd(size, run=self.vm.attached().before != "paused"))
 
     def _commit(self) -> None:
         """The point of no return: recorded first, and no await between the looks and the record."""
@@ -320,7 +319,7 @@ class SourceSession:
             with trio.move_on_after(1):
                 try:
                     if cancelled:
-                        await self._channel.send(p.Cancel(str(error)))
+                        await self._channel.send(p.Cancel(p.sentence(str(error))))
                     else:
                         await self._channel.tell_error(error)
                 except PostcopydError:
@@ -329,6 +328,12 @@ class SourceSession:
             await self._engine.disconnect()
         sentence = f"{name} was not moved and is at this host as it was: {error}"
         phase = "failed"
+        if self.machine.state is Source.DECLINED:
+            # Ours again, recorded before it runs. What the destination may still say is of an epoch
+            # that is over.
+            vm.epoch += 1
+            self._record_settled("held")
+            self._committed = False
         if self._touched and vm.driver is not None:
             try:
                 with trio.fail_after(ROLLBACK_S):
@@ -340,8 +345,6 @@ class SourceSession:
                     f"it is this host's, run it by the VMM's own means"
                 )
                 self.log.critical("rollback failed", error=why)
-        if self.machine.state is Source.DECLINED:
-            vm.epoch += 1  # the destination had it; what it may still say is of the epoch before
         vm.settle(
             phase=phase,
             remaining=0,

@@ -20,6 +20,8 @@ import trio
 from postcopyd.demo.hosts import PACKAGE, Host, ProcessGuest
 
 SMALL = ("--memory", "16M", "--rate", "20000")
+# So much, and so slowly used, that it is not all there before a test has looked.
+LARGE = ("--memory", "96M", "--threads", "4", "--rate", "12000")
 MIB = 1 << 20
 
 # Each phase of each VM may have a script of its own, NAME.ROLE.PHASE beside this one.
@@ -207,6 +209,31 @@ async def unmoved(
     assert why in status["message"]
     await worked(guest, 100)
     await verified(guest)
+
+
+async def again(pair: Pair, name: str, there: ProcessGuest | None = None) -> None:
+    """A second attempt goes well: with the VMM that waits at the destination, or a new one."""
+    a, b = pair
+    if there is None:
+        there = pair.guest(*SMALL, "--incoming")
+        await pair.attach(b, name, there)
+    completed(await a.migrate(name, b))
+    await verified(there)
+    await worked(there, 100)
+
+
+async def hung(pair: Pair, side: str, verb: str) -> tuple[str, ProcessGuest, ProcessGuest, str]:
+    """A migration that has come to where a VMM does not answer."""
+    options = {"here" if side == "source" else "there": ("--misbehave", f"hang:{verb}")}
+    name, here, there = await pair.place(*SMALL, **options)
+    a, b = pair
+    started = await a.call("Migrate", name=name, to=b.address)
+    if verb in ("load", "save"):
+        await status_until(a, name, lambda status: status["phase"] == "handover")
+        await until(lambda: here.report()["state"] == "paused", "the guest's stop")
+    else:
+        await trio.sleep(0.2)
+    return name, here, there, started["migration"]
 
 
 async def cli(*words: str, **environment: str) -> tuple[int, list[str], str]:

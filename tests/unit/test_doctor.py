@@ -93,9 +93,9 @@ def test_without_the_capability_the_host_lacks_it(dropped: str) -> None:
     if os.geteuid() != 0:
         missing("root, to give a capability away")
     program = "import sys; from postcopyd import doctor; sys.exit(doctor.run(json=True))"
+    without = ["setpriv", "--bounding-set", dropped, "--inh-caps", dropped]
     done = subprocess.run(
-        ["setpriv", f"--bounding-set={dropped}", f"--inh-caps={dropped}"]
-        + [sys.executable, "-c", program],
+        [*without, sys.executable, "-c", program],
         capture_output=True,
         text=True,
         timeout=60,

@@ -123,5 +123,5 @@ async def test_hook_that_writes_much_and_reads_nothing(tmp_path: Path) -> None:
 async def test_hook_says_bytes_that_are_no_text(tmp_path: Path) -> None:
     """A reason in no known encoding is still a reason."""
     make(tmp_path, "bytes", r"printf '\377\376 no' >&2; exit 1")
-    with pytest.raises(HookVeto, match=" no$"):
+    with pytest.raises(HookVeto, match=r" no$"):
         await run(tmp_path)

@@ -1,0 +1,487 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Daemons, connections and VMMs that are lost in the middle: the guest is in one place only.
+
+Before the grant it runs on at the source; after it it waits at the destination and sees no wrong
+page. And peers that are no postcopyd harm nobody but themselves.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+import trio
+from pair import (
+    LARGE,
+    MIB,
+    SMALL,
+    Host,
+    Pair,
+    ProcessGuest,
+    again,
+    cli,
+    completed,
+    ended,
+    hung,
+    open_pair,
+    status_until,
+    unmoved,
+    until,
+    verified,
+    worked,
+)
+
+from postcopyd import protocol as p
+from postcopyd.errors import PostcopydError
+
+
+@pytest.fixture(scope="module")
+def daemons() -> Iterator[Pair]:
+    """Two for most tests here: what a failure leaves behind, others meet."""
+    with open_pair() as pair:
+        yield pair
+
+
+@pytest.fixture
+def pair(daemons: Pair) -> Iterator[Pair]:
+    yield daemons
+    daemons.end_guests()
+
+
+@pytest.fixture
+def new_pair() -> Iterator[Pair]:
+    """For tests that kill daemons."""
+    with open_pair() as pair:
+        yield pair
+
+
+HELLO = p.pack(p.Hello(version=p.VERSION, software="a test", host="test"))
+KIND = {kind: bytes([0xA0 | len(kind)]) + kind.encode() for kind in (p.CONTROL, p.DATA)}
+
+
+async def connected(host: Host) -> trio.SocketStream:
+    address, port = host.address.rsplit(":", 1)
+    return await trio.open_tcp_stream(address, int(port))
+
+
+# --- daemons that end
+
+
+async def test_destination_daemon_is_killed_before_the_grant(new_pair: Pair) -> None:
+    """The guest is back within seconds when the destination's daemon dies during load."""
+    name, here, _, migration = await hung(new_pair, "destination", "load")
+    a, b = new_pair
+    b.end(signal.SIGKILL)
+    began = time.monotonic()
+    await unmoved(a, name, here, await a.result(name, migration), "closed")
+    assert time.monotonic() - began < 5
+    await b.start()
+    name, here, there = await new_pair.place()
+    await again(new_pair, name, there)
+
+
+async def test_daemon_is_stopped_before_the_grant(new_pair: Pair) -> None:
+    """SIGTERM to either daemon before the grant gives the guest back first."""
+    for side in (0, 1):
+        _, here, there, _ = await hung(new_pair, "destination", "load")
+        host = new_pair.hosts[side]
+        await trio.to_thread.run_sync(host.end)
+        await worked(here)
+        await verified(here)
+        await ended(there)
+        await host.start()
+        here.kill()
+
+
+async def waiting(pair: Pair) -> tuple[str, ProcessGuest, ProcessGuest]:
+    """A guest that runs at the destination, most of its memory still at the source."""
+    name, here, there = await pair.place(*LARGE)
+    a, b = pair
+    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    await a.call("Migrate", name=name, to=b.address, bandwidth=MIB)
+    for host in pair:
+        await status_until(host, name, lambda status: status["phase"] == "postcopy")
+    return name, here, there
+
+
+async def test_source_daemon_is_killed_after_the_grant(new_pair: Pair) -> None:
+    """The guest waits at the destination and never sees a page of zeros; nothing runs it twice."""
+    name, here, there = await waiting(new_pair)
+    a, b = new_pair
+    a.end(signal.SIGKILL)
+    status = await status_until(b, name, lambda status: status["phase"] == "paused", 5)
+    assert "waits for pages" in status["message"] and status["remaining"] > 0
+    await trio.sleep(1)
+    report = await trio.to_thread.run_sync(there.report)
+    assert (report["state"], report["bad"]) == ("running", 0)
+    assert report["gapUs"] > 500_000
+    assert (await trio.to_thread.run_sync(here.report))["state"] == "paused"
+    for refused in ("Detach", "Cancel"):
+        with pytest.raises(PostcopydError):
+            await b.call(refused, name=name)
+    with pytest.raises(PostcopydError, match="not at its end"):
+        await b.call("Migrate", name=name, to=b.address)
+    assert (await trio.to_thread.run_sync(there.report))["bad"] == 0
+    there.kill()
+    await status_until(b, name, lambda status: "has ended" in status["message"])
+
+
+async def test_connections_are_cut_after_the_grant(new_pair: Pair) -> None:
+    """When the destination's daemon dies the source keeps its copy, stopped, and says so."""
+    name, here, there = await waiting(new_pair)
+    a, b = new_pair
+    b.end(signal.SIGKILL)
+    status = await status_until(a, name, lambda status: status["phase"] == "paused", 5)
+    assert "must not run" in status["message"]
+    assert status["result"]["event"] == "paused"
+    assert (await trio.to_thread.run_sync(here.report))["state"] == "paused"
+    assert (await cli("migrate", name, "--to", b.address, "--control", a.control))[0] == 1
+    with pytest.raises(PostcopydError):
+        await a.call("Detach", name=name)
+    report = await trio.to_thread.run_sync(there.report)
+    assert (report["state"], report["bad"]) == ("running", 0)
+
+
+async def test_exit_status_of_a_paused_migration(new_pair: Pair) -> None:
+    """`migrate` ends with 3 when the guest is at the destination and waits."""
+    name, here, _ = await new_pair.place(*LARGE)
+    a, b = new_pair
+    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    ends: list[tuple[int, list[str], str]] = []
+
+    async def migrate() -> None:
+        words = ("migrate", name, "--to", b.address, "--bandwidth", "1M", "--json")
+        ends.append(await cli(*words, "--control", a.control))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(migrate)
+        await status_until(b, name, lambda status: status["phase"] == "postcopy")
+        await trio.sleep(0.3)
+        b.end(signal.SIGKILL)
+    status, _, error = ends[0]
+    assert status == 3 and "recover" in error
+
+
+# --- peers that are none
+
+
+async def said(stream: trio.SocketStream) -> bytes:
+    """All that the daemon says until it closes the connection."""
+    answer = b""
+    with trio.fail_after(15):
+        try:
+            while more := await stream.receive_some():
+                answer += more
+        except trio.BrokenResourceError:
+            pass
+    return answer
+
+
+async def test_peers_that_break_the_rules(pair: Pair) -> None:
+    """Garbage, wrong versions and tokens end their own connection; a migration goes on beside."""
+    name, _, there = await pair.place("--memory", "32M", "--rate", "2000")
+    a, b = pair
+    started = await a.call("Migrate", name=name, to=b.address, bandwidth=8 * MIB)
+    await status_until(b, name, lambda status: status["phase"] == "postcopy")
+    newer = p.pack(p.Hello(version=p.VERSION + 1, software="a test", host="test"))
+    late = p.pack(p.Drained(0, 0, 0, 0, 0, 0, 0, 0.0, p.Faults()))
+    token = p.pack(p.DataHello(migration=started["migration"], token=bytes(32), urgent=True))
+    other = p.pack(p.DataHello(migration="none", token=bytes(32), urgent=True))
+    peers = {
+        b"GET / HTTP/1.1\r\n\r\n": b"",
+        bytes(64): b"",
+        b"\xff" * 5000: b"",
+        KIND[p.CONTROL] + b"\xc1" * 100: b"msgpack",
+        KIND[p.CONTROL] + HELLO + b"\xc1": b"msgpack",
+        KIND[p.CONTROL] + HELLO + late: b"not possible",
+        KIND[p.CONTROL] + HELLO + b"\xdb\xff\xff\xff\xff" + b"x" * 3_000_000: b"",
+        KIND[p.CONTROL] + newer: b"upgrade",
+        KIND[p.DATA] + token: b"",
+        KIND[p.DATA] + other: b"",
+        KIND[p.DATA] + b"\x00" * 100: b"",
+    }
+    for sends, answers in peers.items():
+        async with await connected(b) as stream:
+            with suppress(trio.BrokenResourceError):  # it may have heard enough
+                await stream.send_all(sends)
+            assert answers in await said(stream)
+    completed(await a.result(name, started["migration"]))
+    await verified(there)
+
+
+async def test_flood_of_connections(pair: Pair) -> None:
+    """Connections without number harm neither a migration that is under way nor those after it."""
+    name, _, there = await pair.place("--memory", "32M", "--rate", "2000")
+    a, b = pair
+    started = await a.call("Migrate", name=name, to=b.address, bandwidth=8 * MIB)
+    await status_until(b, name, lambda status: status["phase"] == "postcopy")
+    flood = [await connected(b) for _ in range(400)]
+    for stream in flood[::2]:
+        with suppress(trio.BrokenResourceError):
+            await stream.send_all(KIND[p.CONTROL])
+    completed(await a.result(name, started["migration"]))
+    await verified(there)
+    for stream in flood:
+        await stream.aclose()
+    name, _, there = await pair.place()
+    await again(pair, name, there)
+
+
+@pytest.mark.parametrize("sends", [b"", b"\xc1", b"SSH-2.0-OpenSSH_9.2\r\n", "newer", "silent"])
+async def test_source_of_strange_destinations(pair: Pair, sends: bytes | str) -> None:
+    """What answers at the destination's address and is no postcopyd leaves the guest running."""
+    name, here, _ = await pair.place()
+    a, _ = pair
+
+    async def strange(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some(100)
+            if sends == "newer":
+                await stream.send_all(p.pack(p.Hello(version=9, software="x", host="new")))
+                await stream.receive_some(4000)
+            elif sends == "silent":
+                await trio.sleep_forever()
+            else:
+                assert isinstance(sends, bytes)
+                await stream.send_all(sends or HELLO)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, strange, listeners)
+        to = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        started = await a.call("Migrate", name=name, to=to)
+        if sends == "silent":
+            await a.call("Cancel", name=name)
+        result = await a.result(name, started["migration"])
+        nursery.cancel_scope.cancel()
+    why = {"newer": "upgrade this host's postcopyd", "silent": "cancelled by request"}
+    await unmoved(a, name, here, result, why.get(str(sends), "127.0.0.1"))
+
+
+# --- connections that are cut
+
+
+class Wire:
+    """A way to a daemon that can be cut: passes bytes on, and counts those that the source sends.
+
+    `cut` is called with (kind, bytes so far) before bytes of the source are passed on, and ends
+    all connections when it returns true. Kinds are control, urgent and push.
+    """
+
+    def __init__(self, to: Host, nursery: trio.Nursery) -> None:
+        self.to = to
+        self.cut = lambda kind, sent: False
+        self.sent = {"control": 0, "urgent": 0, "push": 0}
+        self.address = ""
+        self._nursery = nursery
+        self._streams: list[trio.SocketStream] = []
+
+    async def open(self) -> None:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.address = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        self._nursery.start_soon(trio.serve_listeners, self._serve, listeners)
+
+    async def cut_all(self) -> None:
+        for stream in self._streams:
+            await trio.aclose_forcefully(stream)
+        self._streams.clear()
+
+    async def _serve(self, source: trio.SocketStream) -> None:
+        destination = await connected(self.to)
+        self._streams += [source, destination]
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async with source, destination, trio.open_nursery() as nursery:
+                nursery.start_soon(self._pass_on, destination, source, "")
+                first = await source.receive_some(16)
+                kind = "control"
+                if KIND[p.DATA].startswith(first[: len(KIND[p.DATA])]) or p.DATA.encode() in first:
+                    kind = "push" if self.sent["urgent"] else "urgent"
+                await self._send(destination, first, kind)
+                await self._pass_on(source, destination, kind)
+                nursery.cancel_scope.cancel()
+
+    async def _pass_on(self, a: trio.SocketStream, b: trio.SocketStream, kind: str) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while data := await a.receive_some(65536):
+                await self._send(b, data, kind)
+        await trio.aclose_forcefully(b)
+
+    async def _send(self, to: trio.SocketStream, data: bytes, kind: str) -> None:
+        if kind:
+            if self.cut(kind, self.sent[kind]):
+                await self.cut_all()
+                return
+            self.sent[kind] += len(data)
+        await to.send_all(data)
+
+
+@asynccontextmanager
+async def wire(to: Host) -> AsyncIterator[Wire]:
+    async with trio.open_nursery() as nursery:
+        made = Wire(to, nursery)
+        await made.open()
+        yield made
+        nursery.cancel_scope.cancel()
+
+
+async def state(guest: ProcessGuest) -> str:
+    """What the VMM says of itself, or ended."""
+    if guest.process.poll() is not None:
+        return "ended"
+    report: dict[str, Any] = await trio.to_thread.run_sync(guest.report)
+    assert report["bad"] == 0
+    return str(report["state"])
+
+
+async def in_one_place(pair: Pair, name: str, here: ProcessGuest, there: ProcessGuest) -> str:
+    """Both sides have come to rest and agree about who may run the guest; says where it is."""
+    a, b = pair
+    source = await status_until(a, name, lambda status: status.get("result"))
+    phase = source["phase"]
+    if phase == "failed":  # before the grant: never runs there
+        await worked(here, 100)
+        await verified(here)
+        await status_until(b, name, lambda status: status["phase"] in ("failed", "paused", "idle"))
+        assert await state(there) in ("incoming", "ended", "paused")
+        return "source"
+    assert await state(here) in ("paused", "ended")
+    if phase == "paused":
+        await status_until(b, name, lambda status: status["phase"] in ("paused", "drained"))
+        assert await state(there) in ("running", "paused")
+        assert await state(here) == "paused"
+        return "waits"
+    assert phase == "drained"
+    await verified(there)
+    return "destination"
+
+
+async def test_cut_at_any_moment(pair: Pair) -> None:
+    """Wherever in its control connection a migration is cut, the guest is in one place only."""
+    a, b = pair
+    async with wire(b) as one:
+        name, here, there = await pair.place()
+        started = await a.call("Migrate", name=name, to=one.address)
+        completed(await a.result(name, started["migration"]))
+        total = one.sent["control"]
+    where = []
+    for step in range(16):
+        name, here, there = await pair.place()
+        async with wire(b) as one:
+            at = total * step // 16
+            one.cut = lambda kind, sent, at=at: kind == "control" and sent >= at
+            started = await a.call("Migrate", name=name, to=one.address)
+            await a.result(name, started["migration"])
+            where.append(await in_one_place(pair, name, here, there))
+        here.kill()
+        there.kill()
+    assert where[0] == "source"
+    assert where == sorted(where, key=["source", "waits", "destination"].index)
+
+
+@pytest.mark.parametrize("kind", ["urgent", "push"])
+async def test_data_connection_is_cut(pair: Pair, kind: str) -> None:
+    """A data connection that breaks pauses the migration on both sides; no page is wrong."""
+    name, here, there = await pair.place(*LARGE)
+    a, b = pair
+    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages")
+    async with wire(b) as one:
+        one.cut = lambda of, sent: of == kind and sent > 300_000
+        started = await a.call("Migrate", name=name, to=one.address, bandwidth=4 * MIB)
+        result = await a.result(name, started["migration"])
+        assert result["event"] == "paused"
+        assert await in_one_place(pair, name, here, there) == "waits"
+        await trio.sleep(0.5)
+        assert await state(there) == "running"
+
+
+async def test_data_connections_are_cut_early(pair: Pair) -> None:
+    """Cut while they are set up, data connections leave the guest at the source."""
+    a, b = pair
+    for kind, at in (("urgent", 0), ("push", 0), ("push", 20)):
+        name, here, there = await pair.place()
+        async with wire(b) as one:
+            one.cut = lambda of, sent, kind=kind, at=at: of == kind and sent >= at
+            started = await a.call("Migrate", name=name, to=one.address)
+            result = await a.result(name, started["migration"])
+            assert result["event"] == "failed"
+            assert await in_one_place(pair, name, here, there) == "source"
+        await again(pair, name, there)
+
+
+async def test_garbage_for_pages(pair: Pair) -> None:
+    """A frame that no source sends stops the migration, and nothing of it reaches the guest."""
+    name, here, _ = await pair.place(*LARGE)
+    a, b = pair
+    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages")
+    async with wire(b) as one:
+        passed_on = one._send
+
+        async def spoil(to: trio.SocketStream, data: bytes, kind: str) -> None:
+            if kind == "push" and one.sent["push"] > 300_000:
+                data = bytes(len(data))
+            await passed_on(to, data, kind)
+
+        one._send = spoil  # type: ignore[method-assign]
+        started = await a.call("Migrate", name=name, to=one.address, bandwidth=4 * MIB)
+        result = await a.result(name, started["migration"])
+        assert result["event"] == "paused"
+        status = await status_until(b, name, lambda status: status["phase"] == "paused")
+        assert "page frame" in status["message"] or "what is no" in status["message"], status
+        assert await state(here) == "paused"
+
+
+# --- VMMs that end
+
+
+async def test_vmm_ends_when_told_to_run(pair: Pair) -> None:
+    """Whether a vCPU ran is not known: the guest is not run again at the source."""
+    name, here, there = await pair.place(*SMALL, there=("--misbehave", "exit:run"))
+    a, b = pair
+    result = await a.migrate(name, b)
+    assert result["event"] == "paused"
+    assert await state(here) == "paused"
+    await ended(there)
+    await status_until(b, name, lambda status: "ended" in status["message"])
+
+
+async def test_destination_vmm_is_killed_after_the_grant(pair: Pair) -> None:
+    """A guest that has run at the destination and is killed there does not start anew elsewhere."""
+    name, here, there = await waiting(pair)
+    a, b = pair
+    there.kill()
+    await status_until(a, name, lambda status: status["phase"] == "paused")
+    await status_until(b, name, lambda status: "ended" in status["message"])
+    assert await state(here) == "paused"
+
+
+async def test_source_vmm_is_killed_after_the_grant(pair: Pair) -> None:
+    """RAM in a shared file outlives the source's VMM: the migration goes on."""
+    name, here, there = await pair.place(*LARGE)
+    a, b = pair
+    started = await a.call("Migrate", name=name, to=b.address, bandwidth=16 * MIB)
+    await status_until(a, name, lambda status: status["phase"] == "postcopy")
+    here.kill()
+    completed(await a.result(name, started["migration"]))
+    await verified(there)
+
+
+async def test_drained_stays(new_pair: Pair) -> None:
+    """Both daemons remember a migration when they are started again, and go on from there."""
+    name, _, there = await new_pair.place()
+    a, b = new_pair
+    result = await a.migrate(name, b)
+    completed(result)
+    for host in new_pair:
+        await trio.to_thread.run_sync(host.end)
+        await host.start()
+        status = await host.status(name)
+        assert (status["phase"], status["migration"]) == ("drained", result["migration"])
+    assert (await a.status(name))["result"] == result
+    back = await new_pair.attach(a, name, new_pair.guest(*SMALL, "--incoming"))
+    completed(await b.migrate(name, a))
+    await verified(back)
+    await ended(there)
