@@ -137,7 +137,7 @@ class Channel:
         self._sending = trio.Lock()
         self._last_sent = trio.current_time()
         self._objects: list[Any] = []
-        self._half_sent = False
+        self._torn = False
 
     async def send(self, message: p.Message) -> None:
         """Tells the machine and sends; raises ConnectionLost."""
@@ -147,12 +147,16 @@ class Channel:
     async def _send(self, data: bytes) -> None:
         try:
             async with self._sending:
-                if self._half_sent:
+                if self._torn:
                     raise ConnectionLost(f"a message to {self.peer} was cut short")
                 self._last_sent = trio.current_time()
-                self._half_sent = True  # until it is out: being cancelled leaves a torn stream
-                await self._stream.send_all(data)
-                self._half_sent = False
+                # A message goes out whole, whoever is cancelled: the stream would be torn.
+                with trio.move_on_after(p.DEAD_S) as whole:
+                    whole.shield = True
+                    await self._stream.send_all(data)
+                self._torn = whole.cancelled_caught
+                if self._torn:
+                    raise ConnectionLost(f"{self.peer} has taken nothing for {p.DEAD_S:.0f} s")
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionLost(f"sending to {self.peer}: {error.__cause__ or error}") from None
 

@@ -8,7 +8,7 @@ engine's threads never call Python: they write the eventfd, and `Engine.wait` re
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -18,6 +18,10 @@ from postcopyd._native import ffi, lib
 from postcopyd.errors import PostcopydError
 from postcopyd.protocol import Faults
 from postcopyd.vmm import Region
+
+
+EXPLAIN_S = 1.0
+"""How much later than its data connections' end a peer's reason may come."""
 
 
 class Failure(IntEnum):
@@ -72,6 +76,20 @@ class Engine:
         await trio.lowlevel.wait_readable(self.wake)
         os.eventfd_read(self.wake)
         self.check()
+
+    async def watch(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Returns when `until` holds; raises EngineError once the engine has failed.
+
+        A peer that ends a migration closes its data connections too. What it says of that on the
+        control connection is the better reason, so it gets the time to arrive.
+        """
+        try:
+            while not until():
+                await self.wait()
+        except EngineError as error:
+            if error.failure is Failure.CONNECTION:
+                await trio.sleep(EXPLAIN_S)
+            raise
 
     def check(self) -> None:
         """Raises EngineError when the engine has failed."""

@@ -10,9 +10,11 @@
  *
  * Two bitmaps, one bit for each page, changed by atomic operations:
  *   data   found by SEEK_DATA (or /proc/PID/pagemap); a clear bit means hole, after the last scan
- *   sent   who sets it sends the page; so each page is sent once
- * A request for a page that was sent already is not answered again: it is on its way on a push
- * connection whose backlog is small.
+ *   sent   who sets it first sends the page; so each is pushed at most once
+ * A request is always answered, also for a page that was pushed: the destination asks once and only
+ * for what has not arrived, so it waits behind others on a push connection. To send it again cost
+ * 0.1-0.3 % more bytes and took the guest's p99 from 1.6-4.9 ms to 0.4-2.2 ms (1 GiB QEMU guest
+ * writing at random, two cores, loopback).
  *
  * Lock: `choosing` guards the push cursor, the bandwidth account and who tells of the holes. */
 #define _GNU_SOURCE
@@ -281,17 +283,16 @@ static void *urgent_run(void *argument) {
     count_add(s->stats.requests, 1);
     uint64_t slot = r->first + f.page;
     atomic_store_explicit(&s->hint, (int64_t)slot + 1, memory_order_relaxed);
-    if (bit_take(s->sent, slot)) {
-      if (b.used + r->is.page_size > room) { /* pages of several sizes: what there is goes first */
-        got = batch_write(s, &b, c);
-        if (got < 0)
-          break;
-      }
-      if (read_pages(s, r, f.page, 1, b.pages + b.used))
-        goto out;
-      batch_add(&b, r, f.region, f.page);
+    bit_take(s->sent, slot);
+    if (b.used + r->is.page_size > room) { /* pages of several sizes: what there is goes first */
+      got = batch_write(s, &b, c);
+      if (got < 0)
+        break;
     }
-    if (b.used && (b.used + 4096 > room || b.count == URGENT_PAGES || !frame_waiting(&reader)))
+    if (read_pages(s, r, f.page, 1, b.pages + b.used))
+      goto out;
+    batch_add(&b, r, f.region, f.page);
+    if ((b.used + 4096 > room || b.count == URGENT_PAGES || !frame_waiting(&reader)))
       got = batch_write(s, &b, c);
   }
   if (got == -EPROTO)

@@ -330,8 +330,7 @@ class DestinationSession:
 
     async def _watch_engine(self) -> None:
         assert self._engine is not None
-        while True:
-            await self._engine.wait()
+        await self._engine.watch()
 
     async def _watch_vmm(self) -> None:
         await self.vm.attached().gone()

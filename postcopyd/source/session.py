@@ -408,8 +408,7 @@ class SourceSession:
 
     async def _watch_engine(self) -> None:
         assert self._engine is not None
-        while True:
-            await self._engine.wait()
+        await self._engine.watch()
 
     async def _show_progress(self) -> None:
         assert self._engine is not None
@@ -461,8 +460,8 @@ class SourceSession:
                 "zeroPages": drained.zero if drained else 0,
                 "precopyPages": 0,
                 "dirtyPages": 0,
-                "pushedPages": stats.pushed_pages if stats else 0,
-                "urgentPages": stats.urgent_pages if stats else 0,
+                "pushedPages": drained.placed - drained.urgent if drained else 0,
+                "urgentPages": drained.urgent if drained else 0,
                 "duplicatePages": drained.duplicate if drained else 0,
             },
             "faults": faults_json(self._faults),

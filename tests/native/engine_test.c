@@ -21,20 +21,21 @@
 
 /* --- whole guests ----------------------------------------------------------------------------- */
 
-static void check_counts(struct pair *p, bool none_twice) {
+/* `one_source`: nothing was sent again but requested pages that were on their way already. */
+static void check_counts(struct pair *p, bool one_source) {
   struct pc_stats *d = p->at, *s = p->from;
   check(get(d->confirmed_pages) == d->total_pages, " ");
   check(get(d->urgent_pages) + get(d->pushed_pages) + get(d->zero_pages) == d->total_pages,
         "%llu urgent, %llu pushed, %llu zero", (unsigned long long)d->urgent_pages,
         (unsigned long long)d->pushed_pages, (unsigned long long)d->zero_pages);
   check(get(d->existing_pages) == 0 && get(d->stalls) == 0, " ");
-  if (!none_twice)
+  if (!one_source)
     return;
-  check(get(d->duplicate_pages) == 0, "%llu", (unsigned long long)d->duplicate_pages);
-  wait_until(get(s->urgent_pages) == get(d->urgent_pages) &&
-             get(s->pushed_pages) == get(d->pushed_pages) &&
-             get(s->zero_pages) == get(d->zero_pages) &&
-             get(s->transferred_bytes) == get(d->transferred_bytes));
+  wait_until(get(s->transferred_bytes) == get(d->transferred_bytes));
+  wait_until(get(s->urgent_pages) + get(s->pushed_pages) + get(s->zero_pages) ==
+             get(d->total_pages) + get(d->duplicate_pages));
+  check(get(d->duplicate_pages) <= get(d->requests), "%llu twice, %llu asked for",
+        (unsigned long long)d->duplicate_pages, (unsigned long long)d->requests);
 }
 
 static void move(int pushes) {
@@ -49,7 +50,7 @@ static void move(int pushes) {
   check(get(p.from->failure) == PC_OK && get(p.at->answered) <= get(p.at->requests), " ");
   if (pushes) {
     wait_until(get(p.from->pushing) == 0);
-    check(get(p.from->urgent_pages) + get(p.from->pushed_pages) == count_content(&g, DATA), " ");
+    check(get(p.at->urgent_pages) + get(p.at->pushed_pages) == count_content(&g, DATA), " ");
   }
   check(!pc_dest_unregister(p.dest, 0), "refused");
   check_guest(&g);

@@ -9,29 +9,31 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
-from typing import Any
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import trio
 from pair import (
+    HELLO,
+    KIND,
     LARGE,
     MIB,
     SMALL,
-    Host,
     Pair,
-    ProcessGuest,
     again,
     cli,
     completed,
+    connected,
     ended,
     hung,
     open_pair,
+    state,
     status_until,
     unmoved,
     until,
     verified,
+    waiting,
     worked,
 )
 
@@ -57,15 +59,6 @@ def new_pair() -> Iterator[Pair]:
     """For tests that kill daemons."""
     with open_pair() as pair:
         yield pair
-
-
-HELLO = p.pack(p.Hello(version=p.VERSION, software="a test", host="test"))
-KIND = {kind: bytes([0xA0 | len(kind)]) + kind.encode() for kind in (p.CONTROL, p.DATA)}
-
-
-async def connected(host: Host) -> trio.SocketStream:
-    address, port = host.address.rsplit(":", 1)
-    return await trio.open_tcp_stream(address, int(port))
 
 
 # --- daemons that end
@@ -95,17 +88,6 @@ async def test_daemon_is_stopped_before_the_grant(new_pair: Pair) -> None:
         await ended(there)
         await host.start()
         here.kill()
-
-
-async def waiting(pair: Pair) -> tuple[str, ProcessGuest, ProcessGuest]:
-    """A guest that runs at the destination, most of its memory still at the source."""
-    name, here, there = await pair.place(*LARGE)
-    a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
-    await a.call("Migrate", name=name, to=b.address, bandwidth=MIB)
-    for host in pair:
-        await status_until(host, name, lambda status: status["phase"] == "postcopy")
-    return name, here, there
 
 
 async def test_source_daemon_is_killed_after_the_grant(new_pair: Pair) -> None:
@@ -260,178 +242,6 @@ async def test_source_of_strange_destinations(pair: Pair, sends: bytes | str) ->
         nursery.cancel_scope.cancel()
     why = {"newer": "upgrade this host's postcopyd", "silent": "cancelled by request"}
     await unmoved(a, name, here, result, why.get(str(sends), "127.0.0.1"))
-
-
-# --- connections that are cut
-
-
-class Wire:
-    """A way to a daemon that can be cut: passes bytes on, and counts those that the source sends.
-
-    `cut` is called with (kind, bytes so far) before bytes of the source are passed on, and ends
-    all connections when it returns true. Kinds are control, urgent and push.
-    """
-
-    def __init__(self, to: Host, nursery: trio.Nursery) -> None:
-        self.to = to
-        self.cut = lambda kind, sent: False
-        self.sent = {"control": 0, "urgent": 0, "push": 0}
-        self.address = ""
-        self._nursery = nursery
-        self._streams: list[trio.SocketStream] = []
-
-    async def open(self) -> None:
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        self.address = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
-        self._nursery.start_soon(trio.serve_listeners, self._serve, listeners)
-
-    async def cut_all(self) -> None:
-        for stream in self._streams:
-            await trio.aclose_forcefully(stream)
-        self._streams.clear()
-
-    async def _serve(self, source: trio.SocketStream) -> None:
-        destination = await connected(self.to)
-        self._streams += [source, destination]
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            async with source, destination, trio.open_nursery() as nursery:
-                nursery.start_soon(self._pass_on, destination, source, "")
-                first = await source.receive_some(16)
-                kind = "control"
-                if KIND[p.DATA].startswith(first[: len(KIND[p.DATA])]) or p.DATA.encode() in first:
-                    kind = "push" if self.sent["urgent"] else "urgent"
-                await self._send(destination, first, kind)
-                await self._pass_on(source, destination, kind)
-                nursery.cancel_scope.cancel()
-
-    async def _pass_on(self, a: trio.SocketStream, b: trio.SocketStream, kind: str) -> None:
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            while data := await a.receive_some(65536):
-                await self._send(b, data, kind)
-        await trio.aclose_forcefully(b)
-
-    async def _send(self, to: trio.SocketStream, data: bytes, kind: str) -> None:
-        if kind:
-            if self.cut(kind, self.sent[kind]):
-                await self.cut_all()
-                return
-            self.sent[kind] += len(data)
-        await to.send_all(data)
-
-
-@asynccontextmanager
-async def wire(to: Host) -> AsyncIterator[Wire]:
-    async with trio.open_nursery() as nursery:
-        made = Wire(to, nursery)
-        await made.open()
-        yield made
-        nursery.cancel_scope.cancel()
-
-
-async def state(guest: ProcessGuest) -> str:
-    """What the VMM says of itself, or ended."""
-    if guest.process.poll() is not None:
-        return "ended"
-    report: dict[str, Any] = await trio.to_thread.run_sync(guest.report)
-    assert report["bad"] == 0
-    return str(report["state"])
-
-
-async def in_one_place(pair: Pair, name: str, here: ProcessGuest, there: ProcessGuest) -> str:
-    """Both sides have come to rest and agree about who may run the guest; says where it is."""
-    a, b = pair
-    source = await status_until(a, name, lambda status: status.get("result"))
-    phase = source["phase"]
-    if phase == "failed":  # before the grant: never runs there
-        await worked(here, 100)
-        await verified(here)
-        await status_until(b, name, lambda status: status["phase"] in ("failed", "paused", "idle"))
-        assert await state(there) in ("incoming", "ended", "paused")
-        return "source"
-    assert await state(here) in ("paused", "ended")
-    if phase == "paused":
-        await status_until(b, name, lambda status: status["phase"] in ("paused", "drained"))
-        assert await state(there) in ("running", "paused")
-        assert await state(here) == "paused"
-        return "waits"
-    assert phase == "drained"
-    await verified(there)
-    return "destination"
-
-
-async def test_cut_at_any_moment(pair: Pair) -> None:
-    """Wherever in its control connection a migration is cut, the guest is in one place only."""
-    a, b = pair
-    async with wire(b) as one:
-        name, here, there = await pair.place()
-        started = await a.call("Migrate", name=name, to=one.address)
-        completed(await a.result(name, started["migration"]))
-        total = one.sent["control"]
-    where = []
-    for step in range(16):
-        name, here, there = await pair.place()
-        async with wire(b) as one:
-            at = total * step // 16
-            one.cut = lambda kind, sent, at=at: kind == "control" and sent >= at
-            started = await a.call("Migrate", name=name, to=one.address)
-            await a.result(name, started["migration"])
-            where.append(await in_one_place(pair, name, here, there))
-        here.kill()
-        there.kill()
-    assert where[0] == "source"
-    assert where == sorted(where, key=["source", "waits", "destination"].index)
-
-
-@pytest.mark.parametrize("kind", ["urgent", "push"])
-async def test_data_connection_is_cut(pair: Pair, kind: str) -> None:
-    """A data connection that breaks pauses the migration on both sides; no page is wrong."""
-    name, here, there = await pair.place(*LARGE)
-    a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages")
-    async with wire(b) as one:
-        one.cut = lambda of, sent: of == kind and sent > 300_000
-        started = await a.call("Migrate", name=name, to=one.address, bandwidth=4 * MIB)
-        result = await a.result(name, started["migration"])
-        assert result["event"] == "paused"
-        assert await in_one_place(pair, name, here, there) == "waits"
-        await trio.sleep(0.5)
-        assert await state(there) == "running"
-
-
-async def test_data_connections_are_cut_early(pair: Pair) -> None:
-    """Cut while they are set up, data connections leave the guest at the source."""
-    a, b = pair
-    for kind, at in (("urgent", 0), ("push", 0), ("push", 20)):
-        name, here, there = await pair.place()
-        async with wire(b) as one:
-            one.cut = lambda of, sent, kind=kind, at=at: of == kind and sent >= at
-            started = await a.call("Migrate", name=name, to=one.address)
-            result = await a.result(name, started["migration"])
-            assert result["event"] == "failed"
-            assert await in_one_place(pair, name, here, there) == "source"
-        await again(pair, name, there)
-
-
-async def test_garbage_for_pages(pair: Pair) -> None:
-    """A frame that no source sends stops the migration, and nothing of it reaches the guest."""
-    name, here, _ = await pair.place(*LARGE)
-    a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages")
-    async with wire(b) as one:
-        passed_on = one._send
-
-        async def spoil(to: trio.SocketStream, data: bytes, kind: str) -> None:
-            if kind == "push" and one.sent["push"] > 300_000:
-                data = bytes(len(data))
-            await passed_on(to, data, kind)
-
-        one._send = spoil  # type: ignore[method-assign]
-        started = await a.call("Migrate", name=name, to=one.address, bandwidth=4 * MIB)
-        result = await a.result(name, started["migration"])
-        assert result["event"] == "paused"
-        status = await status_until(b, name, lambda status: status["phase"] == "paused")
-        assert "page frame" in status["message"] or "what is no" in status["message"], status
-        assert await state(here) == "paused"
 
 
 # --- VMMs that end
