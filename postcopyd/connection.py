@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import trio
@@ -139,24 +139,24 @@ class Channel:
         self._objects: list[Any] = []
         self._torn = False
 
-    async def send(self, message: p.Message) -> None:
-        """Tells the machine and sends; raises ConnectionLost."""
+    async def send(self, message: p.Message, within: float = p.DEAD_S) -> None:
+        """Tells the machine and sends, in so many seconds; raises ConnectionLost."""
         self.machine.sending(message)
-        await self._send(p.pack(message))
+        await self._send(p.pack(message), within)
 
-    async def _send(self, data: bytes) -> None:
+    async def _send(self, data: bytes, within: float = p.DEAD_S) -> None:
         try:
             async with self._sending:
                 if self._torn:
                     raise ConnectionLost(f"a message to {self.peer} was cut short")
                 self._last_sent = trio.current_time()
                 # A message goes out whole, whoever is cancelled: the stream would be torn.
-                with trio.move_on_after(p.DEAD_S) as whole:
+                with trio.move_on_after(within) as whole:
                     whole.shield = True
                     await self._stream.send_all(data)
                 self._torn = whole.cancelled_caught
                 if self._torn:
-                    raise ConnectionLost(f"{self.peer} has taken nothing for {p.DEAD_S:.0f} s")
+                    raise ConnectionLost(f"{self.peer} has taken nothing for {within:.0f} s")
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionLost(f"sending to {self.peer}: {error.__cause__ or error}") from None
 
@@ -217,12 +217,9 @@ class Channel:
     async def tell_error(self, error: Exception) -> None:
         """Tells the peer why this side ends, as well as it still can; never raises for it."""
         name = error.name if isinstance(error, PostcopydError) else "InternalError"
-        with trio.move_on_after(1) as scope:
+        with trio.move_on_after(1) as scope, suppress(PostcopydError):
             scope.shield = True
-            try:
-                await self.send(p.Error(name=name, message=p.sentence(str(error))))
-            except PostcopydError:
-                return
+            await self.send(p.Error(name=name, message=p.sentence(str(error))), within=1)
 
     @asynccontextmanager
     async def alive(self) -> AsyncIterator[None]:

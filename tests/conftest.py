@@ -4,12 +4,36 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 NEWEST = Path(__file__).parent.parent / ".build/qemu/root"
+
+
+HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def huge_pages_reserved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Huge pages and their file system for the tests that want them, where root may; given back."""
+    if os.geteuid() != 0 or not os.access(HUGE_PAGES, os.W_OK):
+        yield
+        return
+    before = HUGE_PAGES.read_text()
+    if int(before) < 192:
+        HUGE_PAGES.write_text("192")
+    folder = tmp_path_factory.mktemp("hugetlbfs")
+    mounted = (
+        subprocess.run(["mount", "-t", "hugetlbfs", "postcopyd-tests", folder]).returncode == 0
+    )
+    yield
+    if mounted:
+        subprocess.run(["umount", folder], check=True)
+    HUGE_PAGES.write_text(before)
 
 
 def missing(what: str) -> NoReturn:
@@ -23,6 +47,10 @@ def pytest_configure() -> None:
     """Both QEMUs, the installed one and the newest that `make test` has unpacked."""
     newest = NEWEST / "usr/bin/qemu-system-x86_64"
     if newest.exists() and "POSTCOPYD_QEMU" not in os.environ:
-        firmware = [NEWEST / "usr/share/qemu", Path("/usr/share/seabios"), Path("/usr/lib/ipxe/qemu")]
+        firmware = [
+            NEWEST / "usr/share/qemu",
+            Path("/usr/share/seabios"),
+            Path("/usr/lib/ipxe/qemu"),
+        ]
         options = ",".join(f"-L,{folder}" for folder in firmware)
         os.environ["POSTCOPYD_QEMU"] = f"/usr/bin/qemu-system-x86_64:{newest},{options}"

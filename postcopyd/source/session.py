@@ -9,6 +9,7 @@ Whatever fails before the grant ends in `_rolled_back`, whatever fails after it 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -303,8 +304,7 @@ class SourceSession:
             phase="paused",
             result=self._result(None, event="paused", error=str(error)),
             message=f"{self.vm.name} {where} at {self.request.to} and part of its memory is still "
-            f"here: {error}; keep this VMM, it must not run, and "
-            f"`postcopyd recover {self.vm.name}`",
+            f"here: {error}; keep this VMM as it is, it must not run",
         )
         self._record_settled(None)
         self.log.error("migration paused after the grant", error=str(error))
@@ -315,19 +315,9 @@ class SourceSession:
         cancelled = error.name == "Cancelled"
         if self.machine.state not in (Source.DECLINED, Source.ROLLED_BACK):
             self.machine.happened(Happened.FAILED)
-        if self._channel is not None and self.machine.state is Source.ROLLED_BACK:
-            with trio.move_on_after(1):
-                try:
-                    if cancelled:
-                        await self._channel.send(p.Cancel(p.sentence(str(error))))
-                    else:
-                        await self._channel.tell_error(error)
-                except PostcopydError:
-                    pass  # it is gone; it sees that too
         if self._engine is not None:
             await self._engine.disconnect()
         sentence = f"{name} was not moved and is at this host as it was: {error}"
-        phase = "failed"
         if self.machine.state is Source.DECLINED:
             # Ours again, recorded before it runs. What the destination may still say is of an epoch
             # that is over.
@@ -345,8 +335,15 @@ class SourceSession:
                     f"it is this host's, run it by the VMM's own means"
                 )
                 self.log.critical("rollback failed", error=why)
+        if self._channel is not None and self.machine.state is Source.ROLLED_BACK:
+            # After the guest runs again: a peer that hears nothing would hold it up.
+            with suppress(PostcopydError):
+                if cancelled:
+                    await self._channel.send(p.Cancel(p.sentence(str(error))), within=1)
+                else:
+                    await self._channel.tell_error(error)
         vm.settle(
-            phase=phase,
+            phase="failed",
             remaining=0,
             message=sentence,
             result=self._result(None, event="cancelled" if cancelled else "failed", error=sentence),

@@ -7,6 +7,7 @@ page. And peers that are no postcopyd harm nobody but themselves.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from contextlib import suppress
 
 import pytest
 import trio
+import trio.testing
 from pair import (
     HELLO,
     KIND,
@@ -39,6 +41,7 @@ from pair import (
 
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
+from postcopyd.vmm.process import ProcessVmm
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +280,35 @@ async def test_source_vmm_is_killed_after_the_grant(pair: Pair) -> None:
     here.kill()
     completed(await a.result(name, started["migration"]))
     await verified(there)
+
+
+async def test_end_of_a_vmm_is_not_anothers(pair: Pair) -> None:
+    """Who has stopped waiting for a VMM's end leaves nothing that its end would wake."""
+    guest = pair.guest(*SMALL)
+    vmm = await ProcessVmm.connect("vm", str(guest.path))
+    woken = False
+
+    async def wait(pipe: int) -> None:
+        nonlocal woken
+        await trio.lowlevel.wait_readable(pipe)
+        woken = True
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(vmm.gone)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    read_end, write_end = os.pipe()  # likely to get the number of the descriptor waited for
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait, read_end)
+        await trio.testing.wait_all_tasks_blocked()
+        guest.kill()
+        await vmm.gone()
+        await trio.sleep(0.1)
+        nursery.cancel_scope.cancel()
+    assert not woken
+    os.close(read_end)
+    os.close(write_end)
+    await vmm.aclose()
 
 
 async def test_drained_stays(new_pair: Pair) -> None:

@@ -99,6 +99,7 @@ def test_without_the_capability_the_host_lacks_it(dropped: str) -> None:
         capture_output=True,
         text=True,
         timeout=60,
+        cwd="/",  # the package that is installed, not the one in the source tree
     )
     assert done.stderr == ""
     found = {check["what"]: check for check in json.loads(done.stdout)["checks"]}
