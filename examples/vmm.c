@@ -70,7 +70,7 @@ static struct {
     pthread_mutex_t data;
     bool report;
     char *unlink;
-    char *misbehave; /* HOW:VERB, until it was done */
+    char *_Atomic misbehave; /* HOW:VERB, until it was done */
 } guest = {.lock = PTHREAD_MUTEX_INITIALIZER, .data = PTHREAD_MUTEX_INITIALIZER};
 
 static struct vmm vmm = {.name = "demo", VMM_INIT};
@@ -607,6 +607,8 @@ static bool extension(struct vmm_client *client, int count, char **words)
         do_verify(client);
     else if (count && !strcmp(words[0], "balloon"))
         do_balloon(client, count, words);
+    else if (count && !strcmp(words[0], "misbehaved"))
+        vmm_reply(client, -1, "ok done=%d", !guest.misbehave);
     else
         return false;
     return true;

@@ -19,7 +19,6 @@ from postcopyd.errors import PostcopydError
 from postcopyd.protocol import Faults
 from postcopyd.vmm import Region
 
-
 EXPLAIN_S = 1.0
 """How much later than its data connections' end a peer's reason may come."""
 

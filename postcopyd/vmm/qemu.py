@@ -382,6 +382,9 @@ class QemuVmm(Vmm):
         try:
             await trio.lowlevel.wait_readable(own)
         finally:
+            # Or epoll keeps it, because the original lives, and at this VMM's end wakes whoever
+            # waits for the descriptor that has this number then.
+            trio.lowlevel.notify_closing(own)
             os.close(own)
 
     async def aclose(self) -> None:

@@ -22,7 +22,7 @@ from postcopyd.demo.hosts import PACKAGE, Host, ProcessGuest
 
 SMALL = ("--memory", "16M", "--rate", "20000")
 # So much, and so slowly used, that it is not all there before a test has looked.
-LARGE = ("--memory", "96M", "--threads", "4", "--rate", "12000")
+LARGE = ("--memory", "64M", "--threads", "4", "--rate", "16000")
 MIB = 1 << 20
 
 # Each phase of each VM may have a script of its own, NAME.ROLE.PHASE beside this one.
@@ -241,11 +241,8 @@ async def hung(pair: Pair, side: str, verb: str) -> tuple[str, ProcessGuest, Pro
     name, here, there = await pair.place(*SMALL, **options)
     a, b = pair
     started = await a.call("Migrate", name=name, to=b.address)
-    if verb in ("load", "save"):
-        await status_until(a, name, lambda status: status["phase"] == "handover")
-        await until(lambda: here.report()["state"] == "paused", "the guest's stop")
-    else:
-        await trio.sleep(0.2)
+    broken = here if side == "source" else there
+    await until(lambda: broken.ask("misbehaved")["done"] == "1", f"coming to {verb}")
     return name, here, there, started["migration"]
 
 
