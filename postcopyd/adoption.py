@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adoption of an unmodified VMM: its own userfaultfd, and a duplicate of it for us.
 
-Wraps adopt.c, which runs one system call in the VMM by ptrace and leaves it as it was. Each function
-works in a thread of its own, because ptrace belongs to one, and takes milliseconds.
+Wraps adopt.c, which runs one system call in the VMM by ptrace and leaves it as it was. Each
+function works in a thread of its own, because ptrace belongs to one, and takes milliseconds.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ def _call(pid: int, name: str, arguments: tuple[int, ...], allow_seccomp: bool) 
     error = ffi.new("struct adopt_error *")
     result = ffi.new("long *")
     given = ffi.new("unsigned long[6]", list(arguments))
-    failed = lib.adopt_syscall(
-        pid, numbers[name], given, TIMEOUT_MS, allow_seccomp, result, error
-    )
+    failed = lib.adopt_syscall(pid, numbers[name], given, TIMEOUT_MS, allow_seccomp, result, error)
     if failed:
         raise AdoptionError(ffi.string(error.text).decode(errors="replace"))
     if result[0] == -errno.EPERM:

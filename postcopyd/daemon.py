@@ -9,6 +9,7 @@ What happens within a migration is the sessions' business.
 
 from __future__ import annotations
 
+import gc
 import secrets
 import signal
 import sys
@@ -164,7 +165,7 @@ class Daemon:
             vm = Vm(name, self.settings.store, None)
             vm.epoch, vm.ownership = record["epoch"], record["ownership"]
             vm.show(**record["status"])
-            unfinished = vm.ownership in ("intent", "arriving", "loaded") or (
+            unfinished = vm.ownership in ("intent", "arriving", "loading") or (
                 vm.ownership in ("granted", "owned") and vm.status["phase"] != "drained"
             )
             if unfinished:
@@ -369,6 +370,9 @@ async def serve(options: ServeOptions) -> None:
             "this version has no TLS yet: say `--tls off` where the network between the hosts is "
             "trusted"
         )
+    # What has been imported is never garbage: no collection looks at it within a blackout.
+    gc.collect()
+    gc.freeze()
     settings = Settings(
         Store(options.state_dir), options.hooks_dir, options.bandwidth or 0, options.connections
     )

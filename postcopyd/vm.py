@@ -125,7 +125,7 @@ class Vm:
     def record(self, ownership: str | None = None, *, durable: bool = False, **more: Any) -> None:
         """Writes the record before what it says is acted on. Raises PostcopydError.
 
-        `ownership` is one of held, intent, granted (source: given away), arriving, loaded, owned,
+        `ownership` is one of held, intent, granted (source: given away), arriving, loading, owned,
         declined (destination). A start of the daemon, and recovery, read it.
         """
         before = self.ownership

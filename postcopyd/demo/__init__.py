@@ -107,5 +107,3 @@ async def _qemu(folder: Path, memory: int, as_json: bool) -> dict[str, Any]:
         report = await guest.report()
     bad = max(sweep.bad, report.bad)
     return result | {"verified": bad == 0, "verifiedPages": sweep.pages, "badPages": bad}
-
-

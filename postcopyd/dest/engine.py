@@ -44,5 +44,3 @@ class DestinationEngine(Engine):
         """Gives guest RAM back to the kernel. Missing pages read as zeros from then on: only when
         all are there, or when the guest here shall never run (`called_off`)."""
         self.must(lib.pc_dest_unregister(self.handle, called_off), "unregistering guest RAM")
-
-

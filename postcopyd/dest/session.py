@@ -200,6 +200,9 @@ class DestinationSession:
             phase="handover",
             message=f"{self.vm.name} is being handed over from {self.channel.peer}",
         )
+        # Outside the blackout: from here on the VMM may hold the only guest, as soon as *loaded* is
+        # said; whether it has loaded the VMM itself can be asked.
+        self.vm.record("loading", peer=self.channel.peer)
         self._loading = True
         pieces, state = trio.open_memory_channel[bytes](DEVICE_CHUNKS)
         async with open_nursery() as nursery:
@@ -229,7 +232,6 @@ class DestinationSession:
     async def _load_and_say(self, state: trio.MemoryReceiveChannel[bytes]) -> None:
         async with state:
             await self.vm.attached().load(state)
-        self.vm.record("loaded", peer=self.channel.peer, run=self._run)
         await self.channel.send(p.Loaded())
 
     async def _receive(self) -> p.Message:

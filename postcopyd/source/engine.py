@@ -43,5 +43,3 @@ class SourceEngine(Engine):
     async def disconnect(self) -> None:
         """Ends all connections and joins their threads."""
         await trio.to_thread.run_sync(lib.pc_source_disconnect, self.handle)
-
-

@@ -183,9 +183,9 @@ class SourceSession:
             nursery.start_soon(self._save, channel)
             await channel.expect(p.Loaded)
             self._loaded_at = time.monotonic()
+            self._commit()
+            await channel.send(p.Grant(self.vm.epoch))
             nursery.cancel_scope.cancel()
-        self._commit()
-        await channel.send(p.Grant(self.vm.epoch))
         answer = await channel.receive()
         if isinstance(answer, p.Declined):
             raise PostcopydError(

@@ -18,6 +18,17 @@ from postcopyd.vmm.qmp import Qmp
 
 STREAM = "postcopyd"  # the name under which QEMU gets its end
 CHUNK = 256 << 10
+# Holds the device state of most guests, so that QEMU never waits for us while its guest is stopped:
+# with the kernel's 208 KiB the save took 2.9 ms and not 1-1.5.
+BUFFER = 4 << 20
+SO_SNDBUFFORCE = 32  # socket(7); beyond net.core.wmem_max, for CAP_NET_ADMIN
+
+
+def _widen(end: socket.socket) -> None:
+    try:
+        end.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, BUFFER)
+    except PermissionError:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
 
 
 @asynccontextmanager
@@ -29,6 +40,8 @@ async def opened(
     Closing makes a QEMU that still writes fail its migration, and one that still reads its load.
     """
     ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        _widen(end)
     with trio.socket.from_stdlib_socket(ours) as mine:
         with theirs:
             await qmp.execute("getfd", {"fdname": STREAM}, fd=theirs.fileno())

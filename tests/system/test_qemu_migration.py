@@ -124,7 +124,9 @@ async def test_a_guest_of_1_gib_moves_there_and_back_ten_times(
         print("downtime ms:", downtimes, "parts", [r["downtimePartsMs"] for r in results])
         record_property("median downtime ms", statistics.median(downtimes))
         memory = results[-1]["memory"]
-        assert memory["pages"] == memory["zeroPages"] + memory["pushedPages"] + memory["urgentPages"]
+        assert (
+            memory["pages"] == memory["zeroPages"] + memory["pushedPages"] + memory["urgentPages"]
+        )
         assert memory["totalBytes"] == 1024 * MIB
         assert [report.bad for report in it.guest.reports if report.bad] == []
 
@@ -196,7 +198,9 @@ async def test_a_disk_locked_at_the_destination_leaves_the_guest_at_the_source(
         # QEMU's locks (block/file-posix.c): byte 100 + n is held by who uses permission n, byte
         # 200 + n by who forbids it to others; this third process forbids all of them.
         for byte in range(200, 204):
-            fcntl.fcntl(lock, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, byte, 1, 0))
+            fcntl.fcntl(
+                lock, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, byte, 1, 0)
+            )
         destination = await it.wait_for_it(disk=other)
         before = await it.guest.report()
         result = await it.here.migrate(VM, it.there)
@@ -211,9 +215,7 @@ async def test_a_disk_locked_at_the_destination_leaves_the_guest_at_the_source(
             assert await destination.wait() is not None
         os.close(lock)
         # And a second attempt, with a new destination, works.
-        again = await it.guest.launch(
-            dataclasses.replace(it.config, name="again", incoming=True)
-        )
+        again = await it.guest.launch(dataclasses.replace(it.config, name="again", incoming=True))
         await it.there.attach(VM, "qemu", again.qmp_path)
         await it.move()
 
