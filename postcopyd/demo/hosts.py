@@ -22,7 +22,7 @@ from typing import Any
 import trio
 
 from postcopyd.errors import PostcopydError
-from postcopyd.varlink_client import Client, ErrorReply, NoAnswer
+from postcopyd.varlink_client import Client, ConnectionLost, ErrorReply, NoAnswer
 
 START_S = 20.0
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -122,7 +122,7 @@ class Host:
         """Follows a migration to its result."""
 
         def follow() -> dict[str, Any]:
-            with Client(self.control) as client:
+            with suppress(ConnectionLost), Client(self.control) as client:
                 for reply in client.stream("io.postcopyd.Watch", name=name):
                     status = reply["status"]
                     result: dict[str, Any] = status.get("result") or {}
