@@ -45,6 +45,21 @@ void engine_fail(struct pc_stats *stats, int wake, int failure, const char *form
   engine_wake(wake);
 }
 
+void engine_end_connections(struct connection *connections) {
+  /* All are shut down before the first is joined: their peer may wait for the last. */
+  for (struct connection *c = connections; c < connections + PC_MAX_CONNECTIONS; c++)
+    if (c->fd >= 0)
+      shutdown(c->fd, SHUT_RDWR);
+  for (struct connection *c = connections; c < connections + PC_MAX_CONNECTIONS; c++) {
+    if (c->fd < 0)
+      continue;
+    if (c->running)
+      pthread_join(c->thread, NULL);
+    close(c->fd);
+    c->fd = -1, c->running = false;
+  }
+}
+
 void engine_forget_connections(struct pc_stats *stats) {
   int32_t failure = count_get(stats->failure);
   if (failure > PC_OK && failure != PC_VMM_GONE)

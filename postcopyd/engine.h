@@ -39,6 +39,8 @@ void engine_wake(int wake);
 /* Sets failure and sentence once and wakes Python. */
 void engine_fail(struct pc_stats *stats, int wake, int failure, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
+/* Ends all of the PC_MAX_CONNECTIONS connections: their threads are woken, joined, sockets closed. */
+void engine_end_connections(struct connection *connections);
 /* Once all connections are closed, what was wrong is over (and tried again with the next ones),
  * save that the VMM is gone. */
 void engine_forget_connections(struct pc_stats *stats);

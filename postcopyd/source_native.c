@@ -554,18 +554,7 @@ int pc_source_push(struct pc_source *s, uint64_t bytes_per_second) {
 void pc_source_disconnect(struct pc_source *s) {
   atomic_store(&s->stopping, true);
   eventfd_write(s->stop, 1);
-  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
-    if (s->connections[i].fd >= 0)
-      shutdown(s->connections[i].fd, SHUT_RDWR);
-  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++) {
-    struct connection *c = &s->connections[i];
-    if (c->fd < 0)
-      continue;
-    if (c->running)
-      pthread_join(c->thread, NULL);
-    close(c->fd);
-    c->fd = -1, c->running = false;
-  }
+  engine_end_connections(s->connections);
   forget_sent(s); /* what was on its way may be lost; the destination drops what it has */
   eventfd_t taken;
   eventfd_read(s->stop, &taken);

@@ -609,18 +609,7 @@ void pc_dest_disconnect(struct pc_dest *d) {
   pthread_mutex_lock(&d->asking);
   d->urgent = -1;
   pthread_mutex_unlock(&d->asking);
-  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
-    if (d->connections[i].fd >= 0)
-      shutdown(d->connections[i].fd, SHUT_RDWR);
-  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++) {
-    struct connection *c = &d->connections[i];
-    if (c->fd < 0)
-      continue;
-    if (c->running)
-      pthread_join(c->thread, NULL);
-    close(c->fd);
-    c->fd = -1, c->running = false;
-  }
+  engine_end_connections(d->connections);
   atomic_store(&d->ending, false);
   engine_forget_connections(&d->stats);
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests share: how a missing part of the machine is named, and the QEMUs to test with."""
+"""What all tests have: huge pages where the machine gives them, and the QEMUs to test with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
@@ -34,13 +33,6 @@ def huge_pages_reserved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     if mounted:
         subprocess.run(["umount", folder], check=True)
     HUGE_PAGES.write_text(before)
-
-
-def missing(what: str) -> NoReturn:
-    """This machine lacks something that the test is about: a failure on CI, a skip elsewhere."""
-    if os.environ.get("CI"):
-        pytest.fail(f"this machine lacks {what}")
-    pytest.skip(f"this machine lacks {what}")
 
 
 def pytest_configure() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import missing
+from needs import missing
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "tests" / "native"

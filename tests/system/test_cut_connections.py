@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import msgpack
@@ -19,7 +19,6 @@ from pair import (
     ProcessGuest,
     again,
     connected,
-    open_pair,
     state,
     status_until,
     until,
@@ -28,19 +27,6 @@ from pair import (
 )
 
 from postcopyd import protocol as p
-
-
-@pytest.fixture(scope="module")
-def daemons() -> Iterator[Pair]:
-    """Two for most tests here: what a failure leaves behind, others meet."""
-    with open_pair() as pair:
-        yield pair
-
-
-@pytest.fixture
-def pair(daemons: Pair) -> Iterator[Pair]:
-    yield daemons
-    daemons.end_guests()
 
 
 class Wire:

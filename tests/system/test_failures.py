@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from pair import (
     completed,
     ended,
     hung,
-    open_pair,
     status_until,
     unmoved,
     until,
@@ -31,27 +29,6 @@ from pair import (
 from postcopyd import hooks
 from postcopyd.demo.hosts import PACKAGE, executable
 from postcopyd.errors import PostcopydError
-
-
-@pytest.fixture(scope="module")
-def daemons() -> Iterator[Pair]:
-    """Two for most tests here: what a failure leaves behind, others meet."""
-    with open_pair() as pair:
-        yield pair
-
-
-@pytest.fixture
-def pair(daemons: Pair) -> Iterator[Pair]:
-    yield daemons
-    daemons.end_guests()
-
-
-@pytest.fixture
-def new_pair() -> Iterator[Pair]:
-    """For tests that kill daemons."""
-    with open_pair() as pair:
-        yield pair
-
 
 # --- what the daemons refuse
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -29,7 +28,6 @@ from pair import (
     connected,
     ended,
     hung,
-    open_pair,
     state,
     status_until,
     unmoved,
@@ -42,27 +40,6 @@ from pair import (
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
 from postcopyd.vmm.process import ProcessVmm
-
-
-@pytest.fixture(scope="module")
-def daemons() -> Iterator[Pair]:
-    """Two for most tests here: what a failure leaves behind, others meet."""
-    with open_pair() as pair:
-        yield pair
-
-
-@pytest.fixture
-def pair(daemons: Pair) -> Iterator[Pair]:
-    yield daemons
-    daemons.end_guests()
-
-
-@pytest.fixture
-def new_pair() -> Iterator[Pair]:
-    """For tests that kill daemons."""
-    with open_pair() as pair:
-        yield pair
-
 
 # --- daemons that end
 

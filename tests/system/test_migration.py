@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import trio
-from conftest import missing
+from needs import missing
 from pair import (
     MIB,
     Host,
@@ -24,7 +24,6 @@ from pair import (
     completed,
     ended,
     last_json,
-    open_pair,
     status_until,
     until,
     verified,
@@ -37,25 +36,6 @@ ROOT = Path(__file__).parents[2]
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 PLACED = 4  # in the record of pages: uffd_native.c
-
-
-@pytest.fixture(scope="module")
-def daemons() -> Iterator[Pair]:
-    """Two for all tests here: what a migration leaves behind, others meet."""
-    with open_pair() as pair:
-        yield pair
-
-
-@pytest.fixture
-def pair(daemons: Pair) -> Iterator[Pair]:
-    yield daemons
-    daemons.end_guests()
-
-
-@pytest.fixture
-def new_pair() -> Iterator[Pair]:
-    with open_pair() as pair:
-        yield pair
 
 
 @pytest.fixture
@@ -369,6 +349,6 @@ async def test_nothing_leaks(new_pair: Pair) -> None:
         return [footprint(host) for host in new_pair]
 
     for before, after in zip(await chains(4), await chains(25), strict=True):
-        assert after[0] == before[0]
+        assert after[0] <= before[0]
         assert after[1] <= before[1] + 2  # idle ones, kept for the next blocking call
         assert after[2] < before[2] + 4096

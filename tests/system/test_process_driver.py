@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from conftest import missing
+from needs import missing
 
 from postcopyd.errors import PostcopydError
 from postcopyd.vmm import (

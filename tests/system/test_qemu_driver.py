@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from conftest import missing
+from needs import missing
 
 from postcopyd.vmm import Declined, Role, Shape, VmmError, VmmGone, qemu_userfaultfd
 from postcopyd.vmm.qemu import QemuVmm

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from conftest import missing
+from needs import missing
 
 from postcopyd.demo import qemu_guest
 from postcopyd.demo.qemu_guest import (

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import trio
-from conftest import missing
+from needs import missing
 
 from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import Host, open_hosts
@@ -147,7 +147,7 @@ async def test_an_unprivileged_sandboxed_qemu_moves(
 async def test_two_vcpus_with_disk_and_network_in_use(
     folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary
 ) -> None:
-    """Disk and network go on through the move; the guest's own checks of both find nothing wrong."""
+    """Disk and network go on through the move, and the guest finds nothing wrong with either."""
     image = folder / "disk"
     with image.open("wb") as file:
         file.truncate(64 * MIB)

@@ -4,27 +4,20 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 
 import pytest
-from pair import SMALL, Pair, again, completed, ended, open_pair, status_until, verified, worked
+from pair import SMALL, Pair, again, completed, ended, status_until, verified, worked
 
 from postcopyd.errors import PostcopydError
 
 
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    with open_pair() as pair:
-        yield pair
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 async def test_drained_stays_in_the_status_and_the_guest_can_move_on(
-    pair: Pair, number: int
+    new_pair: Pair, number: int
 ) -> None:
     """After a restart both sides say what they said; the guest is attached and may go back."""
-    a, b = pair
-    name, _here, there = await pair.place()
+    a, b = new_pair
+    name, _here, there = await new_pair.place()
     result = await a.migrate(name, b)
     completed(result)
     for host, role in ((a, "source"), (b, "destination")):
@@ -34,24 +27,24 @@ async def test_drained_stays_in_the_status_and_the_guest_can_move_on(
         after = await host.status(name)
         assert after == before
         assert (after["role"], after["phase"]) == (role, "drained")
-    back = await pair.attach(a, name, pair.guest(*SMALL, "--incoming"))
+    back = await new_pair.attach(a, name, new_pair.guest(*SMALL, "--incoming"))
     completed(await b.migrate(name, a))
     await verified(back)
     await ended(there)
 
 
-async def test_a_daemon_killed_before_the_stop_can_migrate_again(pair: Pair) -> None:
+async def test_a_daemon_killed_before_the_stop_can_migrate_again(new_pair: Pair) -> None:
     """The guest never noticed; the daemon that is started again has it, and moves it."""
-    a, b = pair
-    name, here, there = await pair.place()
-    pair.hook(name, "source", "handover", "kill -9 $PPID; sleep 60")
+    a, b = new_pair
+    name, here, there = await new_pair.place()
+    new_pair.hook(name, "source", "handover", "kill -9 $PPID; sleep 60")
     started = await a.call("Migrate", name=name, to=b.address)
     with pytest.raises(PostcopydError):
         await a.result(name, started["migration"])
     await worked(here)
-    pair.unhook(name)
+    new_pair.unhook(name)
     a.end(signal.SIGKILL)
     await a.start()
     await status_until(b, name, lambda status: status["phase"] == "failed")
-    await again(pair, name, there)
+    await again(new_pair, name, there)
     await ended(here)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import missing
+from needs import missing
 
 from postcopyd import doctor
 from postcopyd.doctor import Check
