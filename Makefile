@@ -14,7 +14,7 @@ BUILD_PACKAGES := gcc libc6-dev make python3-venv
 GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
 TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev
 
-.PHONY: all build demo test check gen fmt clean
+.PHONY: all build demo test bench bench-quick check gen fmt clean
 all: build
 
 build: $(VENV)/.built
@@ -40,6 +40,32 @@ test: build
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu
 	$(BIN)/pytest -q $(TESTS)
+
+# All measures, some 15 minutes, and the pictures; and the same with few runs, under 3 minutes. What
+# the rows mean: bench/README.md. A goal missed (status 3)
+# is shown and no reason to stop; anything else is, a wrong page above all.
+BENCH := $(BIN)/python bench
+bench: bench-needs
+	$(BENCH)/engine_vs_floor.py || [ $$? = 3 ]
+	$(BENCH)/qemu.py || [ $$? = 3 ]
+	$(BENCH)/blackout.py || [ $$? = 3 ]
+	$(BENCH)/link.py || [ $$? = 3 ]
+	$(BENCH)/charts.py
+	$(BENCH)/table.py engine qemu blackout link
+
+bench-quick: export BENCH_RESULTS := .build/bench
+bench-quick: bench-needs
+	$(BENCH)/engine_vs_floor.py --rounds 3 --mb 128 || [ $$? = 3 ]
+	$(BENCH)/qemu.py --runs 2 || [ $$? = 3 ]
+	$(BENCH)/blackout.py --runs 1 || [ $$? = 3 ]
+	$(BENCH)/link.py --rounds 1 --trips 0,1 || [ $$? = 3 ]
+	$(BENCH)/charts.py
+	$(BENCH)/table.py engine qemu blackout link
+
+.PHONY: bench-needs
+bench-needs: build
+	@tools/debian-packages $(GUEST_PACKAGES) iproute2
+	@tools/newest-qemu
 
 check: build
 	$(BIN)/ruff format --check .

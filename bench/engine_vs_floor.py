@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compares the native engine with the floor program, in turns on one machine, and prints ratios.
+"""The native engine beside the floor program, in turns on one machine.
 
-`engine_vs_floor.py FLOOR.c [--rounds N] [--mb MB]`. Absolute figures wander from minute to minute;
-the median of ratios of neighbouring runs does not. `spread` is the middle half of these ratios.
+`engine_vs_floor.py [--rounds N] [--mb MB] [--only WORDS] [--reference FLOOR.c]`
+
+With --reference another floor program, with the same arguments and JSON, is measured beside ours
+and nothing else is: is ours as low as that one?
 """
 
 from __future__ import annotations
@@ -13,14 +15,23 @@ import os
 import statistics
 import subprocess
 import tempfile
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ENGINE = Path(__file__).parents[1] / "postcopyd"
+import table
+
+BENCH = Path(__file__).parent
+ENGINE = table.ROOT / "postcopyd"
+FLOOR = [BENCH / "floor.c"]
 SOURCES = [
-    Path(__file__).with_name("engine_bench.c"),
+    BENCH / "engine_bench.c",
     *(ENGINE / f"{name}.c" for name in ("engine", "uffd_native", "source_native")),
 ]
+THREADS = (1, 2, 4, 8, 16, 32)
+CONNECTIONS = (1, 2, 4)
+Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,8 +39,9 @@ class Measure:
     """One figure of one workload; the goal is the ratio engine / floor."""
 
     name: str
+    unit: str
     field: str
-    goal: float
+    goal: float | None
     more_is_better: bool = False
 
 
@@ -41,88 +53,126 @@ class Workload:
     threads: int
     push: int
     measures: tuple[Measure, ...]
+    share: float = 1.0
+    """Of --mb: with threads, each fault costs; without, time is needed to see a rate."""
 
 
 def workloads() -> list[Workload]:
-    """What docs/PERFORMANCE.md sets goals for and two processes can show."""
-    rate = Measure("faults/s", "faults", 0.9, more_is_better=True)
-    urgent = (Measure("urgent p50", "p50_us", 1.25), Measure("urgent p99", "p99_us", 1.25), rate)
-    push = (
-        Measure("push rate", "GB/s", 0.9, more_is_better=True),
-        Measure("p50 beside push", "p50_us", 1.25),
-        Measure("p99 beside push", "p99_us", 1.5),
+    """What there are goals for and two processes can show."""
+    latency = tuple(
+        Measure(f"urgent {p}, nothing else running", "us", f"{p}_us", 1.25) for p in ("p50", "p99")
     )
-    return [
-        Workload("urgent only, 1 thread", 1, 0, urgent),
-        *(Workload(f"urgent only, {n} threads", n, 0, (rate,)) for n in (2, 4, 8, 16, 32)),
-        Workload("push, 1 thread", 1, 1, push),
-        Workload("push, 2 threads", 2, 1, push),
+    beside = [
+        tuple(
+            Measure(f"urgent {p} beside the push{more}", "us", f"{p}_us", goal)
+            for p, goal in (("p50", 1.25), ("p99", 1.5))
+        )
+        for more in ("", ", 2 threads")
     ]
+    rate = "push rate, 1 connection, {} asking"
+    busy = Measure(rate.format("1 thread"), "GiB/s", "GB/s", 0.9, True)
+    return [
+        *(
+            Workload(
+                f"faults {n}", n, 0,
+                (*(latency if n == 1 else ()),
+                 Measure(f"faults/s, {n} thread{'s' * (n > 1)}", "1/s", "faults", 0.9, True)),
+                0.25,
+            )
+            for n in THREADS
+        ),
+        Workload("push beside 1", 1, 1, (*beside[0], busy)),
+        Workload("push beside 2", 2, 1, beside[1]),
+        *(
+            Workload(f"push {n}", 0, n, (Measure(f"push rate, {n} connection{'s' * (n > 1)}",
+                     "GiB/s", "GB/s", 0.9 if n == 1 else None, True),), 2.0)
+            for n in CONNECTIONS
+        ),
+    ]  # fmt: skip
 
 
-def compile_to(program: Path, sources: list[Path]) -> None:
+def compile_to(program: Path, sources: list[Path]) -> Path:
     """Compiles C sources; raises CalledProcessError."""
-    subprocess.run(
-        [
-            os.environ.get("CC", "cc"),
-            "-O2",
-            "-std=gnu11",
-            "-w",
-            "-pthread",
-            f"-I{ENGINE}",
-            *map(str, sources),
-            "-o",
-            str(program),
-        ],
-        check=True,
-    )
+    words = [os.environ.get("CC", "cc"), "-O2", "-std=gnu11", "-w", "-pthread", f"-I{ENGINE}"]
+    subprocess.run([*words, *map(str, sources), "-o", str(program)], check=True)
+    return program
 
 
-def measure(program: Path, mb: int, run: int, workload: Workload) -> dict[str, float]:
+def measure(program: Path, mb: int, run: int, workload: Workload) -> Run:
     """One run: what the program printed, and its faults per second."""
-    arguments = [mb, workload.threads, run, 1, workload.push]
-    command = [program, *map(str, arguments)]
-    out = subprocess.run(command, check=True, capture_output=True, timeout=120)
-    result: dict[str, float] = json.loads(out.stdout)
-    result["faults"] = result["stalls"] / result["guest_s"]
+    arguments = [int(mb * workload.share), workload.threads, run, 1, workload.push]
+    command = [str(program), *map(str, arguments)]
+    out = subprocess.run(command, check=True, capture_output=True, timeout=300)
+    result: Run = json.loads(out.stdout)
+    result["faults"] = result["stalls"] / result["guest_s"] if result["guest_s"] else 0.0
     return result
 
 
+def rows_of(workload: Workload, pairs: list[list[Run]], against: str) -> list[table.Row]:
+    return [
+        table.paired(
+            m.name, m.unit, [ours[m.field] for ours, _ in pairs],
+            [theirs[m.field] for _, theirs in pairs], against, m.goal,
+            more_is_better=m.more_is_better,
+        )
+        for m in workload.measures
+    ]  # fmt: skip
+
+
+def growth(runs: dict[str, list[list[Run]]]) -> list[table.Row]:
+    """What the engine gains or loses by itself: more threads, more connections."""
+    rows = []
+    for name, kinds, field, goal in (
+        ("faults/s with more threads, least of", "faults", "faults", 0.95),
+        ("push rate with more connections, least of", "push", "GB/s", 0.95),
+    ):
+        counts = THREADS if kinds == "faults" else CONNECTIONS
+        if any(f"{kinds} {n}" not in runs for n in counts):
+            continue
+        figures = [[ours[field] for ours, _ in runs[f"{kinds} {n}"]] for n in counts]
+        middles = [statistics.median(each) for each in figures]
+        worst = min(range(1, len(counts)), key=lambda i: middles[i] / max(middles[:i]))
+        best = max(range(worst), key=middles.__getitem__)
+        row = table.paired(
+            f"{name} {', '.join(map(str, counts[1:]))}", "GiB/s" if kinds == "push" else "1/s",
+            figures[worst], figures[best], "fewer", goal, more_is_better=True,
+        )  # fmt: skip
+        rows.append(table.noted(row, f"{counts[worst]} against {counts[best]}"))
+    return rows
+
+
 def main() -> int:
-    """Exit status 1 when a goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("floor", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    """The exit status: table.MISSED when a goal is missed."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--mb", type=int, default=256)
     parser.add_argument("--run", type=int, default=16, help="pages in a push frame of the floor")
     parser.add_argument("--only", default="", help="workloads whose name has this in it")
+    parser.add_argument("--reference", type=Path, help="another floor.c, to hold ours against")
     options = parser.parse_args()
-    missed = 0
+    against = "given" if options.reference else "floor"
+    about = table.machine(rounds=options.rounds, mb=options.mb)
+    runs: dict[str, list[list[Run]]] = defaultdict(list)
+    rows: list[table.Row] = []
+    chosen = [w for w in workloads() if options.only in w.name]
+    if options.reference:
+        chosen = [w for w in chosen if w.push <= 1]
     with tempfile.TemporaryDirectory() as folder:
-        floor, engine = Path(folder) / "floor", Path(folder) / "engine"
-        compile_to(floor, [options.floor])
-        compile_to(engine, SOURCES)
-        for workload in workloads():
-            if options.only not in workload.name:
-                continue
-            runs = [
-                [measure(program, options.mb, options.run, workload) for program in (floor, engine)]
-                for _ in range(options.rounds)
-            ]
-            for m in workload.measures:
-                ratios = sorted(e[m.field] / max(f[m.field], 1e-9) for f, e in runs)
-                middle = statistics.median(ratios)
-                good = middle >= m.goal if m.more_is_better else middle <= m.goal
-                missed += not good
-                figures = [statistics.median(pair[i][m.field] for pair in runs) for i in (0, 1)]
-                low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
-                print(
-                    f"{workload.name:24} {m.name:16} floor {figures[0]:10.2f} engine "
-                    f"{figures[1]:10.2f} ratio {middle:5.2f} spread {low:.2f}-{high:.2f} "
-                    f"goal {m.goal} {'' if good else 'MISSED'}",
-                    flush=True,
-                )
-    return 1 if missed else 0
+        ours = compile_to(Path(folder) / "ours", FLOOR if options.reference else SOURCES)
+        theirs = compile_to(
+            Path(folder) / "theirs", [options.reference] if options.reference else FLOOR
+        )
+        for turn in range(options.rounds):
+            for workload in chosen:
+                pair = [ours, theirs] if turn % 2 else [theirs, ours]
+                found = {p: measure(p, options.mb, options.run, workload) for p in pair}
+                runs[workload.name].append([found[ours], found[theirs]])
+    for workload in chosen:
+        rows += rows_of(workload, runs[workload.name], against)
+    if options.reference:
+        table.show(rows, about)
+        return 0
+    return table.finish("engine", rows + growth(runs), about, runs)
 
 
 if __name__ == "__main__":

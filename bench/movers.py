@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ways to move a running QEMU guest: by two daemons, and by QEMU's own postcopy.
+
+Owns what is specific to each; both give the same `Move`. The guest's second monitor is ours: there
+STOP and RESUME are seen, by QEMU's own time stamps, for both ways alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import table
+import trio
+
+from postcopyd.demo import qemu_guest as q
+from postcopyd.demo.hosts import Host
+from postcopyd.vmm.qmp import Events, Qmp
+
+MIB = 1 << 20
+UNLIMITED = 1 << 40
+SECONDS = 120.0
+
+
+@dataclass
+class Move:
+    """One migration. Times are seconds of `trio.current_time`."""
+
+    stop: float
+    """QMP event STOP at the source, by QEMU's time stamp."""
+    resume: float
+    """QMP event RESUME at the destination."""
+    drained: float
+    """When the destination had all memory."""
+    sent: int
+    """Bytes that crossed."""
+    pages: int
+    """Pages that had to: not zeros. 0 where nobody counts them."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """Statistics of its own."""
+
+
+class Mover(Protocol):
+    async def __call__(self, leaving: Qemu, arriving: Qemu) -> Move: ...
+
+
+@dataclass
+class Qemu:
+    """A QEMU and our own monitor of it."""
+
+    process: q.QemuProcess
+    monitor: Qmp
+
+
+def newest_qemu() -> q.QemuBinary:
+    """The newest of find_qemu(), and of what `make test` and `make bench` unpack beside it."""
+    root = table.ROOT / ".build/qemu/root/usr"
+    newest = root / "bin/qemu-system-x86_64"
+    if newest.exists() and "POSTCOPYD_QEMU" not in os.environ:
+        firmware = (root / "share/qemu", Path("/usr/share/seabios"), Path("/usr/lib/ipxe/qemu"))
+        options = ",".join(f"-L,{folder}" for folder in firmware)
+        os.environ["POSTCOPYD_QEMU"] = f"/usr/bin/qemu-system-x86_64:{newest},{options}"
+    found = q.find_qemu()
+    if not found:
+        raise SystemExit(q.MISSING_QEMU)
+    return max(found, key=lambda qemu: qemu.version)
+
+
+def guest_config(folder: Path, qemu: q.QemuBinary, **more: Any) -> q.GuestConfig:
+    """The verifying guest; its initramfs is made in `folder`."""
+    kernel = q.find_kernel()
+    if kernel is None:
+        raise SystemExit(q.MISSING_KERNEL)
+    initramfs = folder / "initramfs"
+    if not initramfs.exists():
+        q.write_initramfs(initramfs, kernel, q.find_init())
+    return q.GuestConfig(qemu=qemu, kernel=kernel.image, initramfs=initramfs, **more)
+
+
+@asynccontextmanager
+async def started(
+    guest: q.Guest, config: q.GuestConfig, name: str, **more: Any
+) -> AsyncIterator[Qemu]:
+    """A QEMU, for the guest or waiting for it, killed in the end."""
+    monitor = guest.folder / f"{name}.own"
+    monitor.unlink(missing_ok=True)
+    made = dataclasses.replace(config, name=name, second_qmp=monitor, **more)
+    qemu = Qemu(await guest.launch(made), Qmp(str(monitor)))
+    try:
+        await qemu.monitor.open()
+        yield qemu
+    finally:
+        qemu.monitor.close()
+        qemu.process.kill()
+        with trio.CancelScope(shield=True):
+            await qemu.process.wait()
+
+
+async def _at(events: Events) -> float:
+    """When the next event was, by QEMU's time stamp, as seconds of `trio.current_time`."""
+    with trio.fail_after(SECONDS):
+        stamp = (await events.next())["timestamp"]
+    then: float = stamp["seconds"] + stamp["microseconds"] / 1e6
+    return then - time.time() + trio.current_time()
+
+
+async def _capabilities(monitor: Qmp, state: bool) -> None:
+    names = ("postcopy-ram", "postcopy-preempt", "events")
+    capabilities = [{"capability": name, "state": state} for name in names]
+    await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+
+
+class Daemons:
+    """By two postcopyd: the daemons stay, each move attaches both QEMUs anew."""
+
+    def __init__(self, hosts: list[Host], name: str = "guest") -> None:
+        self.source, self.destination = hosts
+        self.name = name
+
+    async def __call__(self, leaving: Qemu, arriving: Qemu) -> Move:
+        await self.source.attach(self.name, "qemu", leaving.process.qmp_path)
+        await self.destination.attach(self.name, "qemu", arriving.process.qmp_path)
+        with leaving.monitor.events("STOP") as stops, arriving.monitor.events("RESUME") as resumes:
+            result = await self.source.migrate(self.name, self.destination)
+            drained = trio.current_time()
+            if result["event"] != "completed":
+                raise SystemExit(f"the migration ended as {result['event']}: {result.get('error')}")
+            move = Move(
+                await _at(stops), await _at(resumes), drained, result["transferredBytes"],
+                result["memory"]["pages"] - result["memory"]["zeroPages"],
+                {k: result[k] for k in ("downtimePartsMs", "memory", "faults", "brownoutMs")},
+            )  # fmt: skip
+        for host in (self.source, self.destination):
+            await host.call("Detach", name=self.name)
+        return move
+
+
+class Own:
+    """By QEMU's postcopy with preempt: started, and switched to postcopy at once, over loopback."""
+
+    async def __call__(self, leaving: Qemu, arriving: Qemu) -> Move:
+        parameters = {"max-bandwidth": UNLIMITED, "max-postcopy-bandwidth": 0}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            uri = f"tcp:127.0.0.1:{probe.getsockname()[1]}"
+        out, back = leaving.monitor, arriving.monitor
+        for monitor in (out, back):
+            await _capabilities(monitor, True)
+            await monitor.execute("migrate-set-parameters", parameters)
+        await back.execute("cont")  # while it waits: run as soon as it can, as without -S
+        with (
+            out.events("STOP") as stops,
+            back.events("RESUME") as resumes,
+            back.events("MIGRATION") as steps,
+        ):
+            await back.execute("migrate-incoming", {"uri": uri})
+            await out.execute("migrate", {"uri": uri})
+            await out.execute("migrate-start-postcopy")
+            with trio.fail_after(SECONDS):
+                while (step := await steps.next())["data"]["status"] != "completed":
+                    if step["data"]["status"] == "failed":
+                        raise SystemExit("QEMU's own migration failed")
+            drained = trio.current_time()
+            stop, resume = await _at(stops), await _at(resumes)
+        # The source says so a little later; until then its figures are not the last ones.
+        with trio.fail_after(SECONDS):
+            while (sent := await out.execute("query-migrate"))["status"] != "completed":
+                await trio.sleep(0.01)
+        received = await back.execute("query-migrate")
+        await _capabilities(back, False)  # the next move may be by daemons
+        ram: Mapping[str, Any] = sent["ram"]
+        about = {k: v for k, v in received.items() if k.startswith("postcopy-")}
+        about |= {k: ram[k] for k in ("normal", "duplicate", "postcopy-requests") if k in ram}
+        return Move(stop, resume, drained, ram["transferred"], ram["normal"], about)

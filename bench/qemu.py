@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One QEMU guest that verifies its memory, moved by postcopyd and by QEMU's own postcopy in turns.
+
+`qemu.py [--runs N] [--memory MiB] [--test-mb MiB] [--accel A]`
+
+The guest is the same all the time, and so are machine type, RAM size and RAM backend: it is moved
+from QEMU to QEMU, one way and then the other, and checks all of its memory after each move. A bad
+page ends everything: a fast wrong answer counts as none. What is measured: docs in README.md here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import table
+import trio
+from movers import MIB, Daemons, Move, Mover, Own, guest_config, newest_qemu, started
+
+from postcopyd.demo import qemu_guest as q
+from postcopyd.demo.hosts import open_hosts
+
+USUAL_S = 2.0
+"""Its speed is compared with the mean of so long before the stop."""
+SETTLE_S = 1.0
+"""After a check of its memory the guest works as usual again within less."""
+BACK, BACK_S = 0.95, 0.5
+"""It is back when it has kept this share of its speed for so long."""
+MOST_S = 10.0
+REPORT_MS = 10
+SHOWN_S = (-1.0, 6.0)
+
+
+@dataclass
+class Figures:
+    """One move as the guest felt it."""
+
+    blackout_ms: float
+    gap_ms: float
+    """Longest time without a sign of progress from the guest, by this host's clock."""
+    operation_ms: float
+    """Longest single operation, by the guest's own clock, which stands still in the blackout."""
+    lost_s: float
+    lost_fixed_s: float
+    """The same up to a fixed time, MOST_S / 2, back or not: shows the noise of a shared machine."""
+    back_s: float
+    drained_s: float
+    usual: float
+    """Operations per second."""
+
+
+def gap_ms(reports: list[q.Report], begin: float, end: float) -> float:
+    """The longest time in [begin, end] between two reports of which the second shows progress, by
+    their arrival here. It is never less than REPORT_MS."""
+    longest, last = 0.0, reports[0]
+    for report in reports[1:]:
+        if report.operations > last.operations:
+            if report.at > begin and last.at < end:
+                longest = max(longest, report.at - last.at)
+            last = report
+    return longest * 1e3
+
+
+def figures(reports: list[q.Report], move: Move) -> tuple[Figures, list[list[float]]]:
+    """Figures, and the guest's speed over time as [seconds from the stop, share of the usual]."""
+    times = [report.at for report in reports]
+
+    def done(at: float) -> float:
+        """Operations up to then: between two reports as if they had come evenly."""
+        i = bisect.bisect_left(times, at)
+        if i == 0 or i == len(times):
+            return float(reports[min(i, len(times) - 1)].operations)
+        a, b = reports[i - 1], reports[i]
+        share = (at - a.at) / (b.at - a.at) if b.at > a.at else 1.0
+        return float(a.operations + share * (b.operations - a.operations))
+
+    usual = (done(move.stop) - done(move.stop - USUAL_S)) / USUAL_S
+
+    def lost(until: float) -> float:
+        return until - move.stop - (done(until) - done(move.stop)) / usual
+
+    back = move.stop + MOST_S
+    for at in times:
+        if move.resume <= at < back and done(at + BACK_S) - done(at) >= BACK * usual * BACK_S:
+            back = at
+            break
+    longest = max((r.gap_us for r in reports if move.stop <= r.at <= back), default=0)
+    step, curve = 0.02, []
+    at = SHOWN_S[0]
+    while at < min(SHOWN_S[1], times[-1] - move.stop):
+        share = (done(move.stop + at + step) - done(move.stop + at)) / step / usual
+        curve.append([round(at + step / 2, 3), round(share, 4)])
+        at += step
+    found = Figures(
+        (move.resume - move.stop) * 1e3, gap_ms(reports, move.stop, back), longest / 1e3,
+        lost(back), lost(move.stop + MOST_S / 2), back - move.stop, move.drained - move.stop, usual,
+    )  # fmt: skip
+    return found, curve
+
+
+async def watched(guest: q.Guest, mover: Mover, leaving: Any, arriving: Any) -> dict[str, Any]:
+    """One move, and the guest followed until it works as usual again; its memory checked."""
+    await trio.sleep(SETTLE_S + USUAL_S)
+    first = len(guest.reports) - int((USUAL_S + 1) * 1000 / REPORT_MS)
+    move = await mover(leaving, arriving)
+    while True:
+        await trio.sleep(0.25)
+        reports = guest.reports[max(first, 0) :]
+        found, curve = figures(reports, move)
+        since = trio.current_time() - move.stop
+        if since > MOST_S or since > max(found.back_s + 2 * BACK_S, MOST_S / 2 + BACK_S):
+            break
+    sweep, report = await guest.sweep(), await guest.report()
+    if sweep.bad or report.bad:
+        raise SystemExit(f"the guest found {sweep.bad} bad pages: {guest.bad}")
+    return {**asdict(found), "verified_pages": sweep.pages, "sent": move.sent,
+            "pages": move.pages, "about": move.about, "curve": curve}  # fmt: skip
+
+
+async def run(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    work = q.Workload(test_mb=options.test_mb, report_ms=REPORT_MS)
+    config = guest_config(
+        folder, newest_qemu(), memory=options.memory * MIB, workload=work, accel=options.accel
+    )
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "qemu": []}
+    async with open_hosts(folder) as hosts, q.open_guest(folder) as guest:
+        movers: dict[str, Mover] = {"ours": Daemons(hosts), "qemu": Own()}
+        number = 0
+        holding = contextlib.AsyncExitStack()
+        leaving = await holding.enter_async_context(started(guest, config, "q0"))
+        try:
+            await guest.ready()
+            for turn in range(options.runs):
+                for way in ("ours", "qemu") if turn % 2 == 0 else ("qemu", "ours"):
+                    number += 1
+                    next_one = contextlib.AsyncExitStack()
+                    arriving = await next_one.enter_async_context(
+                        started(guest, config, f"q{number}", incoming=True)
+                    )
+                    found = await watched(guest, movers[way], leaving, arriving)
+                    await holding.aclose()
+                    holding, leaving = next_one, arriving
+                    runs[way].append(found)
+                    print(
+                        f"{way:5} blackout {found['blackout_ms']:.1f} ms, gap "
+                        f"{found['gap_ms']:.0f} ms, operation {found['operation_ms']:.0f} ms, "
+                        f"lost {found['lost_s']:.2f} s (in 5 s {found['lost_fixed_s']:.2f}), back "
+                        f"{found['back_s']:.2f} s, drained {found['drained_s']:.2f} s, usual "
+                        f"{found['usual']:.0f}/s",
+                        flush=True,
+                    )
+        finally:
+            await holding.aclose()
+    return runs
+
+
+def rows_of(runs: dict[str, list[dict[str, Any]]]) -> list[table.Row]:
+    def both(
+        measure: str, unit: str, get: Callable[[dict[str, Any]], float], goal: float | None = None
+    ) -> table.Row:
+        ours, theirs = ([get(run) for run in runs[way]] for way in ("ours", "qemu"))
+        return table.paired(measure, unit, ours, theirs, "QEMU", goal)
+
+    ours = runs["ours"]
+    rows = [
+        table.single("blackout", "ms", [run["blackout_ms"] for run in ours], 10.0),
+        both("blackout", "ms", lambda run: run["blackout_ms"], 2.0),
+        both("longest gap of the guest", "ms", lambda run: run["gap_ms"], 0.2),
+        both("longest operation", "ms", lambda run: run["operation_ms"]),
+        both("lost guest work", "s", lambda run: run["lost_s"], 0.25),
+        both("lost in the first 5 s", "s", lambda run: run["lost_fixed_s"]),
+        both("back to 95 %", "s", lambda run: run["back_s"]),
+        both("drained", "s", lambda run: run["drained_s"]),
+        table.single("bytes on the wire / non-zero pages", "",
+                     [run["sent"] / (run["pages"] * 4096) for run in ours], 1.01),
+        both("bytes on the wire", "MiB", lambda run: run["sent"] / MIB),
+    ]  # fmt: skip
+    for name in ("p50", "p99"):
+        values = [run["about"]["faults"][f"{name}Us"] for run in ours]
+        rows.append(table.single(f"urgent {name}, daemon's own figure", "us", values))
+    for key in ("postcopy-latency", "postcopy-blocktime"):
+        if all(key in run["about"] for run in runs["qemu"]):
+            values = [run["about"][key] / 1e3 for run in runs["qemu"]]
+            rows.append(table.single(f"QEMU's {key}", "", values))
+    return rows
+
+
+def main() -> int:
+    """The exit status: table.MISSED when a goal is missed."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--memory", type=int, default=1024)
+    parser.add_argument("--test-mb", type=int, default=512)
+    parser.add_argument("--accel", default="tcg,thread=multi")
+    options = parser.parse_args()
+    about = table.machine(
+        qemu=str(newest_qemu()), accel=options.accel, runs=options.runs,
+        memory_mib=options.memory, writes_mib=options.test_mb,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="pcb-", dir="/dev/shm") as folder:
+        runs = trio.run(run, Path(folder), options)
+    return table.finish("qemu", rows_of(runs), about, runs)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
