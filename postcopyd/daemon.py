@@ -317,6 +317,12 @@ class Daemon:
             vm = self._vm_here(offer.vm)
             await vm.ended()
             vm.attached()
+            if vm.claimed_by is None and vm.status["phase"] == "paused":
+                raise PostcopydError(
+                    f"{offer.vm} is known at the destination, in a migration that is not at its "
+                    f"end: {vm.status['message']}",
+                    "Busy",
+                )
             session = DestinationSession(vm, offer, channel, self.settings)
             with vm.claim(session):
                 if offer.check:

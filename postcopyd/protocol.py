@@ -349,7 +349,8 @@ def parse(obj: Any, kind: type[T]) -> T:
 
 
 def sentence(text: str) -> str:
-    """A sentence of ours as it may travel: not longer than a peer takes."""
+    """A sentence of ours as it may travel: not longer than a peer takes, and UTF-8."""
+    text = text.encode(errors="replace").decode()  # paths of files may be anything
     return text if len(text) <= MAX_SENTENCE else text[: MAX_SENTENCE - 4] + " ..."
 
 

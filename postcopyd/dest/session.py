@@ -14,6 +14,7 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -36,6 +37,8 @@ from postcopyd.vmm import Declined, Shape
 
 PROGRESS_S = 0.1
 ACKNOWLEDGE_S = 10.0
+RELEASE_S = 10.0
+"""How long the VMM may take to close its userfaultfds when nothing waits for them any more."""
 CONNECTIONS_S = 30.0
 """How long the source may take to make its data connections; they take milliseconds."""
 DEVICE_CHUNKS = 1024
@@ -60,7 +63,7 @@ class DestinationSession:
         self._shape: Shape | None = None
         self._uffds: list[int] = []
         self._record = -1
-        self._accepted = self._adopted = self._loading = False
+        self._accepted = self._adopted = self._loading = self._all_here = False
         self._connected = trio.Event()
         self._lacking = [True, *[False] * offer.connections]
         self._ran_ns = 0
@@ -115,8 +118,10 @@ class DestinationSession:
         async with self.channel.alive():
             async with open_nursery() as nursery:  # the source may take it back at any time
                 nursery.start_soon(self._prepare)
+                nursery.start_soon(self._watch_vmm)
                 handover = await self._receive()
                 assert isinstance(handover, p.Handover)
+                nursery.cancel_scope.cancel()
             await self._load()
             await self._run_guest()
             await self._drain()
@@ -232,6 +237,8 @@ class DestinationSession:
     async def _load_and_say(self, state: trio.MemoryReceiveChannel[bytes]) -> None:
         async with state:
             await self.vm.attached().load(state)
+        assert self._engine is not None
+        self._engine.check()  # no use in a guest whose pages cannot come
         await self.channel.send(p.Loaded())
 
     async def _receive(self) -> p.Message:
@@ -275,15 +282,31 @@ class DestinationSession:
                 while not engine.complete:
                     await engine.wait()
                 nursery.cancel_scope.cancel()
-        except PostcopydError as error:
+        except (Exception, trio.Cancelled) as error:
             if not engine.complete:
                 raise
             self.log.warning("all is here, and only the source not told", error=str(error))
-        engine.unregister()
+        with trio.CancelScope(shield=True):  # a daemon that ends says this first
+            await self._drained()
         try:
-            await self.vm.attached().release()
-        except PostcopydError as error:  # an unused descriptor stays in the VMM
-            self.log.warning("the VMM keeps its userfaultfd", error=str(error))
+            with trio.move_on_after(ACKNOWLEDGE_S):
+                await channel.expect(p.Acknowledged)
+        except PostcopydError as error:
+            self.log.warning("drained, but the source did not acknowledge it", error=str(error))
+        self.machine.happened(Happened.LOST)  # acknowledged or not
+        await self._hooks("drained")
+
+    async def _drained(self) -> None:
+        """Nothing waits for pages any more, and both hosts are told."""
+        engine = self._engine
+        assert engine is not None
+        engine.unregister()
+        self._all_here = True
+        try:
+            with trio.fail_after(RELEASE_S):
+                await self.vm.attached().release()
+        except Exception as error:  # an unused descriptor stays in the VMM
+            self.log.warning("the VMM keeps its userfaultfd", error=str(error) or "no answer")
         stats = engine.stats
         last = stats.last_urgent_ns
         drained = p.Drained(
@@ -301,14 +324,9 @@ class DestinationSession:
             phase="drained", remaining=0, message=f"{self.vm.name} is here, with all of its memory"
         )
         self._record_settled("held")
-        try:
-            await channel.send(drained)
-            with trio.move_on_after(ACKNOWLEDGE_S):
-                await channel.expect(p.Acknowledged)
-        except PostcopydError as error:
-            self.log.warning("drained, but the source did not acknowledge it", error=str(error))
         self.log.info("drained", pages=stats.confirmed_pages)
-        await self._hooks("drained")
+        with suppress(PostcopydError):  # who listens for the answer sees it too
+            await self.channel.send(drained)
 
     async def _listen(self) -> None:
         """Nothing is due from the source now; but it may fail, or be gone."""
@@ -345,8 +363,9 @@ class DestinationSession:
             state = self.machine.state
             if state is Destination.DECLINED:
                 await self._called_off(error)
-            elif state in (Destination.DRAINED, Destination.DONE):
+            elif self._all_here:
                 self.log.warning("after drained", error=str(error))
+                self.machine.happened(Happened.LOST)
                 await self.close()
             elif state in DESTINATION_KEEPS:
                 await self._paused(error)
@@ -371,17 +390,17 @@ class DestinationSession:
                 self._engine.unregister(called_off=True)
             if self._adopted and not self._loading and driver is not None:
                 await driver.release()
-        except PostcopydError as trouble:
+        except Exception as trouble:  # a driver's bug too: the rest must happen
             message += f"; cleaning up here: {trouble}"
             self.log.error("cleaning up failed", error=str(trouble))
-        if self._loading and driver is not None:
-            await driver.aclose()
-            vm.driver = None
         if self._accepted:  # or it may be a guest of this host that was named by mistake
             vm.settle(phase="failed", remaining=0, message=message)
             self._record_settled("declined")
         self.log.warning("arrival called off", error=str(error))
         await self.close()
+        if self._loading and driver is not None:
+            vm.driver = None
+            await driver.aclose()
         await self._hooks("failed", message=str(error))
 
     async def _paused(self, error: PostcopydError) -> None:

@@ -57,6 +57,7 @@ class SourceSession:
         self._began = time.monotonic()
         self._stopped_at = self._saved_at = self._loaded_at = self._ran_at = 0.0
         self._faults = p.Faults()
+        self._completed: dict[str, Any] | None = None
 
     def cancel(self) -> None:
         """Takes the guest back; raises PostcopydError after the grant."""
@@ -130,10 +131,15 @@ class SourceSession:
             await self._connect(shape, token)
             await channel.expect(p.Serving)
             assert self._engine is not None
-            await self._engine.scan()
-            self._touched = True
-            await driver.prepare()
-            await self._hooks("handover")
+            async with open_nursery() as nursery:  # nothing is due; but the destination may fail
+                nursery.start_soon(self._watch_engine)
+                nursery.start_soon(channel.receive)
+                await self._engine.scan()
+                self._touched = True
+                await driver.prepare()
+                await self._hooks("handover")
+                nursery.cancel_scope.cancel()
+            self._engine.check()
             self.vm.record("intent", durable=True, peer=self.request.to, run=self._run)
             await self._hand_over(channel)
             await self._drain(channel)
@@ -218,6 +224,8 @@ class SourceSession:
         """The point of no return: recorded first, and no await between the looks and the record."""
         if self._cancelling.cancel_called:
             raise PostcopydError("cancelled by request", "Cancelled")
+        assert self._engine is not None
+        self._engine.check()
         self.vm.epoch += 1
         try:
             self.vm.record("granted", peer=self.request.to)
@@ -251,6 +259,7 @@ class SourceSession:
         moved = time.monotonic()
         await engine.disconnect()  # its threads count what they have sent to the last
         result = self._result(message, at=moved)
+        self._completed = result
         sentence = f"{self.vm.name} is at {self.request.to}, with all of its memory"
         self.vm.settle(phase="drained", remaining=0, message=sentence)
         self._record_settled("granted")
@@ -295,8 +304,12 @@ class SourceSession:
 
     def _paused(self, error: PostcopydError) -> None:
         """After the grant nobody here runs the guest, whatever happened."""
-        if self.vm.status["phase"] == "drained":
+        if self._completed is not None:
             self.log.warning("after drained", error=str(error))
+            if "result" not in self.vm.status:
+                message = f"{self.vm.status['message']}; the VMM here was not ended: {error}"
+                self.vm.show(result=self._completed, message=message)
+                self._record_settled("granted")
             return
         where = "runs" if self.machine.state in (Source.RAN, Source.DRAINED) else "was granted"
         self.machine.happened(Happened.LOST)
@@ -328,7 +341,7 @@ class SourceSession:
             try:
                 with trio.fail_after(ROLLBACK_S):
                     await vm.driver.rollback()
-            except (PostcopydError, trio.TooSlowError) as trouble:
+            except Exception as trouble:  # a driver's bug too: the rest must happen
                 why = str(trouble) or f"no answer within {ROLLBACK_S:.0f} s"
                 sentence = (
                     f"{name} was not moved ({error}) and its VMM here did not run it again: {why}; "

@@ -10,11 +10,13 @@ never happen.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import mmap
 import os
+import struct
 from collections.abc import AsyncIterable, Awaitable, Callable
-from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import trio
 from needs import missing
@@ -25,6 +27,7 @@ PAGE = 4096
 PAGES = (24, 8)  # of each region
 DEVICE_STATE = (b"registers", b"and devices")
 USERFAULTFD, USER_MODE_ONLY = 323, 1
+UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 
 
 class Guest:
@@ -151,8 +154,7 @@ class FakeVmm(Vmm):
     async def adopt(self, shape: Shape) -> list[int]:
         await self._at("adopt")
         self._uffd = userfaultfd()
-        self._adopting = os.dup(self._uffd)
-        return [self._adopting]
+        return [os.dup(self._uffd)]
 
     async def load(self, receive: AsyncIterable[bytes]) -> None:
         self.state = "loading"
@@ -171,7 +173,7 @@ class FakeVmm(Vmm):
     async def release(self) -> None:
         await self._at("release")
         self.releases += 1
-        whole = self.guest.vmms["source"].memory() == self.memory(registered=True)
+        whole = self.guest.vmms["source"].memory() == self.memory()
         self.guest.never(self.state not in ("incoming", "ended") and not whole, "zeros for pages")
         self._let_go()
 
@@ -196,20 +198,24 @@ class FakeVmm(Vmm):
         self.died = True
         self._ended()
 
-    def memory(self, *, registered: bool = False) -> list[bytes]:
+    def memory(self) -> list[bytes]:
         """Guest RAM as its files have it; reading those never waits for a page."""
         return [os.pread(fd, n * PAGE, 0) for fd, n in zip(self._files, PAGES, strict=True)]
 
     def registered(self) -> bool:
         """Whether an access to guest RAM may still wait for somebody."""
-        addresses = {f"{address_of(memory):x}-" for memory in self._maps}
-        inside = False
-        for line in Path("/proc/self/smaps").read_text().splitlines():
-            if line.startswith("VmFlags:"):
-                if inside and " um" in line:
-                    return True
-            elif line[0].islower() or line[0].isdigit():
-                inside = any(line.startswith(address) for address in addresses)
+        other = userfaultfd()
+        try:
+            fcntl.ioctl(other, UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
+            for memory in self._maps:
+                # Of each mapping, only one userfaultfd.
+                what = struct.pack("QQQQ", address_of(memory), len(memory), 1, 0)
+                fcntl.ioctl(other, UFFDIO_REGISTER, what)
+        except OSError as error:
+            assert error.errno == errno.EBUSY
+            return True
+        finally:
+            os.close(other)
         return False
 
     def free(self) -> None:
@@ -249,6 +255,3 @@ def userfaultfd() -> int:
     if fd < 0:
         missing(f"userfaultfd: {os.strerror(ctypes.get_errno())}")
     return fd
-
-
-Before = Literal["running", "paused"]
