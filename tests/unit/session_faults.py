@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A migration in a `session_world`, and the faults that it may meet, by name.
+
+A fault is called with the world and the name of the point that was reached; what it returns or
+raises is that point's."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+import trio
+import trio.testing
+from fake_vmm import FakeVmm
+from session_world import BUGS, LONG_S, Fault, Host, Instead, World
+
+from postcopyd import daemon
+from postcopyd import protocol as p
+from postcopyd.dest import session as arriving
+from postcopyd.source import session as leaving
+from postcopyd.store import StateNotWritten
+from postcopyd.vmm import State
+
+Clock = trio.testing.MockClock
+
+
+def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time that passes when nothing moves; engines have threads, so not at once."""
+    monkeypatch.setattr(daemon, "DRIVERS", {"process": FakeVmm})
+    monkeypatch.setattr(arriving, "PROGRESS_S", 1.0)
+    monkeypatch.setattr(leaving, "SHOW_S", 1.0)
+    return Clock(autojump_threshold=0.002)
+
+
+@asynccontextmanager
+async def world(
+    folder: Path, faults: dict[str, Fault], state: State = "running"
+) -> AsyncIterator[World]:
+    """A world; after the body nothing may be left open."""
+    descriptors = open_descriptors()
+    made = World(folder, faults, state)
+    with structlog.testing.capture_logs() as made.logs:
+        async with trio.open_nursery() as nursery:
+            for host in made.hosts.values():
+                await nursery.start(Host.serve, host)
+            try:
+                yield made
+            finally:
+                for host in made.hosts.values():
+                    host.stop()
+    for host in made.hosts.values():
+        if host.vm.waiting is not None:  # as the end of the process does
+            await host.vm.waiting.close()
+        host.vmm.free()
+    if open_descriptors() - descriptors:
+        gc.collect()  # a traceback may hold what a test has made
+    assert not open_descriptors() - descriptors
+
+
+def open_descriptors() -> Counter[str]:
+    """What this process has open, by kind; sockets of trio's own do not change meanwhile."""
+    found: Counter[str] = Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the descriptor of the listing itself
+            found[os.readlink(f"/proc/self/fd/{fd}").split(":")[0]] += 1
+    return found
+
+
+async def migrated(
+    folder: Path,
+    faults: dict[str, Fault],
+    state: State = "running",
+    *,
+    patience: float = LONG_S,
+    reached: bool = True,
+    **request: Any,
+) -> World:
+    """One migration with these faults, held to the invariants; `reached`: by each of the faults."""
+    async with world(folder, faults, state) as made:
+        made.patience = patience
+        await made.migrate(**request)
+        for point in faults:
+            assert made.went[point] or not reached, f"{point} was not reached"
+        await made.check()
+    return made
+
+
+# --- faults --------------------------------------------------------------------------------------
+
+
+def refusing(error: Exception) -> Fault:
+    def refuse(world: World, point: str) -> None:
+        raise error
+
+    if isinstance(error, RuntimeError):
+        BUGS.append(refuse)
+    return refuse
+
+
+def hanging(then: Fault) -> Fault:
+    """A call that would not end by itself, until something else happens."""
+
+    async def hang(world: World, point: str) -> None:
+        world.later(partial(then, world, point))
+        await trio.sleep_forever()
+
+    return hang
+
+
+def no_room(world: World, point: str) -> None:
+    raise StateNotWritten("writing the record of web1: No space left on device")
+
+
+def full(world: World, point: str) -> None:
+    world.hosts[point.partition(".")[0]].store.full = True
+
+
+def cut(world: World, point: str) -> None:
+    world.cut(p.CONTROL, p.DATA)
+
+
+def cut_data(world: World, point: str) -> None:
+    world.cut(p.DATA)
+
+
+def cut_control(world: World, point: str) -> None:
+    world.cut(p.CONTROL)
+
+
+def silence(world: World, point: str) -> None:
+    world.silent = True
+
+
+def cancel(world: World, point: str) -> None:
+    world.cancel()
+
+
+def source_says_error(world: World, point: str) -> None:
+    world.say("destination", p.Error("Broken", "it broke"))
+
+
+def destination_says_error(world: World, point: str) -> None:
+    world.say("source", p.Error("Broken", "it broke"))
+
+
+def stop_source(world: World, point: str) -> None:
+    world.source.stop()
+
+
+def stop_destination(world: World, point: str) -> None:
+    world.destination.stop()
+
+
+def stop_here(world: World, point: str) -> None:
+    world.hosts[point.partition(".")[0]].stop()
+
+
+def source_dies(world: World, point: str) -> None:
+    world.source.vmm.die()
+
+
+def destination_dies(world: World, point: str) -> None:
+    world.destination.vmm.die()
+
+
+def error(world: World, point: str) -> Instead:
+    return Instead(p.Error("Broken", "it broke"))
+
+
+def wrong(world: World, point: str) -> Instead:
+    """A message that is never due there."""
+    return Instead(p.Checked([]) if point.startswith("<-") else p.Offer(
+        "m", "web1", "process", [p.RegionOffer("ram0", 1, 4096)], {}, 1, 1
+    ))  # fmt: skip
+
+
+def torn(world: World, point: str) -> Instead:
+    return Instead(bytes=9, then_cut=True)
+
+
+def last(world: World, point: str) -> Instead:
+    return Instead(then_cut=True)
+
+
+def grant(world: World, point: str) -> Instead:
+    return Instead(p.Grant(99))
