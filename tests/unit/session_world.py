@@ -20,7 +20,6 @@ from fake_vmm import FakeVmm, Guest
 
 from postcopyd import daemon
 from postcopyd import protocol as p
-from postcopyd.connection import accepted_kind
 from postcopyd.control import MigrateRequest
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Source
@@ -48,16 +47,17 @@ class Instead(NamedTuple):
 class FullStore(Store):
     """A store that may have no room."""
 
-    def __init__(self, directory: Path, reach: Callable[[str], Any]) -> None:
+    def __init__(self, directory: Path, world: World, role: Role) -> None:
         super().__init__(directory)
         self.full = False
-        self._reach = reach
+        self._world, self._role = world, role
 
     def save(self, name: str, record: dict[str, Any], *, durable: bool = False) -> None:
-        self._reach(f"record {record['ownership']}")
+        self._world.reach(f"{self._role}.record {record['ownership']}")
         if self.full:
             raise StateNotWritten(f"writing the record of {name}: No space left on device")
         super().save(name, record, durable=durable)
+        self._world.guest.granted |= record["ownership"] == "granted"
 
 
 class Host:
@@ -65,7 +65,7 @@ class Host:
 
     def __init__(self, world: World, role: Role, state: State, folder: Path) -> None:
         self.role = role
-        self.store = FullStore(folder / role, lambda word: world.reach(f"{role}.{word}"))
+        self.store = FullStore(folder / role, world, role)
         self.vmm = FakeVmm(world.guest, role, state, world.arrive)
         self.session: Any = None
         self._hooks = folder / f"{role}-hooks"
@@ -201,13 +201,16 @@ class World:
             nursery.cancel_scope.cancel()
 
     async def _carry(self, source: trio.SocketStream) -> None:
-        kind = await accepted_kind(source)
+        first = bytes(await source.receive_some(1))
+        if not first:
+            return  # given up before it began
+        kind = bytes(await source.receive_some(first[0] & 0x1F)).decode()
         try:
             there = await trio.open_tcp_stream("127.0.0.1", self.destination.port)
         except OSError:  # that daemon was stopped
             await trio.aclose_forcefully(source)
             return
-        await there.send_all(bytes([0xA0 | len(kind)]) + kind.encode())
+        await there.send_all(first + kind.encode())
         self._streams |= {source: kind, there: kind}
         if kind == p.CONTROL:
             self._ends = {"source": source, "destination": there}
@@ -366,6 +369,7 @@ class World:
             "paused": {
                 Source.GRANTED_LOST,
                 Source.RAN_LOST,
+                Source.DRAINED,  # and the counts differ
                 Destination.IN_DOUBT,
                 Destination.GRANTED_LOST,
                 Destination.RUNNING_LOST,

@@ -24,7 +24,7 @@ from session_faults import (
     stop_source,
     world,
 )
-from session_world import Fault, World
+from session_world import Fault, Instead, World
 
 from postcopyd import protocol as p
 from postcopyd.connection import Channel, PeerError, dial
@@ -99,6 +99,17 @@ async def test_keep_source(tmp_path: Path, clock: Clock) -> None:
     made = await migrated(tmp_path, {}, keep_source=True)
     assert made.source.vmm.state == "kept"
     assert made.source.vm.driver is not None
+
+
+async def test_counts_differ(tmp_path: Path, clock: Clock) -> None:
+    """A source that counts other pages than the destination keeps its copy."""
+
+    def fewer(made: World, point: str) -> Instead:
+        return Instead(p.Drained(31, 0, 31, 0, 0, 0, 0, 0.0, p.Faults()))
+
+    made = await migrated(tmp_path, {"<- drained": fewer})
+    assert made.source.vmm.state == "stopped"
+    assert "counts 31 pages" in made.source.vm.status["message"]
 
 
 # --- declined ------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from session_faults import (
     Clock,
     cancel,
     cut,
-    cut_control,
     cut_data,
     destination_dies,
     destination_says_error,
@@ -99,7 +98,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 ANYWHERE = [
-    cut, cut_data, cut_control, silence, stop_source, stop_destination, source_dies,
+    cut, cut_data, silence, stop_source, stop_destination, source_dies,
     destination_dies,
 ]  # fmt: skip
 
