@@ -165,10 +165,11 @@ def command(config: GuestConfig, qmp_path: Path, serial_path: Path) -> list[str]
         *("-append", _kernel_arguments(config)),
         *("-chardev", f"socket,id=serial0,path={serial_path},server=on,wait=off"),
         *("-serial", "chardev:serial0"),
-        *("-qmp", f"unix:{qmp_path},server=on,wait=off"),
     ]
+    # Before the daemon's, which `launch` waits for: QEMU makes them in this order.
     if config.second_qmp:
         arguments += ["-qmp", f"unix:{config.second_qmp},server=on,wait=off"]
+    arguments += ["-qmp", f"unix:{qmp_path},server=on,wait=off"]
     if config.disk:
         direct = "on" if config.disk_cache == "none" else "off"
         file = f"file.driver=file,file.filename={config.disk},file.cache.direct={direct}"
