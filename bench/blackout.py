@@ -130,6 +130,7 @@ def main() -> int:
     options = parser.parse_args()
     sizes = [int(size) for size in options.sizes.split(",")]
     about = table.machine(qemu=str(newest_qemu()), runs=options.runs)
+    table.warm(2 << 30)
     with tempfile.TemporaryDirectory(prefix="pcb-", dir="/dev/shm") as folder:
         blackouts, memory, idle = trio.run(run, Path(folder), sizes, options.runs)
     rows = [

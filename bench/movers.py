@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ways to move a running QEMU guest: by two daemons, and by QEMU's own postcopy.
+"""Ways to move a running QEMU guest: by two daemons, by QEMU's own postcopy, and with nothing to
+move but the devices.
 
-Owns what is specific to each; both give the same `Move`. The guest's second monitor is ours: there
-STOP and RESUME are seen, by QEMU's own time stamps, for both ways alike.
+Owns what is specific to each; all give the same `Move`. The guest's second monitor is ours: there
+STOP and RESUME are seen, by QEMU's own time stamps, for all ways alike.
 """
 
 from __future__ import annotations
@@ -111,9 +112,8 @@ async def _at(events: Events) -> float:
     return then - time.time() + trio.current_time()
 
 
-async def _capabilities(monitor: Qmp, state: bool) -> None:
-    names = ("postcopy-ram", "postcopy-preempt", "events")
-    capabilities = [{"capability": name, "state": state} for name in names]
+async def _capabilities(monitor: Qmp, names: tuple[str, ...], state: bool) -> None:
+    capabilities = [{"capability": name, "state": state} for name in ("events", *names)]
     await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
 
 
@@ -143,7 +143,12 @@ class Daemons:
 
 
 class Own:
-    """By QEMU's postcopy with preempt: started, and switched to postcopy at once, over loopback."""
+    """By QEMU itself over loopback TCP, with these capabilities; `then` is sent right after
+    `migrate`."""
+
+    def __init__(self, capabilities: tuple[str, ...], then: str | None) -> None:
+        self.capabilities = capabilities
+        self.then = then
 
     async def __call__(self, leaving: Qemu, arriving: Qemu) -> Move:
         parameters = {"max-bandwidth": UNLIMITED, "max-postcopy-bandwidth": 0}
@@ -152,7 +157,7 @@ class Own:
             uri = f"tcp:127.0.0.1:{probe.getsockname()[1]}"
         out, back = leaving.monitor, arriving.monitor
         for monitor in (out, back):
-            await _capabilities(monitor, True)
+            await _capabilities(monitor, self.capabilities, True)
             await monitor.execute("migrate-set-parameters", parameters)
         await back.execute("cont")  # while it waits: run as soon as it can, as without -S
         with (
@@ -162,7 +167,8 @@ class Own:
         ):
             await back.execute("migrate-incoming", {"uri": uri})
             await out.execute("migrate", {"uri": uri})
-            await out.execute("migrate-start-postcopy")
+            if self.then:
+                await out.execute(self.then)
             with trio.fail_after(SECONDS):
                 while (step := await steps.next())["data"]["status"] != "completed":
                     if step["data"]["status"] == "failed":
@@ -174,8 +180,19 @@ class Own:
             while (sent := await out.execute("query-migrate"))["status"] != "completed":
                 await trio.sleep(0.01)
         received = await back.execute("query-migrate")
-        await _capabilities(back, False)  # the next move may be by daemons
+        await _capabilities(back, self.capabilities, False)  # the next move may be by daemons
         ram: Mapping[str, Any] = sent["ram"]
         about = {k: v for k, v in received.items() if k.startswith("postcopy-")}
         about |= {k: ram[k] for k in ("normal", "duplicate", "postcopy-requests") if k in ram}
         return Move(stop, resume, drained, ram["transferred"], ram["normal"], about)
+
+
+def postcopy() -> Own:
+    """QEMU's postcopy with preempt, switched to at once."""
+    return Own(("postcopy-ram", "postcopy-preempt"), "migrate-start-postcopy")
+
+
+def devices_only() -> Own:
+    """For two QEMUs that map one RAM file: all memory is there at once. No move of this guest can
+    cost less."""
+    return Own(("x-ignore-shared",), None)

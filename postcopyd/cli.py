@@ -81,6 +81,9 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--control", metavar="PATH", help="the control socket to open")
     serve.add_argument("--listen", metavar="HOST:PORT", type=listen, help="where peers connect")
     serve.add_argument("--state-dir", metavar="DIR", help="where migrations are recorded")
+    serve.add_argument(
+        "--durable-dir", metavar="DIR", help="on disk: what must outlive a restart of this host"
+    )
     serve.add_argument("--tls", choices=("require", "off"), help="default: require")
     serve.add_argument("--tls-dir", metavar="DIR", help="certificates and keys")
     serve.add_argument("--hooks-dir", metavar="DIR", help="programs to run at a migration's turns")
@@ -107,16 +110,20 @@ def parser() -> argparse.ArgumentParser:
     client("cancel", verbs.cancel, "call off a migration, as long as that is possible")
     recover = client("recover", verbs.recover, "connect a paused migration again and go on")
     recover.add_argument("--to", metavar="HOST[:PORT]", type=address)
-    resolve = client("resolve", verbs.resolve, "decide about a guest whose source is lost")
+    resolve = client("resolve", verbs.resolve, "decide about a paused migration")
     way = resolve.add_mutually_exclusive_group(required=True)
     for decision, text in (
-        ("wait", "keep on waiting"),
-        ("poison", "fail its accesses to missing pages"),
-        ("kill", "end it"),
+        ("wait", "keep on waiting, as it does"),
+        ("poison", "at the destination, the source is lost: missing pages become memory errors"),
+        ("kill", "end what is here"),
+        ("take-back", "at the source, the destination is dead for certain: run the guest here"),
     ):
         way.add_argument(
-            f"--{decision}", action="store_const", const=decision, dest="decision", help=text
-        )
+            f"--{decision}", action="store_const", const=decision.replace("-", "_"),
+            dest="decision", help=text,
+        )  # fmt: skip
+    may_run = client("may-run", verbs.may_run, "ask before you start a guest on this host")
+    may_run.add_argument("--durable-dir", metavar="DIR", help="that of the daemon")
 
     certs = verb("certs", _certs, "make certificates for a set of hosts")
     certs.add_argument("--dir", metavar="DIR", required=True)
@@ -159,7 +166,7 @@ def _serve(args: argparse.Namespace) -> int:
 
     given = {"control": args.control, "listen": args.listen, "tls": args.tls}
     given["bandwidth"] = args.bandwidth
-    for key in ("state_dir", "tls_dir", "hooks_dir"):
+    for key in ("state_dir", "durable_dir", "tls_dir", "hooks_dir"):
         folder = getattr(args, key)
         given[key] = Path(folder) if folder else None
     options = config.serve_options(given, args.config)

@@ -16,6 +16,8 @@ from postcopyd.errors import PostcopydError
 
 DEFAULT_CONTROL = "/run/postcopyd/control"
 DEFAULT_PORT = 16525
+DEFAULT_STATE_DIR = Path("/run/postcopyd/state")
+DEFAULT_DURABLE_DIR = Path("/var/lib/postcopyd")
 # Beyond a few, more connections bring nothing but threads; the wire allows no more either.
 MAX_CONNECTIONS = 16
 
@@ -40,12 +42,22 @@ class ServeOptions(NamedTuple):
 
     control: str = DEFAULT_CONTROL
     listen: Address = Address("", DEFAULT_PORT)
-    state_dir: Path = Path("/run/postcopyd/state")
+    state_dir: Path = DEFAULT_STATE_DIR
     tls: Literal["require", "off"] = "require"
     tls_dir: Path = Path("/etc/pki/postcopyd")
     hooks_dir: Path | None = None
     bandwidth: int | None = None
     connections: int = 2
+    durable_dir: Path | None = None
+
+    @property
+    def durable(self) -> Path:
+        """`durable_dir`, where it is not said beside a `state_dir` that is: a daemon with folders
+        of its own touches no others."""
+        default = self.state_dir / "durable"
+        if self.state_dir == DEFAULT_STATE_DIR:
+            default = DEFAULT_DURABLE_DIR
+        return self.durable_dir or default
 
 
 def _invalid(sentence: str) -> PostcopydError:
@@ -125,6 +137,7 @@ _KEYS = {
     "control": _text,
     "listen": lambda value: parse_address(_text(value), listening=True),
     "state-dir": lambda value: Path(_text(value)),
+    "durable-dir": lambda value: Path(_text(value)),
     "tls": _tls,
     "tls-dir": lambda value: Path(_text(value)),
     "hooks-dir": lambda value: Path(_text(value)),

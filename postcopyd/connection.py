@@ -74,6 +74,7 @@ def tune(sock: trio.socket.SocketType) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(p.DEAD_S * 1000))
 
 
 def _kind_bytes(kind: str) -> bytes:
@@ -250,6 +251,22 @@ class Channel:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
+
+
+class Nobody(trio.abc.Stream):
+    """The stream of a channel to a peer that has not connected."""
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        raise trio.ClosedResourceError("it has not connected")
+
+    async def wait_send_all_might_not_block(self) -> None:
+        raise trio.ClosedResourceError("it has not connected")
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        raise trio.ClosedResourceError("it has not connected")
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
 
 
 @asynccontextmanager

@@ -20,24 +20,27 @@ from typing import Any, Literal
 import structlog
 import trio
 
-from postcopyd import control, vmm
+from postcopyd import control, hugepages, procfs, vmm
 from postcopyd import protocol as p
 from postcopyd.config import ServeOptions
 from postcopyd.connection import (
     Channel,
+    Nobody,
     PeerError,
     accepted_kind,
     open_nursery,
     receive_object,
     tune,
 )
-from postcopyd.control import MigrateRequest
+from postcopyd.control import Decision, MigrateRequest
+from postcopyd.dest import session as destination
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
-from postcopyd.handover import Destination, Machine
+from postcopyd.handover import Destination, Machine, Source
 from postcopyd.hooks import run_hooks
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
+from postcopyd.source import session as source
 from postcopyd.source.session import SourceSession
 from postcopyd.store import Store
 from postcopyd.vm import Vm
@@ -45,6 +48,9 @@ from postcopyd.vmm.process import ProcessVmm
 from postcopyd.vmm.qemu import QemuVmm
 
 DRIVERS: dict[str, type[vmm.Vmm]] = {"qemu": QemuVmm, "process": ProcessVmm}
+
+ANSWER_S = 10.0
+"""How long a source that asks after a migration waits for a session that is at its end."""
 
 MAX_PEERS = 256
 """Connections from other daemons at a time; a migration has one and those for its pages."""
@@ -73,15 +79,16 @@ class Daemon:
             await known.ended()
         if known is not None and known.status["phase"] == "paused":
             raise PostcopydError(
-                f"{name} is known here, in a migration that is not at its end: "
-                f"{known.status['message']}",
+                f"attaching {name} at {socket}: {name} is here already, in a migration that is not "
+                f"at its end: {known.status['message']}; `postcopyd resolve {name} --kill` ends "
+                f"its VMM here when you know that you must",
                 "Busy",
             )
         if known is not None and (known.driver is not None or known.claimed_by is not None):
             raise PostcopydError(
-                f"{name} is attached already, by {known.status['vm']}'s "
-                f"{known.driver.socket if known.driver else 'migration'}: "
-                f"`postcopyd detach {name}` first",
+                f"attaching {name} at {socket}: {name} is attached already, at "
+                f"{known.driver.socket if known.driver else 'a VMM that ended in its migration'}; "
+                f"if that is the wrong one, `postcopyd detach {name}` lets go of it first",
                 "AlreadyAttached",
             )
         connected = await DRIVERS[driver].connect(name, socket)
@@ -89,7 +96,9 @@ class Daemon:
         if vm.driver is not None or self.vms.get(name, vm) is not vm:
             await connected.aclose()  # somebody else was faster
             raise PostcopydError(
-                f"{name} was attached by somebody else just now", "AlreadyAttached"
+                f"attaching {name} at {socket}: {name} is attached already, by somebody else just "
+                f"now; if that is the wrong one, `postcopyd detach {name}` lets go of it first",
+                "AlreadyAttached",
             )
         vm.driver = connected
         try:
@@ -160,28 +169,87 @@ class Daemon:
         return self._vm(name).watch()
 
     async def restore(self) -> None:
-        """The VMs that the daemon before this one had, with what it last said of them."""
-        for name, record in self.settings.store.load().items():
-            vm = Vm(name, self.settings.store, None)
-            vm.epoch, vm.ownership = record["epoch"], record["ownership"]
+        """The VMs that the daemon before this one had. What it had under way goes on, each in a
+        task of its own that has claimed its VM when this returns."""
+        store = self.settings.store
+        records, unread = store.load_each()
+        intents, torn = store.intents_each()
+        for name, record in records.items():
+            vm = self.vms[name] = Vm(name, store, None)
+            vm.epoch, vm.ownership, vm.about = record["epoch"], record["ownership"], record["about"]
             vm.show(**record["status"])
-            unfinished = vm.ownership in ("intent", "arriving", "loading") or (
-                vm.ownership in ("granted", "owned") and vm.status["phase"] != "drained"
-            )
-            if unfinished:
-                vm.show(
-                    phase="paused",
-                    message=f"the daemon ended during a migration of {name} with "
-                    f"{vm.status['peer']} (here: {vm.ownership}); this version cannot continue it "
-                    f"and leaves its VMM here as it is: look at both VMMs before you run either",
+            claimed = vm.claim(self)
+            claimed.__enter__()
+            self._nursery.start_soon(self._restore, vm, record, claimed)
+        for name, intent in intents.items():
+            if name not in records:
+                unread[name] = (
+                    f"this host ended while {name} was on its way to {intent['peer']}: it may run "
+                    f"there; ask `postcopyd status {name}` there before you start it here"
                 )
-            self.vms[name] = vm
-            if record["socket"] and not unfinished and vm.ownership != "granted":
-                try:
-                    vm.driver = await DRIVERS[record["driver"]].connect(name, record["socket"])
-                    self._nursery.start_soon(self._follow, vm, vm.driver)
-                except PostcopydError as error:
-                    log.warning("VMM of a known VM not reached", vm=name, error=str(error))
+        for name, sentence in (unread | torn).items():
+            vm = self.vms.setdefault(name, Vm(name, store, None))
+            vm.show(role="source", phase="paused", message=sentence)
+            vm.show(peer=intents.get(name, {}).get("peer", ""))
+            log.error("VM not known any more", vm=name, why=sentence)
+
+    async def _restore(self, vm: Vm, record: dict[str, Any], claimed: Any) -> None:
+        """What this VM's record says is to be done now. Gives back the claim."""
+        owner, name = vm.ownership, vm.name
+        drained = vm.status["phase"] == "drained"
+        with claimed_for(claimed):
+            try:
+                await self._reach(vm, record)
+                if owner == "granted" and drained:
+                    await source.let_go(vm)
+                elif owner == "granted":
+                    session = await SourceSession.restored(
+                        vm, vm.about, self.settings, Machine(Source.GRANTED_LOST)
+                    )
+                    vm.claimed_by = session
+                    await session.resume()
+                elif owner == "owned":
+                    await self._restore_arrival(vm)
+                elif owner == "intent":
+                    await source.roll_back(vm, self.settings)
+                elif owner in ("arriving", "loading"):
+                    await destination.call_off(vm)
+            except PostcopydError as error:
+                vm.show(
+                    **({} if drained or owner in ("held", "declined") else {"phase": "paused"}),
+                    message=f"going on with {name} after a restart of the daemon "
+                    f"(here: {owner}, with {vm.status['peer'] or 'nobody'}): {error}",
+                )
+                log.error("VM not restored", vm=name, ownership=owner, error=str(error))
+            except Exception:  # one VM's bug is not the others' end
+                log.exception("bug in restoring", vm=name)
+
+    async def _reach(self, vm: Vm, record: dict[str, Any]) -> None:
+        """The VMM of a known VM, if it is the same process still."""
+        if not record["socket"]:
+            return
+        if procfs.started(record["pid"]) != record["started"]:
+            if vm.ownership in ("held", "declined", "arriving", "loading"):
+                return
+            if vm.ownership == "granted" and vm.status["phase"] == "drained":
+                return
+            raise vmm.VmmGone(f"process {record['pid']}, its VMM here, has ended")
+        vm.driver = await DRIVERS[record["driver"]].known(vm.name, record["socket"], record["pid"])
+        self._nursery.start_soon(self._follow, vm, vm.driver)
+
+    async def _restore_arrival(self, vm: Vm) -> None:
+        """Faults are taken again at once; the source asks for the rest to go on."""
+        channel = Channel(Nobody(), Machine(Destination.RUNNING_LOST), vm.status["peer"])
+        session = await DestinationSession.restored(vm, vm.about, channel, self.settings)
+        if session.complete:
+            await session.finish()
+        else:
+            vm.waiting = session
+            vm.show(
+                phase="paused",
+                message=f"{vm.name} is this host's and waits for pages that are still at "
+                f"{channel.peer}; it goes on when that host asks for it",
+            )
 
     # --- leaving -------------------------------------------------------------------------------
 
@@ -235,23 +303,50 @@ class Daemon:
             raise PostcopydError(f"{name} is in no migration", "NotMigrating")
 
     async def recover(self, name: str, to: str | None) -> None:
-        self._paused(name)
-        raise PostcopydError(
-            "this version cannot continue a paused migration; its guest waits, nothing is lost"
-        )
-
-    async def resolve(self, name: str, decision: Literal["wait", "poison", "kill"]) -> None:
         vm = self._paused(name)
-        if decision == "poison":
-            raise PostcopydError("this version cannot poison missing pages: wait, or kill")
-        if decision == "kill":
+        if not isinstance(vm.claimed_by, SourceSession):
+            raise PostcopydError(
+                f"continuing the migration of {name}: its source does that, {vm.status['peer']}; "
+                f"it dials by itself, or at once by `postcopyd recover {name}` there",
+                "NotMigrating",
+            )
+        vm.claimed_by.recover(to)
+
+    async def resolve(self, name: str, decision: Decision) -> None:
+        """What only a person can decide about a paused migration; to wait changes nothing."""
+        vm = self._paused(name)
+        arrived = vm.waiting if isinstance(vm.waiting, DestinationSession) else None
+        if decision == "poison" and arrived is None:
+            raise PostcopydError(
+                f"poisoning the missing pages of {name}: they are not missing here; say it where "
+                f"the guest waits for them, at {vm.status['peer']}",
+                "NotMigrating",
+            )
+        if decision == "take_back" and not isinstance(vm.claimed_by, SourceSession):
+            raise PostcopydError(
+                f"taking {name} back: that is for the host it left, {vm.status['peer']}",
+                "NotMigrating",
+            )
+        if decision == "wait":
+            return
+        if arrived is not None and decision == "poison":
+            vm.waiting = None
+            with vm.claim(arrived):
+                await arrived.poison()
+        elif isinstance(vm.claimed_by, SourceSession) and decision != "poison":
+            vm.claimed_by.resolve(decision)
+            await vm.free.wait()
+        elif decision == "kill":
             with vm.claim(self):
+                ended = "was not connected: end it by hand if it runs; its migration was given up"
                 if vm.driver is not None:
                     await vm.driver.end()
+                    ended = "was ended in the middle of its migration"
                 vm.settle(
                     phase="failed",
-                    message=f"the VMM of {name} here was ended by an operator's decision, in the "
-                    f"middle of its migration with {vm.status['peer']}",
+                    message=f"the VMM of {name} here {ended} with {vm.status['peer']}, by an "
+                    f"operator's decision; before you start it anywhere ask `postcopyd status "
+                    f"{name}` there",
                 )
                 vm.record("declined")
             log.warning("VMM ended by an operator", vm=name)
@@ -259,7 +354,11 @@ class Daemon:
     def _paused(self, name: str) -> Vm:
         vm = self._vm(name)
         if vm.status["phase"] != "paused":
-            raise PostcopydError(f"{name} has no paused migration here", "NotMigrating")
+            raise PostcopydError(
+                f"{name} has no paused migration here, so there is nothing to decide: it is "
+                f"{vm.status['phase']}, {vm.status['message']}",
+                "NotMigrating",
+            )
         return vm
 
     # --- arriving ------------------------------------------------------------------------------
@@ -301,7 +400,11 @@ class Daemon:
         try:
             hello = await channel.greet()
             channel.peer = f"{hello.host or address} ({address})"
-            offer = await channel.expect(p.Offer)
+            offer = await channel.receive()
+            if isinstance(offer, p.Resume):
+                await self._resume(channel, offer)
+                return
+            assert isinstance(offer, p.Offer)
             if not offer.check:
                 async with channel.alive(), open_nursery() as nursery:
                     nursery.start_soon(self._hear_end, channel)
@@ -333,9 +436,42 @@ class Daemon:
                     await session.run()
                 finally:
                     del self._arrivals[offer.migration]
+            self._after_arrival(vm, session)
         except PostcopydError as error:
             log.warning("offer refused", peer=channel.peer, error=str(error))
             await channel.tell_error(error)
+
+    async def _resume(self, channel: Channel, asked: p.Resume) -> None:
+        """A source asks what became of its guest: it is told, or goes on with the rest."""
+        vm = self._vm_here(asked.vm)
+        if (session := self._arrivals.get(asked.migration)) is not None:
+            await session.drop()
+        with trio.move_on_after(ANSWER_S):
+            await vm.free.wait()
+        if (vm.about.get("migration"), vm.epoch) != (asked.migration, asked.epoch):
+            raise PostcopydError(
+                f"migration {asked.migration} of {asked.vm} is not known at the destination",
+                "NotMigrating",
+            )
+        if isinstance(vm.waiting, DestinationSession):
+            session, vm.waiting = vm.waiting, None
+            with vm.claim(session):
+                self._arrivals[asked.migration] = session
+                try:
+                    await session.resume(channel, asked)
+                finally:
+                    del self._arrivals[asked.migration]
+            self._after_arrival(vm, session)
+        elif "answer" in vm.about:
+            await channel.send(p.parse_message(vm.about["answer"]))
+            with trio.move_on_after(ANSWER_S):
+                await channel.receive()  # acknowledged, or closed
+        else:
+            raise PostcopydError(f"at the destination: {vm.status['message']}", "Paused")
+
+    def _after_arrival(self, vm: Vm, session: DestinationSession) -> None:
+        if session.ram_here is not None:  # drained, and the VM is free again
+            self._nursery.start_soon(hugepages.give_back, vm, session.ram_here)
 
     async def _hear_end(self, channel: Channel) -> None:
         """Raises when the source takes its offer back or is gone; nothing else is due."""
@@ -380,7 +516,10 @@ async def serve(options: ServeOptions) -> None:
     gc.collect()
     gc.freeze()
     settings = Settings(
-        Store(options.state_dir), options.hooks_dir, options.bandwidth or 0, options.connections
+        Store(options.state_dir, options.durable),
+        options.hooks_dir,
+        options.bandwidth or 0,
+        options.connections,
     )
     control_listener = control.listen(options.control)
     listeners = await _listen(options)

@@ -201,6 +201,14 @@ int write_all(int fd, struct iovec *iov, int n) {
   return 0;
 }
 
+ssize_t write_now(int fd, const uint8_t *from, size_t bytes) {
+  ssize_t n;
+  do
+    n = send(fd, from, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+  while (n < 0 && errno == EINTR);
+  return n >= 0 ? n : errno == EAGAIN ? 0 : -errno;
+}
+
 void pc_frame_encode(uint8_t out[24], int kind, int region, uint64_t page, uint32_t count,
                      uint32_t payload) {
   struct frame f = {.kind = (uint8_t)kind, .region = (uint16_t)region, .page = page,

@@ -9,18 +9,24 @@ or what a VMM is.
 
 Ownership is one token with an epoch, *held* by the source until GRANT. The source records GRANTED
 before it sends the grant and from then on never runs the guest, unless the destination says
-*declined*, which it may only when its VMM has ended without a vCPU having run. The destination runs
-only what was granted. Between the grant and the answer the source does not know which: it waits.
+*declined*, which it may only when its VMM has ended without a vCPU having run, or a person says
+that the destination is dead. The destination runs only what was granted. Between the grant and the
+answer the source does not know which: it waits.
 
-A connection lost before the grant ends the migration with the guest at the source. But once the
-destination has said *loaded* it cannot know whether a grant was recorded: it keeps the loaded
-guest, not running, until the source has said (state IN_DOUBT).
+A connection lost before the grant ends the migration with the guest at the source. A destination
+that loses it before it has the grant ends its VMM and has declined, whatever the source may have
+recorded: no vCPU has run there, and a source that has granted asks until it is told so.
+
+A connection lost after the grant pauses the migration. The source dials again and asks (Resume);
+the destination says what became of the guest. A record outlives a daemon (vm.py): one that was
+started again begins in GRANTED_LOST, DECLINED, RUNNING_LOST or DONE.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 from postcopyd import protocol as p
 from postcopyd.protocol import LocalProtocolError, RemoteProtocolError
@@ -44,7 +50,10 @@ class Source(Enum):
     DECLINED = "declined"
     ROLLED_BACK = "rolled back"
     GRANTED_LOST = "granted, connection lost"
+    GRANTED_ASKS = "granted, asks"
     RAN_LOST = "ran, connection lost"
+    RAN_ASKS = "ran, asks"
+    TAKEN_BACK = "taken back"
 
 
 class Destination(Enum):
@@ -65,9 +74,9 @@ class Destination(Enum):
     CHECKED = "checked"
     DECLINED = "declined"
     CALLED_OFF = "called off"
-    IN_DOUBT = "loaded, connection lost"
-    GRANTED_LOST = "granted, connection lost"
     RUNNING_LOST = "running, connection lost"
+    RESUMED = "running, resumed"
+    ASKED_LATER = "asked later"
 
 
 class Sent:
@@ -95,6 +104,7 @@ class Happened(Enum):
 
     LOST = "the connection was lost"
     FAILED = "something failed here"
+    TAKEN_BACK = "a person says that the destination is dead for certain"
 
 
 State = Source | Destination
@@ -134,6 +144,8 @@ SOURCE: Mapping[Source, Mapping[Event, Source]] = {
         Happened.FAILED: Source.GRANTED_LOST,
     },
     Source.RAN: {
+        Received(p.Have): Source.RAN,
+        Received(p.Serving): Source.RAN,
         Received(p.Progress): Source.RAN,
         Received(p.Drained): Source.DRAINED,
         _ERROR: Source.RAN_LOST,
@@ -153,8 +165,40 @@ SOURCE: Mapping[Source, Mapping[Event, Source]] = {
         Happened.LOST: Source.ROLLED_BACK,
         Happened.FAILED: Source.ROLLED_BACK,
     },
-    Source.GRANTED_LOST: {Happened.LOST: Source.GRANTED_LOST, Happened.FAILED: Source.GRANTED_LOST},
-    Source.RAN_LOST: {Happened.LOST: Source.RAN_LOST, Happened.FAILED: Source.RAN_LOST},
+    Source.GRANTED_LOST: {
+        Received(p.Hello): Source.GRANTED_LOST,
+        Sent(p.Resume): Source.GRANTED_ASKS,
+        Happened.TAKEN_BACK: Source.TAKEN_BACK,
+        _ERROR: Source.GRANTED_LOST,
+        Happened.LOST: Source.GRANTED_LOST,
+        Happened.FAILED: Source.GRANTED_LOST,
+    },
+    Source.GRANTED_ASKS: {
+        Received(p.Ready): Source.GRANTED_ASKS,
+        Received(p.Ran): Source.RAN,
+        Received(p.Declined): Source.DECLINED,
+        Received(p.Drained): Source.DRAINED,
+        _ERROR: Source.GRANTED_LOST,
+        Happened.LOST: Source.GRANTED_LOST,
+        Happened.FAILED: Source.GRANTED_LOST,
+    },
+    Source.RAN_LOST: {
+        Received(p.Hello): Source.RAN_LOST,
+        Sent(p.Resume): Source.RAN_ASKS,
+        Happened.TAKEN_BACK: Source.TAKEN_BACK,
+        _ERROR: Source.RAN_LOST,
+        Happened.LOST: Source.RAN_LOST,
+        Happened.FAILED: Source.RAN_LOST,
+    },
+    Source.RAN_ASKS: {
+        Received(p.Ready): Source.RAN_ASKS,
+        Received(p.Ran): Source.RAN,
+        Received(p.Drained): Source.DRAINED,
+        _ERROR: Source.RAN_LOST,
+        Happened.LOST: Source.RAN_LOST,
+        Happened.FAILED: Source.RAN_LOST,
+    },
+    Source.TAKEN_BACK: {Happened.LOST: Source.TAKEN_BACK, Happened.FAILED: Source.TAKEN_BACK},
 }
 
 _DESTINATION_LETS_GO: dict[Event, Destination] = {
@@ -167,7 +211,11 @@ _DESTINATION_LETS_GO: dict[Event, Destination] = {
 
 DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
     Destination.GREETING: {Received(p.Hello): Destination.WAITING, **_DESTINATION_LETS_GO},
-    Destination.WAITING: {Received(p.Offer): Destination.OFFERED, **_DESTINATION_LETS_GO},
+    Destination.WAITING: {
+        Received(p.Offer): Destination.OFFERED,
+        Received(p.Resume): Destination.ASKED_LATER,
+        **_DESTINATION_LETS_GO,
+    },
     Destination.OFFERED: {
         Sent(p.Checked): Destination.CHECKED,
         Sent(p.Ready): Destination.CONNECTING,
@@ -181,21 +229,18 @@ DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
         **_DESTINATION_LETS_GO,
     },
     Destination.LOADING: {Sent(p.Loaded): Destination.LOADED, **_DESTINATION_LETS_GO},
-    Destination.LOADED: {
-        Received(p.Grant): Destination.GRANTED,
-        Received(p.Cancel): Destination.CALLED_OFF,
-        _ERROR: Destination.CALLED_OFF,
-        Happened.LOST: Destination.IN_DOUBT,
-        Happened.FAILED: Destination.IN_DOUBT,
-    },
+    Destination.LOADED: {Received(p.Grant): Destination.GRANTED, **_DESTINATION_LETS_GO},
     Destination.GRANTED: {
         Sent(p.Ran): Destination.RUNNING,
         Sent(p.Declined): Destination.DECLINED,
-        _ERROR: Destination.GRANTED_LOST,
-        Happened.LOST: Destination.GRANTED_LOST,
-        Happened.FAILED: Destination.GRANTED_LOST,
+        # It may run: who was told to run it and did not answer cannot decline any more.
+        _ERROR: Destination.RUNNING_LOST,
+        Happened.LOST: Destination.RUNNING_LOST,
+        Happened.FAILED: Destination.RUNNING_LOST,
     },
     Destination.RUNNING: {
+        Sent(p.Have): Destination.RUNNING,
+        Sent(p.Serving): Destination.RUNNING,
         Sent(p.Progress): Destination.RUNNING,
         Sent(p.Drained): Destination.DRAINED,
         _ERROR: Destination.RUNNING_LOST,
@@ -223,39 +268,60 @@ DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
         Happened.LOST: Destination.CALLED_OFF,
         Happened.FAILED: Destination.CALLED_OFF,
     },
-    Destination.IN_DOUBT: {
-        Happened.LOST: Destination.IN_DOUBT,
-        Happened.FAILED: Destination.IN_DOUBT,
-    },
-    Destination.GRANTED_LOST: {
-        Happened.LOST: Destination.GRANTED_LOST,
-        Happened.FAILED: Destination.GRANTED_LOST,
-    },
     Destination.RUNNING_LOST: {
+        Received(p.Resume): Destination.RESUMED,
+        # All pages had come already when the connection was lost.
+        Sent(p.Drained): Destination.DRAINED,
         Happened.LOST: Destination.RUNNING_LOST,
         Happened.FAILED: Destination.RUNNING_LOST,
     },
+    Destination.RESUMED: {
+        Sent(p.Ready): Destination.RESUMED,
+        Sent(p.Ran): Destination.RUNNING,
+        _ERROR: Destination.RUNNING_LOST,
+        Happened.LOST: Destination.RUNNING_LOST,
+        Happened.FAILED: Destination.RUNNING_LOST,
+    },
+    # The state of a connection that asks; what it is told was decided, and recorded, before.
+    Destination.ASKED_LATER: {
+        Sent(p.Drained): Destination.DRAINED,
+        Sent(p.Declined): Destination.DECLINED,
+        Sent(p.Error): Destination.CALLED_OFF,
+        _ERROR: Destination.CALLED_OFF,
+        Happened.LOST: Destination.CALLED_OFF,
+        Happened.FAILED: Destination.CALLED_OFF,
+    },
+}
+
+TABLES: Mapping[type[State], Mapping[Any, Mapping[Event, State]]] = {
+    Source: SOURCE,
+    Destination: DESTINATION,
 }
 
 SOURCE_GAVE_AWAY = frozenset(
-    {Source.GRANTED, Source.GRANTED_LOST, Source.RAN, Source.RAN_LOST, Source.DRAINED}
+    {
+        Source.GRANTED,
+        Source.GRANTED_LOST,
+        Source.GRANTED_ASKS,
+        Source.RAN,
+        Source.RAN_LOST,
+        Source.RAN_ASKS,
+        Source.DRAINED,
+    }
 )
 """States in which the source never runs the guest."""
 
 DESTINATION_RUNS = frozenset(
     {
         Destination.GRANTED,
-        Destination.GRANTED_LOST,
         Destination.RUNNING,
         Destination.RUNNING_LOST,
+        Destination.RESUMED,
         Destination.DRAINED,
         Destination.DONE,
     }
 )
-"""States in which the destination may run the guest."""
-
-DESTINATION_KEEPS = DESTINATION_RUNS | {Destination.LOADED, Destination.IN_DOUBT}
-"""States in which the destination must not end its VMM by itself: it may be the only guest."""
+"""States in which the destination may run the guest, and must not end its VMM by itself."""
 
 
 class Machine:
@@ -288,9 +354,7 @@ class Machine:
     def _go(
         self, event: Event, error: type[LocalProtocolError | RemoteProtocolError], verb: str
     ) -> None:
-        table: Mapping[State, Mapping[Event, State]]
-        table = SOURCE if isinstance(self.state, Source) else DESTINATION  # type: ignore[assignment]
-        after = table[self.state].get(event)
+        after = TABLES[type(self.state)][self.state].get(event)
         if after is None:
             what = event.message.__name__ if isinstance(event, Sent) else event.value
             raise error(

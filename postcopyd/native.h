@@ -41,6 +41,7 @@ struct pc_stats {
   uint64_t pushed_pages;      /* came (or went) on push connections, zero pages not counted */
   uint64_t duplicate_pages;   /* destination: came again and were dropped */
   uint64_t discarded_pages;   /* destination: faults on pages placed before: zeros given */
+  uint64_t lost_pages;        /* destination: of the confirmed, those given up by pc_dest_poison */
   uint64_t existing_pages;    /* destination: the kernel had a page there already (EEXIST) */
   uint64_t faults;            /* fault messages read */
   uint64_t requests;          /* pages asked for (destination), requests received (source) */
@@ -60,14 +61,25 @@ struct pc_dest;
 struct pc_source;
 
 /* Destination. `record` is a file of one byte for each page, made and kept by the caller so that it
- * outlives the process; the engine maps it. `wake` is an eventfd, written when something happened:
- * everything confirmed, or a failure. */
+ * outlives the process; the engine maps it. An empty one becomes a new record, one of an earlier
+ * engine of the same guest is gone on with: what that has confirmed counts at once. `wake` is an
+ * eventfd, written when something happened: everything confirmed, or a failure. */
 struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int record, int wake,
                             char error[200]);
-int pc_dest_register(struct pc_dest *d);   /* UFFDIO_API, UFFDIO_REGISTER, fault threads start */
+/* UFFDIO_API, UFFDIO_REGISTER, fault threads start. `again`: an earlier engine has done so on the
+ * same userfaultfds and left them registered; whoever waits for it faults again. */
+int pc_dest_register(struct pc_dest *d, int again);
 int pc_dest_connect(struct pc_dest *d, int fd, int urgent);
 void pc_dest_disconnect(struct pc_dest *d); /* ends the connections; faults go on being taken */
-int pc_dest_unregister(struct pc_dest *d, int called_off); /* refused with -EBUSY while pages lack */
+/* Bit i % 8 of byte i / 8 becomes: page first + i is confirmed. -EINVAL outside the region. */
+int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t count, uint8_t *bits);
+/* A person has decided that the pages which lack are lost: they become memory errors (SIGBUS) and
+ * count as confirmed. Returns how many; -EBUSY while there are connections. Such a guest keeps its
+ * engine: its pages may not be unregistered, nor be read by another way than its own mapping, as the
+ * memory file has holes there and only the page tables know of the errors. */
+int64_t pc_dest_poison(struct pc_dest *d);
+/* Refused with -EBUSY while pages lack or when some were lost, unless the guest is called off. */
+int pc_dest_unregister(struct pc_dest *d, int called_off);
 void pc_dest_stop(struct pc_dest *d);
 void pc_dest_free(struct pc_dest *d);
 struct pc_stats *pc_dest_stats(struct pc_dest *d);
@@ -78,6 +90,10 @@ struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count,
                                 char error[200]);
 int pc_source_scan(struct pc_source *s);
 int pc_source_connect(struct pc_source *s, int fd, int urgent);
+/* These pages are at the destination (bits as pc_dest_have gives them) and are not pushed. Between
+ * pc_source_connect and pc_source_push; forgotten by pc_source_disconnect. -EINVAL outside the region. */
+int pc_source_have(struct pc_source *s, unsigned region, uint64_t first, uint64_t count,
+                   const uint8_t *bits);
 int pc_source_serve(struct pc_source *s);
 int pc_source_push(struct pc_source *s, uint64_t bytes_per_second); /* 0: no limit */
 void pc_source_disconnect(struct pc_source *s);
@@ -85,6 +101,11 @@ void pc_source_free(struct pc_source *s);
 struct pc_stats *pc_source_stats(struct pc_source *s);
 
 uint64_t pc_monotonic_ns(void);
+
+/* process_madvise(MADV_COLLAPSE) on one range of another process: huge pages now. Needs CAP_SYS_NICE
+ * there. It holds a lock of that process for as long as it copies: give it one huge page at a time.
+ * Linux before 6.1 answers -EINVAL. */
+int pc_collapse(int pidfd, uint64_t address, uint64_t bytes);
 
 /* The frame codec of wire.h, for the tests that hold it to Python's. */
 void pc_frame_encode(uint8_t out[24], int kind, int region, uint64_t page, uint32_t count,

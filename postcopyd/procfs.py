@@ -146,6 +146,17 @@ def status(pid: int | str) -> dict[str, str]:
     }
 
 
+def started(pid: int) -> int:
+    """When a process was started, in clock ticks since boot (field 22 of /proc/PID/stat); 0 when it
+    has ended. With its number it names one process of this boot."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return 0
+    state, *fields = stat.rpartition(")")[2].split()
+    return 0 if state in ("Z", "X") else int(fields[18])
+
+
 def has_thread(pid: int, number: int) -> bool:
     """Whether a process has a thread with this number, here or in its own PID namespace."""
     try:

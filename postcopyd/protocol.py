@@ -134,7 +134,8 @@ class Ready(Message, frozen=True, tag="ready"):
 
 
 class Serving(Message, frozen=True, tag="serving"):
-    """Guest RAM at the destination is adopted, all data connections are there."""
+    """Guest RAM at the destination is adopted, all data connections are there; on a connection that
+    resumes: all `Have` were sent."""
 
 
 class Handover(Message, frozen=True, tag="handover"):
@@ -219,6 +220,30 @@ class Acknowledged(Message, frozen=True, tag="acknowledged"):
     """The source has counted the same and lets go of its copy."""
 
 
+class Resume(Message, frozen=True, tag="resume"):
+    """In place of an offer, on a new connection: how far is this migration, whose connection was
+    lost after the grant? The answer is what became of the guest: `Ran`, with `Ready` before it for
+    new data connections, or `Drained`, or `Declined`.
+    """
+
+    migration: Name
+    vm: Name
+    epoch: Count
+
+
+class Have(Message, frozen=True, tag="have"):
+    """Pages of one region that the destination has, as its record confirms them.
+
+    Bit i % 8 of byte i // 8 is page `first` + i; `count` pages. What was sent and is not in here is
+    sent again.
+    """
+
+    region: Annotated[int, Meta(ge=0, lt=MAX_REGIONS)]
+    first: Count
+    count: Annotated[int, Meta(ge=1, le=8 * DEVICE_CHUNK)]
+    bits: Annotated[bytes, Meta(min_length=1, max_length=DEVICE_CHUNK)]
+
+
 class Cancel(Message, frozen=True, tag="cancel"):
     """The source takes the migration back, before the grant."""
 
@@ -238,7 +263,8 @@ class Keepalive(Message, frozen=True, tag="keepalive"):
 
 AnyMessage = (
     Hello | Offer | Checked | Ready | Serving | Handover | Device | DeviceEnd | Loaded | Grant
-    | Ran | Declined | Progress | Drained | Acknowledged | Cancel | Error | Keepalive
+    | Ran | Declined | Progress | Drained | Acknowledged | Resume | Have | Cancel | Error
+    | Keepalive
 )  # fmt: skip
 
 
@@ -390,7 +416,7 @@ class Frame(NamedTuple):
     kind: int
     region: int
     page: int
-    count: int  # type: ignore[assignment]  # hides tuple.count
+    count: int  # type: ignore[assignment]  # hides tuple.count: unused
     payload: int
 
 

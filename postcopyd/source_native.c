@@ -10,7 +10,9 @@
  *
  * Two bitmaps, one bit for each page, changed by atomic operations:
  *   data   found by SEEK_DATA (or /proc/PID/pagemap); a clear bit means hole, after the last scan
- *   sent   who sets it first sends the page; so each is pushed at most once
+ *   sent   who sets it first sends the page; so each is pushed at most once. Cleared when the
+ *          connections end, as what was on its way may be lost; pc_source_have then sets it for what
+ *          the destination says it has
  * A request is always answered, also for a page that was pushed: the destination asks once and only
  * for what has not arrived, so it waits behind others on a push connection. To send it again cost
  * 0.1-0.3 % more bytes and took the guest's p99 from 1.6-4.9 ms to 0.4-2.2 ms (1 GiB QEMU guest
@@ -544,6 +546,17 @@ static int start(struct pc_source *s, bool urgent, const char *name, void *(*run
 
 int pc_source_serve(struct pc_source *s) {
   return start(s, true, "pc-urgent", urgent_run);
+}
+
+int pc_source_have(struct pc_source *s, unsigned region, uint64_t first, uint64_t count,
+                   const uint8_t *bits) {
+  struct region *r = region < s->region_count ? &s->regions[region] : NULL;
+  if (!r || first > r->is.pages || count > r->is.pages - first)
+    return -EINVAL;
+  for (uint64_t i = 0; i < count; i++)
+    if (bits[i / 8] >> i % 8 & 1)
+      bit_take(s->sent, r->first + first + i);
+  return 0;
 }
 
 int pc_source_push(struct pc_source *s, uint64_t bytes_per_second) {

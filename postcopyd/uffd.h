@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The kernel's userfaultfd interface as of Linux 6.18 (Documentation/admin-guide/mm/userfaultfd.rst),
- * as far as it is used here: a distribution's headers are often older than its kernel. */
+ * as far as it is used here: a distribution's headers are often older than its kernel. POISON is
+ * there since Linux 6.6 (include/uapi/linux/userfaultfd.h); before, the ioctl is EINVAL. */
 #ifndef POSTCOPYD_UFFD_H
 #define POSTCOPYD_UFFD_H
 
@@ -30,6 +31,11 @@ struct uffdio_zeropage {
   uint64_t mode;
   int64_t zeropage;
 };
+struct uffdio_poison {
+  struct uffdio_range range;
+  uint64_t mode;
+  int64_t updated;
+};
 struct uffd_msg {
   uint8_t event, reserved1;
   uint16_t reserved2;
@@ -49,9 +55,11 @@ struct uffd_msg {
 #define UFFDIO_WAKE _IOR(0xAA, 0x02, struct uffdio_range)
 #define UFFDIO_COPY _IOWR(0xAA, 0x03, struct uffdio_copy)
 #define UFFDIO_ZEROPAGE _IOWR(0xAA, 0x04, struct uffdio_zeropage)
+#define UFFDIO_POISON _IOWR(0xAA, 0x08, struct uffdio_poison)
 
 _Static_assert(sizeof(struct uffd_msg) == 32 && UFFDIO_COPY == 0xc028aa03ul &&
-                   UFFDIO_API == 0xc018aa3ful && UFFDIO_ZEROPAGE == 0xc020aa04ul,
+                   UFFDIO_API == 0xc018aa3ful && UFFDIO_ZEROPAGE == 0xc020aa04ul &&
+                   UFFDIO_POISON == 0xc020aa08ul,
                "the kernel's layout");
 
 #endif

@@ -16,20 +16,29 @@
  *   WANTED           a fault waits and the page was asked for
  *   CLAIMED          one thread is placing it; WANTED beside it: a fault came meanwhile
  *   DONE             confirmed: placed, or known to be zeros
+ *   DONE and LOST    given up, and a memory error for whoever touches it
  *
  * Who may change it: a fault thread sets WANTED; a receiving thread claims (from 0 or WANTED) and
- * only the claimer makes DONE of it. DONE is never taken back. So a page is placed once, and a
+ * only the claimer makes DONE of it; pc_dest_poison gives up what nobody can have claimed, as there
+ * are no receiving threads then. DONE is never taken back. So a page is placed once, and a
  * duplicate finds DONE or CLAIMED and is dropped. A fault on a DONE page is answered with zeros:
  * the page is a hole, or was placed and the guest has discarded it since (or the message is older
- * than the placing: then the kernel says EEXIST and nobody is harmed). After a crash WANTED and
- * CLAIMED mean nothing; EEXIST tells of a page that was placed and not yet confirmed.
+ * than the placing: then the kernel says EEXIST and nobody is harmed).
+ *
+ * A LOST page is never answered with zeros: for shared memory the kernel lets ZEROPAGE and COPY
+ * replace a memory error (seen on Linux 6.18). So the error is there before the record says DONE,
+ * and a fault thread whose message is older than the error makes it again, which wakes who waits.
+ *
+ * An engine that goes on with the record of one that was killed keeps DONE and LOST and forgets the
+ * rest: who waited faults again, and EEXIST tells of a page that was placed and not yet confirmed.
  *
  * Locks: `asking` guards the urgent connection's requests. Everything else is the record's bytes
  * and counters, changed by atomic operations. The fault threads alone send requests; `notice` tells
- * them of a new urgent connection, or to stop.
+ * them of a new urgent connection, or to stop. They never wait for anything but the next message: a
+ * receiving thread may, for memory, and then only its connection waits.
  *
- * Nothing in here ever closes a userfaultfd or unregisters on failure: a guest whose engine has
- * stopped waits, it does not read zeros. */
+ * Nothing in here ever closes a userfaultfd, or unregisters what a guest may have touched, on
+ * failure: a guest whose engine has stopped waits, it does not read zeros. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -41,13 +50,14 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "engine.h"
 #include "uffd.h"
 
-enum { WANTED = 1, CLAIMED = 2, DONE = 4 };
+enum { WANTED = 1, CLAIMED = 2, DONE = 4, LOST = 8 };
 /* The same bits in each byte of a word of the record, to look at eight pages at a time. */
 #define EIGHT(state) (0x0101010101010101ull * (state))
 
@@ -59,8 +69,10 @@ enum { FAULTS_AT_ONCE = 64, REQUESTS_WAITING = 4096 };
 enum { URGENT_AHEAD = 16 * (4096 + FRAME_BYTES) };
 /* When a page was asked for, kept for the latency statistics; a collision loses one sample. */
 enum { ASKED_SLOTS = 4096 };
-/* How long placing waits before it tries again when the destination has no memory. */
+/* How long it takes until placing is tried again when the destination has no memory. */
 enum { NO_MEMORY_WAIT_MS = 10 };
+/* What place() takes for the address of data: memory errors are to be placed. */
+static const uint8_t POISON;
 
 struct asked {
   _Atomic uint64_t page_and_one, at_ns;
@@ -142,17 +154,14 @@ static void ask_wanted(struct pc_dest *d) {
 static void ask_flush(struct pc_dest *d) {
   while (d->urgent >= 0) {
     while (d->waiting_from < d->waiting_to) {
-      ssize_t n = send(d->urgent, d->waiting + d->waiting_from, d->waiting_to - d->waiting_from,
-                       MSG_DONTWAIT | MSG_NOSIGNAL);
-      if (n < 0 && errno == EINTR)
-        continue;
+      ssize_t n = write_now(d->urgent, d->waiting + d->waiting_from,
+                            d->waiting_to - d->waiting_from);
       if (n < 0) {
-        if (errno == EAGAIN)
-          return;
         shutdown(d->urgent, SHUT_RDWR); /* the receiving thread sees it and reports */
         d->urgent = -1;
-        return;
       }
+      if (n <= 0)
+        return;
       d->waiting_from += (size_t)n;
     }
     d->waiting_from = d->waiting_to = 0;
@@ -173,16 +182,10 @@ static bool called_off(struct pc_dest *d) {
   return atomic_load(&d->stopping) || atomic_load(&d->ending);
 }
 
-static void wait_for_memory(struct pc_dest *d) {
-  count_add(d->stats.stalls, 1);
-  engine_wake(d->wake); /* so that somebody is told */
-  poll(NULL, 0, NO_MEMORY_WAIT_MS);
-}
-
 /* Puts `count` pages from `from` (NULL: zeros) into the guest and wakes who waits for them. Pages
  * already there are left alone and counted in `*existing`. Returns 0, or -errno with `*placed`
- * pages done: -ESRCH the VMM is gone, -ECANCELED connections or engine are ended, else what the
- * kernel says. */
+ * pages done: -ESRCH the VMM is gone, what shall_try_again() says, else what the kernel says. Never
+ * waits. */
 static int place(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,
                  const uint8_t *from, uint64_t *placed, uint64_t *existing) {
   uint64_t done = 0, span = count;
@@ -192,7 +195,11 @@ static int place(struct pc_dest *d, struct region *r, uint64_t page, uint64_t co
     uint64_t to = r->is.address + ((page + done) << r->page_shift);
     int64_t bytes;
     int error = 0;
-    if (from || r->is.page_size != 4096) { /* ZEROPAGE does not exist for hugetlbfs */
+    if (from == &POISON) {
+      struct uffdio_poison poison = {.range = {to, pages << r->page_shift}};
+      error = ioctl(r->is.uffd, UFFDIO_POISON, &poison) ? errno : 0;
+      bytes = poison.updated;
+    } else if (from || r->is.page_size != 4096) { /* ZEROPAGE does not exist for hugetlbfs */
       struct uffdio_copy copy = {
           .dst = to,
           .src = (uintptr_t)(from ? from + (done << r->page_shift) : d->zeros),
@@ -207,6 +214,7 @@ static int place(struct pc_dest *d, struct region *r, uint64_t page, uint64_t co
     }
     if (!error) {
       done += pages;
+      span = 2 * pages;
       continue;
     }
     if (bytes > 0) { /* partly done: the rest tells by itself why it stopped */
@@ -219,18 +227,9 @@ static int place(struct pc_dest *d, struct region *r, uint64_t page, uint64_t co
       ++*existing;
       done++;
       break;
-    case EAGAIN: /* an event is to be read first: the fault threads do */
-      failed = called_off(d) ? -ECANCELED : 0;
-      sched_yield();
-      break;
     case ENOENT: /* a run may lie across two mappings; one page cannot */
       failed = pages > 1 ? 0 : -ENOENT;
-      span = 1;
-      break;
-    case ENOMEM:
-    case ENOSPC: /* the guest waits rather than lose a page */
-      wait_for_memory(d);
-      failed = called_off(d) ? -ECANCELED : 0;
+      span = pages / 2;
       break;
     default:
       failed = -error;
@@ -240,10 +239,20 @@ static int place(struct pc_dest *d, struct region *r, uint64_t page, uint64_t co
   return failed;
 }
 
+/* Whether placing may go well a while later: there is no memory now (the guest waits rather than
+ * lose a page), or the VMM is changing its mappings. */
+static bool shall_try_again(struct pc_dest *d, int failed) {
+  if (failed != -ENOMEM && failed != -ENOSPC)
+    return failed == -EAGAIN;
+  count_add(d->stats.stalls, 1);
+  engine_wake(d->wake); /* so that somebody is told */
+  return true;
+}
+
 static void place_failed(struct pc_dest *d, struct region *r, uint64_t page, int error) {
   if (error == -ESRCH)
     engine_fail(&d->stats, d->wake, PC_VMM_GONE, "the VMM has ended while its pages were placed");
-  else if (error != -ECANCELED)
+  else
     engine_fail(&d->stats, d->wake, PC_MEMORY, "placing page %llu of region %d at %#llx: %s",
                 (unsigned long long)page, (int)(r - d->regions),
                 (unsigned long long)(r->is.address + (page << r->page_shift)),
@@ -257,11 +266,13 @@ static void confirmed(struct pc_dest *d, uint64_t count) {
     engine_wake(d->wake);
 }
 
-/* Notes pages that this thread has claimed and placed. A fault that came between the claim and now
- * was told to wait for this placing; wake it, because the page may be discarded again already. */
-static void confirm(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count) {
+/* Notes pages that this thread has claimed and placed (or poisoned), as DONE or DONE | LOST. A fault
+ * that came meanwhile was told to wait for this; wake it, because the page may be discarded again
+ * already. */
+static void confirm(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,
+                    uint8_t state) {
   for (uint64_t i = page; i < page + count; i++)
-    if (atomic_exchange(&d->record[r->first + i], DONE) & WANTED)
+    if (atomic_exchange(&d->record[r->first + i], state) & WANTED)
       wake_page(r, i);
   confirmed(d, count);
 }
@@ -299,8 +310,8 @@ static void note_latency(struct pc_dest *d, struct region *r, uint64_t page) {
 static bool receive_pages(struct pc_dest *d, struct region *r, const struct frame *f,
                           const uint8_t *payload, bool urgent) {
   for (uint64_t i = 0; i < f->count;) {
-    uint64_t first = f->page + i, run = 0, placed, existing = 0;
-    bool wanted = false, any = false;
+    uint64_t first = f->page + i, run = 0, placed = 0, more, existing = 0;
+    bool wanted = false, any = false, again;
     while (i + run < f->count && claim(d, r, first + run, &wanted))
       run++, any |= wanted;
     if (run == 0) {
@@ -308,8 +319,15 @@ static bool receive_pages(struct pc_dest *d, struct region *r, const struct fram
       i++;
       continue;
     }
-    int failed = place(d, r, first, run, payload ? payload + (i << r->page_shift) : NULL, &placed,
-                       &existing);
+    int failed;
+    do {
+      failed = place(d, r, first + placed, run - placed,
+                     payload ? payload + ((i + placed) << r->page_shift) : NULL, &more, &existing);
+      placed += more;
+      again = failed && shall_try_again(d, failed) && !called_off(d);
+      if (again)
+        poll(NULL, 0, failed == -EAGAIN ? 0 : NO_MEMORY_WAIT_MS);
+    } while (again);
     count_add(d->stats.existing_pages, existing);
     if (any)
       for (uint64_t page = first; page < first + placed; page++)
@@ -322,10 +340,11 @@ static bool receive_pages(struct pc_dest *d, struct region *r, const struct fram
       count_add(d->stats.urgent_pages, placed);
     else
       count_add(d->stats.pushed_pages, placed);
-    confirm(d, r, first, placed);
+    confirm(d, r, first, placed, DONE);
     if (failed) {
       unclaim(d, r, first + placed, run - placed);
-      place_failed(d, r, first + placed, failed);
+      if (!called_off(d))
+        place_failed(d, r, first + placed, failed);
       return false;
     }
     i += run;
@@ -409,38 +428,43 @@ static struct region *region_at(struct pc_dest *d, int uffd, uint64_t address) {
   return NULL;
 }
 
-/* One fault: answered from what is known, left to who is placing the page, or, when it returns
- * true, to be asked for. */
-static bool fault(struct pc_dest *d, struct region *r, uint64_t page, uint64_t now) {
+/* One fault: answered from what is known or left to who is placing the page; else the page is to be
+ * asked for, or to be tried again later. */
+enum answer { ANSWERED, ASK, LATER };
+
+static enum answer fault(struct pc_dest *d, struct region *r, uint64_t page, uint64_t now) {
   _Atomic uint8_t *state = &d->record[r->first + page];
   uint8_t is = atomic_load(state);
   do {
     if (is & DONE) {
       uint64_t placed, existing = 0;
-      int failed;
-      do { /* the end of the connections does not concern this page */
-        failed = place(d, r, page, 1, NULL, &placed, &existing);
-      } while (failed == -ECANCELED && !atomic_load(&d->stopping));
+      int failed = place(d, r, page, 1, is & LOST ? &POISON : NULL, &placed, &existing);
+      if (failed && shall_try_again(d, failed))
+        return LATER;
       if (failed)
         place_failed(d, r, page, failed);
-      count_add(d->stats.discarded_pages, placed - existing);
-      return false;
+      if (!(is & LOST))
+        count_add(d->stats.discarded_pages, placed - existing);
+      return ANSWERED;
     }
     if (is & WANTED)
-      return false;
+      return ANSWERED;
   } while (!atomic_compare_exchange_weak(state, &is, is | WANTED));
   if (is & CLAIMED) /* its placer sees WANTED when it confirms */
-    return false;
+    return ANSWERED;
   struct asked *asked = asked_slot(d, r->first + page);
   atomic_store(&asked->at_ns, now);
   atomic_store_explicit(&asked->page_and_one, r->first + page + 1, memory_order_release);
-  return true;
+  return ASK;
 }
 
 static void *faults_run(void *argument) {
   struct fault_thread *taker = argument;
   struct pc_dest *d = taker->dest;
   struct uffd_msg messages[FAULTS_AT_ONCE];
+  struct { struct region *region; uint64_t page; } ask[FAULTS_AT_ONCE], later[FAULTS_AT_ONCE];
+  unsigned laters = 0;
+  uint64_t later_ns = 0; /* when the guest's threads in `later` are to fault again */
   while (!atomic_load(&d->stopping)) {
     pthread_mutex_lock(&d->asking);
     bool unsent = d->urgent >= 0 && (d->waiting_to > 0 || d->look_again < d->slots);
@@ -448,7 +472,7 @@ static void *faults_run(void *argument) {
                               {.fd = d->notice, .events = POLLIN},
                               {.fd = unsent ? d->urgent : -1, .events = POLLOUT}};
     pthread_mutex_unlock(&d->asking);
-    poll(ready, 3, -1);
+    poll(ready, 3, laters ? NO_MEMORY_WAIT_MS : -1);
     eventfd_t noticed;
     if (ready[1].revents)
       eventfd_read(d->notice, &noticed);
@@ -460,7 +484,9 @@ static void *faults_run(void *argument) {
     }
     uint64_t now = pc_monotonic_ns();
     count_set(d->stats.beat_ns, now);
-    struct { struct region *region; uint64_t page; } ask[FAULTS_AT_ONCE];
+    if (now >= later_ns)
+      while (laters)
+        laters--, wake_page(later[laters].region, later[laters].page);
     unsigned asks = 0;
     for (ssize_t i = 0; i < n / (ssize_t)sizeof *messages; i++) {
       uint64_t address = messages[i].arg.pagefault.address;
@@ -469,8 +495,15 @@ static void *faults_run(void *argument) {
         continue;
       count_add(d->stats.faults, 1);
       uint64_t page = (address - r->is.address) >> r->page_shift;
-      if (fault(d, r, page, now))
+      enum answer answer = fault(d, r, page, now);
+      if (answer == ASK) {
         ask[asks].region = r, ask[asks++].page = page;
+      } else if (answer == LATER && laters < FAULTS_AT_ONCE) {
+        later_ns = laters ? later_ns : now + NO_MEMORY_WAIT_MS * 1000000u;
+        later[laters].region = r, later[laters++].page = page;
+      } else if (answer == LATER) {
+        wake_page(r, page); /* faults again at once: the kernel keeps what does not fit here */
+      }
     }
     if (!asks && !unsent)
       continue;
@@ -493,6 +526,45 @@ struct pc_stats *pc_dest_stats(struct pc_dest *d) {
   return &d->stats;
 }
 
+/* Maps the record, a new one or that of an engine before this one. */
+static int record_map(struct pc_dest *d, int record, char error[200]) {
+  struct stat file;
+  int failed = fstat(record, &file) ? errno : 0;
+  if (!failed && file.st_size && (uint64_t)file.st_size != d->slots) {
+    snprintf(error, 200, "the page record has %lld bytes and this guest needs %llu: it is not this "
+             "guest's", (long long)file.st_size, (unsigned long long)d->slots);
+    return -EINVAL;
+  }
+  /* Allocated now: where it did not go later, a thread would get SIGBUS. */
+  while (!failed && (failed = posix_fallocate(record, 0, (off_t)d->slots)) == EINTR)
+    failed = 0;
+  if (failed) {
+    snprintf(error, 200, "no room for the page record of %llu bytes in the state directory: %s",
+             (unsigned long long)d->slots, strerrordesc_np(failed));
+    if (!file.st_size && ftruncate(record, 0))
+      return -errno;
+    return -failed;
+  }
+  d->record = mmap(NULL, d->slots, PROT_READ | PROT_WRITE, MAP_SHARED, record, 0);
+  if (d->record == MAP_FAILED) {
+    failed = errno;
+    snprintf(error, 200, "mapping the page record of %llu bytes: %s", (unsigned long long)d->slots,
+             strerrordesc_np(failed));
+    return -failed;
+  }
+  for (struct region *r = d->regions; file.st_size && r < d->regions + d->region_count; r++) {
+    for (_Atomic uint8_t *state = d->record + r->first; state < d->record + r->first + r->is.pages;
+         state++) {
+      uint8_t is = atomic_load_explicit(state, memory_order_relaxed);
+      d->stats.confirmed_pages += (is & DONE) != 0;
+      d->stats.lost_pages += (is & (DONE | LOST)) == (DONE | LOST);
+      if (is & ~(DONE | LOST) || is == LOST)
+        atomic_store_explicit(state, is & DONE ? is & (DONE | LOST) : 0, memory_order_relaxed);
+    }
+  }
+  return 0;
+}
+
 struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int record, int wake,
                             char error[200]) {
   struct pc_dest *d = calloc(1, sizeof *d);
@@ -506,18 +578,15 @@ struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
     d->connections[i] = (struct connection){.engine = d, .fd = -1};
   d->slots = engine_regions(d->regions, regions, count, error);
-  if (d->slots == 0) {
+  if (d->slots == 0 || record_map(d, record, error)) {
     pc_dest_free(d);
     return NULL;
   }
-  d->notice = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (d->notice >= 0 && !ftruncate(record, (off_t)d->slots))
-    d->record = mmap(NULL, d->slots, PROT_READ | PROT_WRITE, MAP_SHARED, record, 0);
   d->look_again = d->slots;
+  d->notice = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   d->zeros = mmap(NULL, FRAME_MAX_PAYLOAD, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (d->record == MAP_FAILED || d->zeros == MAP_FAILED) {
-    snprintf(error, 200, "making the record of %llu pages: %s", (unsigned long long)d->slots,
-             strerrordesc_np(errno));
+  if (d->notice < 0 || d->zeros == MAP_FAILED) {
+    snprintf(error, 200, "making the engine: %s", strerrordesc_np(errno));
     pc_dest_free(d);
     return NULL;
   }
@@ -533,10 +602,10 @@ struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int
   return d;
 }
 
-int pc_dest_register(struct pc_dest *d) {
+int pc_dest_register(struct pc_dest *d, int again) {
   for (unsigned i = 0; i < d->taker_count; i++) {
     struct uffdio_api api = {.api = UFFD_API};
-    if (ioctl(d->takers[i].uffd, UFFDIO_API, &api)) {
+    if (!again && ioctl(d->takers[i].uffd, UFFDIO_API, &api)) {
       int failed = errno;
       engine_fail(&d->stats, d->wake, PC_MEMORY, "UFFDIO_API: %s", strerrordesc_np(failed));
       return -failed;
@@ -552,11 +621,14 @@ int pc_dest_register(struct pc_dest *d) {
       engine_fail(&d->stats, d->wake, PC_MEMORY,
                   "registering region %u at %#llx with userfaultfd: %s%s", i,
                   (unsigned long long)r->is.address, strerrordesc_np(failed),
-                  failed == EBUSY ? " (another userfaultfd has it)" : "");
-      pc_dest_unregister(d, 1);
+                  failed == EBUSY    ? " (another userfaultfd has it)"
+                  : failed == ENOMEM ? " (or the VMM has ended)"
+                                     : "");
+      if (!again) /* else the guest may wait there already, and must not read zeros */
+        pc_dest_unregister(d, 1);
       return -failed;
     }
-    d->registered++;
+    d->registered = i + 1;
   }
   for (unsigned i = 0; i < d->taker_count; i++) {
     int failed = engine_thread(&d->takers[i].thread, "pc-faults", faults_run, &d->takers[i]);
@@ -566,6 +638,11 @@ int pc_dest_register(struct pc_dest *d) {
       return failed;
     }
     d->takers[i].running = true;
+  }
+  for (unsigned i = 0; again && i < d->region_count; i++) {
+    struct region *r = &d->regions[i];
+    struct uffdio_range range = {r->is.address, r->is.pages << r->page_shift};
+    ioctl(r->is.uffd, UFFDIO_WAKE, &range); /* a message is read once, and was by another engine */
   }
   return 0;
 }
@@ -614,8 +691,58 @@ void pc_dest_disconnect(struct pc_dest *d) {
   engine_forget_connections(&d->stats);
 }
 
+int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t count,
+                 uint8_t *bits) {
+  struct region *r = region < d->region_count ? &d->regions[region] : NULL;
+  if (!r || first > r->is.pages || count > r->is.pages - first)
+    return -EINVAL;
+  memset(bits, 0, (count + 7) / 8);
+  for (uint64_t i = 0; i < count; i++)
+    if (atomic_load_explicit(&d->record[r->first + first + i], memory_order_acquire) & DONE)
+      bits[i / 8] |= (uint8_t)(1 << i % 8);
+  return 0;
+}
+
+int64_t pc_dest_poison(struct pc_dest *d) {
+  int64_t poisoned = 0;
+  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
+    if (d->connections[i].fd >= 0)
+      return -EBUSY;
+  for (struct region *r = d->regions; r < d->regions + d->region_count; r++) {
+    _Atomic uint8_t *state = d->record + r->first;
+    for (uint64_t page = 0, run; page < r->is.pages; page += run ? run : 1) {
+      uint64_t placed = 0, existing = 0;
+      run = 0;
+      while (page + run < r->is.pages && !(atomic_load(&state[page + run]) & DONE))
+        run++;
+      if (!run)
+        continue;
+      int failed = place(d, r, page, run, &POISON, &placed, &existing);
+      /* What is there already may be the error that a killed engine has left, so it is LOST too. */
+      confirm(d, r, page, placed, DONE | LOST);
+      count_add(d->stats.lost_pages, placed);
+      poisoned += (int64_t)(placed - existing);
+      run = placed;
+      if (failed == -EAGAIN) {
+        sched_yield();
+      } else if (failed == -EINVAL) {
+        engine_fail(&d->stats, d->wake, PC_MEMORY, "giving up the pages that lack: this kernel "
+                    "has no UFFDIO_POISON, Linux 6.6 or later is needed");
+        return failed;
+      } else if (failed) {
+        place_failed(d, r, page + placed, failed);
+        return failed;
+      }
+    }
+  }
+  return poisoned;
+}
+
 int pc_dest_unregister(struct pc_dest *d, int called_off) {
-  if (!called_off && count_get(d->stats.confirmed_pages) != d->stats.total_pages)
+  /* Lost pages: huge pages are made of what is not registered, and of a memory error they make
+   * zeros (MADV_COLLAPSE and khugepaged on shared memory, seen on Linux 6.18). */
+  if (!called_off && (count_get(d->stats.confirmed_pages) != d->stats.total_pages ||
+                      count_get(d->stats.lost_pages)))
     return -EBUSY;
   int failed = 0;
   for (unsigned i = 0; i < d->registered; i++) {

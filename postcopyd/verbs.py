@@ -40,6 +40,10 @@ class Failed(Exception):
         self.status = status
 
 
+class _NotRunning(Failed):
+    """Nobody listens at the control socket."""
+
+
 def _control(args: argparse.Namespace) -> str:
     return args.control or os.environ.get("POSTCOPYD_CONTROL") or config.DEFAULT_CONTROL
 
@@ -59,7 +63,9 @@ def _connect(args: argparse.Namespace) -> Client:
             why = "run this as root or as a member of the group postcopyd"
             raise Failed(f"may not speak to the daemon on {path} ({error}): {why}") from None
         start = f"start it with `postcopyd serve --control {path}`"
-        raise Failed(f"no daemon answers on {path} ({error}): {start}") from None
+        absent = isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError)
+        failed = _NotRunning if absent else Failed
+        raise failed(f"no daemon answers on {path} ({error}): {start}") from None
 
 
 def _refused(error: ErrorReply) -> Failed:
@@ -266,3 +272,63 @@ def recover(args: argparse.Namespace) -> int:
 def resolve(args: argparse.Namespace) -> int:
     _ask(args, "Resolve", name=args.name, decision=args.decision)
     return _tell(args, "resolved", f"resolved: {args.decision}")
+
+
+def may_run(args: argparse.Namespace) -> int:
+    """Both have to agree: the daemon, when it runs, and the disk, which outlives the host too."""
+    try:
+        why = _daemon_against(args) or _disk_against(args)
+    except (Failed, PostcopydError) as failed:
+        why = str(failed)  # who cannot be asked has not agreed
+    if args.json:
+        progress.emit({"event": "may-run", "vm": args.name, "mayRun": not why, "message": why})
+    elif not why:
+        print(f"{args.name}: nothing here forbids starting it", flush=True)
+    return say(f"do not start {args.name} here: {why}", FAILED) if why else DONE
+
+
+def _daemon_against(args: argparse.Namespace) -> str:
+    """Why a guest must not be started here, by what the daemon knows of it; or nothing."""
+    try:
+        vms = _ask(args, "List")["vms"]
+    except _NotRunning:
+        return ""
+    for status in vms:
+        if status["vm"] == args.name and not _settled(status):
+            return str(status["message"])
+    return ""
+
+
+def _settled(status: dict[str, Any]) -> bool:
+    """Whether the guest is not at the other host, nor on its way there or here."""
+    result = status.get("result") or {}
+    match status["role"], status["phase"]:
+        case _, "idle":  # otherwise a migration is being prepared
+            return not status.get("migration")
+        case "source", "failed":  # a resolved migration has failed too; only these ended here
+            return result.get("event") in ("failed", "cancelled")
+        case "destination", "drained" | "failed":
+            return True
+    return False
+
+
+def _disk_against(args: argparse.Namespace) -> str:
+    """The same by what is on disk, where the guest may have left and the outcome is not known."""
+    from pathlib import Path
+
+    from postcopyd import store
+
+    folder = Path(args.durable_dir or config.DEFAULT_DURABLE_DIR)
+    if args.durable_dir and not folder.is_dir():
+        return f"there is no folder {folder}: name the one of the daemon, which makes it"
+    intent = store.read_intent(folder, args.name)
+    if intent is None:
+        return ""
+    peer, since = intent["peer"], ""
+    if intent["boot"] != store.boot_id():
+        since = ", which has restarted since,"
+    return (
+        f"it was to be handed to {peer} at {intent['time']} (migration {intent['migration']}), and "
+        f"this host{since} has not recorded how that ended, so it may run there: start the daemon "
+        f"here and see {_again(args, 'status')}, here and there"
+    )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import trio
 
+from postcopyd import procfs
 from postcopyd.errors import PostcopydError
 from postcopyd.store import Store
 from postcopyd.vmm import Vmm
@@ -28,14 +29,16 @@ PERMANENT = ("vm", "role", "phase", "migration", "peer", "remaining", "message",
 
 
 class Waiting(Protocol):
-    """An arrival that is paused: its engine goes on answering what it can."""
+    """An arrival that is paused: its engine holds the faults until the source is there again."""
 
     async def close(self) -> None:
         """Ends it for good; only when the VMM has ended."""
 
 
 class Vm:
-    """`epoch` counts changes of ownership; it belongs to the guest and travels with it."""
+    """`epoch` counts changes of ownership; it belongs to the guest and travels with it. `about` is
+    what a session needs to go on with its migration after the daemon's death, and to answer a peer
+    that asks how it ended: JSON, the session's own, in the record until the next migration."""
 
     def __init__(self, name: str, store: Store, driver: Vmm | None) -> None:
         self.name = name
@@ -47,6 +50,7 @@ class Vm:
         self.free.set()
         self.following = trio.CancelScope()  # of the task that waits for the VMM's end
         self.waiting: Waiting | None = None
+        self.about: dict[str, Any] = {}
         self._store = store
         self.status: Status = {
             "vm": name,
@@ -122,7 +126,7 @@ class Vm:
             )
         return self.driver
 
-    def record(self, ownership: str | None = None, *, durable: bool = False, **more: Any) -> None:
+    def record(self, ownership: str | None = None) -> None:
         """Writes the record before what it says is acted on. Raises PostcopydError.
 
         `ownership` is one of held, intent, granted (source: given away), arriving, loading, owned,
@@ -136,12 +140,13 @@ class Vm:
                 {
                     "driver": self.driver.kind if self.driver else "",
                     "socket": self.driver.socket if self.driver else "",
+                    "pid": self.driver.pid if self.driver else 0,
+                    "started": procfs.started(self.driver.pid) if self.driver else 0,
                     "epoch": self.epoch,
                     "ownership": self.ownership,
                     "status": {k: v for k, v in self.status.items() if k in PERMANENT},
-                    **more,
+                    "about": self.about,
                 },
-                durable=durable,
             )
         except PostcopydError:
             self.ownership = before

@@ -35,8 +35,8 @@ def huge_pages_reserved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     HUGE_PAGES.write_text(before)
 
 
-def pytest_configure() -> None:
-    """Both QEMUs, the installed one and the newest that `make test` has unpacked."""
+def both_qemus() -> None:
+    """The installed one and the newest that `make test` has unpacked, where none is named."""
     newest = NEWEST / "usr/bin/qemu-system-x86_64"
     if newest.exists() and "POSTCOPYD_QEMU" not in os.environ:
         firmware = [
@@ -46,3 +46,6 @@ def pytest_configure() -> None:
         ]
         options = ",".join(f"-L,{folder}" for folder in firmware)
         os.environ["POSTCOPYD_QEMU"] = f"/usr/bin/qemu-system-x86_64:{newest},{options}"
+
+
+both_qemus()  # now: a conftest.py below this one has tests for each

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from typing import NoReturn
+from importlib import import_module
+from typing import Any, NoReturn
 
 import pytest
 
@@ -14,3 +15,11 @@ def missing(what: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(f"this machine lacks {what}")
     pytest.skip(f"this machine lacks {what}")
+
+
+def package(name: str) -> Any:
+    """The Python package, where this machine has it."""
+    try:
+        return import_module(name)
+    except ImportError:
+        missing(f"the Python package {name}")

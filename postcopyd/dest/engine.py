@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import trio
 
-from postcopyd._native import lib
+from postcopyd._native import ffi, lib
 from postcopyd.native import Engine, native_regions
 from postcopyd.vmm import Region
 
@@ -24,9 +24,15 @@ class DestinationEngine(Engine):
             lib.pc_dest_stats,
         )
 
-    def register(self) -> None:
-        """From here on every access to a page that is not there waits for this engine."""
-        self.must(lib.pc_dest_register(self.handle), "registering guest RAM with userfaultfd")
+    def register(self, again: bool = False) -> None:
+        """From here on every access to a page that is not there waits for this engine.
+
+        `again`: an engine before this one has registered the same userfaultfds and is gone; who
+        waits for it waits for this one.
+        """
+        self.must(
+            lib.pc_dest_register(self.handle, again), "registering guest RAM with userfaultfd"
+        )
 
     def connect(self, fd: int, *, urgent: bool) -> None:
         """Takes over a connected socket, whatever happens."""
@@ -36,11 +42,35 @@ class DestinationEngine(Engine):
         """Ends all connections; faults go on being taken and wait for new ones."""
         await trio.to_thread.run_sync(lib.pc_dest_disconnect, self.handle)
 
+    def have(self, region: int, first: int, count: int) -> bytes:
+        """Which of `count` pages from `first` on are confirmed: bit i % 8 of byte i / 8.
+
+        Raises PostcopydError outside the region.
+        """
+        bits = bytearray((count + 7) // 8)
+        self.must(
+            lib.pc_dest_have(self.handle, region, first, count, ffi.from_buffer(bits)),
+            f"listing pages {first} to {first + count} of region {region}",
+        )
+        return bytes(bits)
+
+    def poison(self) -> int:
+        """Gives up the pages that lack: who touches one gets a memory error. Returns how many.
+
+        Only without connections. The engine is `complete` afterwards and serves for as long as the
+        guest lives: `unregister` is refused, because the errors would become zeros. Raises
+        PostcopydError, after which `disconnect` makes the engine usable again.
+        """
+        poisoned: int = lib.pc_dest_poison(self.handle)
+        self.must(poisoned, "giving up the pages that lack")
+        return poisoned
+
     @property
     def complete(self) -> bool:
         return bool(self.stats.confirmed_pages == self.stats.total_pages)
 
     def unregister(self, *, called_off: bool = False) -> None:
-        """Gives guest RAM back to the kernel. Missing pages read as zeros from then on: only when
-        all are there, or when the guest here shall never run (`called_off`)."""
+        """Gives guest RAM back to the kernel. Missing pages read as zeros from then on, and so may
+        lost ones: only when all are there and none was lost, or when the guest here shall never run
+        (`called_off`)."""
         self.must(lib.pc_dest_unregister(self.handle, called_off), "unregistering guest RAM")

@@ -5,8 +5,10 @@ Owns, for the time of one migration: the control channel, the native engine, the
 duplicates; the VMM keeps its own), the page record and the descriptors of the guest's RAM. Order
 and ownership are handover.py's; this file does what each step means.
 
-What fails before *loaded* leaves this host as it was. After it the VMM here may be the only guest
-there is: nothing in this file ends it any more unless the source has said so, or no vCPU has run.
+What fails before the grant leaves this host as it was, or with its VMM ended, and is recorded as
+*declined*. After it the guest is this host's: nothing in this file ends its VMM any more, save when
+no vCPU has run. A connection that is lost then pauses the migration: the engine goes on taking
+faults, and the session waits (`vm.waiting`) for the source to ask again (`resume`).
 """
 
 from __future__ import annotations
@@ -14,26 +16,28 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
 import structlog
 import trio
+from msgspec import structs, to_builtins
 
-from postcopyd import headroom
+from postcopyd import headroom, hugepages
 from postcopyd import protocol as p
 from postcopyd._native import lib
 from postcopyd.connection import Channel, ConnectionLost, PeerError, detach, open_nursery
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.errors import PostcopydError
-from postcopyd.handover import DESTINATION_KEEPS, Destination, Happened, Machine
+from postcopyd.handover import DESTINATION_RUNS, Destination, Happened, Machine
 from postcopyd.hooks import run_hooks
 from postcopyd.native import faults
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.store import StateNotWritten
 from postcopyd.vm import Vm
-from postcopyd.vmm import Declined, Shape
+from postcopyd.vmm import Declined, Region, Shape
 
 PROGRESS_S = 0.1
 ACKNOWLEDGE_S = 10.0
@@ -41,13 +45,16 @@ RELEASE_S = 10.0
 """How long the VMM may take to close its userfaultfds when nothing waits for them any more."""
 CONNECTIONS_S = 30.0
 """How long the source may take to make its data connections; they take milliseconds."""
+HAVE_PAGES = 8 * p.DEVICE_CHUNK
+"""Pages of one Have: a bit each."""
 DEVICE_CHUNKS = 1024
 """Pieces of device state kept while the VMM loads: it may wait in a fault that the source answers
 only once it has given all of its state, so this must take what comes after such a fault."""
 
 
 class DestinationSession:
-    """Made and run by the daemon for one control connection, once its offer has named a VM."""
+    """Made and run by the daemon for a control connection whose offer has named a VM; `resume`d for
+    each further one."""
 
     def __init__(self, vm: Vm, offer: p.Offer, channel: Channel, settings: Settings) -> None:
         self.vm = vm
@@ -65,14 +72,96 @@ class DestinationSession:
         self._record = -1
         self._accepted = self._adopted = self._loading = self._all_here = False
         self._connected = trio.Event()
-        self._lacking = [True, *[False] * offer.connections]
+        self._lacking: list[bool] = []
         self._ran_ns = 0
         self._run = True
+        self._ran = False
+        self.ram_here: hugepages.Ram | None = None  # once drained: for huge pages, afterwards
+
+    @classmethod
+    async def restored(
+        cls, vm: Vm, about: dict[str, Any], channel: Channel, settings: Settings
+    ) -> DestinationSession:
+        """The session of a guest that was granted to this host before the daemon was started.
+
+        Faults are taken again when this returns. Raises PostcopydError; nothing is closed in the
+        VMM then, and who waits there goes on waiting.
+        """
+        offer = p.parse(about["offer"], p.Offer)
+        session = cls(vm, offer, channel, settings)
+        session._accepted = session._adopted = session._loading = True
+        session._run, session._ran = about["run"], about["ran"]
+        driver = vm.attached()
+        regions = tuple(Region(**region, fd=None) for region in about["ram"])
+        session._shape = Shape("paused", driver.pid, regions, {}, ())
+        try:
+            session._uffds = await driver.adopted()
+            if len(session._uffds) != about["userfaultfds"]:
+                raise PostcopydError(
+                    f"the VMM of {vm.name} has {len(session._uffds)} userfaultfds and not "
+                    f"{about['userfaultfds']}: pages that are missing may read as zeros; stop it, "
+                    f"and do not trust its guest",
+                    "UserfaultfdLost",
+                )
+            session._record = settings.store.open_pages(vm.name, again=True)
+            session._engine = DestinationEngine(regions, session._uffds, session._record)
+            session._engine.register(again=True)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                if session._engine is not None:
+                    await session._engine.aclose()
+            for fd in (*session._uffds, *([session._record] if session._record >= 0 else [])):
+                os.close(fd)
+            raise
+        settings.arriving[vm.name] = session._shape
+        return session
+
+    @property
+    def complete(self) -> bool:
+        """Every page is here, and only the source does not know."""
+        return self._engine is not None and self._engine.complete
 
     async def run(self) -> None:
         """The whole arrival. What goes wrong ends in the VM's status and is told to the source."""
+        await self._whole(self._arrive)
+
+    async def resume(self, channel: Channel, asked: p.Resume) -> None:
+        """The rest of it on a new connection, whose epoch the daemon has compared."""
+        self.channel = channel
+        channel.machine = self.machine
+        await self._whole(lambda: self._go_on(asked))
+
+    async def poison(self) -> None:
+        """A person says that the source is gone for good: each page that is missing becomes a
+        memory error, so that the guest goes on without them."""
+        engine = self._engine
+        assert engine is not None
+        pages = await trio.to_thread.run_sync(engine.poison)
+        self.log.critical("missing pages poisoned by an operator", pages=pages)
+        await self.finish()
+        self.vm.show(
+            message=f"{self.vm.name} is here, without {pages} pages that were lost with "
+            f"{self.channel.peer}: the guest gets a memory error where it touches one"
+        )
+        self._record_settled(None)
+
+    async def finish(self) -> None:
+        """The end of an arrival that had everything when the daemon before this one died."""
+        await self._whole(self._finish)
+
+    async def _finish(self) -> None:
+        await self._drained()
+        self.machine.happened(Happened.LOST)
+        await self._hooks("drained")
+        await self.close()
+
+    async def drop(self) -> None:
+        """The source has lost this connection and asks again: it is over for this side too."""
+        await self.channel.aclose()
+
+    async def _whole(self, steps: Callable[[], Awaitable[None]]) -> None:
         try:
-            await self._arrive()
+            await steps()
         except PostcopydError as error:
             await self._end_early(error)
         except Exception as error:
@@ -96,18 +185,19 @@ class DestinationSession:
 
     async def take_data(self, stream: trio.SocketStream, hello: p.DataHello) -> None:
         """A data connection that names this migration. Raises RemoteProtocolError."""
-        if not hmac.compare_digest(hello.token, self.token):
+        token = self.token
+        if not hmac.compare_digest(hello.token, token):
             raise RemoteProtocolError(
                 f"a data connection named migration {hello.migration} with a wrong token"
             )
-        if self.machine.state is not Destination.CONNECTING or hello.urgent not in self._lacking:
+        if hello.urgent not in self._lacking:
             raise RemoteProtocolError(
                 f"a data connection too many came for migration {hello.migration}"
             )
         self._lacking.remove(hello.urgent)
         await stream.send_all(p.pack(p.DataWelcome(hello.migration)))
-        if self._engine is None or self.machine.state is not Destination.CONNECTING:
-            return  # called off meanwhile
+        if self._engine is None or self.token is not token:
+            return  # called off, or lost, meanwhile
         self._engine.connect(detach(stream), urgent=hello.urgent)
         if not self._lacking:
             self._connected.set()
@@ -145,15 +235,26 @@ class DestinationSession:
         )
         self.settings.arriving[vm.name] = shape
         await self._adopt(shape)
-        await channel.send(p.Ready(self.token))
+        await self._invite()
+        await self._all_connected()
+        await channel.send(p.Serving())
+
+    async def _invite(self) -> None:
+        """Data connections may come, with a token that is good for this connection only."""
+        self.token = secrets.token_bytes(32)
+        self._connected = trio.Event()
+        self._lacking = [True, *[False] * self.offer.connections]
+        await self.channel.send(p.Ready(self.token))
+
+    async def _all_connected(self) -> None:
         try:
             with trio.fail_after(CONNECTIONS_S):
                 await self._connected.wait()
         except trio.TooSlowError:
             raise PostcopydError(
-                f"{channel.peer} made no data connections within {CONNECTIONS_S:.0f} s"
+                f"{self.channel.peer} made no data connections within {CONNECTIONS_S:.0f} s",
+                "ConnectionLost",
             ) from None
-        await channel.send(p.Serving())
 
     def _differences(self, shape: Shape) -> list[str]:
         """What differs between the VMM that offers and the one that waits here."""
@@ -192,7 +293,8 @@ class DestinationSession:
 
     async def _adopt(self, shape: Shape) -> None:
         """Guest RAM empty and registered: from here on each access waits for its page."""
-        self.vm.record("arriving", peer=self.channel.peer)
+        self._note()
+        self.vm.record("arriving")
         self._adopted = True
         self._uffds = await self.vm.attached().adopt(shape)
         self._record = self.settings.store.open_pages(self.vm.name)
@@ -205,9 +307,8 @@ class DestinationSession:
             phase="handover",
             message=f"{self.vm.name} is being handed over from {self.channel.peer}",
         )
-        # Outside the blackout: from here on the VMM may hold the only guest, as soon as *loaded* is
-        # said; whether it has loaded the VMM itself can be asked.
-        self.vm.record("loading", peer=self.channel.peer)
+        self._note()
+        self.vm.record("loading")  # outside the blackout
         self._loading = True
         pieces, state = trio.open_memory_channel[bytes](DEVICE_CHUNKS)
         async with open_nursery() as nursery:
@@ -251,25 +352,97 @@ class DestinationSession:
         vm = self.vm
         try:
             vm.epoch = self.offer.epoch
-            vm.record("owned", peer=self.channel.peer, run=self._run)
-            if self._run:
-                await vm.attached().run()
+            vm.record("owned")
+            await self._cont()
         except (Declined, StateNotWritten) as refused:
             await self._decline(str(refused))
             raise
         self._ran_ns = lib.pc_monotonic_ns()
-        await self.channel.send(p.Ran())
-        vm.show(
-            phase="postcopy", message=f"{vm.name} runs here, its memory follows", remaining=None
-        )
+        await self._say_ran()
         self.log.info("guest runs here")
         await self._hooks("running")
+
+    async def _cont(self) -> None:
+        """Runs the guest, unless it was paused. The VMM may wait for a page in this, and the source
+        may go meanwhile: then it is not known whether it ran, and it is told to again later."""
+        if self._run:
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._listen)
+                await self.vm.attached().run()
+                nursery.cancel_scope.cancel()
+
+    async def _say_ran(self) -> None:
+        self._ran = True
+        try:
+            await self.channel.send(p.Ran())
+        finally:
+            self._note()
+            self._record_settled(None)
+        self.vm.show(
+            phase="postcopy",
+            message=f"{self.vm.name} runs here, its memory follows",
+            remaining=None,
+        )
+
+    async def _go_on(self, asked: p.Resume) -> None:
+        """After a connection was lost: new ones for the pages, the guest run if it was not yet, and
+        what is here told, before the source pushes the rest."""
+        self.machine.received(asked)
+        engine = self._engine
+        assert engine is not None
+        await engine.disconnect()
+        async with self.channel.alive():
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._watch_vmm)
+                await self._invite()
+                if not self._ran:
+                    await self._cont()
+                nursery.cancel_scope.cancel()
+            await self._say_ran()
+            self.log.warning("migration goes on", pages=engine.stats.confirmed_pages)
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._watch_vmm)
+                nursery.start_soon(self._listen)
+                await self._all_connected()
+                for index, region in enumerate(self._ram.regions):
+                    for first in range(0, region.pages, HAVE_PAGES):
+                        count = min(HAVE_PAGES, region.pages - first)
+                        bits = engine.have(index, first, count)
+                        await self.channel.send(p.Have(index, first, count, bits))
+                await self.channel.send(p.Serving())
+                nursery.cancel_scope.cancel()
+            await self._drain()
+        await self.close()
+
+    @property
+    def _ram(self) -> Shape:
+        assert self._shape is not None
+        return self._shape
+
+    def _note(self, answer: p.Message | None = None) -> None:
+        """What `restored` needs, or what a source is told that asks later, for the next record."""
+        ram = [
+            {"name": r.name, "pages": r.pages, "page_size": r.page_size, "address": r.address,
+             "offset": r.offset}
+            for r in (self._shape.regions if self._shape else ())
+        ]  # fmt: skip
+        self.vm.about = {
+            "migration": self.offer.migration,
+            "offer": to_builtins(structs.replace(self.offer, facts={})),
+            "ram": ram,
+            "userfaultfds": len(self._uffds),
+            "run": self._run,
+            "ran": self._ran,
+            **({"answer": to_builtins(answer)} if answer else {}),
+        }
 
     async def _decline(self, reason: str) -> None:
         """No vCPU has run: the VMM ends first, then the source may have its guest back."""
         await self.vm.attached().end()
+        declined = p.Declined(p.sentence(reason))
+        self._note(declined)
         self._record_settled("declined")
-        await self.channel.send(p.Declined(p.sentence(reason)))
+        await self.channel.send(declined)
 
     async def _drain(self) -> None:
         engine, channel = self._engine, self.channel
@@ -307,6 +480,8 @@ class DestinationSession:
                 await self.vm.attached().release()
         except Exception as error:  # an unused descriptor stays in the VMM
             self.log.warning("the VMM keeps its userfaultfd", error=str(error) or "no answer")
+        if self._shape is not None:
+            self.ram_here = hugepages.Ram.of(self._shape.pid, self._shape.regions)
         stats = engine.stats
         last = stats.last_urgent_ns
         drained = p.Drained(
@@ -323,7 +498,9 @@ class DestinationSession:
         self.vm.settle(
             phase="drained", remaining=0, message=f"{self.vm.name} is here, with all of its memory"
         )
+        self._note(drained)
         self._record_settled("held")
+        self.settings.store.forget_intent(self.vm.name)  # of a move from here, once: it is back
         self.log.info("drained", pages=stats.confirmed_pages)
         with suppress(PostcopydError):  # who listens for the answer sees it too
             await self.channel.send(drained)
@@ -360,14 +537,11 @@ class DestinationSession:
 
     async def _end_early(self, error: PostcopydError) -> None:
         with trio.CancelScope(shield=True):
-            state = self.machine.state
-            if state is Destination.DECLINED:
-                await self._called_off(error)
-            elif self._all_here:
+            if self._all_here:
                 self.log.warning("after drained", error=str(error))
                 self.machine.happened(Happened.LOST)
                 await self.close()
-            elif state in DESTINATION_KEEPS:
+            elif self.machine.state in DESTINATION_RUNS:
                 await self._paused(error)
             else:
                 await self._called_off(error)
@@ -395,6 +569,7 @@ class DestinationSession:
             self.log.error("cleaning up failed", error=str(trouble))
         if self._accepted:  # or it may be a guest of this host that was named by mistake
             vm.settle(phase="failed", remaining=0, message=message)
+            self._note(p.Declined(p.sentence(message)))
             self._record_settled("declined")
         self.log.warning("arrival called off", error=str(error))
         await self.close()
@@ -404,28 +579,26 @@ class DestinationSession:
         await self._hooks("failed", message=str(error))
 
     async def _paused(self, error: PostcopydError) -> None:
-        """The guest is (or may be) this host's: it waits for what it lacks, and nothing ends it."""
-        state, vm = self.machine.state, self.vm
+        """The guest is this host's: it waits for what it lacks, and nothing ends it."""
+        vm = self.vm
         self.machine.happened(Happened.LOST)
-        sentence = f"{vm.name} runs here and waits for pages that are still at {self.channel.peer}"
-        if state in (Destination.GRANTED, Destination.GRANTED_LOST):
-            sentence = f"{vm.name} was granted to this host"
-        elif state in (Destination.LOADED, Destination.IN_DOUBT):
-            sentence = (
-                f"{vm.name} is loaded here and not running: whether it was granted is known to "
-                f"{self.channel.peer} only"
-            )
-        vm.show(phase="paused", message=f"{sentence}: {error}")
+        state = "runs here" if self._ran else "was granted to this host"
+        vm.show(
+            phase="paused",
+            message=f"{vm.name} {state} and waits for pages that are still at "
+            f"{self.channel.peer}: {error}; it goes on when that host asks for it",
+        )
         self._record_settled(None)
         self.log.error("paused", error=str(error))
         await self.channel.aclose()
+        self.token = secrets.token_bytes(32)  # what still comes with the old one is of no use
         if self._engine is not None:
             await self._engine.disconnect()
-            self.vm.waiting = self
+            vm.waiting = self
 
     def _record_settled(self, ownership: str | None) -> None:
         try:
-            self.vm.record(ownership, peer=self.channel.peer)
+            self.vm.record(ownership)
         except PostcopydError as error:
             self.log.error("record not written", error=str(error))
 
@@ -454,6 +627,22 @@ class DestinationSession:
             peer=self.channel.peer,
             **about,
         )
+
+
+async def call_off(vm: Vm) -> None:
+    """Ends an arrival that was not granted when the daemon ended: no vCPU has run here."""
+    driver, loading = vm.driver, vm.ownership == "loading"
+    message = f"{vm.name} did not come here: the daemon ended before it was granted"
+    if driver is not None and not loading:
+        await driver.release()
+    else:
+        if driver is not None:
+            await driver.end()  # before its RAM is let go: it must not go on with zeros
+        message += "; its VMM here has ended, start it anew for another attempt"
+    vm.settle(phase="failed", remaining=0, message=message)
+    vm.about["answer"] = to_builtins(p.Declined(p.sentence(message)))
+    vm.record("declined")
+    structlog.get_logger().warning("arrival called off", vm=vm.name)
 
 
 def _regions(regions: list[tuple[str, int, int]]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import trio
 
-from postcopyd._native import lib
+from postcopyd._native import ffi, lib
+from postcopyd.errors import PostcopydError
 from postcopyd.native import Engine, native_regions
 from postcopyd.vmm import Region
 
@@ -31,6 +32,20 @@ class SourceEngine(Engine):
     def connect(self, fd: int, *, urgent: bool) -> None:
         """Takes over a connected socket, whatever happens."""
         self.must(lib.pc_source_connect(self.handle, fd, urgent), "taking a data connection")
+
+    def have(self, region: int, first: int, count: int, bits: bytes) -> None:
+        """These pages are not pushed, the destination has them: bit i % 8 of byte i / 8.
+
+        After `connect` and before `push`; `disconnect` forgets it. Raises PostcopydError for what
+        does not fit the guest, as these are a peer's numbers.
+        """
+        fits = 0 <= region < 1 << 16 and 0 <= first < 1 << 63 and 0 <= count < 1 << 63
+        if not fits or len(bits) != (count + 7) // 8:
+            raise PostcopydError("the destination says that it has pages which this guest has not")
+        self.must(
+            lib.pc_source_have(self.handle, region, first, count, ffi.from_buffer(bits)),
+            f"noting pages {first} to {first + count} of region {region}",
+        )
 
     def serve(self) -> None:
         """Begins to answer requests. Guest RAM must be final."""

@@ -3,15 +3,19 @@
 
 Owns, for the time of one migration: the control channel, the native engine, the descriptors of the
 guest's RAM (`Shape`). Order and ownership are handover.py's; this file does what each step means.
-Whatever fails before the grant ends in `_rolled_back`, whatever fails after it in `_paused`.
+Whatever fails before the grant ends in `_rolled_back`. Whatever fails after it pauses the migration
+(`_paused`), and `_recover` dials and asks again until the destination has all, or has declined.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import asdict, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 import trio
@@ -35,6 +39,19 @@ ROLLBACK_S = 30.0
 SHOW_S = 0.1
 """How often progress is shown."""
 
+AGAIN_S = 0.25
+"""How long after a failure the destination is dialled again, in the first RESTLESS_S."""
+
+MENDS = frozenset({"ConnectionLost", "PeerUnreachable", "EngineFailed"})
+"""Names of errors that time alone may mend."""
+
+RESTLESS_S = 600.0
+SELDOM_S = 5.0
+"""The same later, and for what time alone does not mend."""
+
+PATIENCE_S = 10.0
+"""How long a pause lasts before who waits for the migration is told that it is paused."""
+
 
 class SourceSession:
     """Made and run by the daemon; `cancel` may be called meanwhile."""
@@ -56,8 +73,39 @@ class SourceSession:
         self._touched = False
         self._began = time.monotonic()
         self._stopped_at = self._saved_at = self._loaded_at = self._ran_at = 0.0
+        self._downtime_ms = 0.0
+        self._downtime_parts: dict[str, float] = {}
         self._faults = p.Faults()
         self._completed: dict[str, Any] | None = None
+        self._recoveries = 0
+        self._poke = trio.Event()
+        self._recovering = trio.CancelScope()
+        self._decision: Literal["kill", "take_back"] | None = None
+
+    @classmethod
+    async def restored(
+        cls, vm: Vm, about: dict[str, Any], settings: Settings, machine: Machine
+    ) -> SourceSession:
+        """The session of a guest that was granted before the daemon was started, for `resume`.
+
+        Raises PostcopydError when the VMM cannot be asked for its RAM.
+        """
+        session = cls(vm, MigrateRequest(**about["request"]), settings, about["migration"])
+        session.machine = machine
+        session._committed = True
+        session._downtime_ms, session._downtime_parts = about["downtime"]
+        session._recoveries = about["recoveries"]
+        session._touched = True
+        vm.attached().before = "running" if about["run"] else "paused"
+        shape = session._shape = await vm.attached().inspect("source")
+        regions = [[r.name, r.pages, r.page_size] for r in shape.regions]
+        if regions != about["regions"]:
+            shape.close()
+            raise PostcopydError(
+                f"the VMM of {vm.name} here has other RAM than the one that was migrated"
+            )
+        session._engine = SourceEngine(shape.regions, shape.pid)
+        return session
 
     def cancel(self) -> None:
         """Takes the guest back; raises PostcopydError after the grant."""
@@ -67,6 +115,23 @@ class SourceSession:
                 "AfterGrant",
             )
         self._cancelling.cancel()
+
+    def recover(self, to: str | None) -> None:
+        """Asks the destination again at once; `to` is another address of it."""
+        if to is not None:
+            self.request = replace(self.request, to=to)
+            self._note()
+            self.vm.show(peer=to)
+        self._poke.set()
+
+    def resolve(self, decision: Literal["kill", "take_back"]) -> None:
+        """What a person has decided about a paused migration."""
+        self._decision = decision
+        self._recovering.cancel()
+
+    async def resume(self) -> None:
+        """The rest of a migration whose guest was granted before the daemon was started."""
+        await self._whole(self._recover)
 
     async def run(self) -> None:
         """The whole migration. What goes wrong ends in the VM's status, and is not raised."""
@@ -81,22 +146,31 @@ class SourceSession:
             message=f"preparing to move {vm.name} to {to}",
         )
         self.log.info("migration begins", bandwidth=self._bandwidth)
+        await self._whole(self._migrate)
+
+    async def _whole(self, steps: Callable[[], Awaitable[None]]) -> None:
         try:
-            with self._cancelling:
-                await self._migrate()
-            if self._cancelling.cancelled_caught:
-                await self._end_early(PostcopydError("cancelled by request", "Cancelled"))
-        except PostcopydError as error:
-            await self._end_early(error)
-        except Exception as error:
-            self.log.exception("bug in the source's session")
-            await self._end_early(PostcopydError(f"internal error: {error!r}", "InternalError"))
+            try:
+                with self._cancelling:
+                    await steps()
+                if self._cancelling.cancelled_caught:
+                    await self._end_early(PostcopydError("cancelled by request", "Cancelled"))
+            except Exception as error:
+                await self._end_early(self._ours(error))
+                if self.machine.gave_away and self._completed is None:
+                    await self._recover()
         except trio.Cancelled:  # the daemon is going down
             await self._end_early(PostcopydError("the daemon was stopped", "DaemonStopped"))
             raise
         finally:
             with trio.CancelScope(shield=True):
                 await self._close()
+
+    def _ours(self, error: Exception) -> PostcopydError:
+        if isinstance(error, PostcopydError):
+            return error
+        self.log.exception("bug in the source's session")
+        return PostcopydError(f"internal error: {error!r}", "InternalError")
 
     async def check(self) -> list[str]:
         """What would keep the migration from going, on both hosts. Touches nothing."""
@@ -128,9 +202,9 @@ class SourceSession:
         async with channel.alive():
             await channel.send(self._offer(shape))
             token = (await channel.expect(p.Ready)).token
-            await self._connect(shape, token)
+            self._engine = SourceEngine(shape.regions, shape.pid)
+            await self._connect(token)
             await channel.expect(p.Serving)
-            assert self._engine is not None
             async with open_nursery() as nursery:  # nothing is due; but the destination may fail
                 nursery.start_soon(self._watch_engine)
                 nursery.start_soon(channel.receive)
@@ -140,9 +214,24 @@ class SourceSession:
                 await self._hooks("handover")
                 nursery.cancel_scope.cancel()
             self._engine.check()
-            self.vm.record("intent", durable=True, peer=self.request.to, run=self._run)
+            await self._intend()
             await self._hand_over(channel)
             await self._drain(channel)
+
+    async def _intend(self) -> None:
+        """On disk before the stop: a host that comes up again asks before it starts this guest."""
+        driver = self.vm.attached()
+        intent = {
+            "migration": self.migration,
+            "peer": self.request.to,
+            "epoch": self.vm.epoch + 1,
+            "driver": driver.kind,
+            "socket": driver.socket,
+        }
+        save = self.settings.store.save_intent
+        await trio.to_thread.run_sync(save, self.vm.name, intent)  # a disk may take its time
+        self._note()
+        self.vm.record("intent")
 
     async def _greeted(self) -> Channel:
         address = parse_address(self.request.to)
@@ -163,9 +252,9 @@ class SourceSession:
             check=check,
         )
 
-    async def _connect(self, shape: Shape, token: bytes) -> None:
+    async def _connect(self, token: bytes) -> None:
         """The data connections: one urgent, the others for pushing."""
-        self._engine = SourceEngine(shape.regions, shape.pid)
+        assert self._engine is not None
         address = parse_address(self.request.to)
         for urgent in (True, *[False] * self.settings.connections):
             stream = await dial(address.host, address.port, p.DATA)
@@ -197,7 +286,7 @@ class SourceSession:
             raise PostcopydError(
                 f"the destination could not run {self.vm.name}: {answer.reason}", "Declined"
             )
-        self._ran_at = time.monotonic()
+        self._ran()
         self.log.info("guest runs at the destination", downtime_ms=self._downtime_ms)
 
     async def _save(self, channel: Channel) -> None:
@@ -228,20 +317,37 @@ class SourceSession:
         self._engine.check()
         self.vm.epoch += 1
         try:
-            self.vm.record("granted", peer=self.request.to)
+            self.vm.record("granted")
         except PostcopydError:
             self.vm.epoch -= 1
             raise
         self._committed = True
 
+    def _ran(self) -> None:
+        """The guest runs there: what it waited for. `save` is its VMM here giving the device state,
+        `load` the one there taking the rest of it, `run` running it there; a round trip is in the
+        second and in the third."""
+        self._ran_at = time.monotonic()
+        times = (self._stopped_at, self._saved_at, self._loaded_at, self._ran_at)
+        parts = zip(("save", "load", "run"), pairwise(times), strict=True)
+        self._downtime_parts = {
+            name: round((after - before) * 1e3, 2) for name, (before, after) in parts
+        }
+        self._downtime_ms = round((self._ran_at - self._stopped_at) * 1e3, 2)
+
     async def _drain(self, channel: Channel) -> None:
+        """Its memory follows. On a connection that resumes, what the destination has comes first
+        and nothing is pushed before it."""
         engine = self._engine
         assert engine is not None
         self.vm.show(
             phase="postcopy",
             message=f"{self.vm.name} runs at {self.request.to}, its memory follows",
         )
-        engine.push(self._bandwidth)
+        if not self._recoveries:
+            engine.push(self._bandwidth)
+        self._note()
+        self._record_settled(None)
         async with open_nursery() as nursery:
             nursery.start_soon(self._watch_engine)
             nursery.start_soon(self._show_progress)
@@ -249,7 +355,16 @@ class SourceSession:
                 if isinstance(message, p.Progress):
                     self._faults = message.faults
                     self.vm.show(remaining=message.remaining)
+                elif isinstance(message, p.Have):
+                    engine.have(message.region, message.first, message.count, message.bits)
+                else:
+                    engine.push(self._bandwidth)
             nursery.cancel_scope.cancel()
+        await self._drained(channel, message)
+
+    async def _drained(self, channel: Channel, message: p.Drained) -> None:
+        engine = self._engine
+        assert engine is not None
         if message.confirmed != engine.stats.total_pages:
             raise RemoteProtocolError(
                 f"{self.request.to} counts {message.confirmed} pages as drained, "
@@ -293,6 +408,99 @@ class SourceSession:
                 self.vm.driver = None
         return ""
 
+    # --- after a connection was lost -------------------------------------------------------------
+
+    async def _recover(self) -> None:
+        """Until nobody needs this source any more: the guest is there whole, or was declined, or a
+        person has decided (`resolve`)."""
+        began = told = trio.current_time()
+        if "result" not in self.vm.status:
+            told += PATIENCE_S
+        recoveries = self._recoveries
+        with self._recovering:
+            while self.machine.gave_away and self._completed is None:
+                self._poke = trio.Event()
+                try:
+                    await self._ask()
+                    return
+                except Exception as error:
+                    await self._end_early(trouble := self._ours(error))
+                now = trio.current_time()
+                if self._recoveries > recoveries:  # it went on for a while
+                    recoveries, began, told = self._recoveries, now, now + PATIENCE_S
+                if now >= told and self.vm.status["phase"] == "paused":
+                    told = math.inf
+                    self.vm.show(result=self._result(None, event="paused", error=str(trouble)))
+                mends = trouble.name in MENDS and now - began < RESTLESS_S
+                with trio.move_on_after(AGAIN_S if mends else SELDOM_S):
+                    await self._poke.wait()
+        if self._decision is not None:
+            with trio.CancelScope(shield=True):
+                await self._resolved()
+
+    async def _resolved(self) -> None:
+        """A person has given the destination, or the copy here, up."""
+        vm = self.vm
+        self.machine.happened(Happened.LOST)
+        by = f"by an operator's decision, in the middle of the move to {self.request.to}"
+        if self._decision == "take_back":
+            self.machine.happened(Happened.TAKEN_BACK)
+            await self._rolled_back(
+                PostcopydError(f"taken back {by}, as it was when it stopped here", "TakenBack")
+            )
+            return
+        if vm.driver is not None:
+            await vm.driver.end()
+        vm.settle(
+            phase="failed",
+            message=f"the VMM of {vm.name} here was ended {by}; memory that the guest there still "
+            f"lacks is lost: if it waits, `postcopyd resolve {vm.name}` there too",
+            result=self._result(None, event="paused", error=f"ended {by}"),
+        )
+        self._record_settled("declined")
+        self.log.warning("given up by an operator")
+
+    async def _ask(self) -> None:
+        """One attempt: what became of the guest, and the rest of its memory."""
+        engine = self._engine
+        assert engine is not None
+        if self._channel is not None:
+            await self._channel.aclose()
+        await engine.disconnect()
+        channel = await self._greeted()
+        async with channel.alive():
+            await channel.send(p.Resume(self.migration, self.vm.name, self.vm.epoch))
+            answer = await channel.receive()
+            if isinstance(answer, p.Ready):
+                await self._connect(answer.token)
+                engine.serve()  # the guest may wait for any of it
+                answer = await channel.receive()
+            if isinstance(answer, p.Declined):
+                raise PostcopydError(
+                    f"the destination did not run {self.vm.name}: {answer.reason}", "Declined"
+                )
+            if isinstance(answer, p.Drained):
+                await self._drained(channel, answer)
+                return
+            self._recoveries += 1
+            if not self._downtime_ms and self._stopped_at:
+                self._ran()
+            self.vm.show(result=None)
+            self.log.warning("migration goes on", recoveries=self._recoveries)
+            await self._drain(channel)
+
+    def _note(self) -> None:
+        """What `restored` needs, for the next record."""
+        assert self._shape is not None
+        self.vm.about = {
+            "migration": self.migration,
+            "request": asdict(self.request),
+            "regions": [[r.name, r.pages, r.page_size] for r in self._shape.regions],
+            "run": self._shape.state == "running",
+            "downtime": [self._downtime_ms, self._downtime_parts],
+            "recoveries": self._recoveries,
+        }
+
     # --- when it goes wrong ----------------------------------------------------------------------
 
     async def _end_early(self, error: PostcopydError) -> None:
@@ -311,27 +519,28 @@ class SourceSession:
                 self.vm.show(result=self._completed, message=message)
                 self._record_settled("granted")
             return
-        where = "runs" if self.machine.state in (Source.RAN, Source.DRAINED) else "was granted"
         self.machine.happened(Happened.LOST)
-        self.vm.show(
-            phase="paused",
-            result=self._result(None, event="paused", error=str(error)),
-            message=f"{self.vm.name} {where} at {self.request.to} and part of its memory is still "
-            f"here: {error}; keep this VMM as it is, it must not run",
+        ran = self.machine.state is Source.RAN_LOST
+        message = (
+            f"{self.vm.name} {'runs' if ran else 'was granted'} at {self.request.to} and part of "
+            f"its memory is still here: {error}; it is tried again, keep this VMM as it is"
         )
-        self._record_settled(None)
-        self.log.error("migration paused after the grant", error=str(error))
+        news = self.vm.status.get("message") != message
+        if news or self.vm.status["phase"] != "paused":
+            self.vm.show(phase="paused", message=message)
+            self._record_settled(None)
+            self.log.error("migration paused after the grant", error=str(error))
 
     async def _rolled_back(self, error: PostcopydError) -> None:
         """Before the grant: the guest as it was, and the destination told."""
         name, vm = self.vm.name, self.vm
         cancelled = error.name == "Cancelled"
-        if self.machine.state not in (Source.DECLINED, Source.ROLLED_BACK):
+        if self.machine.state not in (Source.DECLINED, Source.ROLLED_BACK, Source.TAKEN_BACK):
             self.machine.happened(Happened.FAILED)
         if self._engine is not None:
             await self._engine.disconnect()
         sentence = f"{name} was not moved and is at this host as it was: {error}"
-        if self.machine.state is Source.DECLINED:
+        if self.machine.state in (Source.DECLINED, Source.TAKEN_BACK):
             # Ours again, recorded before it runs. What the destination may still say is of an epoch
             # that is over.
             vm.epoch += 1
@@ -362,12 +571,13 @@ class SourceSession:
             result=self._result(None, event="cancelled" if cancelled else "failed", error=sentence),
         )
         self._record_settled("held")
+        self.settings.store.forget_intent(name)
         self.log.warning("migration ended before the grant", error=str(error))
         await self._hooks("failed", message=str(error))
 
     def _record_settled(self, ownership: str | None) -> None:
         try:
-            self.vm.record(ownership, peer=self.request.to)
+            self.vm.record(ownership)
         except PostcopydError as error:
             # What was recorded before it stands, and is the careful side of the truth.
             self.log.error("record not written", error=str(error))
@@ -386,24 +596,6 @@ class SourceSession:
     @property
     def _bandwidth(self) -> int:
         return self.request.bandwidth or self.settings.bandwidth
-
-    @property
-    def _run(self) -> bool:
-        return self._shape is not None and self._shape.state == "running"
-
-    @property
-    def _downtime_ms(self) -> float:
-        return round((self._ran_at - self._stopped_at) * 1e3, 2)
-
-    @property
-    def _downtime_parts(self) -> dict[str, float]:
-        """What the guest waited for: its VMM here giving the device state, the one there taking the
-        rest of it, and running it there; a round trip is in the second and in the third."""
-        if not self._ran_at:
-            return {}
-        times = (self._stopped_at, self._saved_at, self._loaded_at, self._ran_at)
-        parts = zip(("save", "load", "run"), pairwise(times), strict=True)
-        return {name: round((after - before) * 1e3, 2) for name, (before, after) in parts}
 
     async def _hooks(self, phase: str, **about: Any) -> None:
         await run_hooks(
@@ -459,7 +651,7 @@ class SourceSession:
             "migration": self.migration,
             "peer": self.request.to,
             "mode": "postcopy",
-            "downtimeMs": self._downtime_ms if self._ran_at else 0.0,
+            "downtimeMs": self._downtime_ms,
             "downtimePartsMs": self._downtime_parts,
             "totalMs": round(elapsed * 1e3, 2),
             "brownoutMs": round(drained.brownout_ms, 2) if drained else 0.0,
@@ -477,9 +669,35 @@ class SourceSession:
             "faults": faults_json(self._faults),
             "transferredBytes": moved,
             "bytesPerSecond": round(moved / since) if since else 0,
-            "recoveries": 0,
+            "recoveries": self._recoveries,
             **({"error": error} if error else {}),
         }
+
+
+async def let_go(vm: Vm) -> None:
+    """Ends the VMM of a guest that was drained, if that was left to do when the daemon ended."""
+    driver, vm.driver = vm.driver, None
+    if driver is not None:
+        try:
+            await driver.finish(vm.about["request"]["keep_source"])
+        finally:
+            await driver.aclose()
+
+
+async def roll_back(vm: Vm, settings: Settings) -> None:
+    """Runs the guest again whose handover was under way, and not granted, when the daemon ended."""
+    driver, run = vm.attached(), vm.about["run"]
+    driver.before = "running" if run else "paused"
+    sentence = f"{vm.name} was not moved and is at this host as it was: the daemon ended before it"
+    try:
+        with trio.fail_after(ROLLBACK_S):
+            await driver.rollback()
+    except trio.TooSlowError:
+        raise PostcopydError(f"its VMM did not run it again within {ROLLBACK_S:.0f} s") from None
+    vm.settle(phase="failed", remaining=0, message=f"{sentence} was granted")
+    vm.record("held")
+    settings.store.forget_intent(vm.name)
+    structlog.get_logger().warning("guest runs here again", vm=vm.name)
 
 
 def faults_json(faults: p.Faults) -> dict[str, Any]:

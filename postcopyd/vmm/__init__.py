@@ -101,6 +101,7 @@ class Vmm(abc.ABC):
     name: str  # the VM's, as on the command line
     kind: str  # "qemu" or "process"
     socket: str
+    pid: int  # of the VMM's process
 
     #: What the guest did just before `save` stopped it, and what `rollback` goes back to. A
     #: session that was started again sets it from its record, before it calls `rollback`.
@@ -110,6 +111,22 @@ class Vmm(abc.ABC):
     @abc.abstractmethod
     async def connect(cls, name: str, socket: str) -> Self:
         """Attach to the VMM at the unix socket. Within seconds also when nobody answers."""
+
+    @classmethod
+    async def known(cls, name: str, socket: str, pid: int) -> Self:
+        """Attach to a VMM that a daemon before this one had. Raises VmmGone.
+
+        A driver whose VMM may be stuck in a page fault asks it nothing here: the caller has to
+        answer that fault first, with the descriptors that `adopted` gives.
+        """
+        driver = await cls.connect(name, socket)
+        if driver.pid != pid:
+            await driver.aclose()
+            raise VmmGone(
+                f"process {driver.pid} answers at {socket} and not {pid}, which was attached as "
+                f"{name}: detach {name} and attach it again"
+            )
+        return driver
 
     @abc.abstractmethod
     async def inspect(self, role: Role) -> Shape:

@@ -86,13 +86,9 @@ class QemuVmm(Vmm):
             raise
 
     @classmethod
-    def known(cls, name: str, socket: str, pid: int) -> Self:
-        """The driver of a QEMU that a daemon before this one was attached to. Raises VmmGone.
-
-        Its monitor is taken at first use: that may be stuck in a page fault which the caller has to
-        answer first, with the descriptors that `adopted` gives. That `pid` is still that QEMU (by
-        its start time) is the caller's to see.
-        """
+    async def known(cls, name: str, socket: str, pid: int) -> Self:
+        """As the interface says; its monitor is taken at first use. That `pid` is still that QEMU
+        (by its start time) is the caller's to see."""
         return cls(name, socket, Qmp(socket), pid, _pidfd(name, pid))
 
     async def inspect(self, role: Role) -> Shape:

@@ -292,17 +292,44 @@ static void new_source(struct pair *p) {
   p->from = pc_source_stats(p->source);
 }
 
-static struct pair new_dest(struct guest *g) {
-  struct pair p = {.guest = g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+/* The states of a page in the record, as uffd_native.c has them. */
+enum { WANTED = 1, CLAIMED = 2, DONE = 4, LOST = 8 };
+
+/* A destination on this record; `again`: an engine before it has registered. */
+static void dest_on(struct pair *p, int record, bool again) {
   struct pc_region regions[MAX_REGIONS];
   char error[200];
-  p.record = memfd_create("record", MFD_CLOEXEC);
-  regions_of(g, regions, false);
-  p.dest = pc_dest_new(regions, g->count, p.record, p.wake, error);
-  check(p.dest, "%s", error);
-  p.at = pc_dest_stats(p.dest);
-  check(!pc_dest_register(p.dest), "%s", p.at->sentence);
+  p->record = record;
+  regions_of(p->guest, regions, false);
+  p->dest = pc_dest_new(regions, p->guest->count, record, p->wake, error);
+  check(p->dest, "%s", error);
+  p->at = pc_dest_stats(p->dest);
+  check(!pc_dest_register(p->dest, again), "%s", p->at->sentence);
+}
+
+static struct pair new_dest(struct guest *g) {
+  struct pair p = {.guest = g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  dest_on(&p, memfd_create("record", MFD_CLOEXEC), false);
   return p;
+}
+
+/* The source hears of all that the destination has, in parts of all sizes. Returns how many. */
+static uint64_t tell(struct pair *p) {
+  uint64_t told = 0;
+  for (unsigned i = 0; i < p->guest->count; i++)
+    for (uint64_t first = 0, n, pages = p->guest->ram[i].pages; first < pages; first += n) {
+      uint8_t bits[512];
+      n = 1 + draw() % (8 * sizeof bits);
+      n = n < pages - first ? n : pages - first;
+      memset(bits, 0xff, sizeof bits);
+      check(!pc_dest_have(p->dest, i, first, n, bits), " ");
+      check(!pc_source_have(p->source, i, first, n, bits), " ");
+      for (uint64_t page = 0; page < (n + 7) / 8 * 8; page++) {
+        check(page < n || !(bits[page / 8] >> page % 8 & 1), "a bit beyond the last page");
+        told += bits[page / 8] >> page % 8 & 1;
+      }
+    }
+  return told;
 }
 
 static int buffer_bytes; /* of sockets made from now on; 0: as the system has it */

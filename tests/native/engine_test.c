@@ -77,18 +77,23 @@ static void two_regions(void) {
   guest_free(&g);
 }
 
-static void huge_pages(void) {
-  enum { PAGES = 12 };
+/* More of them than the machine has, until huge_pages_back. */
+static void reserve_huge_pages(int count) {
   FILE *f = fopen("/proc/sys/vm/nr_hugepages", "r+");
   int before, now = 0;
   if (!f || fscanf(f, "%d", &before) != 1)
     missing("hugetlbfs");
   snprintf(huge_before, sizeof huge_before, "%d\n", before);
-  rewind(f), fprintf(f, "%d", before + 2 * PAGES), fflush(f);
+  rewind(f), fprintf(f, "%d", before + count), fflush(f);
   rewind(f);
-  if (fscanf(f, "%d", &now) != 1 || now < before + 2 * PAGES)
+  if (fscanf(f, "%d", &now) != 1 || now < before + count)
     missing("24 huge pages of 2 MiB");
   fclose(f);
+}
+
+static void huge_pages(void) {
+  enum { PAGES = 12 };
+  reserve_huge_pages(2 * PAGES);
   struct guest g = {0};
   add_ram(&g, 1024, SMALL, mixed);
   add_ram(&g, PAGES, HUGE, mixed);
@@ -420,26 +425,52 @@ static void vmm_gone(void) {
   guest_free(&g);
 }
 
-static void no_memory(void) {
-  char folder[] = "/tmp/engine_test.XXXXXX", path[64];
-  check(mkdtemp(folder), "%m");
+/* A tmpfs of 128 pages, unseen by others. */
+struct small_tmpfs {
+  char folder[32];
+  int ballast;
+};
+
+static int file_in(struct small_tmpfs *s, const char *name) {
+  char path[64];
+  snprintf(path, sizeof path, "%s/%s", s->folder, name);
+  int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  check(fd >= 0, "%m");
+  return fd;
+}
+
+/* All but `room` pages of it are taken already. */
+static struct small_tmpfs small_tmpfs(unsigned room) {
+  struct small_tmpfs s = {.folder = "/tmp/engine_test.XXXXXX"};
+  check(mkdtemp(s.folder), "%m");
   if (unshare(CLONE_NEWNS) || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
-      mount("none", folder, "tmpfs", 0, "size=512k")) {
-    rmdir(folder);
+      mount("none", s.folder, "tmpfs", 0, "size=512k")) {
+    rmdir(s.folder);
     missing("the right to mount a tmpfs in a mount namespace");
   }
+  s.ballast = file_in(&s, "ballast");
+  check(!fallocate(s.ballast, 0, 0, (128 - room) * SMALL), "%m");
+  return s;
+}
+
+static void free_tmpfs(struct small_tmpfs *s) {
+  close(s->ballast), umount2(s->folder, MNT_DETACH), rmdir(s->folder);
+}
+
+/* The destination's memory of a guest is there instead. */
+static void ram_in(struct small_tmpfs *s, struct ram *m) {
+  munmap(m->at, m->pages * SMALL), close(m->file);
+  m->file = file_in(s, "ram");
+  check(!ftruncate(m->file, (off_t)m->pages * SMALL), "%m");
+  m->at = map(m->pages * SMALL, m->file);
+}
+
+static void no_memory(void) {
+  struct small_tmpfs s = small_tmpfs(28);
   struct guest g = {0};
   struct ram *m = add_ram(&g, 64, SMALL, all_data);
   fill_source(m, 0, m->pages);
-  munmap(m->at, m->pages * SMALL), close(m->file);
-  snprintf(path, sizeof path, "%s/ram", folder);
-  m->file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  check(m->file >= 0 && !ftruncate(m->file, (off_t)m->pages * SMALL), "%m");
-  m->at = map(m->pages * SMALL, m->file);
-  snprintf(path, sizeof path, "%s/ballast", folder);
-  int ballast = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  check(!fallocate(ballast, 0, 0, 100 * SMALL), "%m");
-
+  ram_in(&s, m);
   struct pair p = start(&g, 1, 0);
   wait_until(get(p.at->stalls) > 2);
   check(get(p.at->failure) == PC_OK, "%s", p.at->sentence);
@@ -452,12 +483,72 @@ static void no_memory(void) {
   connect_engines(&p, false);
   check(!pc_source_serve(p.source) && !pc_source_push(p.source, 0), " ");
   wait_until(get(p.at->stalls) > stalls + 2);
-  check(!ftruncate(ballast, 0), "%m");
+  check(!ftruncate(s.ballast, 0), "%m");
   wait_until(drained(&p));
   check_guest(&g);
   finish(&p);
   guest_free(&g);
-  close(ballast), umount2(folder, MNT_DETACH), rmdir(folder);
+  free_tmpfs(&s);
+}
+
+/* Threads that wait for zeros for which there is no memory: nobody else waits for that. */
+static void no_memory_for_zeros(void) {
+  enum { ZERO_READERS = 80 }; /* more than the engine keeps at a time */
+  struct small_tmpfs s = small_tmpfs(0);
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 128, SMALL, all_data);
+  ram_in(&s, m);
+  struct pair p = new_dest(&g);
+  int source = by_hand(&p, true);
+  send_frame(source, FRAME_ZERO, 0, 0, ZERO_READERS, NULL, 0);
+  wait_until(get(p.at->confirmed_pages) == ZERO_READERS);
+  struct reader r[ZERO_READERS + 3];
+  for (unsigned i = 0; i < ZERO_READERS; i++)
+    reader_start(&r[i], m, i);
+  wait_until(get(p.at->faults) >= ZERO_READERS && get(p.at->stalls) >= ZERO_READERS);
+  for (unsigned i = 0; i < 3; i++) {
+    reader_start(&r[ZERO_READERS + i], m, ZERO_READERS + i);
+    check(read_request(source) == ZERO_READERS + i, " ");
+    send_page(source, m, ZERO_READERS + i);
+  }
+  uint64_t stalls = get(p.at->stalls);
+  wait_until(get(p.at->stalls) > stalls + ZERO_READERS);
+  check(get(p.at->failure) == PC_OK, "%s", p.at->sentence);
+  check(!ftruncate(s.ballast, 0), "%m");
+  for (unsigned i = 0; i < ZERO_READERS + 3; i++) {
+    pthread_join(r[i].thread, NULL);
+    check(r[i].value == (i < ZERO_READERS ? 0 : word_of(m, i, 0)), " ");
+  }
+  wait_until(get(p.at->discarded_pages) == ZERO_READERS);
+  close(source);
+  finish(&p);
+  guest_free(&g);
+  free_tmpfs(&s);
+}
+
+static void no_room_for_record(void) {
+  struct small_tmpfs s = small_tmpfs(4);
+  struct guest g = {0};
+  add_ram(&g, 5 * SMALL, SMALL, all_data);
+  struct pc_region region[MAX_REGIONS];
+  struct stat is;
+  char error[200];
+  int record = file_in(&s, "record");
+  regions_of(&g, region, false);
+  check(!pc_dest_new(region, 1, record, -1, error) && strstr(error, "no room for"), "%s", error);
+  check(!fstat(record, &is) && is.st_size == 0, "a record was left");
+  check(!ftruncate(s.ballast, 0), "%m");
+  struct pc_dest *d = pc_dest_new(region, 1, record, -1, error);
+  check(d, "%s", error);
+  check(!fstat(record, &is) && is.st_blocks * 512 == 5 * SMALL, "not all is allocated");
+  pc_dest_free(d);
+  for (unsigned i = 0; i < 2; i++) {
+    check(!ftruncate(record, i ? 1 : 6 * SMALL), "%m");
+    check(!pc_dest_new(region, 1, record, -1, error) && strstr(error, "not this guest's"), " ");
+  }
+  close(record);
+  guest_free(&g);
+  free_tmpfs(&s);
 }
 
 /* --- broken connections ----------------------------------------------------------------------- */
@@ -563,6 +654,288 @@ static void connect_again(void) {
   guest_free(&g);
 }
 
+/* --- recovery --------------------------------------------------------------------------------- */
+
+static uint64_t count_done(int record, uint64_t pages) {
+  uint8_t *states = malloc(pages);
+  uint64_t n = 0;
+  for (uint64_t i = pread(record, states, pages, 0) == (ssize_t)pages ? pages : 0; i-- > 0;)
+    n += (states[i] & DONE) != 0;
+  free(states);
+  return n;
+}
+
+static void to_anonymous(struct ram *m) {
+  munmap(m->at, m->pages * m->page_size), close(m->file);
+  m->file = -1, m->at = map(m->pages * m->page_size, -1);
+}
+
+/* Daemons are killed while they take faults and place; each next one has the record of the last. The
+ * guest's threads write into what they find and go on all the time: none may be left waiting, and
+ * nothing that they wrote be overwritten. */
+static void killed(bool anonymous_memory) {
+  enum { LIVES = 5 };
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 16384, SMALL, mixed);
+  fill_source(m, 0, m->pages);
+  if (anonymous_memory)
+    to_anonymous(m);
+  struct pair p = {.guest = &g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  int record = memfd_create("record", MFD_CLOEXEC), go[LIVES][2], ready[2], ends[LIVES][3][2];
+  pid_t child[LIVES];
+  char byte;
+  check(!pipe(ready), "%m");
+  for (unsigned life = 0; life < LIVES; life++) { /* all of them before there are threads */
+    check(!pipe(go[life]), "%m");
+    for (unsigned i = 0; i < 3; i++)
+      tcp_pair(ends[life][i]);
+    child[life] = fork();
+    if (!child[life]) {
+      prctl(PR_SET_PDEATHSIG, SIGKILL);
+      check(read(go[life][0], &byte, 1) == 1, "%m");
+      dest_on(&p, record, life > 0);
+      check(write(ready[1], "", 1) == 1, "%m");
+      for (unsigned i = 0; i < 3; i++)
+        check(!pc_dest_connect(p.dest, ends[life][i][0], i == 0), " ");
+      for (;;)
+        pause();
+    }
+    for (unsigned i = 0; i < 3; i++)
+      close(ends[life][i][0]);
+  }
+  struct guest_thread *t = NULL;
+  new_source(&p);
+  for (unsigned life = 0; life < LIVES; life++) {
+    uint64_t before = count_done(record, m->pages);
+    check(write(go[life][1], "", 1) == 1 && read(ready[0], &byte, 1) == 1, "%m");
+    t = t ? t : guest_start(&g, 4, 0);
+    for (unsigned i = 0; i < 3; i++)
+      check(!pc_source_connect(p.source, ends[life][i][1], i == 0), " ");
+    check(!pc_source_serve(p.source) && !pc_source_push(p.source, 10 << 20), " ");
+    wait_until(count_done(record, m->pages) > before + 600);
+    kill(child[life], SIGKILL), waitpid(child[life], NULL, 0);
+    wait_until(get(p.from->failure) == PC_CONNECTION);
+    pc_source_disconnect(p.source);
+    close(go[life][0]), close(go[life][1]);
+  }
+  uint64_t before = count_done(record, m->pages);
+  dest_on(&p, record, true);
+  check(get(p.at->confirmed_pages) == before && before < m->pages, "%llu of %llu",
+        (unsigned long long)p.at->confirmed_pages, (unsigned long long)before);
+  check(tell(&p) == before, " ");
+  for (unsigned i = 0; i < 3; i++)
+    connect_engines(&p, i == 0);
+  check(!pc_source_serve(p.source) && !pc_source_push(p.source, 0), " ");
+  guest_join(t, 4);
+  wait_until(drained(&p) && get(p.from->pushing) == 0);
+  check(get(p.at->duplicate_pages) <= get(p.at->requests), "pages were pushed again");
+  check(!pc_dest_unregister(p.dest, 0), "refused");
+  check_guest(&g);
+  finish(&p);
+  guest_free(&g);
+  close(ready[0]), close(ready[1]);
+}
+
+static void killed_file(void) { killed(false); }
+static void killed_anonymous(void) { killed(true); }
+
+/* Who waits for an engine that is gone, its message read, is answered by the next one. */
+static void waiter_of_another(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 64, SMALL, all_data);
+  struct pair p = new_dest(&g);
+  int source = by_hand(&p, true);
+  struct reader r;
+  reader_start(&r, m, 9);
+  for (unsigned time = 0; time < 3; time++) {
+    check(read_request(source) == 9, " ");
+    pc_dest_free(p.dest);
+    close(source);
+    dest_on(&p, p.record, true);
+    source = by_hand(&p, true);
+  }
+  check(read_request(source) == 9 && !get(r.done), " ");
+  send_page(source, m, 9);
+  pthread_join(r.thread, NULL);
+  check(r.value == word_of(m, 9, 0), " ");
+  close(source);
+  finish(&p);
+  guest_free(&g);
+}
+
+/* Connections end at any time and come again, and some of the times the destination's engine is
+ * another one; before the push they agree on what is there. */
+static void again_and_again(void) {
+  struct guest g = {0};
+  add_ram(&g, 9001, SMALL, mixed);
+  add_ram(&g, 3003, SMALL, mixed);
+  fill_source(&g.ram[0], 0, g.ram[0].pages);
+  fill_source(&g.ram[1], 0, g.ram[1].pages);
+  struct pair p = start(&g, 2, 8 << 20);
+  struct guest_thread *t = guest_start(&g, 4, 0);
+  uint64_t holes = count_content(&g, HOLE);
+  wait_until(get(p.from->zero_pages) >= holes / 2);
+  for (unsigned time = 0; time < 30; time++) {
+    usleep((useconds_t)(draw() % 8000));
+    bool first = draw() % 2;
+    if (first)
+      pc_source_disconnect(p.source);
+    if (time % 2) {
+      pc_dest_disconnect(p.dest);
+    } else {
+      uint64_t confirmed = get(p.at->confirmed_pages);
+      pc_dest_free(p.dest);
+      dest_on(&p, p.record, true);
+      check(get(p.at->confirmed_pages) >= confirmed, "forgotten");
+    }
+    if (!first)
+      pc_source_disconnect(p.source);
+    check(get(p.at->failure) == PC_OK && get(p.from->failure) == PC_OK, "not forgotten");
+    check(get(p.from->pushing) == 0, "%d are pushing", p.from->pushing);
+    uint64_t sent = get(p.from->pushed_pages) + get(p.from->zero_pages), told = tell(&p);
+    uint64_t asked = get(p.from->requests), twice = get(p.at->duplicate_pages);
+    check(told == get(p.at->confirmed_pages), " ");
+    for (unsigned i = 0; i < 3; i++)
+      connect_engines(&p, i == 0);
+    check(!pc_source_serve(p.source) && !pc_source_push(p.source, 8 << 20), " ");
+    if (time % 3 == 0) {
+      wait_until(get(p.at->confirmed_pages) > told + 50 || drained(&p));
+      uint64_t now = get(p.from->pushed_pages) + get(p.from->zero_pages) - sent;
+      check(now <= p.at->total_pages - told + get(p.from->requests) - asked, "pushed again");
+      check(get(p.at->duplicate_pages) - twice <= get(p.from->requests) - asked, "pushed again");
+    }
+  }
+  pc_source_disconnect(p.source), pc_dest_disconnect(p.dest);
+  tell(&p);
+  for (unsigned i = 0; i < 3; i++)
+    connect_engines(&p, i == 0);
+  check(!pc_source_serve(p.source) && !pc_source_push(p.source, 0), " ");
+  guest_join(t, 4);
+  wait_until(drained(&p) && get(p.from->pushing) == 0);
+  check(!pc_dest_unregister(p.dest, 0), " ");
+  check_guest(&g);
+  finish(&p);
+  guest_free(&g);
+}
+
+/* A record as a crash may leave it, state by state. */
+static void record_states(void) {
+  enum { PAGES = 1000, SLOTS = 1024 };
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, PAGES, SMALL, all_data);
+  fill_source(m, 0, m->pages);
+  uint8_t states[SLOTS] = {0};
+  uint64_t done = 0, there = 0;
+  for (uint64_t page = 0; page < PAGES; page++) {
+    states[page] = (uint8_t[]){0, WANTED, CLAIMED, CLAIMED | WANTED, DONE, DONE | WANTED,
+                               0x40 | WANTED}[draw() % 7];
+    done += (states[page] & DONE) != 0;
+    if (states[page] & (CLAIMED | DONE) && draw() % 2) { /* placed, then written by the guest */
+      check(pwrite(m->file, "guest's", 8, (off_t)(page * SMALL)) == 8, "%m");
+      there += !(states[page] & DONE);
+      states[page] |= 0x80; /* what is no state is forgotten too */
+    }
+  }
+  struct pair p = {.guest = &g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  int record = memfd_create("record", MFD_CLOEXEC);
+  check(pwrite(record, states, SLOTS, 0) == SLOTS, "%m");
+  dest_on(&p, record, false);
+  check(get(p.at->confirmed_pages) == done, "%llu", (unsigned long long)p.at->confirmed_pages);
+  new_source(&p);
+  for (unsigned i = 0; i < 3; i++)
+    connect_engines(&p, i == 0); /* nobody has told the source: all is pushed */
+  check(!pc_source_serve(p.source) && !pc_source_push(p.source, 0), " ");
+  wait_until(drained(&p));
+  check(get(p.at->requests) == 0, "an old wish was asked for");
+  wait_until(get(p.at->duplicate_pages) == done);
+  check(get(p.at->existing_pages) == there, "%llu", (unsigned long long)p.at->existing_pages);
+  for (uint64_t page = 0; page < PAGES; page++) {
+    if (states[page] & 0x80)
+      check(!strcmp((char *)m->at + page * SMALL, "guest's"), "page %llu", (unsigned long long)page);
+    else /* done, but not there: the guest has discarded it */
+      check(page_is(m, page, states[page] & DONE), "page %llu", (unsigned long long)page);
+  }
+  finish(&p);
+  guest_free(&g);
+}
+
+/* What the destination has by hand is told to the source: the rest is pushed, once. */
+static void have_marks(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 5000, SMALL, mixed);
+  fill_source(m, 0, m->pages);
+  struct pair p = new_dest(&g);
+  new_source(&p);
+  uint8_t *has = calloc(m->pages, 1), byte = 0xff;
+  for (unsigned round = 0; round < 4; round++) {
+    int source = by_hand(&p, false);
+    uint64_t n = 0;
+    for (uint64_t page = 0; page < m->pages; page++) {
+      if (!has[page] && draw() % 8 == 0) {
+        has[page] = 1;
+        if (m->content(page) == DATA)
+          send_page(source, m, page);
+        else
+          send_frame(source, FRAME_ZERO, 0, page, 1, NULL, 0);
+      }
+      n += has[page];
+    }
+    wait_until(get(p.at->confirmed_pages) == n);
+    pc_dest_disconnect(p.dest);
+    close(source);
+    check(tell(&p) == n, " ");
+    for (uint64_t page = 0; page < m->pages; page++) {
+      check(!pc_dest_have(p.dest, 0, page, 1, &byte) && byte == has[page], " ");
+    }
+    if (round < 3)
+      pc_source_disconnect(p.source); /* forgets it */
+  }
+  static const struct { unsigned region; uint64_t first, count; } OUTSIDE[] = {
+      {1, 0, 1}, {~0u, 0, 1}, {0, 5000, 1}, {0, 5001, 0}, {0, 4999, 2}, {0, ~0ull, 1},
+      {0, ~0ull, 2}, {0, 1, ~0ull}, {0, 0, 5001},
+  };
+  for (unsigned i = 0; i < sizeof OUTSIDE / sizeof *OUTSIDE; i++) {
+    check(pc_dest_have(p.dest, OUTSIDE[i].region, OUTSIDE[i].first, OUTSIDE[i].count, &byte) ==
+          -EINVAL, "%u", i);
+    check(pc_source_have(p.source, OUTSIDE[i].region, OUTSIDE[i].first, OUTSIDE[i].count, &byte) ==
+          -EINVAL, "%u", i);
+  }
+  check(!pc_dest_have(p.dest, 0, 5000, 0, &byte) && !pc_source_have(p.source, 0, 5000, 0, &byte),
+        "nothing is not outside");
+  int urgent[2], push[2];
+  tcp_pair(urgent), tcp_pair(push);
+  check(!pc_source_connect(p.source, urgent[1], true), " ");
+  check(!pc_source_connect(p.source, push[1], false), " ");
+  check(!pc_source_serve(p.source) && !pc_source_push(p.source, 0), " ");
+  struct frame_reader reader;
+  struct frame f;
+  uint8_t *payload;
+  uint64_t lacks = 0;
+  for (uint64_t page = 0; page < m->pages; page++)
+    lacks += !has[page];
+  check(!frame_reader_init(&reader, push[0], FRAME_MAX_PAYLOAD, 0), " ");
+  while (lacks) {
+    check(frame_read(&reader, &f, &payload) == 1, " ");
+    for (uint64_t page = f.page; page < f.page + f.count; page++, lacks--) {
+      check(!has[page], "page %llu was pushed again", (unsigned long long)page);
+      has[page] = 2;
+    }
+  }
+  wait_until(get(p.from->pushing) == 0);
+  check(bytes_waiting(push[0]) == 0, "more was pushed");
+  frame_reader_free(&reader);
+  check(!frame_reader_init(&reader, urgent[0], FRAME_MAX_PAYLOAD, 0), " ");
+  for (uint64_t page = 0; page < m->pages; page += 97) { /* and every request is answered */
+    send_frame(urgent[0], FRAME_REQUEST, 0, page, 1, NULL, 0);
+    check(frame_read(&reader, &f, &payload) == 1 && f.page == page && f.count == 1, " ");
+    check((f.kind == FRAME_PAGES) == (m->content(page) == DATA), " ");
+  }
+  frame_reader_free(&reader);
+  free(has), close(urgent[0]), close(push[0]);
+  finish(&p);
+  guest_free(&g);
+}
+
 /* Wants many pages at once without as many threads: a signal takes the thread out of each fault
  * once the engine has it. Past the sanitizers' sigaction, which would hold the signal back. */
 extern int __sigaction(int, const struct sigaction *, struct sigaction *);
@@ -572,6 +945,145 @@ enum { WANTERS = 16 };
 static void leave_fault(int signal) {
   (void)signal;
   _longjmp(out_of_fault, 1);
+}
+
+/* Reads a word; false: a memory error. */
+static bool reads(struct ram *m, uint64_t page, uint64_t *value) {
+  if (_setjmp(out_of_fault))
+    return false;
+  *value = load(m, page, 7);
+  return true;
+}
+
+enum given { LACKS, GIVEN, ZEROED };
+
+static enum given given(uint64_t page) {
+  return page / 3 % 2 ? LACKS : page % 5 ? GIVEN : ZEROED;
+}
+
+struct toucher {
+  struct ram *ram;
+  uint64_t from, errors;
+  pthread_t thread;
+};
+
+/* Touches each page: what was given reads as it was given, all the rest is errors, never zeros. */
+static void *toucher_run(void *argument) {
+  struct toucher *t = argument;
+  for (uint64_t i = 0; i < t->ram->pages; i++) {
+    uint64_t page = (i + t->from) % t->ram->pages, value;
+    bool is = reads(t->ram, page, &value);
+    check(is == (given(page) != LACKS), "page %llu: %s, %llx", (unsigned long long)page,
+          is ? "read" : "an error", (unsigned long long)value);
+    check(!is || value == (given(page) == GIVEN ? word_of(t->ram, page, 7) : 0), " ");
+    t->errors += !is;
+  }
+  return NULL;
+}
+
+static void poison(uint64_t pages, uint32_t page_size, bool anonymous_memory) {
+  enum { TOUCHERS = 6 };
+  struct sigaction action = {.sa_handler = leave_fault, .sa_flags = SA_NODEFER};
+  __sigaction(SIGBUS, &action, NULL);
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, pages, page_size, all_data);
+  if (anonymous_memory)
+    to_anonymous(m);
+  struct pair p = new_dest(&g);
+  int source = by_hand(&p, true);
+  uint64_t lacks = 0;
+  for (uint64_t page = 0; page < pages; page++) {
+    lacks += given(page) == LACKS;
+    if (given(page) == GIVEN)
+      send_page(source, m, page);
+    else if (given(page) == ZEROED)
+      send_frame(source, FRAME_ZERO, 0, page, 1, NULL, 0);
+  }
+  wait_until(get(p.at->confirmed_pages) == pages - lacks);
+  struct toucher t[TOUCHERS];
+  for (unsigned i = 0; i < TOUCHERS; i++) {
+    t[i] = (struct toucher){.ram = m, .from = i * pages / TOUCHERS};
+    check(!pthread_create(&t[i].thread, NULL, toucher_run, &t[i]), "thread");
+  }
+  wait_until(get(p.at->faults) >= TOUCHERS);
+  check(pc_dest_poison(p.dest) == -EBUSY && get(p.at->failure) == PC_OK, "the source is there");
+  pc_dest_disconnect(p.dest);
+  close(source);
+  int64_t poisoned = pc_dest_poison(p.dest);
+  check(poisoned == (int64_t)lacks, "%lld of %llu: %s", (long long)poisoned,
+        (unsigned long long)lacks, p.at->sentence);
+  check(drained(&p) && get(p.at->lost_pages) == lacks, " ");
+  for (unsigned i = 0; i < TOUCHERS; i++) {
+    pthread_join(t[i].thread, NULL);
+    check(t[i].errors == lacks, " ");
+  }
+  check(pc_dest_poison(p.dest) == 0 && pc_dest_unregister(p.dest, 0) == -EBUSY, " ");
+
+  /* What was lost stays so: discarded, and with another engine. */
+  for (unsigned time = 0; time < 2; time++) {
+    uint64_t value;
+    for (uint64_t page = 0; page < pages; page += 1 + time) {
+      if (given(page) == LACKS)
+        discard(m, page, 1);
+      check(reads(m, page, &value) == (given(page) != LACKS), "%llx", (unsigned long long)value);
+    }
+    pc_dest_free(p.dest);
+    dest_on(&p, p.record, true);
+    check(drained(&p) && get(p.at->lost_pages) == lacks, " ");
+  }
+  finish(&p);
+  guest_free(&g);
+}
+
+static void poison_file(void) {
+  for (unsigned time = 0; time < 8; time++)
+    poison(2000, SMALL, false);
+}
+
+static void poison_anonymous(void) {
+  for (unsigned time = 0; time < 8; time++)
+    poison(2000, SMALL, true);
+}
+
+static void poison_huge(void) {
+  reserve_huge_pages(24);
+  poison(12, HUGE, false);
+  huge_pages_back();
+}
+
+static void *late_run(void *argument) {
+  struct toucher *t = argument;
+  uint64_t value;
+  t->errors = !reads(t->ram, t->from, &value);
+  return NULL;
+}
+
+/* A fault whose message is older than the error: the kernel would let zeros replace it. */
+static void poison_late_fault(void) {
+  struct sigaction action = {.sa_handler = leave_fault, .sa_flags = SA_NODEFER};
+  __sigaction(SIGBUS, &action, NULL);
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 64, SMALL, all_data);
+  struct pair p = {.guest = &g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  int record = memfd_create("record", MFD_CLOEXEC);
+  uint8_t states[64];
+  memset(states, DONE | LOST, sizeof states);
+  check(pwrite(record, states, sizeof states, 0) == sizeof states, "%m");
+  dest_on(&p, record, false);
+  for (uint64_t page = 0; page < m->pages; page++) {
+    pc_dest_free(p.dest); /* nobody takes faults for a while */
+    struct toucher t = {.ram = m, .from = page};
+    check(!pthread_create(&t.thread, NULL, late_run, &t), "thread");
+    struct pollfd message = {.fd = m->uffd, .events = POLLIN};
+    check(poll(&message, 1, -1) == 1, "%m"); /* the fault waits to be read */
+    struct uffdio_poison lost = {.range = {(uintptr_t)m->at + page * SMALL, SMALL}, .mode = 1};
+    check(!ioctl(m->uffd, UFFDIO_POISON, &lost), "%m"); /* without waking anybody */
+    dest_on(&p, p.record, true);
+    pthread_join(t.thread, NULL);
+    check(t.errors == 1, "zeros");
+  }
+  finish(&p);
+  guest_free(&g);
 }
 
 struct wanter {
@@ -608,7 +1120,9 @@ static void want_all(struct pair *p) {
     pthread_join(w[i].thread, NULL);
 }
 
-static void overflow(bool connected_before) {
+enum connected { AWAY, CONNECTED, CUT }; /* while the guest comes to want all its pages */
+
+static void overflow(enum connected connected) {
   struct guest g = {0};
   struct ram *m = add_ram(&g, 5200, SMALL, all_data);
   struct pair p = new_dest(&g);
@@ -616,11 +1130,17 @@ static void overflow(bool connected_before) {
   buffer_bytes = 4096;
   tcp_pair(fd);
   fcntl(fd[1], F_SETFL, 0);
-  if (connected_before)
+  if (connected != AWAY)
     check(!pc_dest_connect(p.dest, fd[0], true), " ");
   want_all(&p);
   check(get(p.at->requests) < m->pages, "the socket took all");
-  if (!connected_before)
+  if (connected == CUT) { /* most likely within a request */
+    pc_dest_disconnect(p.dest);
+    close(fd[1]);
+    tcp_pair(fd);
+    fcntl(fd[1], F_SETFL, 0);
+  }
+  if (connected != CONNECTED)
     check(!pc_dest_connect(p.dest, fd[0], true), " ");
   uint8_t *asked = calloc(m->pages, 1);
   for (uint64_t page, n = 0; n < m->pages;) { /* from here on there is no fault to wake anybody */
@@ -639,8 +1159,9 @@ static void overflow(bool connected_before) {
   guest_free(&g);
 }
 
-static void overflow_full(void) { overflow(true); }
-static void overflow_away(void) { overflow(false); }
+static void overflow_full(void) { overflow(CONNECTED); }
+static void overflow_away(void) { overflow(AWAY); }
+static void overflow_cut(void) { overflow(CUT); }
 
 /* --- hostile peers ---------------------------------------------------------------------------- */
 
@@ -901,10 +1422,23 @@ static const struct {
     {"split_mapping", split_mapping},
     {"vmm_gone", vmm_gone},
     {"no_memory", no_memory},
+    {"no_memory_for_zeros", no_memory_for_zeros},
+    {"no_room_for_record", no_room_for_record},
     {"cut", cut},
     {"connect_again", connect_again},
+    {"killed_file", killed_file},
+    {"killed_anonymous", killed_anonymous},
+    {"waiter_of_another", waiter_of_another},
+    {"again_and_again", again_and_again},
+    {"record_states", record_states},
+    {"have_marks", have_marks},
+    {"poison_file", poison_file},
+    {"poison_anonymous", poison_anonymous},
+    {"poison_huge", poison_huge},
+    {"poison_late_fault", poison_late_fault},
     {"overflow_full", overflow_full},
     {"overflow_away", overflow_away},
+    {"overflow_cut", overflow_cut},
     {"hostile_source", hostile_source},
     {"hostile_destination", hostile_destination},
     {"stop_anytime", stop_anytime},

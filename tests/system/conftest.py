@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemons that system tests speak to."""
+"""The daemons and the QEMUs that system tests speak to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
+from needs import missing
 from pair import Pair, open_pair
+from qemu_lab import QEMUS, Lab
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +33,27 @@ def new_pair() -> Iterator[Pair]:
     """For tests that kill daemons."""
     with open_pair() as pair:
         yield pair
+
+
+@pytest.fixture
+async def lab() -> AsyncIterator[Lab]:
+    for qemu in QEMUS:
+        if shutil.which(qemu[0]) is None:
+            missing(qemu[0])
+    if os.geteuid() != 0:
+        missing("root")
+    folder = Path(tempfile.mkdtemp(prefix="pcq"))
+    made = Lab(folder)
+    try:
+        yield made
+    finally:
+        for driver in made.drivers:
+            await driver.aclose()
+        for machine in made.machines:
+            machine.end()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=range(len(QEMUS)), ids=lambda number: f"qemu{number}")
+def qemu(request: pytest.FixtureRequest) -> int:
+    return int(request.param)

@@ -33,7 +33,7 @@ class Wire:
     """A way to a daemon that can be cut: passes on what the source sends, and keeps a record of it.
 
     `limit` has for a kind of connection (control, urgent, push) how many bytes of it pass; then
-    all connections are cut. `spoil` may change bytes before they are passed on.
+    all connections are cut, once. `spoil` may change bytes before they are passed on.
     """
 
     def __init__(self, to: Host, nursery: trio.Nursery) -> None:
@@ -78,11 +78,16 @@ class Wire:
         self.sent[kind] += data[:left]
         await to.send_all(self.spoil(kind, data[:left]))
         if len(data) >= left:
-            for stream in self._streams:
-                # The end comes after what was sent, as when a daemon dies.
-                with suppress(OSError, trio.ClosedResourceError, trio.BrokenResourceError):
-                    stream.socket.shutdown(socket.SHUT_RDWR)
-            self._streams.clear()
+            self.cut()
+
+    def cut(self) -> None:
+        """All connections that there are now."""
+        self.limit = {}
+        for stream in self._streams:
+            # The end comes after what was sent, as when a daemon dies.
+            with suppress(OSError, trio.ClosedResourceError, trio.BrokenResourceError):
+                stream.socket.shutdown(socket.SHUT_RDWR)
+        self._streams.clear()
 
 
 @asynccontextmanager
@@ -95,25 +100,19 @@ async def wire(to: Host) -> AsyncIterator[Wire]:
 
 
 async def in_one_place(pair: Pair, name: str, here: ProcessGuest, there: ProcessGuest) -> str:
-    """Both sides have come to rest and agree about who may run the guest; says where it is."""
+    """Both sides have come to rest and agree about who has the guest; says where it is."""
     a, b = pair
-    source = await status_until(a, name, lambda status: status.get("result"))
-    phase = source["phase"]
-    if phase == "failed":  # before the grant: never runs there
-        await worked(here, 100)
-        await verified(here)
-        await status_until(b, name, lambda status: status["phase"] in ("failed", "paused", "idle"))
-        assert await state(there) in ("incoming", "ended", "paused")
-        return "source"
-    assert await state(here) in ("paused", "ended")
-    if phase == "paused":
-        await status_until(b, name, lambda status: status["phase"] in ("paused", "drained"))
-        assert await state(there) in ("running", "paused")
-        assert await state(here) == "paused"
-        return "waits"
-    assert phase == "drained"
-    await verified(there)
-    return "destination"
+    source = await status_until(a, name, lambda status: status["phase"] in ("failed", "drained"))
+    if source["phase"] == "drained":
+        await status_until(b, name, lambda status: status["phase"] == "drained")
+        await worked(there, 100)
+        await verified(there)
+        return "destination"
+    await worked(here, 100)
+    await verified(here)
+    await status_until(b, name, lambda status: status["phase"] in ("failed", "idle"))
+    assert await state(there) in ("incoming", "ended")
+    return "source"
 
 
 async def test_cut_at_any_moment(pair: Pair) -> None:
@@ -142,26 +141,25 @@ async def test_cut_at_any_moment(pair: Pair) -> None:
     before_grant = [end + near for end in ends if end < after["grant"] for near in (-1, 0)]
     for number, limit in enumerate(before_grant, 1):
         where, _ = await move(number, limit)
-        # Only who has all but the grant can be in doubt, and then the source has decided.
-        assert where == "source" or limit == after["deviceEnd"]
-    for number, limit in enumerate([after["grant"] - 1, after["grant"]], 50):
-        assert (await move(number, limit))[0] in ("waits", "destination")
+        # Who has recorded the grant and could not send it asks, and has it declined.
+        assert where == "source"
+    assert (await move(50, after["grant"] - 1))[0] == "source"
+    assert (await move(51, after["grant"]))[0] == "destination"
 
 
 @pytest.mark.parametrize("kind", ["urgent", "push"])
 async def test_data_connection_is_cut(pair: Pair, kind: str) -> None:
-    """A data connection that breaks pauses the migration on both sides; no page is wrong."""
+    """A data connection that breaks pauses the migration until there are new ones."""
     name, here, there = await pair.place(*LARGE)
     a, b = pair
     await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages")
     async with wire(b) as one:
         one.limit = {kind: 300_000}
-        started = await a.call("Migrate", name=name, to=one.address, bandwidth=4 * MIB)
+        started = await a.call("Migrate", name=name, to=one.address, bandwidth=16 * MIB)
         result = await a.result(name, started["migration"])
-        assert result["event"] == "paused"
-        assert await in_one_place(pair, name, here, there) == "waits"
-        await trio.sleep(0.5)
-        assert await state(there) == "running"
+        assert result["event"] == "completed"
+        assert result["recoveries"] == 1
+        assert await in_one_place(pair, name, here, there) == "destination"
 
 
 async def test_data_connections_are_cut_early(pair: Pair) -> None:
@@ -192,6 +190,6 @@ async def test_garbage_for_pages(pair: Pair) -> None:
         started = await a.call("Migrate", name=name, to=one.address, bandwidth=4 * MIB)
         result = await a.result(name, started["migration"])
         assert result["event"] == "paused"
-        status = await status_until(b, name, lambda status: status["phase"] == "paused")
-        assert "page frame" in status["message"] or "what is no" in status["message"], status
+        log = b.log.read_text()
+        assert "page frame" in log or "what is not" in log, log[-2000:]
         assert await state(here) == "paused"

@@ -266,8 +266,8 @@ async def test_uses_disk_and_network(config: GuestConfig, folder: Path) -> None:
         assert await qemu.wait() == 0
 
 
-@pytest.mark.parametrize("config", QEMUS[:1], indirect=True, ids=["to"])
-@pytest.mark.parametrize("move", MOVES, ids=lambda move: "-".join(map(str, move)))
+@pytest.mark.parametrize("config", QEMUS[:1] or [None], indirect=True, ids=["to"])
+@pytest.mark.parametrize("move", MOVES or [None], ids=lambda move: "-".join(map(str, move or ())))
 async def test_is_followed_to_another_qemu(
     config: GuestConfig,
     folder: Path,

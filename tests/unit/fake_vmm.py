@@ -105,14 +105,16 @@ class FakeVmm(Vmm):
 
     async def inspect(self, role: Role) -> Shape:
         await self._at("inspect")
-        state: State = {"running": "running", "incoming": "incoming"}.get(self.state, "paused")  # type: ignore[assignment]
+        states: dict[str, State] = {"running": "running", "incoming": "incoming"}
         regions = tuple(
             Region(f"ram{i}", pages, PAGE, address_of(memory), os.dup(fd), 0)
             for i, (fd, pages, memory) in enumerate(
                 zip(self._files, PAGES, self._maps, strict=True)
             )
         )
-        return Shape(state, os.getpid(), regions, {"version": "1"}, self.problems)
+        return Shape(
+            states.get(self.state, "paused"), os.getpid(), regions, {"version": "1"}, self.problems
+        )
 
     # --- source
 

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,9 +23,10 @@ import trio.testing
 from fake_daemon import FAULTS, RESULT, FakeDaemon
 
 import postcopyd
-from postcopyd import cli, config, control, progress
+from postcopyd import cli, config, control, progress, store
 from postcopyd.control import MigrateRequest
 from postcopyd.errors import PostcopydError
+from postcopyd.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILED = {"event": "failed", "vm": "web1", "migration": "m1", "error": "host2 said no: mend it"}
@@ -357,7 +359,7 @@ async def test_refusals(tmp_path: Path) -> None:
         assert ran == Ran(1, "", "postcopyd: web1 may run at host2 already\n")
         h.daemon.fail = None
         h.daemon.put("web1", phase="bug", remaining="x")
-        h.daemon.list = None  # type: ignore[assignment]
+        h.daemon.list = None  # type: ignore[assignment]  # a bug in the daemon
         ran = await h.run("list")
         assert ran.status == 1
         assert "its log says where" in ran.err
@@ -592,3 +594,179 @@ def test_plain_lines_are_few(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> No
 def test_durations(us: float, text: str) -> None:
     """Durations have the unit that suits them."""
     assert progress.duration(us) == text
+
+
+# May a guest be started here?
+
+GONE = {"migration": "m7", "peer": "host2:16525", "epoch": 3, "driver": "qemu", "socket": "/q"}
+
+
+def intent(folder: Path, name: str = "web1") -> Path:
+    """What a source leaves on disk before it stops a guest; the folder of it."""
+    made = Store(folder / "state")
+    made.save_intent(name, GONE)
+    return made.durable
+
+
+def test_may_run_without_a_daemon(tmp_path: Path) -> None:
+    """Without a daemon the disk decides: yes where no guest has left, no with whom to ask."""
+    none = {"POSTCOPYD_CONTROL": str(tmp_path / "none")}
+    durable = intent(tmp_path, "web2")
+    where = ("--durable-dir", str(durable))
+    assert run("may-run", "web1", *where, **none) == Ran(
+        0, "web1: nothing here forbids starting it\n", ""
+    )
+    ran = run("may-run", "web2", *where, **none)
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err.startswith("postcopyd: do not start web2 here: it was to be handed to host2:")
+    assert ran.err.count("\n") == 1
+    assert "(migration m7)" in ran.err
+    assert "restarted" not in ran.err
+    (answer,) = run("may-run", "web2", "--json", *where, **none).objects
+    assert (answer["event"], answer["vm"], answer["mayRun"]) == ("may-run", "web2", False)
+    assert "host2" in answer["message"]
+    (answer,) = run("may-run", "web1", "--json", *where, **none).objects
+    assert (answer["mayRun"], answer["message"]) == (True, "")
+
+
+def test_may_run_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A host that has restarted since the guest was to leave says so."""
+    durable = intent(tmp_path)
+    monkeypatch.setattr(store, "boot_id", lambda: "another")
+    args = ["--durable-dir", str(durable), "--control", str(tmp_path / "none")]
+    assert cli.main(["may-run", "web1", *args]) == 1
+    assert "this host, which has restarted since, has not recorded" in capsys.readouterr().err
+
+
+def test_may_run_when_nobody_can_say(tmp_path: Path) -> None:
+    """A torn intent, and a folder or a socket that cannot be asked, say no; a dead socket does
+    not: its daemon has ended."""
+    durable = intent(tmp_path)
+    where = ("--durable-dir", str(durable), "--control", str(tmp_path / "none"))
+    torn = durable / "web1.intent"
+    torn.write_bytes(torn.read_bytes()[:-9])
+    ran = run("may-run", "web1", *where)
+    assert ran.status == 1
+    assert str(torn) in ran.err
+    assert run("may-run", "web2", *where).status == 0
+    ran = run("may-run", "web2", "--durable-dir", str(tmp_path / "typo"), *where[2:])
+    assert ran.status == 1
+    assert "there is no folder" in ran.err
+    ran = run("may-run", "web2", *where[:2], "--control", str(torn / "no"))
+    assert ran.status == 1  # neither there nor absent: it cannot be asked
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "dead"))
+    assert run("may-run", "web2", *where[:2], "--control", str(tmp_path / "dead")).status == 0
+
+
+def test_may_run_makes_nothing(tmp_path: Path) -> None:
+    """The question leaves no file, and needs the default folder as little as a daemon."""
+    run("may-run", "web1", POSTCOPYD_CONTROL=str(tmp_path / "none"))
+    assert [*tmp_path.iterdir()] == []
+    assert not (tmp_path / "none").exists()
+
+
+FAILED_HERE = {"event": "failed", "migration": "m1", "vm": "web1"}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize(
+    ("status", "may"),
+    [
+        ({}, True),
+        ({"role": "source", "phase": "idle", "migration": "m1"}, False),
+        ({"role": "source", "phase": "precopy"}, False),
+        ({"role": "source", "phase": "handover"}, False),
+        ({"role": "source", "phase": "postcopy"}, False),
+        ({"role": "source", "phase": "paused"}, False),
+        ({"role": "source", "phase": "drained"}, False),
+        ({"role": "source", "phase": "failed", "result": FAILED_HERE}, True),
+        ({"role": "source", "phase": "failed"}, False),
+        (
+            {"role": "source", "phase": "failed", "result": {**FAILED_HERE, "event": "paused"}},
+            False,
+        ),
+        ({"role": "", "phase": "paused"}, False),
+        ({"role": "destination", "phase": "idle", "migration": "m1"}, False),
+        ({"role": "destination", "phase": "handover"}, False),
+        ({"role": "destination", "phase": "postcopy"}, False),
+        ({"role": "destination", "phase": "paused"}, False),
+        ({"role": "destination", "phase": "drained"}, True),
+        ({"role": "destination", "phase": "failed"}, True),
+    ],
+)
+async def test_may_run_by_the_daemon(
+    tmp_path: Path, status: dict[str, Any], may: bool, capsys: Any
+) -> None:
+    """A daemon that runs says no to a guest that is on its way or has left, in its own words."""
+    intent(tmp_path, "web2")
+    args = ["--durable-dir", str(tmp_path / "state" / "durable")]
+    async with host(tmp_path, "web1", "db") as h:
+        h.daemon.put("web1", message="see host2", **status)
+        args += ["--control", h.path]
+        asked = await trio.to_thread.run_sync(cli.main, ["may-run", "web1", *args])
+    said = capsys.readouterr()
+    assert asked == (0 if may else 1)
+    assert said.err == ("" if may else "postcopyd: do not start web1 here: see host2\n")
+
+
+@pytest.mark.trio
+async def test_may_run_asks_both(tmp_path: Path) -> None:
+    """An intent says no whatever the daemon knows; a daemon that cannot answer says no as well."""
+    args = ("--durable-dir", str(intent(tmp_path)))
+    async with host(tmp_path, "web1") as h:
+        for name in ("web1", "web2"):
+            ran = await h.run("may-run", name, *args)
+            assert ran.status == (1 if name == "web1" else 0)
+        ran = await h.run("may-run", "../durable/web1", *args)
+        assert ran.status == 0
+        h.daemon.list = None  # type: ignore[assignment]  # a bug in the daemon
+        ran = await h.run("may-run", "web2", *args)
+        assert ran.status == 1
+        assert "its log says where" in ran.err
+
+
+def test_libvirt_hook(tmp_path: Path) -> None:
+    """The hook keeps a domain from starting that may be elsewhere, and stops nothing else."""
+    durable = intent(tmp_path)
+    program = tmp_path / "postcopyd"
+    options = f"--durable-dir {durable} --control {tmp_path}/none"
+    program.write_text(
+        f'#!/bin/sh\nverb=$1; shift\nexec {sys.executable} -m postcopyd $verb {options} "$@"\n'
+    )
+    program.chmod(0o755)
+
+    def hook(*args: str, path: str = f"{tmp_path}:{os.environ['PATH']}") -> Ran:
+        command = [ROOT / "examples" / "libvirt-hook", *args, "begin", "-"]
+        done = subprocess.run(
+            command, input="<domain/>", env=environment(PATH=path), capture_output=True, text=True
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    for operation in ("prepare", "start"):
+        ran = hook("web1", operation)
+        assert (ran.status, ran.out) == (1, "")
+        assert "do not start web1 here" in ran.err
+        assert hook("web2", operation) == Ran(0, "", "")
+        assert hook("-web 2", operation) == Ran(0, "", "")
+    for operation in ("started", "stopped", "release", "migrate", "restore", "reconnect", "attach"):
+        assert hook("web1", operation) == Ran(0, "", "")
+    program.unlink()
+    assert hook("web2", "start", path="/usr/bin:/bin").status != 0
+
+
+def test_durable_folder(tmp_path: Path) -> None:
+    """It is on disk by default, and for a daemon with a state directory of its own within that."""
+    of = config.serve_options
+    assert of({}, None).durable == Path("/var/lib/postcopyd")
+    assert of({"state_dir": Path("/s")}, None).durable == Path("/s/durable")
+    said = {"state_dir": Path("/s"), "durable_dir": Path("/d")}
+    assert of(said, None).durable == Path("/d")
+    file = tmp_path / "postcopyd.toml"
+    file.write_text('durable-dir = "/file"\n')
+    assert of({}, str(file)).durable == Path("/file")
+    assert of(said, str(file)).durable == Path("/d")
+    file.write_text('state-dir = "/file"\n')
+    assert of({}, str(file)).durable == Path("/file/durable")

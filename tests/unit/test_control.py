@@ -21,6 +21,7 @@ import pytest
 import trio
 import trio.testing
 from fake_daemon import FAULTS, RESULT, FakeDaemon
+from needs import package
 
 from postcopyd import control, varlink_client
 from postcopyd.control import MigrateRequest
@@ -93,7 +94,7 @@ def test_the_documented_objects_match_the_interface() -> None:
 
 def test_another_parser_reads_the_interface() -> None:
     """The parser of the `varlink` package finds the same members."""
-    varlink = pytest.importorskip("varlink")
+    varlink = package("varlink")
     shipped = control.interface()
     theirs = varlink.Interface(shipped.text).members
     assert list(theirs) == [name for name in shipped.docs if name]
@@ -280,7 +281,7 @@ async def test_errors_outside_the_interface_become_one_inside(tmp_path: Path) ->
 @pytest.mark.trio
 async def test_the_varlink_package_drives_it(tmp_path: Path) -> None:
     """The `varlink` package introspects, calls, watches and gets errors."""
-    varlink = pytest.importorskip("varlink")
+    varlink = package("varlink")
     daemon = FakeDaemon("web1")
     async with serving(daemon, tmp_path) as path:
 
@@ -303,7 +304,7 @@ async def test_the_varlink_package_drives_it(tmp_path: Path) -> None:
 @pytest.mark.trio
 async def test_the_asyncvarlink_package_drives_it(tmp_path: Path) -> None:
     """The `asyncvarlink` package pipelines calls and watches."""
-    asyncvarlink = pytest.importorskip("asyncvarlink")
+    asyncvarlink = package("asyncvarlink")
     daemon = FakeDaemon("web1")
 
     async def drive(path: str) -> None:

@@ -1,0 +1,685 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever breaks, no guest is lost, run twice or corrupted.
+
+Two daemons, and a QEMU guest that verifies its memory and is moved between them again and again,
+by the command line, while everything around it breaks on a schedule (schedule.py): the daemons'
+processes, and the network, which is a proxy (proxy.py) in front of each daemon. What is seen from
+outside judges (evidence.py): the guest's own reports, both QEMUs' own monitors, the exit statuses,
+the control sockets.
+
+    python tests/chaos/chaos.py --seed 1 --seconds 600
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import evidence as e
+import schedule as s
+import trio
+from proxy import Proxy
+
+from postcopyd import config
+from postcopyd.demo import qemu_guest as q
+from postcopyd.demo.hosts import PACKAGE, Host
+from postcopyd.errors import PostcopydError
+from postcopyd.varlink_client import ConnectionLost
+from postcopyd.vmm.qmp import Qmp
+
+VM = "guest"
+MIB = 1 << 20
+
+END_S = 60.0
+"""How long a migration may take to its end when nothing breaks any more."""
+HOLD_S = 5.0
+"""How long a message waits for the fault that was to meet it."""
+TERMINATE_S = 45.0
+"""A daemon that is told to end takes its guests back first; source.session.ROLLBACK_S is 30."""
+ANSWER_S = 10.0
+"""How long a monitor may take to answer when its guest lacks nothing."""
+QUIT_S = 10.0
+"""How long the source's QEMU may take to end by itself after drained."""
+
+T = TypeVar("T")
+
+
+class Lost(Exception):
+    """The run has failed: what it shows to be impossible has happened."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    seed: int = 1
+    seconds: float = 600.0
+    """How long faults are injected; what is under way then comes to its end."""
+    memory: int = 256 * MIB
+    """Bytes of guest RAM."""
+    bandwidth: int = 64 * MIB
+    """Bytes per second pushed, so that postcopy lasts long enough to be met by faults."""
+    rate: int = 4000
+    """Pages that the guest checks and writes in a second: some are asked for, others pushed."""
+    phases: tuple[str, ...] = s.PHASES
+    kinds: tuple[str, ...] = tuple(s.KINDS)
+
+
+class Node:
+    """One host: its daemon, and the proxy through which others reach it."""
+
+    def __init__(
+        self, folder: Path, name: str, on_message: Callable[[str], Awaitable[None]]
+    ) -> None:
+        self.host = Host(folder, name, ())
+        # Not of those that the kernel gives to connections: it must be free at each start.
+        self.host.address = f"127.0.0.1:{free_port()}"
+        self.proxy = Proxy(free_port(), self.host.address, on_message)
+        self.daemon = "up"
+        """up, down or stopped: what was done to it."""
+        self.whole = trio.Event()
+        """Set while nothing is being done to the daemon."""
+        self.whole.set()
+
+    @property
+    def side(self) -> e.Side:
+        return e.side(self.daemon, self.host.state / f"{VM}.json")
+
+    async def restart(self, number: int, seconds: float) -> None:
+        """Ends the daemon by a signal and starts it again so many seconds after its end."""
+        process = self.host.process
+        assert process is not None
+        process.send_signal(number)
+        with trio.move_on_after(TERMINATE_S):
+            while process.poll() is None:
+                await trio.sleep(0.005)
+        if process.poll() is None:
+            raise Lost(f"the daemon {self.host.name} does not end when it is told to")
+        await trio.sleep(seconds)
+        await self.host.start()
+        self._mended()
+
+    async def pause(self, seconds: float) -> None:
+        """The daemon's process stands still."""
+        assert self.host.process is not None
+        self.host.process.send_signal(signal.SIGSTOP)
+        await trio.sleep(seconds)
+        self.host.process.send_signal(signal.SIGCONT)
+        self._mended()
+
+    def broken(self, daemon: str) -> None:
+        self.daemon = daemon
+        self.whole = trio.Event()
+
+    def _mended(self) -> None:
+        self.daemon = "up"
+        self.whole.set()
+
+    async def status(self) -> dict[str, Any]:
+        """The status of the guest here; empty when the daemon does not say one now."""
+        with trio.move_on_after(2.0), suppress(PostcopydError, OSError, ConnectionLost):
+            status: dict[str, Any] = await self.host.status(VM)
+            return status
+        return {}
+
+
+class Vmm:
+    """A QEMU and our own monitor of it."""
+
+    def __init__(self, process: q.QemuProcess, monitor: Qmp) -> None:
+        self.process = process
+        self.monitor = monitor
+        self.name = process.config.name
+
+    @property
+    def ended(self) -> bool:
+        return self.process.process.poll() is not None
+
+    async def state(self) -> str:
+        """QEMU's own word, such as running or inmigrate; "ended", or "silent"."""
+        with trio.move_on_after(ANSWER_S):
+            try:
+                return str((await self.monitor.execute("query-status"))["status"])
+            except PostcopydError:
+                return "ended"
+        return "silent"
+
+
+class Chaos:
+    """One run. `run` returns what is to be printed, or raises Lost."""
+
+    def __init__(self, options: Options, folder: Path) -> None:
+        self.options = options
+        self.folder = folder
+        self.nodes = [Node(folder, name, self._passing) for name in ("host1", "host2")]
+        self.runs = e.Runs()
+        self.faults: Counter[tuple[str, str]] = Counter()
+        """By kind, and by the phase in which it really was."""
+        self.migrations = self.attempts = self.recoveries = self.left_behind = 0
+        self.durations: list[float] = []
+        self.migrating = False
+        self._began = trio.current_time()
+        self._at = 0  # the host that has the guest
+        self._launched = 0
+        self._quiet = 0.0  # when the last fault is over
+        self._granted = False
+        self._news = trio.Event()
+        self._awaited = ""
+        self._reached = self._injected = trio.Event()
+        self._here: Vmm | None = None
+        self._arriving: Vmm | None = None
+        self._destroys = True
+
+    async def run(self) -> str:
+        self._config = boot(self.folder, self.options)
+        self._destroys = await can_destroy()
+        try:
+            async with q.open_guest(self.folder) as self.guest:
+                try:
+                    async with trio.open_nursery() as self._nursery:
+                        await self._run()
+                        self._nursery.cancel_scope.cancel()
+                except (Exception, BaseExceptionGroup) as error:
+                    with trio.CancelScope(shield=True):
+                        why = await self._why(first(error))
+                    raise Lost(why) from error
+        except (Exception, BaseExceptionGroup) as error:
+            raise first(error) from None
+        finally:
+            for node in self.nodes:
+                if node.host.process is not None:
+                    node.host.process.kill()
+                    node.host.end()
+        return self.summary()
+
+    async def _run(self) -> None:
+        for node in self.nodes:
+            await node.host.start()
+            await self._nursery.start(node.proxy.run)
+        self._here = await self._launch()
+        self.runs.resumed(self._here.name, time.time())
+        await self._attach(self.nodes[0], self._here)
+        await self.guest.ready()
+        self._nursery.start_soon(self._look)
+        self.say(f"guest of {self.options.memory >> 20} MiB runs, seed {self.options.seed}")
+        self._began = trio.current_time()
+        end = self._began + self.options.seconds
+        self._nursery.start_soon(self._break, end)
+        while trio.current_time() < end:
+            await self._move()
+        # Nothing breaks any more: two more, so that both hosts are seen to be in order.
+        for node in self.nodes:
+            await node.whole.wait()
+        before = self.migrations
+        while self.migrations < before + 2:
+            await self._move()
+        await self._verify()
+        for node in self.nodes:
+            node.broken("down")
+            await node.restart(signal.SIGTERM, 0)
+            if "Traceback" in node.host.log.read_text():
+                raise Lost(f"the daemon {node.host.name} has met a bug of its own, see its log")
+
+    # --- moving ----------------------------------------------------------------------------------
+
+    @property
+    def source(self) -> Node:
+        return self.nodes[self._at]
+
+    @property
+    def destination(self) -> Node:
+        return self.nodes[1 - self._at]
+
+    async def _move(self) -> None:
+        """One migration, tried once: it ends with the guest at either host, verified there."""
+        await self._patient(self._wait_at_destination, "a QEMU could not be attached")
+        self._granted = False
+        self.migrating = True
+        self._tell()
+        self.attempts += 1
+        began = trio.current_time()
+        status, result = await self._patient(self._command, "`postcopyd migrate` did not end")
+        where = await self._patient(self._settled, "the migration did not come to its end")
+        self.migrating = False
+        self._tell()
+        said = str(result.get("error") or result.get("event"))
+        self.say(f"migrate ended with {status}, guest at the {where}: {said}")
+        # Without a migration's id it is the command that has lost its daemon.
+        if status == 0 and where != "destination":
+            raise Lost("exit status 0, and the guest is at the source")
+        if status == 1 and "migration" in result and where != "source":
+            raise Lost("exit status 1, and the guest is at the destination")
+        if status not in (0, 1, 3):
+            raise Lost(f"exit status {status}: {said}")
+        if where == "destination":
+            await self._moved(trio.current_time() - began)
+        else:
+            await self._patient(self._runs_here, "the guest did not run at the source")
+        self._in_one_place()
+
+    async def _command(self) -> tuple[int, dict[str, Any]]:
+        """The command line's exit status, and the last object that it printed."""
+        done = await trio.run_process(
+            [
+                *(sys.executable, "-m", "postcopyd", "migrate", VM, "--json"),
+                *("--control", self.source.host.control, "--to", self.destination.proxy.address),
+                *("--bandwidth", str(self.options.bandwidth)),
+            ],
+            cwd=PACKAGE.parent,
+            capture_stdout=True,
+            capture_stderr=True,
+            check=False,
+        )
+        lines = done.stdout.decode().splitlines()
+        last = json.loads(lines[-1]) if lines else {"error": done.stderr.decode().strip()}
+        return done.returncode, last
+
+    async def _settled(self) -> str:
+        """Where the guest is, once both sides say the same at two looks."""
+        before = ""
+        while True:
+            here, there = await self.source.status(), await self.destination.status()
+            where = e.where(here, there)
+            if where and where == before:
+                if where == "destination":
+                    self.recoveries += (here.get("result") or {}).get("recoveries", 0)
+                return where
+            before = where
+            await trio.sleep(0.1)
+
+    async def _moved(self, seconds: float) -> None:
+        left, self._here, self._arriving = self._here, self._arriving, None
+        assert left is not None and self._here is not None
+        self._at = 1 - self._at
+        self.migrations += 1
+        self.durations.append(seconds)
+        with trio.move_on_after(QUIT_S):
+            await left.process.wait()
+        if not left.ended:
+            # Its daemon was killed between drained and telling it to quit, and must not guess.
+            if (state := await left.state()) == "running":
+                raise Lost(f"{left.name} runs, and its guest was moved to {self._here.name}")
+            self.say(f"{left.name} was left behind, {state}")
+            self.left_behind += 1
+            left.process.kill()
+            await left.process.wait()
+        if (state := await self._here.state()) != "running":
+            raise Lost(f"{self._here.name} is {state} and not running after drained")
+        await self._verify()
+
+    async def _runs_here(self) -> None:
+        """After a failure: here as before, and not there."""
+        assert self._here is not None
+        while (state := await self._here.state()) != "running":
+            if state == "ended":
+                raise Lost(f"{self._here.name} has ended, and its guest was not moved")
+            await trio.sleep(0.1)
+        arriving = self._arriving
+        if arriving is not None and not arriving.ended and await arriving.state() == "running":
+            raise Lost(f"{arriving.name} runs, and the migration to it has failed")
+        await self._works()
+
+    async def _works(self) -> None:
+        """The guest does something, and it is this QEMU's guest that does it."""
+        assert self._here is not None
+        before = await self.guest.report()
+        while True:
+            after = await self.guest.report(before)
+            if after.qemu != self._here.name:
+                raise Lost(f"the guest is heard from {after.qemu}; it is in {self._here.name}")
+            if after.operations > before.operations:
+                return
+
+    async def _verify(self) -> None:
+        """The guest checks each of its pages."""
+        await self._works()
+        sweep = await self.guest.sweep(END_S)
+        if sweep.bad:
+            raise Lost(f"{sweep.bad} of {sweep.pages} pages are wrong: {self.guest.bad}")
+
+    def _in_one_place(self) -> None:
+        if twice := self.runs.twice():
+            raise Lost(f"the guest ran twice: {twice}")
+        if self._here is None or set(self.runs.since) != {self._here.name}:
+            raise Lost(f"the guest runs in {[*self.runs.since] or 'no QEMU'}")
+        if qemu := e.returned(report.qemu for report in self.guest.reports):
+            raise Lost(f"the guest of {qemu} was heard again after it had moved")
+
+    # --- QEMUs -----------------------------------------------------------------------------------
+
+    async def _launch(self, *, incoming: bool = False) -> Vmm:
+        name = f"qemu{self._launched}"
+        self._launched += 1
+        own = self.folder / f"{name}.own"
+        process = await self.guest.launch(
+            dataclasses.replace(self._config, name=name, second_qmp=own, incoming=incoming)
+        )
+        monitor = Qmp(str(own))
+        await monitor.open(ANSWER_S)
+        await self._nursery.start(e.follow, monitor, name, self.runs)
+        return Vmm(process, monitor)
+
+    async def _wait_at_destination(self) -> None:
+        """A QEMU that waits for the guest, attached: that of the last attempt if it still can."""
+        while True:
+            if self._arriving is not None and await self._arriving.state() != "inmigrate":
+                self._arriving.process.kill()
+                await self._arriving.process.wait()
+                self._arriving = None
+            if self._arriving is None:
+                self._arriving = await self._launch(incoming=True)
+            with trio.move_on_after(2.0):
+                await self._attach(self.destination, self._arriving)
+                return
+
+    async def _attach(self, node: Node, vmm: Vmm) -> None:
+        """Until the daemon has it; the one before may still be on its way out."""
+        path = vmm.process.qmp_path
+        while True:
+            try:
+                await node.host.attach(VM, "qemu", path)
+            except PostcopydError as error:
+                if error.name == "AlreadyAttached" and str(path) in str(error):
+                    return
+            except ConnectionLost:
+                pass
+            else:
+                return
+            await trio.sleep(0.1)
+
+    # --- breaking --------------------------------------------------------------------------------
+
+    async def _break(self, end: float) -> None:
+        with trio.move_on_at(end):
+            for fault in s.schedule(self.options.seed, self.options.phases, self.options.kinds):
+                await self._come(fault)
+                await trio.sleep(fault.delay)
+                with trio.CancelScope(shield=True):
+                    await self._inject(fault)
+                self._injected.set()
+        self._awaited = ""
+        self._injected.set()
+
+    async def _come(self, fault: s.Fault) -> None:
+        """Until the fault's moment has come."""
+        self._injected = trio.Event()
+        with trio.move_on_after(s.PATIENCE.get(fault.phase, float("inf"))):
+            match fault.moment:
+                case s.NOW:
+                    pass
+                case "idle":
+                    while self.migrating:
+                        await self._news.wait()
+                case "postcopy":
+                    while not (self.migrating and self._granted):
+                        await self._news.wait()
+                case message:
+                    self._reached = trio.Event()
+                    self._awaited = message
+                    await self._reached.wait()
+            if fault.delay:
+                self._injected.set()  # nothing waits for it
+        self._awaited = ""
+
+    async def _passing(self, message: str) -> None:
+        """A message is about to pass the proxy: it waits for a fault that shall meet it."""
+        if message == "grant":
+            self._granted = True
+            self._tell()
+        if message == self._awaited:
+            self._awaited = ""
+            self._reached.set()
+            with trio.move_on_after(HOLD_S):
+                await self._injected.wait()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    async def _inject(self, fault: s.Fault) -> None:
+        roles = {s.SOURCE: [self.source], s.DESTINATION: [self.destination], s.BOTH: self.nodes}
+        hit = roles.get(fault.victim, [])
+        daemons = fault.kind in ("kill", "terminate", "stop")
+        if daemons:
+            for node in hit:
+                await node.whole.wait()
+        proxy = self.destination.proxy
+        disturbed = any(node.proxy.disturbed for node in self.nodes)
+        source, destination = self.source.side, self.destination.side
+        phase = e.phase(source, destination, self.migrating, disturbed)
+        did = True
+        match fault.kind:
+            case "kill" | "terminate":
+                number = signal.SIGKILL if fault.kind == "kill" else signal.SIGTERM
+                for node in hit:
+                    node.broken("down")
+                    self._nursery.start_soon(node.restart, number, fault.seconds)
+            case "stop":
+                for node in hit:
+                    node.broken("stopped")
+                    self._nursery.start_soon(node.pause, fault.seconds)
+            case "cut":
+                did = bool(proxy.cut(fault.victim) or proxy.cut())
+            case "reset":
+                did = bool(proxy.reset(fault.victim) or proxy.reset())
+            case "destroy":
+                did = await self._destroy(fault.victim)
+            case "stall":
+                sides = (s.SOURCE, s.DESTINATION) if fault.victim == s.BOTH else (fault.victim,)
+                proxy.stall(fault.seconds, sides)
+            case "refuse":
+                proxy.refuse(fault.seconds)
+                proxy.cut()
+        self._quiet = max(self._quiet, trio.current_time() + fault.seconds)
+        self.say(
+            f"{fault} ({fault.moment}+{fault.delay * 1e3:.0f} ms) in {phase}: "
+            f"source {source}; destination {destination}{'' if did else ': nothing to break'}"
+        )
+        self.faults[fault.kind, phase] += did
+
+    async def _destroy(self, victim: str) -> bool:
+        """One side's sockets, by the kernel, as when a firewall or a route forgets them."""
+        proxy = self.destination.proxy
+        if not self._destroys:
+            return bool(proxy.reset())
+        there = self.destination.host.address.rpartition(":")[2]
+        sockets = f"sport = :{there}" if victim == s.DESTINATION else f"dport = :{proxy.port}"
+        done = await trio.run_process(["ss", "-KtnH", sockets], capture_stdout=True)
+        return bool(done.stdout.strip())
+
+    # --- what is watched all the time ------------------------------------------------------------
+
+    async def _look(self) -> None:
+        """Wrong pages, and daemons that end by themselves."""
+        while True:
+            for node in self.nodes:
+                process = node.host.process
+                if node.daemon == "up" and process is not None and process.poll() is not None:
+                    raise Lost(f"{node.host.name} ended by itself, status {process.returncode}")
+            if self.guest.bad or any(report.bad for report in self.guest.reports[-1:]):
+                raise Lost(f"the guest has found wrong pages: {self.guest.bad}")
+            await trio.sleep(0.2)
+
+    async def _patient(self, work: Callable[[], Awaitable[T]], failure: str) -> T:
+        """What `work` returns; Lost when it takes longer than END_S without a fault."""
+        began = trio.current_time()
+        answer: list[T] = []
+        async with trio.open_nursery() as nursery:
+
+            async def run() -> None:
+                answer.append(await work())
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(run)
+            while trio.current_time() < max(began, self._quiet) + END_S:
+                await trio.sleep(0.2)
+            raise Lost(f"{failure} within {END_S:.0f} s")
+        return answer[0]
+
+    # --- what is said ----------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        line = f"{trio.current_time() - self._began:8.3f}  {text}"
+        print(line, flush=True)
+        self.note(line)
+
+    def note(self, line: str) -> None:
+        with (self.folder / "chaos.log").open("a") as log:
+            log.write(line + "\n")
+
+    async def _why(self, error: BaseException) -> str:
+        """A failure with all that is needed to understand it."""
+        lines = [str(error) if isinstance(error, Lost) else f"{type(error).__name__}: {error}"]
+        for node in self.nodes:
+            lines.append(f"--- {node.host.name}: {node.side}")
+            if node.daemon == "stopped" and node.host.process is not None:
+                node.host.process.send_signal(signal.SIGCONT)
+            lines.append(json.dumps(await node.status()))
+            lines += node.host.log.read_text().splitlines()[-15:]
+        for vmm in filter(None, (self._here, self._arriving)):
+            lines.append(f"--- {vmm.name}: {'ended' if vmm.ended else await vmm.state()}")
+        lines.append(f"--- seed {self.options.seed}; everything is in {self.folder}")
+        text = "\n".join(lines)
+        self.note(f"failed: {text}")
+        return text
+
+    def summary(self) -> str:
+        """Faults by kind and phase, and what the guest has seen of them."""
+        width = max(map(len, s.PHASES)) + 2
+        rows = ["faults".ljust(10) + "".join(phase.rjust(width) for phase in (*s.PHASES, "all"))]
+        for kind in s.KINDS:
+            counts = [self.faults[kind, phase] for phase in s.PHASES]
+            rows.append(kind.ljust(10) + "".join(f"{n:{width}}" for n in (*counts, sum(counts))))
+        sums = [sum(self.faults[kind, phase] for kind in s.KINDS) for phase in s.PHASES]
+        rows.append("all".ljust(10) + "".join(f"{n:{width}}" for n in (*sums, sum(sums))))
+        reports = self.guest.reports
+        silent = max(b.at - a.at for a, b in pairwise(reports))
+        waited = max(report.gap_us for report in reports) / 1e6
+        middle = sorted(self.durations)[len(self.durations) // 2]
+        rows += [
+            f"migrations  {self.migrations} of {self.attempts} attempts, median {middle:.1f} s, "
+            f"longest {max(self.durations):.1f} s",
+            f"recoveries  {self.recoveries}",
+            f"the guest   waited {waited:.1f} s for a page at most, was silent {silent:.1f} s at "
+            f"most; 0 bad pages in {len(reports)} reports and {self.migrations + 1} sweeps",
+            f"QEMUs       {len(self.runs.spans) + 1} runs of the guest, never two at a time; "
+            f"{self.left_behind} left behind",
+            f"seed        {self.options.seed}",
+        ]
+        return "\n".join(rows)
+
+
+def first(error: BaseException) -> BaseException:
+    """Of what went wrong in several tasks: the run's own word, if there is one."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    causes = [first(one) for one in error.exceptions]
+    return next((one for one in causes if isinstance(one, Lost)), causes[0])
+
+
+def boot(folder: Path, options: Options) -> q.GuestConfig:
+    """The guest. Raises q.MissingPartError where this machine lacks a part of it."""
+    kernel, qemus = q.find_kernel(), q.find_qemu()
+    if kernel is None or not qemus:
+        raise q.MissingPartError(q.MISSING_QEMU if kernel else q.MISSING_KERNEL)
+    initramfs = folder / "initramfs"
+    q.write_initramfs(initramfs, kernel, q.find_init())
+    return q.GuestConfig(
+        qemu=max(qemus, key=lambda qemu: qemu.version),
+        kernel=kernel.image,
+        initramfs=initramfs,
+        memory=options.memory,
+        backing=folder,
+        workload=q.Workload(rate=options.rate),
+    )
+
+
+def free_port() -> int:
+    """A port below those that the kernel takes for connections (ip_local_port_range)."""
+    least = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in range(least - 1, 1024, -7 - os.getpid() % 13):
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            if port not in _taken:
+                _taken.add(port)
+                return port
+    raise Lost("no port is free")
+
+
+_taken: set[int] = set()
+
+
+async def can_destroy() -> bool:
+    """Whether `ss -K` is there and this kernel obeys it (CONFIG_INET_DIAG_DESTROY)."""
+    if shutil.which("ss") is None:
+        return False
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)), listener.accept()[0] as accepted:
+            await trio.run_process(
+                ["ss", "-KtnH", f"sport = :{port}"], capture_stdout=True, capture_stderr=True
+            )
+            accepted.setblocking(False)
+            try:
+                accepted.recv(1)
+            except BlockingIOError:
+                return False
+            except OSError:
+                return True
+    return False
+
+
+def run(options: Options) -> str:
+    """A whole run; what to print at its end. Raises Lost, with the folder that has all the logs."""
+    # On tmpfs for guest RAM and records, its name short for sockets.
+    folder = Path(tempfile.mkdtemp(prefix="postcopyd-chaos-", dir="/dev/shm"))
+
+    async def whole() -> str:
+        return await Chaos(options, folder).run()
+
+    said = trio.run(whole)
+    shutil.rmtree(folder)
+    return said
+
+
+def main() -> int:
+    words = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    words.add_argument("--seed", type=int, default=1)
+    words.add_argument("--seconds", type=float, default=600, help="how long things break")
+    words.add_argument("--memory", type=int, default=256, metavar="MIB", help="guest RAM")
+    words.add_argument("--bandwidth", type=config.parse_rate, default=64 * MIB, metavar="RATE")
+    words.add_argument("--phases", default=",".join(s.PHASES), help="break only in these")
+    words.add_argument("--kinds", default=",".join(s.KINDS), help="break only in these ways")
+    given = words.parse_args()
+    options = Options(
+        seed=given.seed,
+        seconds=given.seconds,
+        memory=given.memory * MIB,
+        bandwidth=given.bandwidth,
+        phases=tuple(given.phases.split(",")),
+        kinds=tuple(given.kinds.split(",")),
+    )
+    try:
+        print(run(options))
+    except Lost as lost:
+        print(f"chaos: {lost}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is judged by: where the guest ran and when, and what both sides say of a migration.
+
+Pure, except for `follow`, which reads a QEMU's own monitor. Nothing here trusts the daemons for
+where the guest runs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import schedule as s
+import trio
+
+from postcopyd.errors import PostcopydError
+from postcopyd.vmm.qmp import Qmp
+
+Status = dict[str, Any]
+
+
+class Runs:
+    """When each QEMU ran the guest, by the STOP and RESUME of its own monitor, in seconds."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[float, float, str]] = []
+        """From, to, QEMU."""
+        self.since: dict[str, float] = {}
+        """The QEMUs that run the guest now."""
+
+    def resumed(self, qemu: str, at: float) -> None:
+        self.since.setdefault(qemu, at)
+
+    def stopped(self, qemu: str, at: float) -> None:
+        if qemu in self.since:
+            self.spans.append((self.since.pop(qemu), at, qemu))
+
+    def twice(self) -> str:
+        """A sentence when two QEMUs ran the guest at a time, or ""."""
+        running = [(since, float("inf"), qemu) for qemu, since in self.since.items()]
+        for (_, end, first), (begin, _, second) in pairwise(sorted([*self.spans, *running])):
+            if begin < end and first != second:
+                return f"{first} ran until {end:.6f}, and {second} from {begin:.6f} on"
+        return ""
+
+
+async def follow(
+    monitor: Qmp,
+    qemu: str,
+    runs: Runs,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Tells `runs` of a QEMU until that has ended."""
+    try:
+        with monitor.events("STOP", "RESUME") as events:
+            task_status.started()
+            while True:
+                event = await events.next()
+                stamp = event["timestamp"]
+                at = stamp["seconds"] + stamp["microseconds"] / 1e6
+                (runs.resumed if event["event"] == "RESUME" else runs.stopped)(qemu, at)
+    except PostcopydError:
+        runs.stopped(qemu, time.time())
+
+
+def returned(reporters: Iterable[str]) -> str:
+    """The QEMU whose guest was heard again after another's, or "". Takes one name per report."""
+    seen: set[str] = set()
+    for qemu, _ in groupby(reporters):
+        if qemu in seen:
+            return qemu
+        seen.add(qemu)
+    return ""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side at one moment: the daemon's process, and what its record says (ARCHITECTURE.md)."""
+
+    daemon: str
+    """up, down or stopped."""
+    ownership: str
+    phase: str
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.daemon, self.ownership, self.phase)))
+
+
+def side(daemon: str, record: Path) -> Side:
+    """The record is replaced as a whole, so it may be read at any time."""
+    try:
+        found = json.loads(record.read_bytes().partition(b" ")[2])
+    except OSError:
+        return Side(daemon, "", "")
+    return Side(daemon, found["ownership"], found["status"]["phase"])
+
+
+def phase(source: Side, destination: Side, migrating: bool, disturbed: bool) -> str:
+    """What is under way, as schedule.py names it. `disturbed`: a fault of the network lasts."""
+    if not migrating:
+        return s.IDLE
+    if source.ownership == "granted":
+        if "drained" in (source.phase, destination.phase):
+            return s.DRAINED
+        down = {source.daemon, destination.daemon} != {"up"}
+        if down or disturbed or "paused" in (source.phase, destination.phase):
+            return s.RECOVERY
+        return s.POSTCOPY if destination.ownership == "owned" else s.GRANTED
+    if source.ownership == "intent" or destination.ownership == "loading":
+        return s.HANDOVER
+    return s.ADOPTION if destination.ownership == "arriving" else s.PREPARE
+
+
+def where(source: Status, destination: Status) -> str:
+    """Where the guest is when both say that the migration is at its end: "source" or
+    "destination"; "" as long as it is not."""
+    here, there = source.get("phase"), destination.get("phase")
+    if source.get("role") == "source" and here == "drained":
+        same = source.get("migration") == destination.get("migration")
+        return "destination" if there == "drained" and same else ""
+    # A source that has just become one still says what it was: the destination of the last one.
+    ended = here in ("failed", "idle", "drained") and there in ("failed", "idle", "drained")
+    return "source" if ended else ""

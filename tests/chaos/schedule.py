@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What shall break, when, and for how long: an endless sequence of faults that a seed decides.
+
+Pure: no clock, no process, no network. A fault is aimed at a phase of a migration; when that phase
+comes is for the run to find out (chaos.py), and what really was under way is what its log says.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+
+IDLE, PREPARE, ADOPTION, HANDOVER = "idle", "prepare", "adoption", "handover"
+GRANTED, POSTCOPY, RECOVERY, DRAINED = "granted", "postcopy", "recovery", "drained"
+PHASES = (IDLE, PREPARE, ADOPTION, HANDOVER, GRANTED, POSTCOPY, RECOVERY, DRAINED)
+
+# A round comes to each phase in this order, so that one migration can meet several of its faults.
+# What fails before the grant is tried again, what fails after it recovers: most faults go there.
+ROUND = (
+    IDLE, PREPARE, ADOPTION, HANDOVER, GRANTED, RECOVERY, POSTCOPY, RECOVERY, RECOVERY, DRAINED,
+)  # fmt: skip
+LEFT_OUT = 0.15
+"""The share of a round's faults that are left out, so that no two rounds need be alike."""
+
+NOW = "now"
+"""A moment that has always come: the fault is timed from the one before it."""
+
+PATIENCE = {RECOVERY: 2.0}
+"""Seconds to wait for a moment that may never come: the fault before may have broken nothing."""
+
+# What a fault waits for: a message on its way through the proxy (docs/PROTOCOL.md has them), or a
+# state of the run. The number: seconds after it at most.
+MOMENTS: dict[str, tuple[tuple[str, ...], float]] = {
+    IDLE: (("idle",), 0.3),
+    PREPARE: (("hello", "offer"), 0.02),
+    ADOPTION: (("offer", "ready"), 0.06),
+    HANDOVER: (("serving", "handover", "device", "deviceEnd", "loaded"), 0.01),
+    GRANTED: (("grant",), 0.005),
+    POSTCOPY: (("postcopy",), 2.0),
+    RECOVERY: ((NOW, "resume", "have"), 1.5),
+    DRAINED: (("drained", "acknowledged"), 0.1),
+}
+
+BOTH, SOURCE, DESTINATION = "both", "source", "destination"
+ALL, CONTROL, URGENT, PUSH = "all", "control", "urgent", "push"
+
+# Whom each kind of fault may meet, and for how many seconds. Of two ranges the first is taken twice
+# as often: a daemon takes its peer for dead after 10 s of silence (protocol.DEAD_S).
+Range = tuple[float, float]
+KINDS: dict[str, tuple[tuple[str, ...], tuple[Range, ...]]] = {
+    "kill": ((SOURCE, DESTINATION, BOTH), ((0, 1),)),  # until it is started again
+    "terminate": ((SOURCE, DESTINATION), ((0, 1),)),
+    "stop": ((SOURCE, DESTINATION), ((0.1, 3),)),
+    "cut": ((ALL, CONTROL, URGENT, PUSH), ()),
+    "reset": ((ALL, CONTROL, URGENT, PUSH), ()),
+    "destroy": ((SOURCE, DESTINATION), ()),  # its sockets, by the kernel
+    "stall": ((BOTH, SOURCE, DESTINATION), ((0.2, 2), (9, 12))),  # what goes to these
+    "refuse": ((ALL,), ((1, 3),)),  # cuts, and takes no new connections
+}
+# Without a connection there is none to break.
+IDLE_KINDS = ("kill", "terminate", "stop", "refuse")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: `delay` seconds after `moment`; with 0 the message waits until it has happened."""
+
+    phase: str
+    moment: str
+    delay: float
+    kind: str
+    victim: str
+    seconds: float
+    """How long it lasts, 0 for what lasts no time."""
+
+    def __str__(self) -> str:
+        lasts = f" {self.seconds:.1f} s" if self.seconds else ""
+        return f"{self.kind} {self.victim}{lasts}"
+
+
+def schedule(
+    seed: int, phases: Collection[str] = PHASES, kinds: Collection[str] = tuple(KINDS)
+) -> Iterator[Fault]:
+    """The faults of a seed, without end; only those aimed at `phases`, only of these `kinds`.
+
+    Every phase meets every kind before it meets one again.
+    """
+    if not (phases and kinds and set(phases) <= set(PHASES) and set(kinds) <= set(KINDS)):
+        raise ValueError(f"no faults of the kinds {[*kinds]} in the phases {[*phases]}")
+    if not set(phases) - {IDLE} and not set(kinds) & set(IDLE_KINDS):
+        raise ValueError(f"no fault of the kinds {[*kinds]} can meet an idle daemon")
+    dice = random.Random(seed)
+    decks: dict[str, list[str]] = {phase: [] for phase in PHASES}
+    for phase in cycle(ROUND):
+        left_out = dice.random() < LEFT_OUT
+        possible = [kind for kind in KINDS if kind in kinds]
+        if phase == IDLE:
+            possible = [kind for kind in possible if kind in IDLE_KINDS]
+        if left_out or phase not in phases or not possible:
+            continue
+        deck = decks[phase]
+        if not deck:
+            deck += possible
+            dice.shuffle(deck)
+        yield _fault(dice, phase, deck.pop())
+
+
+def _fault(dice: random.Random, phase: str, kind: str) -> Fault:
+    moments, most = MOMENTS[phase]
+    moment = dice.choice(moments)
+    # Half of them at the very moment: the rarest phases last a few milliseconds.
+    exact = moment not in (NOW, "idle", "postcopy") and dice.random() < 0.5
+    delay = 0.0 if exact else dice.uniform(0, most)
+    victims, ranges = KINDS[kind]
+    victim = dice.choice(victims)
+    seconds = 0.0
+    if ranges:
+        seconds = dice.uniform(*dice.choice((ranges[0], ranges[0], ranges[-1])))
+    return Fault(phase, moment, round(delay, 4), kind, victim, round(seconds, 3))

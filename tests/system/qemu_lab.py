@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real QEMUs for tests of the driver: small TCG machines that run their firmware and no more.
+
+`POSTCOPYD_QEMU` names the QEMUs to try, separated by ":"; each is a path, or a path and its first
+options separated by commas.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from postcopyd.vmm import Role, Shape, VmmGone
+from postcopyd.vmm.qemu import QemuVmm
+from postcopyd.vmm.qmp import Qmp
+
+MIB = 1 << 20
+RAM = 128 * MIB
+MACHINE = "pc-q35-7.2"  # every version tried here knows it
+
+
+def find_qemus() -> list[list[str]]:
+    named = os.environ.get("POSTCOPYD_QEMU", "")
+    if named:
+        return [entry.split(",") for entry in named.split(os.pathsep)]
+    return [["qemu-system-x86_64"]]
+
+
+QEMUS = find_qemus()
+PAIRS = [(a, b) for a in range(len(QEMUS)) for b in range(len(QEMUS))]
+
+
+class Machine:
+    """One QEMU process with two monitors: one for the driver, one for the test to look at it."""
+
+    def __init__(self, folder: Path, qemu: list[str], name: str, options: list[str]) -> None:
+        self.socket = str(folder / f"{name}.qmp")
+        self.own_socket = str(folder / f"{name}.own")
+        self.log = folder / f"{name}.log"
+        self.ram = Path(f"/dev/shm/{folder.name}.{name}")
+        command = [
+            *qemu,
+            "-nodefaults",
+            "-display",
+            "none",
+            "-qmp",
+            f"unix:{self.socket},server=on,wait=off",
+            "-qmp",
+            f"unix:{self.own_socket},server=on,wait=off",
+            *(option.replace("RAMFILE", str(self.ram)) for option in options),
+        ]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self.pid = self.process.pid
+
+    async def ask(self, command: str, **arguments: object) -> Any:
+        qmp = Qmp(self.own_socket)
+        try:
+            return await qmp.execute(command, arguments)
+        finally:
+            qmp.close()
+
+    async def state(self) -> str:
+        return str((await self.ask("query-status"))["status"])
+
+    async def writes(self, image: Path) -> bool:
+        """Whether QEMU can write to its disk: it has to have taken it back for that."""
+        with image.open("r+b") as file:
+            file.write(bytes(4096))
+        line = 'qemu-io disk0 "write -P 90 0 4k"'
+        try:
+            await self.ask("human-monitor-command", **{"command-line": line})
+        except VmmGone:
+            return False  # QEMU aborts when the disk is inactive
+        return image.read_bytes()[:4096] == bytes([90]) * 4096
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.ram.unlink(missing_ok=True)
+
+
+FILE = f"memory-backend-file,id=ram0,size={RAM},mem-path=RAMFILE,share=on"
+
+
+class Lab:
+    """Starts QEMUs and drivers, and ends them all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.machines: list[Machine] = []
+        self.drivers: list[QemuVmm] = []
+
+    def start(self, qemu: int, *options: str, memory: str | None = FILE) -> Machine:
+        base = ["-machine", f"{MACHINE},accel=tcg" + (",memory-backend=ram0" if memory else "")]
+        base += ["-m", f"{RAM // MIB}"] + (["-object", memory] if memory else [])
+        return self.start_bare(qemu, *base, *options)
+
+    def start_bare(self, qemu: int, *options: str) -> Machine:
+        name = f"m{len(self.machines)}"
+        machine = Machine(self.folder, QEMUS[qemu], name, list(options))
+        self.machines.append(machine)
+        return machine
+
+    async def drive(self, machine: Machine) -> QemuVmm:
+        with trio.fail_after(10):
+            while not Path(machine.own_socket).exists():
+                assert machine.process.poll() is None, machine.log.read_text()
+                await trio.sleep(0.01)
+            driver = await QemuVmm.connect("web1", machine.socket)
+        self.drivers.append(driver)
+        return driver
+
+    async def pair(
+        self, source: int, destination: int, *options: str, paused: bool = False
+    ) -> tuple[QemuVmm, QemuVmm]:
+        return (
+            await self.drive(self.start(source, *options, *(["-S"] if paused else []))),
+            await self.drive(self.start(destination, *options, "-incoming", "defer")),
+        )
+
+    def copy_ram(self, source: int = 0, destination: int = 1) -> None:
+        here, there = self.machines[source].ram, self.machines[destination].ram
+        with here.open("rb") as read, there.open("r+b") as write:
+            shutil.copyfileobj(read, write, MIB)
+
+
+@asynccontextmanager
+async def inspected(driver: QemuVmm, role: Role) -> AsyncIterator[Shape]:
+    shape = await driver.inspect(role)
+    try:
+        yield shape
+    finally:
+        shape.close()
+
+
+async def settings(machine: Machine) -> tuple[dict[str, bool], int]:
+    capabilities = await machine.ask("query-migrate-capabilities")
+    parameters = await machine.ask("query-migrate-parameters")
+    return (
+        {c["capability"]: c["state"] for c in capabilities},
+        parameters["max-bandwidth"],
+    )

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests that have transparent huge pages have them again after a migration, and no more memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+from needs import missing
+from pair import MIB, Host, Pair, completed, ended, until, verified, worked
+from postcopyd._native import ffi, lib
+
+from postcopyd.demo import qemu_guest as q
+from postcopyd.demo.hosts import open_hosts
+from postcopyd.hugepages import chosen, entries
+
+SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+MADVISE, MADV_HUGEPAGE = 28, 14  # x86-64
+MEMORY = 32 * MIB
+GUEST = ("--memory", str(MEMORY), "--threads", "2")
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a tmpfs with an option huge=."""
+    mounted: list[Path] = []
+
+    def mount(huge: str) -> Path:
+        if os.geteuid() != 0 or not SETTINGS.is_dir():
+            missing("root, and a kernel with transparent huge pages, for a tmpfs of them")
+        folder = tmp_path / str(len(mounted))
+        folder.mkdir()
+        options = f"size=1G,huge={huge}"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tests", folder], check=True)
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def backing(path: Path) -> tuple[str, ...]:
+    return ("--backing", "file", "--path", str(path))
+
+
+class Memory:
+    """Guest RAM of a VMM as its smaps shows it: of a file, or else the anonymous mapping that is
+    MEMORY bytes long."""
+
+    def __init__(self, pid: int, path: Path | None = None) -> None:
+        with open(f"/proc/{pid}/smaps", encoding="utf-8") as smaps:
+            found = list(entries(smaps))
+        self.huge, self.flags = 0, set[str]()
+        self.span = (0, 0)
+        for header, fields in found:
+            start, end = (int(address, 16) for address in header[0].split("-"))
+            anonymous = len(header) == 5 and end - start == MEMORY
+            if header[-1] == str(path) if path else anonymous:
+                self.span = (start, end)
+                self.flags |= set(fields["VmFlags"])
+                names = ("AnonHugePages", "ShmemPmdMapped", "FilePmdMapped")
+                self.huge += sum(int(fields[name][0]) << 10 for name in names)
+        assert self.flags
+
+
+def said(host: Host, name: str) -> list[str]:
+    """What a daemon's log has of a VM's huge pages."""
+    lines = host.log.read_text().splitlines()
+    return [line for line in lines if "huge pages" in line and f"vm={name}" in line]
+
+
+def allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+@pytest.mark.parametrize("huge", ["always", "within_size"])
+async def test_huge_again(pair: Pair, mount: Callable[[str], Path], huge: str) -> None:
+    """RAM that was in huge pages at the source is in huge pages at the destination, and right."""
+    folder, (a, b) = mount(huge), pair
+    here, there = folder / "a", folder / "b"
+    name, source, destination = await pair.place(*GUEST, here=backing(here), there=backing(there))
+    await until(lambda: source.report()["sweeps"] > 0, "a guest without zero pages")
+    assert Memory(source.process.pid, here).huge == MEMORY
+    completed(await a.migrate(name, b), MEMORY)
+    await until(lambda: Memory(destination.process.pid, there).huge == MEMORY, "huge pages")
+    await until(lambda: said(b, name), "the end of it")
+    assert f"pages={MEMORY // (2 * MIB)}" in said(b, name)[0] and "left" not in said(b, name)[0]
+    assert not Memory(destination.process.pid, there).flags & {"um", "uw", "ui"}
+    assert allocated(there) == MEMORY
+    await verified(destination, MEMORY // 4096)
+    await worked(destination)
+    await ended(source)
+
+
+async def test_anonymous_memory(pair: Pair) -> None:
+    """Anonymous memory that its VMM wants in huge pages is in huge pages again."""
+    if platform.machine() != "x86_64":
+        missing("a processor whose system call numbers this knows")
+    if chosen(SETTINGS / "enabled") not in ("always", "madvise"):
+        missing("transparent huge pages for who asks for them")
+    options = (*GUEST, "--backing", "anonymous")
+    name, source, destination = await pair.place(*options)
+    a, b = pair
+    await until(lambda: source.report()["sweeps"] > 0, "a guest without zero pages")
+    start, end = Memory(destination.process.pid).span
+    arguments = ffi.new("unsigned long[6]", [start, end - start, MADV_HUGEPAGE])
+    result, error = ffi.new("long *"), ffi.new("struct adopt_error *")
+    pid = destination.process.pid
+    assert lib.adopt_syscall(pid, MADVISE, arguments, 5000, 0, result, error) == result[0] == 0
+    completed(await a.migrate(name, b), MEMORY)
+    await until(lambda: Memory(destination.process.pid).huge == MEMORY, "huge pages")
+    await until(lambda: said(b, name), "the end of it")
+    assert f"pages={MEMORY // (2 * MIB)}" in said(b, name)[0]  # and not by khugepaged
+    assert not Memory(destination.process.pid).flags & {"um", "uw", "ui"}
+    await verified(destination, MEMORY // 4096)
+    await ended(source)
+
+
+async def test_sparse_stays_sparse(pair: Pair, mount: Callable[[str], Path]) -> None:
+    """No memory is taken for the holes of a guest that uses a page here and there."""
+    folder, (a, b) = mount("always"), pair
+    here, there = folder / "a", folder / "b"
+    sparse = (*GUEST, "--wild", "64")
+    name, source, destination = await pair.place(*sparse, here=backing(here), there=backing(there))
+    completed(await a.migrate(name, b), MEMORY)
+    await until(lambda: said(b, name), "the end of it")
+    assert "pages=0" in said(b, name)[0]
+    assert 0 < allocated(there) < MEMORY // 32
+    assert Memory(destination.process.pid, there).huge == 0
+    await worked(destination)
+    assert allocated(there) < MEMORY // 32
+    await verified(destination)
+    await ended(source)
+
+
+async def test_not_where_they_are_turned_off(pair: Pair, mount: Callable[[str], Path]) -> None:
+    """An operator who has turned huge pages off does not get them."""
+    folder, (a, b) = mount("never"), pair
+    there = folder / "b"
+    files = {"here": backing(folder / "a"), "there": backing(there)}
+    name, source, destination = await pair.place(*GUEST, **files)
+    completed(await a.migrate(name, b), MEMORY)
+    await until(lambda: said(b, name), "the end of it")
+    assert "no huge pages wanted" in said(b, name)[0]
+    assert Memory(destination.process.pid, there).huge == 0
+    await verified(destination)
+    await ended(source)
+
+
+async def test_detached_and_migrated_at_once(pair: Pair, mount: Callable[[str], Path]) -> None:
+    """Who wants the VM does not wait for its huge pages, and finds nothing of them in its way."""
+    folder, (a, b) = mount("always"), pair
+    memory = 128 * MIB
+    options = ("--memory", str(memory), "--threads", "2")
+    paths = [folder / str(i) for i in range(3)]
+    name, first, second = await pair.place(
+        *options, here=backing(paths[0]), there=backing(paths[1])
+    )
+    await until(lambda: first.report()["sweeps"] > 0, "a guest without zero pages")
+    completed(await a.migrate(name, b), memory)
+    await ended(first)
+    third = await pair.attach(a, name, pair.guest(*options, *backing(paths[2]), "--incoming"))
+    completed(await b.migrate(name, a), memory)
+    await a.call("Detach", name=name)
+    assert a.process is not None
+    descriptors = Path(f"/proc/{a.process.pid}/fd")
+
+    def held() -> list[str]:
+        links = []
+        for fd in os.listdir(descriptors):
+            try:
+                links.append(os.readlink(descriptors / fd))
+            except FileNotFoundError:
+                continue
+        return [link for link in links if str(folder) in link]
+
+    with trio.fail_after(5):
+        while held():
+            await trio.sleep(0.01)
+    await verified(third, memory // 4096)
+    await worked(third)
+    await ended(second)
+
+
+async def test_qemu(mount: Callable[[str], Path]) -> None:
+    """A Linux guest in QEMU has huge pages again, wherever it has memory to speak of."""
+    qemus, kernel = q.find_qemu(), q.find_kernel()
+    if not qemus or kernel is None:
+        missing("QEMU and a guest kernel: qemu-system-x86 and linux-image-cloud-amd64")
+    files = {name: mount("always") / name for name in ("source", "destination")}
+    with tempfile.TemporaryDirectory(prefix="pc-", dir="/dev/shm") as name:
+        folder = Path(name)
+        q.write_initramfs(folder / "initramfs", kernel, q.find_init())
+
+        def config(name: str) -> q.GuestConfig:
+            return q.GuestConfig(
+                qemu=qemus[-1],
+                kernel=kernel.image,
+                initramfs=folder / "initramfs",
+                memory=256 * MIB,
+                mem_paths=(f"{files[name]},align=2M",),
+                name=name,
+                incoming=name == "destination",
+            )
+
+        async with open_hosts(folder) as (a, b), q.open_guest(folder) as guest:
+            source = await guest.launch(config("source"))
+            await guest.ready()
+            destination = await guest.launch(config("destination"))
+            await a.attach("guest", "qemu", source.qmp_path)
+            await b.attach("guest", "qemu", destination.qmp_path)
+            before = Memory(source.pid, files["source"]).huge
+            assert before > 128 * MIB
+            result = await a.migrate("guest", b)
+            assert result["event"] == "completed", result
+            await until(lambda: said(b, "guest"), "the end of it")
+            assert (
+                "huge pages given back" in said(b, "guest")[0] and "left" not in said(b, "guest")[0]
+            )
+            after = Memory(destination.pid, files["destination"])
+            carried = result["memory"]["pages"] - result["memory"]["zeroPages"]
+            assert after.huge >= carried * 4096 * 3 // 4
+            assert not after.flags & {"um", "uw", "ui"}
+            assert allocated(files["destination"]) < carried * 4096 * 2
+            sweep = await guest.sweep()
+            assert sweep.bad == (await guest.report()).bad == 0

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process driver against VMMs that break the rules: a named error, soon, and nothing kept."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+from process_driver import QUICK, driver, pieces_of, save_all
+
+from postcopyd.errors import PostcopydError
+from postcopyd.vmm import Declined, VmmError, VmmGone, VmmProtocolError, VmmTimeout
+from postcopyd.vmm.process import ProcessVmm
+
+pytestmark = pytest.mark.trio
+
+
+class Liar(threading.Thread):
+    """A VMM that answers each request with what it was given; in a process of its own right."""
+
+    def __init__(self, path: Path, answers: dict[str, object]) -> None:
+        super().__init__(daemon=True)
+        self.path, self.answers = path, answers
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(path))
+        self.listener.listen(8)
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                with client, contextlib.suppress(OSError):
+                    self.serve(client)
+
+    def serve(self, client: socket.socket) -> None:
+        buffer = b""
+        while True:
+            data, fds, _, _ = socket.recv_fds(client, 4096, 1)
+            if not data:
+                return
+            buffer += data
+            *lines, buffer = buffer.split(b"\n")
+            for line in lines:
+                answer = self.answers.get(line.split()[0].decode(), b"ok\n")
+                try:
+                    told: object = answer(client, fds) if callable(answer) else answer
+                    assert isinstance(told, bytes)
+                    client.sendall(told)
+                finally:
+                    while fds:
+                        os.close(fds.pop())
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.join(10)
+        self.listener.close()
+
+
+@pytest.fixture
+def lie(tmp_path: Path) -> Iterator[Callable[[dict[str, object]], str]]:
+    liars: list[Liar] = []
+
+    def start_one(answers: dict[str, object]) -> str:
+        liars.append(Liar(tmp_path / f"liar{len(liars)}.sock", HONEST | answers))
+        return str(liars[-1].path)
+
+    yield start_one
+    for liar in liars:
+        liar.close()
+
+
+HONEST: dict[str, object] = {"hello": b"ok vmm=liar state=paused\n"}
+REGION = b"region name=ram0 address=0x10000 size=4096 page=4096 backing=anonymous offset=0\n"
+
+
+def many_fds(client: socket.socket, fds: list[int]) -> bytes:
+    rights = array.array("i", [client.fileno()] * 100)
+    client.sendmsg([b"ok\n"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    return b""
+
+
+def not_a_userfaultfd(client: socket.socket, fds: list[int]) -> bytes:
+    socket.send_fds(client, [b"ok\n"], [client.fileno()])
+    return b""
+
+
+def hang_up(client: socket.socket, fds: list[int]) -> bytes:
+    client.shutdown(socket.SHUT_RDWR)
+    return b""
+
+
+def endless(client: socket.socket, fds: list[int]) -> bytes:
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(fds[0], bytes(65536))
+    return b""
+
+
+def write_twelve(client: socket.socket, fds: list[int]) -> bytes:
+    os.write(fds[0], bytes(12))
+    os.close(fds.pop())
+    return b"ok bytes=13\n"
+
+
+def hold(client: socket.socket, fds: list[int]) -> bytes:
+    client.recv(1)  # until the driver gives up
+    return b""
+
+
+LIES = [
+    ({"hello": b""}, "connect", VmmTimeout),
+    ({"hello": hang_up}, "connect", VmmGone),
+    ({"hello": b"error this VMM speaks postcopyd 7 only\n"}, "connect", VmmError),
+    ({"hello": b"ok\n"}, "connect", VmmProtocolError),
+    ({"hello": b"ok vmm=liar state=flying\n"}, "connect", VmmProtocolError),
+    ({"hello": b"x" * 5000}, "connect", VmmProtocolError),
+    ({"hello": b"\xff\x00\n"}, "connect", VmmProtocolError),
+    ({"hello": b"more\n" * 300}, "connect", VmmProtocolError),
+    ({"hello": many_fds}, "connect", VmmProtocolError),
+    ({"facts": b"fact cpu a\nfact cpu b\nok\n"}, "inspect", VmmProtocolError),
+    ({"facts": b"fact vmm other\nok\n"}, "inspect", VmmProtocolError),
+    (
+        {"facts": b"".join(b"fact f%d 1\n" % i for i in range(65)) + b"ok\n"},
+        "inspect",
+        VmmProtocolError,
+    ),
+    ({"regions": b"ok\n"}, "inspect", VmmProtocolError),
+    ({"regions": b"region\nok\n"}, "inspect", VmmProtocolError),
+    ({"regions": REGION * 2 + b"ok\n"}, "inspect", VmmProtocolError),
+    ({"regions": REGION + REGION.replace(b"ram0", b"ram1") + b"ok\n"}, "inspect", VmmProtocolError),
+    (
+        {"regions": REGION.replace(b"=4096 page", b"=4097 page") + b"ok\n"},
+        "inspect",
+        VmmProtocolError,
+    ),
+    (
+        {"regions": REGION.replace(b"=4096 page", b"=-1 page") + b"ok\n"},
+        "inspect",
+        VmmProtocolError,
+    ),
+    ({"regions": REGION.replace(b"anonymous", b"file") + b"ok\n"}, "inspect", VmmProtocolError),
+    ({"stop": b"error I will not\n"}, "save", VmmError),
+    ({"stop": b"extra\nok\n"}, "save", VmmProtocolError),
+    ({"save": endless}, "save", VmmProtocolError),
+    ({"save": write_twelve}, "save", VmmProtocolError),
+    ({"save": hold}, "save", VmmTimeout),
+    ({"save": hang_up}, "save", VmmGone),
+    ({"load": hold}, "load", VmmTimeout),
+    ({"load": b"ok bytes=3\n"}, "load", VmmProtocolError),
+    ({"load": b"ok\n"}, "load", VmmProtocolError),
+    ({"load": b"ok bytes=99999999999999999999\n"}, "load", VmmProtocolError),
+    ({"userfaultfd": b"ok\n"}, "adopted", VmmProtocolError),
+    ({"userfaultfd": not_a_userfaultfd}, "adopted", VmmProtocolError),
+    ({"userfaultfd": b"error no permission\n"}, "adopted", VmmError),
+    ({"run": b"error the disk is locked elsewhere\n"}, "run", Declined),
+    ({"run": hang_up}, "run", VmmGone),
+    ({"run": b""}, "run", VmmTimeout),
+]
+
+
+@pytest.mark.parametrize(("answers", "what", "error"), LIES)
+async def test_a_vmm_that_breaks_the_rules_gets_a_named_error_in_bounded_time(
+    lie: Callable[[dict[str, object]], str],
+    answers: dict[str, object],
+    what: str,
+    error: type[PostcopydError],
+) -> None:
+    """Each lie, silence or flood ends with its error, in one sentence, and no descriptor kept."""
+    path = lie(answers)
+    with trio.fail_after(10), pytest.raises(PostcopydError) as caught:
+        async with driver(path, QUICK) as vmm:
+            before = len(os.listdir("/proc/self/fd"))
+            try:
+                match what:
+                    case "inspect":
+                        await vmm.inspect("source")
+                    case "save":
+                        await save_all(vmm)
+                    case "load":
+                        await vmm.load(pieces_of(bytes(4 << 20), 1 << 20))
+                    case "adopted":
+                        await vmm.adopted()
+                    case "run":
+                        await vmm.run()
+            finally:
+                vmm._drop()
+                leaked = len(os.listdir("/proc/self/fd")) - before
+                assert leaked <= 0 or await no_more_than(before)
+    assert error is type(caught.value)
+    assert "web1" in str(caught.value) and "\n" not in str(caught.value)
+
+
+async def no_more_than(count: int) -> bool:
+    """The liar's own ends of a connection close a moment later."""
+    with trio.fail_after(5):
+        while len(os.listdir("/proc/self/fd")) > count:
+            await trio.sleep(0.01)
+    return True
+
+
+async def test_regions_that_are_not_mapped_as_said_are_a_problem(
+    lie: Callable[[dict[str, object]], str],
+) -> None:
+    """What the VMM says of its RAM is held against the kernel's list of its mappings."""
+
+    def send_file(client: socket.socket, fds: list[int]) -> bytes:
+        file = os.memfd_create("ram")
+        os.ftruncate(file, 4096)
+        socket.send_fds(client, [REGION.replace(b"anonymous", b"file") + b"ok\n"], [file])
+        os.close(file)
+        return b""
+
+    for answer in (REGION + b"ok\n", send_file):
+        async with driver(lie({"regions": answer}), QUICK) as vmm:
+            shape = await vmm.inspect("source")
+            assert "region ram0 has nothing mapped at 0x10000" in shape.problems[0]
+            shape.close()
+
+
+async def test_discard_that_left_pages_behind_is_found_out(
+    lie: Callable[[dict[str, object]], str],
+) -> None:
+    """Pages that are still there would never fault and be stale: adopt refuses them."""
+    memory = ctypes.create_string_buffer(b"x" * 3 * 4096)
+    address = (ctypes.addressof(memory) + 4095) & ~4095
+    text = REGION.replace(b"0x10000", hex(address).encode()) + b"ok\n"
+    hello = b"ok vmm=liar state=incoming\n"
+    async with driver(lie({"regions": text, "hello": hello}), QUICK) as vmm:
+        shape = await vmm.inspect("destination")
+        with pytest.raises(VmmProtocolError, match="ram0 still has pages after discard"):
+            await vmm.adopt(shape)
+
+
+async def test_nobody_there_is_said_quickly(tmp_path: Path) -> None:
+    """A path without a socket, one without a listener, and one too long are each one sentence."""
+    stale = tmp_path / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(stale))
+    for path in (tmp_path / "none.sock", stale, tmp_path / ("x" * 200)):
+        with trio.fail_after(2), pytest.raises(VmmGone, match="start the VMM"):
+            await ProcessVmm.connect("web1", str(path))
+
+
+async def test_a_vmm_that_never_accepts_is_given_up(tmp_path: Path) -> None:
+    """A full queue and a silent listener both end in the time for hello."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "deaf.sock"))
+        listener.listen(0)
+        for _ in range(3):
+            with trio.fail_after(5), pytest.raises(VmmTimeout, match="did not answer"):
+                await ProcessVmm.connect("web1", str(tmp_path / "deaf.sock"), QUICK)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the QEMU driver finds in real QEMUs: RAM, facts, and what cannot be migrated."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+from qemu_lab import FILE, MACHINE, PAIRS, QEMUS, RAM, Lab, inspected, settings
+
+from postcopyd.vmm.qemu import QemuVmm
+from postcopyd.vmm.qmp import Qmp, QmpBusy, QmpUnreachable
+
+
+async def test_inspect_finds_ram_and_asks_nothing_of_the_guest(lab: Lab, qemu: int) -> None:
+    """A running guest's RAM is one region, whose descriptor shows what the guest wrote."""
+    machine = lab.start(qemu)
+    driver = await lab.drive(machine)
+    before = await settings(machine)
+    shape = await driver.inspect("source")
+    assert shape.state == "running"
+    assert shape.problems == ()
+    assert shape.pid == machine.pid
+    (region,) = shape.regions
+    assert (region.name, region.size, region.page_size) == ("ram0", RAM, 4096)
+    assert region.fd is not None
+    line = f"{region.address:x}-{region.address + region.size:x} rw-s"
+    assert line in Path(f"/proc/{machine.pid}/maps").read_text()
+    assert os.fstat(region.fd).st_ino == machine.ram.stat().st_ino
+    shape.close()
+    assert await machine.state() == "running"
+    assert await settings(machine) == before
+
+
+@pytest.mark.parametrize(("source", "destination"), PAIRS)
+async def test_facts_agree_for_the_same_machine(lab: Lab, source: int, destination: int) -> None:
+    """A booted guest and its waiting destination have equal facts, also in different versions."""
+    options = ["-smp", "2,maxcpus=4", "-device", "pcie-root-port,id=rp1,slot=1"]
+    options += ["-device", "virtio-balloon-pci,bus=rp1", "-device", "isa-debug-exit"]
+    a, b = await lab.pair(source, destination, *options)
+    async with inspected(a, "source") as ours, inspected(b, "destination") as theirs:
+        assert ours.facts == theirs.facts
+        assert theirs.state == "incoming"
+        assert (ours.problems, theirs.problems) == ((), ())
+    assert ours.facts["machine"] == MACHINE
+    assert ours.facts["device rp1"] == "pcie-root-port at pcie.0 01.0"
+
+
+async def test_facts_tell_machines_apart(lab: Lab, qemu: int) -> None:
+    """Another CPU, another slot, another size of RAM: each shows in the facts."""
+    small = FILE.replace(str(RAM), str(RAM // 2))
+    a = await lab.drive(lab.start(qemu, "-device", "virtio-balloon-pci,id=b,addr=5"))
+    b = await lab.drive(
+        lab.start(
+            qemu, "-cpu", "Nehalem", "-m", "64", "-device", "virtio-balloon-pci,id=b,addr=6",
+            memory=small,
+        )
+    )  # fmt: skip
+    async with inspected(a, "source") as ours, inspected(b, "source") as theirs:
+        different = {key for key in ours.facts if ours.facts[key] != theirs.facts.get(key)}
+    assert different == {"CPU", "RAM", "memory layout", "device b"}
+
+
+SHARED_ANONYMOUS = f"memory-backend-ram,id=ram0,size={RAM},share=on"
+REFUSALS = {
+    "private": ([], FILE.replace("share=on", "share=off"), "private memory"),
+    "no backend": ([], None, "private memory"),
+    "nameless": ([], SHARED_ANONYMOUS, "no file that can be opened"),
+    "on a disk": ([], FILE.replace("RAMFILE", "DISKFILE"), "put it on tmpfs"),
+    "free page reporting": (
+        ["-device", "virtio-balloon-pci,id=b,free-page-reporting=on"],
+        FILE,
+        "free-page-reporting=off",
+    ),
+    "blocked": (["-drive", "if=none,id=v,file=fat:rw:FOLDER"], FILE, "does not support live"),
+    "nvdimm": (
+        [
+            "-machine", "nvdimm=on", "-m", "128,maxmem=1G,slots=2",
+            "-object", "memory-backend-file,id=nv,size=64M,share=on,mem-path=RAMFILE.nv",
+            "-device", "nvdimm,id=nv0,memdev=nv",
+        ],
+        FILE,
+        "persists pages unseen",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+async def test_inspect_refuses(lab: Lab, qemu: int, case: str, tmp_path: Path) -> None:
+    """What cannot be migrated is said in one sentence that names the mend."""
+    options, memory, expected = REFUSALS[case]
+    (tmp_path / "fat").mkdir()
+    if memory is not None:
+        memory = memory.replace("DISKFILE", str(tmp_path / "ram"))
+    machine = lab.start(
+        qemu, *(o.replace("FOLDER", str(tmp_path / "fat")) for o in options), memory=memory
+    )
+    try:
+        driver = await lab.drive(machine)
+        async with inspected(driver, "source") as shape:
+            assert shape.problems
+            assert all(expected in problem for problem in shape.problems)
+            assert all(problem.endswith(".") for problem in shape.problems)
+    finally:
+        Path(f"{machine.ram}.nv").unlink(missing_ok=True)
+
+
+async def test_memfd_is_refused_where_qemu_would_send_it(lab: Lab, qemu: int) -> None:
+    """memory-backend-memfd can be moved out of QEMU 8.0 and older only."""
+    memory = f"memory-backend-memfd,id=ram0,size={RAM},share=on"
+    driver = await lab.drive(lab.start(qemu, memory=memory))
+    async with inspected(driver, "source") as shape:
+        if driver._qmp.version >= (8, 1):
+            assert "would be sent by QEMU" in shape.problems[0]
+        else:
+            assert shape.problems == ()
+            assert shape.regions[0].size == RAM
+
+
+async def test_ram_in_a_folder_and_in_a_descriptor_is_found(lab: Lab, qemu: int) -> None:
+    """A mem-path that is a folder, and one that is a descriptor of a memfd, lead to the mapping."""
+    folder = await lab.drive(lab.start(qemu, memory=FILE.replace("RAMFILE", "/dev/shm")))
+    async with inspected(folder, "source") as shape:
+        assert shape.problems == ()
+        assert shape.regions[0].size == RAM
+    memfd = os.memfd_create("guest", 0)
+    os.ftruncate(memfd, RAM)
+    try:
+        machine = lab.start(qemu, memory=FILE.replace("RAMFILE", f"/proc/{os.getpid()}/fd/{memfd}"))
+        driver = await lab.drive(machine)
+        async with inspected(driver, "source") as shape:
+            assert shape.problems == ()
+            assert os.fstat(shape.regions[0].fd).st_ino == os.fstat(memfd).st_ino
+    finally:
+        os.close(memfd)
+
+
+async def test_another_process_that_maps_the_ram_is_named(lab: Lab, qemu: int) -> None:
+    """A process beside QEMU that maps guest RAM is refused by its pid and command."""
+    machine = lab.start(qemu)
+    driver = await lab.drive(machine)
+    script = (
+        "import mmap,sys\n"
+        "f=open(sys.argv[1],'r+b'); m=mmap.mmap(f.fileno(),4096)\n"
+        "print('mapped',flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(machine.ram)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with other:
+        assert other.stdout is not None
+        await trio.to_thread.run_sync(other.stdout.readline)
+        async with inspected(driver, "source") as shape:
+            (problem,) = shape.problems
+            assert f"Process {other.pid} (" in problem
+        other.kill()
+
+
+async def test_roles_are_not_confused(lab: Lab, qemu: int) -> None:
+    """A running guest is no destination, a waiting QEMU no source, one that listens neither."""
+    running = await lab.drive(lab.start(qemu))
+    waiting = await lab.drive(lab.start(qemu, "-incoming", "defer"))
+    listening = await lab.drive(lab.start(qemu, "-incoming", f"unix:{lab.folder}/in"))
+    for driver, role, words in (
+        (running, "destination", "does not wait for a guest"),
+        (waiting, "source", "no guest to give away"),
+        (listening, "destination", "told already"),
+    ):
+        async with inspected(driver, role) as shape:
+            assert [words in problem for problem in shape.problems] == [True]
+
+
+async def test_a_second_client_is_told_within_seconds(lab: Lab, qemu: int) -> None:
+    """Each further client of a monitor that is taken learns so, however many there are."""
+    machine = lab.start(qemu)
+    await lab.drive(machine)
+    for _ in range(4):  # the kernel queues some and then refuses: both mean the same
+        with trio.fail_after(2), pytest.raises(QmpBusy, match="another client"):
+            await Qmp(machine.socket).open(patience=0.3)
+    with pytest.raises(QmpUnreachable, match="-qmp"):
+        await QemuVmm.connect("web1", str(lab.folder / "nothing"))
+
+
+async def test_the_socket_of_somebody_else_still_leads_to_qemu(lab: Lab, qemu: int) -> None:
+    """When another process made QEMU's listening socket, the pid found is QEMU's all the same."""
+    path = str(lab.folder / "given.qmp")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        command = [*QEMUS[qemu], "-nodefaults", "-display", "none", "-S", "-chardev"]
+        command += [
+            f"socket,id=m,fd={listener.fileno()},server=on,wait=off",
+            "-mon",
+            "m,mode=control",
+        ]
+        process = subprocess.Popen(command, pass_fds=[listener.fileno()])
+    try:
+        driver = await QemuVmm.connect("web1", path)
+        assert driver.pid == process.pid
+        await driver.aclose()
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After the grant: connections that break and daemons that are killed; the guest arrives whole."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from pair import LARGE, MIB, Host, Pair, ProcessGuest, ended, status_until, until, verified, worked
+from test_cut_connections import wire
+
+RATE = 16 * MIB
+
+
+async def moving(pair: Pair, to: str | None = None) -> tuple[str, ProcessGuest, ProcessGuest]:
+    """A guest that runs at the destination, with seconds to go until its memory is there."""
+    name, here, there = await pair.place(*LARGE)
+    a, b = pair
+    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    await a.call("Migrate", name=name, to=to or b.address, bandwidth=RATE)
+    for host in pair:
+        await status_until(host, name, lambda status: status["phase"] == "postcopy")
+    return name, here, there
+
+
+async def arrived(pair: Pair, name: str, here: ProcessGuest, there: ProcessGuest) -> None:
+    """Drained on both sides, every page right, the source's VMM ended as ever."""
+    for host in pair:
+        await status_until(host, name, lambda status: status["phase"] == "drained", 60)
+    await worked(there, 100)
+    await verified(there)
+    await ended(here)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("which", ["source", "destination", "both"])
+async def test_daemon_ends_while_memory_follows(new_pair: Pair, which: str, number: int) -> None:
+    """The guest at most waits; the daemons that are started again bring the rest by themselves."""
+    a, b = new_pair
+    name, here, there = await moving(new_pair)
+    ends: list[Host] = {"source": [a], "destination": [b], "both": [a, b]}[which]
+    for host in ends:
+        host.end(number)
+    for host in ends:
+        await host.start()
+    await arrived(new_pair, name, here, there)
+    result = (await a.status(name))["result"]
+    assert result["event"] == "completed"
+    assert result["recoveries"] >= 1
+    assert result["downtimeMs"] > 0
+
+
+async def test_connections_break_again_and_again(pair: Pair) -> None:
+    """Every recovery begins with what the destination confirms, and the last one ends it."""
+    a, b = pair
+    async with wire(b) as one:
+        name, here, there = await moving(pair, one.address)
+        for _ in range(5):
+            one.cut()
+            await status_until(a, name, lambda status: status["phase"] == "paused")
+            await status_until(a, name, lambda status: status["phase"] == "postcopy")
+        await arrived(pair, name, here, there)
+        result = (await a.status(name))["result"]
+        assert result["recoveries"] == 5
+        # What was confirmed did not cross again: the cuts cost what was under way.
+        assert result["transferredBytes"] < 64 * MIB * 1.5
