@@ -122,9 +122,9 @@ class Daemon:
                 vm.driver = None
                 await driver.aclose()
                 log.warning("VMM ended", vm=vm.name)
-                if vm.waiting is not None:
-                    await vm.waiting.close()
-                    vm.waiting = None
+                waiting, vm.waiting = vm.waiting, None
+                if waiting is not None:
+                    await waiting.close()
                 if vm.status["phase"] in ("idle", "paused"):
                     vm.show(
                         message=f"the VMM of {vm.name} here has ended; attach it again once it runs"
@@ -243,6 +243,7 @@ class Daemon:
         session = await DestinationSession.restored(vm, vm.about, channel, self.settings)
         if session.complete:
             await session.finish()
+            self._after_arrival(vm, session)
         else:
             vm.waiting = session
             vm.show(
@@ -448,7 +449,8 @@ class Daemon:
             await session.drop()
         with trio.move_on_after(ANSWER_S):
             await vm.free.wait()
-        if (vm.about.get("migration"), vm.epoch) != (asked.migration, asked.epoch):
+        epoch = vm.about.get("offer", {}).get("epoch")
+        if (vm.about.get("migration"), epoch) != (asked.migration, asked.epoch):
             raise PostcopydError(
                 f"migration {asked.migration} of {asked.vm} is not known at the destination",
                 "NotMigrating",
@@ -470,7 +472,8 @@ class Daemon:
             raise PostcopydError(f"at the destination: {vm.status['message']}", "Paused")
 
     def _after_arrival(self, vm: Vm, session: DestinationSession) -> None:
-        if session.ram_here is not None:  # drained, and the VM is free again
+        ending = self._nursery.cancel_scope.cancel_called
+        if session.ram_here is not None and not ending:  # drained, and the VM is free again
             self._nursery.start_soon(hugepages.give_back, vm, session.ram_here)
 
     async def _hear_end(self, channel: Channel) -> None:

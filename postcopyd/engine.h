@@ -72,7 +72,7 @@ static inline bool frame_waiting(const struct frame_reader *r) {
 
 /* Writes everything, waiting as needed; changes iov. Returns 0 or -errno. */
 int write_all(int fd, struct iovec *iov, int n);
-/* Writes what goes without waiting. Returns the number of bytes, 0 when none goes now, or -errno. */
+/* Writes what goes without waiting. Returns the number of bytes, 0 when none goes, or -errno. */
 ssize_t write_now(int fd, const uint8_t *from, size_t bytes);
 
 #endif

@@ -8,7 +8,8 @@ kernel for them at once, by process_madvise(MADV_COLLAPSE) on the VMM's mappings
 One task for each arrival, in the daemon's nursery, after drained and once the session has given
 back its claim; it owns what it opens, and nothing waits for it. It steps aside as soon as anybody
 claims the VM, ends when the VM is detached, given away or gone, and is cancelled when the daemon
-stops; each time the huge page in work is the last, about a millisecond. Half-done is a state like
+stops; each time the huge page in work is the last, about a millisecond (before the first one smaps
+is read, where the kernel looks at each page: tens of ms for each GiB). Half-done is a state like
 any other: the guest sees the same bytes throughout. What fails here is a line in the log.
 
 A VMM that has a guest is never one that waits for a guest again (docs/VMM-PROTOCOL.md), so no
@@ -45,7 +46,8 @@ BUSY_ROUNDS = 3
 BUSY_S = 0.1
 
 REGISTERED = frozenset({"um", "uw", "ui"})
-"""VmFlags of a mapping that a userfaultfd watches (Documentation/filesystems/proc.rst)."""
+"""VmFlags of a mapping that a userfaultfd watches (Documentation/filesystems/proc.rst): its holes
+are pages that lack, or were lost and must never read as zeros."""
 
 # /proc/PID/pagemap, Documentation/admin-guide/mm/pagemap.rst. The zero page is present, but nobody
 # has it exclusively: it is as good as a hole.
@@ -96,7 +98,7 @@ async def give_back(vm: Vm, ram: Ram) -> None:
 async def _attempt(vm: Vm, driver: Vmm, ram: Ram) -> bool:
     """Whether it is over. If not, somebody wants the VM; the next attempt starts anew, for what is
     huge already costs next to nothing."""
-    areas = await trio.to_thread.run_sync(find, ram, abandon_on_cancel=True)
+    areas = await trio.to_thread.run_sync(find, ram)
     if not areas:
         log.info("no huge pages wanted", vm=vm.name)
         return True

@@ -74,9 +74,9 @@ void pc_dest_disconnect(struct pc_dest *d); /* ends the connections; faults go o
 /* Bit i % 8 of byte i / 8 becomes: page first + i is confirmed. -EINVAL outside the region. */
 int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t count, uint8_t *bits);
 /* A person has decided that the pages which lack are lost: they become memory errors (SIGBUS) and
- * count as confirmed. Returns how many; -EBUSY while there are connections. Such a guest keeps its
- * engine: its pages may not be unregistered, nor be read by another way than its own mapping, as the
- * memory file has holes there and only the page tables know of the errors. */
+ * count as confirmed. Returns how many; -EBUSY while there are connections. Only the VMM's page
+ * tables know of the errors, the memory file has holes there: whoever reads it gets zeros (so must
+ * no source's engine), and making huge pages of what is not registered makes zeros of them. */
 int64_t pc_dest_poison(struct pc_dest *d);
 /* Refused with -EBUSY while pages lack or when some were lost, unless the guest is called off. */
 int pc_dest_unregister(struct pc_dest *d, int called_off);
@@ -91,7 +91,8 @@ struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count,
 int pc_source_scan(struct pc_source *s);
 int pc_source_connect(struct pc_source *s, int fd, int urgent);
 /* These pages are at the destination (bits as pc_dest_have gives them) and are not pushed. Between
- * pc_source_connect and pc_source_push; forgotten by pc_source_disconnect. -EINVAL outside the region. */
+ * pc_source_connect and pc_source_push; forgotten by pc_source_disconnect. -EINVAL outside the
+ * region. */
 int pc_source_have(struct pc_source *s, unsigned region, uint64_t first, uint64_t count,
                    const uint8_t *bits);
 int pc_source_serve(struct pc_source *s);

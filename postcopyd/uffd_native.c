@@ -266,7 +266,7 @@ static void confirmed(struct pc_dest *d, uint64_t count) {
     engine_wake(d->wake);
 }
 
-/* Notes pages that this thread has claimed and placed (or poisoned), as DONE or DONE | LOST. A fault
+/* Notes pages that this thread has claimed and placed (DONE), or poisoned (DONE | LOST). A fault
  * that came meanwhile was told to wait for this; wake it, because the page may be discarded again
  * already. */
 static void confirm(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import selectors
 import signal
 import socket
@@ -35,6 +36,14 @@ class DemoError(PostcopydError):
     name = "DemoFailed"
 
 
+def _free_port() -> int:
+    """Below those that the kernel gives to connections: nobody takes it while a daemon is away."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(16600, 32768)))  # noqa: S311
+            return int(probe.getsockname()[1])
+
+
 class Host:
     """One daemon. `call` and `migrate` wait in a thread: guests can be followed meanwhile."""
 
@@ -44,9 +53,7 @@ class Host:
         self.control = str(folder / f"{name}.control")
         self.state = folder / f"{name}.state"
         self.log = folder / f"{name}.log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.address = f"127.0.0.1:{_free_port()}"
         self.options = options
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -24,7 +24,7 @@ import structlog
 import trio
 from msgspec import structs, to_builtins
 
-from postcopyd import headroom, hugepages
+from postcopyd import headroom, hugepages, procfs
 from postcopyd import protocol as p
 from postcopyd._native import lib
 from postcopyd.connection import Channel, ConnectionLost, PeerError, detach, open_nursery
@@ -582,19 +582,26 @@ class DestinationSession:
         """The guest is this host's: it waits for what it lacks, and nothing ends it."""
         vm = self.vm
         self.machine.happened(Happened.LOST)
-        state = "runs here" if self._ran else "was granted to this host"
-        vm.show(
-            phase="paused",
-            message=f"{vm.name} {state} and waits for pages that are still at "
-            f"{self.channel.peer}: {error}; it goes on when that host asks for it",
-        )
-        self._record_settled(None)
-        self.log.error("paused", error=str(error))
         await self.channel.aclose()
         self.token = secrets.token_bytes(32)  # what still comes with the old one is of no use
-        if self._engine is not None:
-            await self._engine.disconnect()
-            vm.waiting = self
+        peer = self.channel.peer
+        if vm.driver is None or not procfs.started(vm.driver.pid):
+            message = (
+                f"the VMM of {vm.name} here has ended in the middle of its move from {peer}, where "
+                f"part of its memory still is: the guest is lost"
+            )
+            await self.close()
+        else:
+            message = (
+                f"{vm.name} {'runs here' if self._ran else 'was granted to this host'} and waits "
+                f"for pages that are still at {peer}: {error}; that host connects again by itself"
+            )
+            if self._engine is not None:
+                await self._engine.disconnect()
+                vm.waiting = self
+        vm.show(phase="paused", message=message)
+        self._record_settled(None)
+        self.log.error("paused", error=str(error))
 
     def _record_settled(self, ownership: str | None) -> None:
         try:

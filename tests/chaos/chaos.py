@@ -56,6 +56,9 @@ ANSWER_S = 10.0
 QUIT_S = 10.0
 """How long the source's QEMU may take to end by itself after drained."""
 
+LONG_S = 300.0
+"""A run of so many seconds shall have met each phase, and a fault every 3 s."""
+
 T = TypeVar("T")
 
 
@@ -205,7 +208,18 @@ class Chaos:
                     node.host.end()
         return self.summary()
 
+    @property
+    def lacking(self) -> str:
+        """What a run of this length should have met and has not, or ""."""
+        count, met = sum(self.faults.values()), {phase for _, phase in +self.faults}
+        missed = [phase for phase in self.options.phases if phase not in met]
+        if missed:
+            return f"no fault came while the migration was in {', '.join(missed)}"
+        wanted = self.options.seconds // 3
+        return f"{count} faults are fewer than {wanted:.0f}" if count < wanted else ""
+
     async def _run(self) -> None:
+        """Everything, in order; Lost is raised here or in one of the tasks."""
         for node in self.nodes:
             await node.host.start()
             await self._nursery.start(node.proxy.run)
@@ -232,6 +246,8 @@ class Chaos:
             await node.restart(signal.SIGTERM, 0)
             if "Traceback" in node.host.log.read_text():
                 raise Lost(f"the daemon {node.host.name} has met a bug of its own, see its log")
+        if self.options.seconds >= LONG_S and (lacking := self.lacking):
+            raise Lost(f"nothing was lost, but {lacking}: this run shows too little")
 
     # --- moving ----------------------------------------------------------------------------------
 
@@ -548,9 +564,13 @@ class Chaos:
             if node.daemon == "stopped" and node.host.process is not None:
                 node.host.process.send_signal(signal.SIGCONT)
             lines.append(json.dumps(await node.status()))
-            lines += node.host.log.read_text().splitlines()[-15:]
+            said = node.host.log.read_text().splitlines()
+            asked = ("level=debug", "io.postcopyd.Status")  # by this run
+            lines += [line for line in said if not any(word in line for word in asked)][-25:]
         for vmm in filter(None, (self._here, self._arriving)):
             lines.append(f"--- {vmm.name}: {'ended' if vmm.ended else await vmm.state()}")
+        if self.durations:
+            lines.append(f"--- until then:\n{self.summary()}")
         lines.append(f"--- seed {self.options.seed}; everything is in {self.folder}")
         text = "\n".join(lines)
         self.note(f"failed: {text}")

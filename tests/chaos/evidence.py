@@ -66,6 +66,8 @@ async def follow(
                 (runs.resumed if event["event"] == "RESUME" else runs.stopped)(qemu, at)
     except PostcopydError:
         runs.stopped(qemu, time.time())
+    finally:
+        monitor.close()
 
 
 def returned(reporters: Iterable[str]) -> str:

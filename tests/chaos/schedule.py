@@ -35,19 +35,19 @@ PATIENCE = {RECOVERY: 2.0}
 MOMENTS: dict[str, tuple[tuple[str, ...], float]] = {
     IDLE: (("idle",), 0.3),
     PREPARE: (("hello", "offer"), 0.02),
-    ADOPTION: (("offer", "ready"), 0.06),
-    HANDOVER: (("serving", "handover", "device", "deviceEnd", "loaded"), 0.01),
+    ADOPTION: (("offer", "ready", "serving"), 0.06),
+    HANDOVER: (("handover", "device", "deviceEnd", "loaded"), 0.01),
     GRANTED: (("grant",), 0.005),
-    POSTCOPY: (("postcopy",), 2.0),
-    RECOVERY: ((NOW, "resume", "have"), 1.5),
+    POSTCOPY: (("postcopy",), 1.5),
+    RECOVERY: ((NOW, "resume", "have"), 1.0),
     DRAINED: (("drained", "acknowledged"), 0.1),
 }
 
 BOTH, SOURCE, DESTINATION = "both", "source", "destination"
 ALL, CONTROL, URGENT, PUSH = "all", "control", "urgent", "push"
 
-# Whom each kind of fault may meet, and for how many seconds. Of two ranges the first is taken twice
-# as often: a daemon takes its peer for dead after 10 s of silence (protocol.DEAD_S).
+# Whom each kind of fault may meet, and for how many seconds. Of two ranges the first is taken three
+# times as often: a daemon takes its peer for dead after 10 s of silence (protocol.DEAD_S).
 Range = tuple[float, float]
 KINDS: dict[str, tuple[tuple[str, ...], tuple[Range, ...]]] = {
     "kill": ((SOURCE, DESTINATION, BOTH), ((0, 1),)),  # until it is started again
@@ -117,5 +117,5 @@ def _fault(dice: random.Random, phase: str, kind: str) -> Fault:
     victim = dice.choice(victims)
     seconds = 0.0
     if ranges:
-        seconds = dice.uniform(*dice.choice((ranges[0], ranges[0], ranges[-1])))
+        seconds = dice.uniform(*dice.choice((*[ranges[0]] * 3, ranges[-1])))
     return Fault(phase, moment, round(delay, 4), kind, victim, round(seconds, 3))

@@ -670,9 +670,9 @@ static void to_anonymous(struct ram *m) {
   m->file = -1, m->at = map(m->pages * m->page_size, -1);
 }
 
-/* Daemons are killed while they take faults and place; each next one has the record of the last. The
- * guest's threads write into what they find and go on all the time: none may be left waiting, and
- * nothing that they wrote be overwritten. */
+/* Daemons are killed while they take faults and place; each next one has the record of the last.
+ * The guest's threads write into what they find and go on all the time: none may be left waiting,
+ * and nothing that they wrote be overwritten. */
 static void killed(bool anonymous_memory) {
   enum { LIVES = 5 };
   struct guest g = {0};
@@ -851,7 +851,7 @@ static void record_states(void) {
   check(get(p.at->existing_pages) == there, "%llu", (unsigned long long)p.at->existing_pages);
   for (uint64_t page = 0; page < PAGES; page++) {
     if (states[page] & 0x80)
-      check(!strcmp((char *)m->at + page * SMALL, "guest's"), "page %llu", (unsigned long long)page);
+      check(!strcmp((char *)m->at + page * SMALL, "guest's"), "%llu", (unsigned long long)page);
     else /* done, but not there: the guest has discarded it */
       check(page_is(m, page, states[page] & DONE), "page %llu", (unsigned long long)page);
   }
@@ -884,9 +884,8 @@ static void have_marks(void) {
     pc_dest_disconnect(p.dest);
     close(source);
     check(tell(&p) == n, " ");
-    for (uint64_t page = 0; page < m->pages; page++) {
+    for (uint64_t page = 0; page < m->pages; page++)
       check(!pc_dest_have(p.dest, 0, page, 1, &byte) && byte == has[page], " ");
-    }
     if (round < 3)
       pc_source_disconnect(p.source); /* forgets it */
   }

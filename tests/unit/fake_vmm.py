@@ -2,9 +2,9 @@
 """VMMs that are made for tests of the sessions, and one guest's truth: where it ran, and when.
 
 A `FakeVmm` has real guest RAM (a memfd, at the destination mapped in this process with a real
-userfaultfd), so that the engines are the real ones. At each step it tells a `reach` function, which
-may raise, wait, or break something elsewhere. `Guest` sees both VMMs and writes down what must
-never happen.
+userfaultfd), so that the engines are the real ones. It outlives daemons; a `FakeDriver` is one
+daemon's connection to it. At each step that tells a `reach` function, which may raise, wait, or
+break something elsewhere. `Guest` sees both VMMs and writes down what must never happen.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 import struct
 from collections.abc import AsyncIterable, Awaitable, Callable
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import trio
 from needs import missing
@@ -30,12 +31,30 @@ USERFAULTFD, USER_MODE_ONLY = 323, 1
 UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 
 
+class Killed(BaseException):
+    """Ends whatever a daemon was doing that was killed: nothing may catch it."""
+
+
+class Life:
+    """One daemon's process: it does nothing any more once it is `over`. `sessions` are all that it
+    made."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self.sessions: list[Any] = []
+
+    def check(self) -> None:
+        if self.over:
+            raise Killed
+
+
 class Guest:
     """Both copies of one guest. `broken` has each rule that was broken, in words."""
 
     def __init__(self) -> None:
         self.runs: set[Role] = set()
         self.granted = self.ran_there = False
+        self.given_up = False  # by a person, who says that the destination is dead
         self.broken: list[str] = []
         self.vmms: dict[Role, FakeVmm] = {}
         self.recorded: Callable[[Role], str] = lambda role: ""  # the word on that host's disk
@@ -43,9 +62,9 @@ class Guest:
     def run(self, role: Role) -> None:
         there = self.vmms["destination"]
         if role == "source":
-            self.never(self.ran_there, "a stale guest was resumed at the source")
+            self.never(self.ran_there and not self.given_up, "a stale guest ran at the source")
             self.never(
-                self.granted and there.state != "ended",
+                self.granted and there.state != "ended" and not self.given_up,
                 "the source ran a guest that it had granted",
             )
         else:
@@ -56,6 +75,23 @@ class Guest:
         self.runs.add(role)
         self.never(len(self.runs) == 2, "two guests ran")
 
+    def record(self, role: Role, before: str, after: str) -> None:
+        """What is about to be written on that host's disk."""
+        there = self.vmms["destination"]
+        if role == "destination":
+            self.never(
+                after == "owned" and self.recorded("source") != "granted", "owned without a grant"
+            )
+            self.never(after == "declined" and there.state == "running", "declined a running guest")
+        else:
+            self.never(
+                (before, after) == ("granted", "held")
+                and there.state != "ended"
+                and not self.given_up,
+                "taken back from a destination that has it",
+            )
+        self.granted |= after == "granted"
+
     def stop(self, role: Role) -> None:
         self.runs.discard(role)
 
@@ -64,152 +100,70 @@ class Guest:
             self.broken.append(rule)
 
 
-class FakeVmm(Vmm):
-    """`state` is running, paused, stopped, kept (source); incoming, loading, loaded (also when it
-    is to stay paused), running (destination); ended."""
+class FakeVmm:
+    """A VMM's process. `state` is running, paused, stopped, kept (source); incoming, loading,
+    loaded (also when it is to stay paused), running (destination); ended."""
 
-    kind = "process"
     at: ClassVar[dict[str, FakeVmm]] = {}
+    numbers: ClassVar = itertools.count(1 << 23)  # of processes, beyond what Linux has
 
     def __init__(
         self, guest: Guest, role: Role, state: State, reach: Callable[[str], Awaitable[None]]
     ) -> None:
-        self.name, self.socket = "web1", f"/fake/{role}"
+        self.socket, self.pid = f"/fake/{role}", next(self.numbers)
         self.guest, self.role = guest, role
         self.state: str = state
         self.reach = reach
+        self.life = Life()  # the daemon that may connect
         self.problems: tuple[str, ...] = ()
         self.died = False  # by itself, which nobody answers for
-        self.releases = self.closed = 0
         self.received: list[bytes] = []
-        self._gone = trio.Event()
-        self._uffd = -1
-        self._files = [os.memfd_create(f"{role}{i}") for i in range(len(PAGES))]
-        self._maps: list[mmap.mmap] = []
-        for i, (fd, pages) in enumerate(zip(self._files, PAGES, strict=True)):
+        self.gone = trio.Event()
+        self.uffd = -1
+        self.files = [os.memfd_create(f"{role}{i}") for i in range(len(PAGES))]
+        self.maps: list[mmap.mmap] = []
+        for i, (fd, pages) in enumerate(zip(self.files, PAGES, strict=True)):
             os.ftruncate(fd, pages * PAGE)
             if role == "source":
                 for page in range(1 + i, pages, 3):  # others are holes
                     os.pwrite(fd, bytes([i + 1, page]) * (PAGE // 2), page * PAGE)
-            self._maps.append(mmap.mmap(fd, pages * PAGE))
+            self.maps.append(mmap.mmap(fd, pages * PAGE))
         guest.vmms[role] = self
         self.at[self.socket] = self
         if state == "running":
             guest.runs.add(role)
 
     @classmethod
-    async def connect(cls, name: str, socket: str) -> Self:
-        found = cls.at[socket]
-        assert isinstance(found, cls)
-        return found
-
-    async def inspect(self, role: Role) -> Shape:
-        await self._at("inspect")
-        states: dict[str, State] = {"running": "running", "incoming": "incoming"}
-        regions = tuple(
-            Region(f"ram{i}", pages, PAGE, address_of(memory), os.dup(fd), 0)
-            for i, (fd, pages, memory) in enumerate(
-                zip(self._files, PAGES, self._maps, strict=True)
-            )
-        )
-        return Shape(
-            states.get(self.state, "paused"), os.getpid(), regions, {"version": "1"}, self.problems
-        )
-
-    # --- source
-
-    async def prepare(self) -> None:
-        await self._at("prepare")
-
-    async def save(
-        self, send: Callable[[bytes], Awaitable[None]], stopped: Callable[[], None]
-    ) -> None:
-        await self._at("save")
-        self.before = "running" if self.state == "running" else "paused"
-        self.state = "stopped"
-        self.guest.stop("source")
-        stopped()
-        await self._at("save stopped")
-        for piece in DEVICE_STATE:
-            await send(piece)
-        await self._at("save sent")
-
-    async def rollback(self) -> None:
-        await self._at("rollback")
-        self.guest.never(self.state in ("kept", "ended"), "rolled back after the end")
-        if self.before == "running":
-            self.guest.run("source")
-        self.state = self.before or self.state
-        self.before = None
-
-    async def finish(self, keep: bool) -> None:
-        await self._at("finish")
-        self.guest.never(
-            self.guest.vmms["destination"].memory() != self.memory(), "memory let go of too early"
-        )
-        self.state = "kept" if keep else "ended"
-        if not keep:
-            self._gone.set()
-
-    # --- destination
-
-    async def adopt(self, shape: Shape) -> list[int]:
-        await self._at("adopt")
-        self._uffd = userfaultfd()
-        return [os.dup(self._uffd)]
-
-    async def load(self, receive: AsyncIterable[bytes]) -> None:
-        self.state = "loading"
-        await self._at("load")
-        async for piece in receive:
-            self.received.append(piece)
-        await self._at("load done")
-        self.state = "loaded"
-
-    async def run(self) -> None:
-        await self._at("run")
-        self.guest.run("destination")
-        self.state = "running"
-        await self._at("run done")
-
-    async def release(self) -> None:
-        await self._at("release")
-        self.releases += 1
-        whole = self.guest.vmms["source"].memory() == self.memory()
-        self.guest.never(self.state not in ("incoming", "ended") and not whole, "zeros for pages")
-        self._let_go()
-
-    # --- both
-
-    async def end(self) -> None:
-        await self._at("end", alive=False)
-        self.guest.never(self.guest.ran_there, "a guest that ran was ended")
-        self._ended()
-
-    async def gone(self) -> None:
-        await self._gone.wait()
-
-    async def aclose(self) -> None:
-        await self._at("aclose", alive=False)
-        self.closed += 1
-
-    # --- for tests
+    def started(cls, pid: int) -> int:
+        """As procfs.started."""
+        return int(any(vmm.pid == pid and vmm.state != "ended" for vmm in cls.at.values()))
 
     def die(self) -> None:
         """The VMM's process ends by itself."""
         self.died = True
-        self._ended()
+        self.ended()
+
+    def ended(self) -> None:
+        self.state = "ended"
+        self.guest.stop(self.role)
+        self.let_go()
+        self.gone.set()
+
+    def let_go(self) -> None:
+        if self.uffd >= 0:
+            os.close(self.uffd)
+            self.uffd = -1
 
     def memory(self) -> list[bytes]:
         """Guest RAM as its files have it; reading those never waits for a page."""
-        return [os.pread(fd, n * PAGE, 0) for fd, n in zip(self._files, PAGES, strict=True)]
+        return [os.pread(fd, n * PAGE, 0) for fd, n in zip(self.files, PAGES, strict=True)]
 
     def registered(self) -> bool:
         """Whether an access to guest RAM may still wait for somebody."""
         other = userfaultfd()
         try:
             fcntl.ioctl(other, UFFDIO_API, struct.pack("QQQ", 0xAA, 0, 0))
-            for memory in self._maps:
+            for memory in self.maps:
                 # Of each mapping, only one userfaultfd.
                 what = struct.pack("QQQQ", address_of(memory), len(memory), 1, 0)
                 fcntl.ioctl(other, UFFDIO_REGISTER, what)
@@ -223,27 +177,137 @@ class FakeVmm(Vmm):
 
     def free(self) -> None:
         """Everything of it goes, once no test looks at it any more."""
-        self._let_go()
-        for memory in self._maps:
+        self.let_go()
+        for memory in self.maps:
             memory.close()
-        for fd in self._files:
+        for fd in self.files:
             os.close(fd)
 
+
+class FakeDriver(Vmm):
+    """One daemon's connection to a FakeVmm."""
+
+    kind = "process"
+
+    def __init__(self, name: str, vmm: FakeVmm) -> None:
+        self.name, self.socket, self.pid = name, vmm.socket, vmm.pid
+        self.vmm, self.life = vmm, vmm.life
+
+    @classmethod
+    async def connect(cls, name: str, socket: str) -> Self:
+        vmm = FakeVmm.at[socket]
+        if vmm.state == "ended":
+            raise VmmGone(f"nobody answers at {socket}")
+        return cls(name, vmm)
+
+    async def inspect(self, role: Role) -> Shape:
+        await self._at("inspect")
+        vmm = self.vmm
+        states: dict[str, State] = {"running": "running", "incoming": "incoming"}
+        regions = tuple(
+            Region(f"ram{i}", pages, PAGE, address_of(memory), os.dup(fd), 0)
+            for i, (fd, pages, memory) in enumerate(zip(vmm.files, PAGES, vmm.maps, strict=True))
+        )
+        state, facts = states.get(vmm.state, "paused"), {"version": "1"}
+        return Shape(state, os.getpid(), regions, facts, vmm.problems)
+
+    # --- source
+
+    async def prepare(self) -> None:
+        await self._at("prepare")
+
+    async def save(
+        self, send: Callable[[bytes], Awaitable[None]], stopped: Callable[[], None]
+    ) -> None:
+        await self._at("save")
+        self.before = "running" if self.vmm.state == "running" else "paused"
+        self.vmm.state = "stopped"
+        self.vmm.guest.stop("source")
+        stopped()
+        await self._at("save stopped")
+        for piece in DEVICE_STATE:
+            await send(piece)
+        await self._at("save sent")
+
+    async def rollback(self) -> None:
+        await self._at("rollback")
+        vmm = self.vmm
+        vmm.guest.never(vmm.state in ("kept", "ended"), "rolled back after the end")
+        if self.before == "running" and vmm.state != "running":
+            vmm.guest.run("source")
+        vmm.state = self.before or vmm.state
+        self.before = None
+        await self._at("rollback done")
+
+    async def finish(self, keep: bool) -> None:
+        await self._at("finish")
+        vmm = self.vmm
+        there = vmm.guest.vmms["destination"].memory()
+        vmm.guest.never(there != vmm.memory(), "memory let go of too early")
+        if keep:
+            vmm.state = "kept"
+        else:
+            vmm.ended()
+        await self._at("finish done", alive=False)
+
+    # --- destination
+
+    async def adopt(self, shape: Shape) -> list[int]:
+        await self._at("adopt")
+        vmm = self.vmm
+        vmm.let_go()
+        vmm.uffd = userfaultfd()
+        await self._at("adopt done")
+        return [os.dup(vmm.uffd)]
+
+    async def adopted(self) -> list[int]:
+        await self._at("adopted")
+        return [os.dup(self.vmm.uffd)] if self.vmm.uffd >= 0 else []
+
+    async def load(self, receive: AsyncIterable[bytes]) -> None:
+        self.vmm.state = "loading"
+        await self._at("load")
+        async for piece in receive:
+            self.vmm.received.append(piece)
+        await self._at("load done")
+        self.vmm.state = "loaded"
+
+    async def run(self) -> None:
+        await self._at("run")
+        if self.vmm.state != "running":
+            self.vmm.guest.run("destination")
+        self.vmm.state = "running"
+        await self._at("run done")
+
+    async def release(self) -> None:
+        await self._at("release")
+        vmm = self.vmm
+        whole = vmm.guest.vmms["source"].memory() == vmm.memory()
+        vmm.guest.never(vmm.state not in ("incoming", "ended") and not whole, "zeros for pages")
+        vmm.let_go()
+        await self._at("release done")
+
+    # --- both
+
+    async def end(self) -> None:
+        await self._at("end", alive=False)
+        guest = self.vmm.guest
+        guest.never(guest.ran_there and not guest.given_up, "a guest that ran was ended")
+        self.vmm.ended()
+        await self._at("end done", alive=False)
+
+    async def gone(self) -> None:
+        await self.vmm.gone.wait()
+
+    async def aclose(self) -> None:
+        await self._at("aclose", alive=False)
+
     async def _at(self, step: str, *, alive: bool = True) -> None:
-        await self.reach(f"{self.role}.{step}")
-        if alive and self.state == "ended":
+        self.life.check()
+        await self.vmm.reach(f"{self.vmm.role}.{step}")
+        self.life.check()
+        if alive and self.vmm.state == "ended":
             raise VmmGone(f"the VMM of {self.name} has ended")
-
-    def _ended(self) -> None:
-        self.state = "ended"
-        self.guest.stop(self.role)
-        self._let_go()
-        self._gone.set()
-
-    def _let_go(self) -> None:
-        if self._uffd >= 0:
-            os.close(self._uffd)
-            self._uffd = -1
 
 
 def address_of(memory: mmap.mmap) -> int:

@@ -19,14 +19,15 @@ import pytest
 import structlog
 import trio
 import trio.testing
-from fake_vmm import FakeVmm
-from session_world import BUGS, LONG_S, Fault, Host, Instead, World
+from fake_vmm import FakeDriver, FakeVmm
+from session_world import BUGS, LONG_S, Fault, FullStore, Host, Instead, ToldEngine, World
 
-from postcopyd import daemon
+from postcopyd import daemon, procfs
 from postcopyd import protocol as p
 from postcopyd.dest import session as arriving
 from postcopyd.source import session as leaving
 from postcopyd.store import StateNotWritten
+from postcopyd.vm import Vm
 from postcopyd.vmm import State
 
 Clock = trio.testing.MockClock
@@ -34,10 +35,26 @@ Clock = trio.testing.MockClock
 
 def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Time that passes when nothing moves; engines have threads, so not at once."""
-    monkeypatch.setattr(daemon, "DRIVERS", {"process": FakeVmm})
+    monkeypatch.setattr(daemon, "DRIVERS", {"process": FakeDriver})
+    monkeypatch.setattr(procfs, "started", FakeVmm.started)
+    monkeypatch.setattr(arriving, "DestinationEngine", ToldEngine)
     monkeypatch.setattr(arriving, "PROGRESS_S", 1.0)
+    for kind in (leaving.SourceSession, arriving.DestinationSession):
+        monkeypatch.setattr(kind, "__init__", noted(kind.__init__))
     monkeypatch.setattr(leaving, "SHOW_S", 1.0)
     return Clock(autojump_threshold=0.002)
+
+
+def noted(init: Any) -> Any:
+    """A session that the daemon's life knows of."""
+
+    def made(session: Any, vm: Vm, *args: Any) -> None:
+        init(session, vm, *args)
+        store = vm._store
+        assert isinstance(store, FullStore)
+        store.life.sessions.append(session)
+
+    return made
 
 
 @asynccontextmanager
@@ -57,8 +74,6 @@ async def world(
                 for host in made.hosts.values():
                     host.stop()
     for host in made.hosts.values():
-        if host.vm.waiting is not None:  # as the end of the process does
-            await host.vm.waiting.close()
         host.vmm.free()
     if open_descriptors() - descriptors:
         gc.collect()  # a traceback may hold what a test has made
@@ -81,15 +96,19 @@ async def migrated(
     *,
     patience: float = LONG_S,
     reached: bool = True,
+    sticks: bool = False,
     **request: Any,
 ) -> World:
-    """One migration with these faults, held to the invariants; `reached`: by each of the faults."""
+    """One migration with these faults, held to the invariants. `reached`: by each of the faults;
+    `sticks`: it may wait for a person in the end."""
     async with world(folder, faults, state) as made:
         made.patience = patience
         await made.migrate(**request)
         for point in faults:
             assert made.went[point] or not reached, f"{point} was not reached"
         await made.check()
+        if not sticks:
+            made.check_over()
     return made
 
 
@@ -136,7 +155,7 @@ def cut_control(world: World, point: str) -> None:
 
 
 def silence(world: World, point: str) -> None:
-    world.silent = True
+    world.silence()
 
 
 def cancel(world: World, point: str) -> None:
@@ -152,15 +171,27 @@ def destination_says_error(world: World, point: str) -> None:
 
 
 def stop_source(world: World, point: str) -> None:
-    world.source.stop()
+    world.source.stop(again=True)
 
 
 def stop_destination(world: World, point: str) -> None:
-    world.destination.stop()
+    world.destination.stop(again=True)
 
 
 def stop_here(world: World, point: str) -> None:
-    world.hosts[point.partition(".")[0]].stop()
+    world.hosts[point.partition(".")[0]].stop(again=True)
+
+
+def kill_source(world: World, point: str) -> None:
+    world.kill("source")
+
+
+def kill_destination(world: World, point: str) -> None:
+    world.kill("destination")
+
+
+def kill_both(world: World, point: str) -> None:
+    world.kill("source", "destination")
 
 
 def source_dies(world: World, point: str) -> None:
@@ -188,6 +219,18 @@ def torn(world: World, point: str) -> Instead:
 
 def last(world: World, point: str) -> Instead:
     return Instead(then_cut=True)
+
+
+def kill_sender(world: World, point: str) -> Instead:
+    """Whoever has just sent this, and it arrives."""
+    world.hosts["source" if point.startswith("->") else "destination"].kill()
+    return Instead(then_cut=True)
+
+
+def kill_receiver(world: World, point: str) -> Instead:
+    """Whoever receives it, and then perhaps has read it already."""
+    world.later(partial(world.kill, "destination" if point.startswith("->") else "source"))
+    return Instead()
 
 
 def grant(world: World, point: str) -> Instead:

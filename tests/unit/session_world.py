@@ -2,9 +2,14 @@
 """Two daemons, one guest and a network, in one trio loop; and what goes wrong between them.
 
 Everything that happens in a migration passes a *point* with a name: a call of a driver
-("source.save"), a record ("destination.record owned"), a message on its way ("-> grant", "<- ran").
-A fault is a function that is called when its point is reached the first time. Afterwards `check`
-holds whatever came out to the invariants.
+("source.save"), a record ("destination.record owned"), a message on its way ("-> grant", "<- ran"),
+a data connection ("data"), the end of registration ("destination.unregister"). A fault is a
+function that is called when its point is reached the first time. Afterwards `check` holds whatever
+came out to the invariants.
+
+A daemon that is stopped or killed is started again. One that is killed does nothing further: its
+sessions are dropped, their descriptors and connections closed; records, VMMs and what is registered
+in them stay.
 """
 
 from __future__ import annotations
@@ -13,14 +18,16 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import trio
-from fake_vmm import FakeVmm, Guest
+from fake_vmm import FakeVmm, Guest, Killed, Life
 
 from postcopyd import daemon
 from postcopyd import protocol as p
 from postcopyd.control import MigrateRequest
+from postcopyd.dest.engine import DestinationEngine
+from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Source
 from postcopyd.settings import Settings
@@ -29,8 +36,17 @@ from postcopyd.vmm import Role, State
 
 Fault = Callable[["World", str], Any]
 
-LONG_S = 1000.0
+LONG_S = 100.0
 """Of the test's clock: a migration that is not over then is stuck."""
+
+START_S = 0.4
+"""How long after its end a daemon is started again."""
+
+SILENCE_S = 15.0
+"""How long a network is silent: both sides have given the other up by then."""
+
+SOME_PAGES = 3 * 4096
+"""Bytes of pushed pages that come before the first *progress*: two pages, and part of the third."""
 
 BUGS: list[Fault] = []
 """Faults that are bugs: the daemons may log them as such."""
@@ -45,47 +61,122 @@ class Instead(NamedTuple):
 
 
 class FullStore(Store):
-    """A store that may have no room."""
+    """A store that may have no room, of one daemon."""
 
-    def __init__(self, directory: Path, world: World, role: Role) -> None:
+    def __init__(self, directory: Path, world: World, role: Role, life: Life) -> None:
         super().__init__(directory)
         self.full = False
+        self.life = life
         self._world, self._role = world, role
 
     def save(self, name: str, record: dict[str, Any], *, durable: bool = False) -> None:
-        self._world.reach(f"{self._role}.record {record['ownership']}")
+        self.life.check()
+        before, after = self._world.hosts[self._role].recorded(), record["ownership"]
+        self._world.reach(f"{self._role}.record {after}")
+        self.life.check()
         if self.full:
             raise StateNotWritten(f"writing the record of {name}: No space left on device")
+        self._world.guest.record(self._role, before, after)
         super().save(name, record, durable=durable)
-        self._world.guest.granted |= record["ownership"] == "granted"
+
+    def remove_pages(self, name: str) -> None:
+        if not self.life.over:
+            super().remove_pages(name)
+
+
+class ToldEngine(DestinationEngine):
+    """Passes points when it unregisters."""
+
+    world: ClassVar[World]
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._life = self.world.destination.life
+
+    def unregister(self, *, called_off: bool = False) -> None:
+        self._life.check()
+        self.world.reach("destination.unregister")
+        self._life.check()
+        super().unregister(called_off=called_off)
+        self.world.reach("destination.unregister done")
+        self._life.check()
 
 
 class Host:
-    """One daemon and its VMM; `stop` is its SIGTERM."""
+    """One VMM and its daemons, one after the other; `stop` is SIGTERM and `kill` SIGKILL."""
 
     def __init__(self, world: World, role: Role, state: State, folder: Path) -> None:
         self.role = role
-        self.store = FullStore(folder / role, world, role)
         self.vmm = FakeVmm(world.guest, role, state, world.arrive)
-        self.session: Any = None
-        self._hooks = folder / f"{role}-hooks"
+        self.lives: list[Life] = []
+        self.port = 0  # while nobody listens
+        self.up = self.over = False
+        self._world, self._folder = world, folder
         self._scope = trio.CancelScope()
+        self._again = self._ending = False
+        self._start()
+
+    def _start(self) -> None:
+        self.vmm.life = Life()
+        self.lives.append(self.vmm.life)
+        self.store = FullStore(self._folder / self.role, self._world, self.role, self.life)
+
+    @property
+    def life(self) -> Life:
+        return self.lives[-1]
+
+    @property
+    def session(self) -> Any:
+        """The newest of this daemon."""
+        return self.life.sessions[-1] if self.life.sessions else None
 
     async def serve(self, task_status: trio.TaskStatus[None]) -> None:
-        with self._scope:
-            async with trio.open_nursery() as self.nursery:
-                settings = Settings(self.store, hooks=self._hooks, connections=1)
-                self.daemon = daemon.Daemon(settings, self.nursery)
-                await self.daemon.attach("web1", "process", self.vmm.socket)
-                self.vm = self.daemon.vms["web1"]
-                listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-                self.port = listeners[0].socket.getsockname()[1]
-                await self.nursery.start(trio.serve_listeners, self.daemon.serve_peer, listeners)
-                task_status.started()
-                await trio.sleep_forever()
+        while True:
+            with trio.CancelScope() as self._scope:
+                try:
+                    await self._daemon(task_status)
+                except* Killed:
+                    pass
+            self.up, self.port, self.life.over = False, 0, True
+            for session in self.life.sessions:  # as the end of a process does
+                end = session.close if isinstance(session, DestinationSession) else session._close
+                await end()
+            if self._again:
+                await trio.sleep(START_S)
+            if self._ending:
+                break
+            self._start()
+        self.over = True
 
-    def stop(self) -> None:
+    async def _daemon(self, task_status: trio.TaskStatus[None]) -> None:
+        settings = Settings(
+            self.store, hooks=self._folder / f"{self.role}-hooks", connections=1
+        )
+        async with trio.open_nursery() as nursery:
+            self.daemon = daemon.Daemon(settings, nursery)
+            if len(self.lives) == 1:
+                await self.daemon.attach("web1", "process", self.vmm.socket)
+            else:
+                await self.daemon.restore()
+            listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            await nursery.start(trio.serve_listeners, self.daemon.serve_peer, listeners)
+            self.port, self.up = listeners[0].socket.getsockname()[1], True
+            if len(self.lives) == 1:
+                task_status.started()
+            await trio.sleep_forever()
+
+    def stop(self, *, again: bool = False) -> None:
+        self._again, self.up = again, False
+        self._ending |= not again
         self._scope.cancel()
+
+    def kill(self) -> None:
+        self.life.over = True
+        self.stop(again=True)
+
+    @property
+    def vm(self) -> Any:
+        return self.daemon.vms["web1"]
 
     def recorded(self) -> str:
         record: dict[str, str] = self.store.load().get("web1", {})
@@ -96,19 +187,17 @@ class Host:
         return str(self.vm.status["phase"])
 
     @property
-    def peers(self) -> int:
-        return self.daemon._peers.borrowed_tokens
-
-    @property
-    def busy(self) -> bool:
-        return self.vm.claimed_by is not None
+    def quiet(self) -> bool:
+        """Nothing goes on here."""
+        return self.up and not self.daemon._peers.borrowed_tokens and self.vm.claimed_by is None
 
 
 class World:
     """`faults` by point. `went` is every point that was passed, repeated ones as "name#2".
 
-    The pages that are pushed wait until the point "<- progress" has been passed, so that up to it
-    pages are missing at the destination and soon after it none is.
+    On each new control connection the pages that are pushed wait, but for SOME_PAGES of them on the
+    first, until the point "<- progress" has been passed on it: up to it pages are missing at the
+    destination, and soon after it none is.
     """
 
     def __init__(self, folder: Path, faults: dict[str, Fault], guest_state: State) -> None:
@@ -123,7 +212,7 @@ class World:
         self.logs: Any = []
         self._armed = False
         self._pushing = trio.Event()
-        self._dropped = trio.Event()
+        self._some = SOME_PAGES
         self._sending = trio.Lock()
         self._ends: dict[str, trio.SocketStream] = {}
         self._streams: dict[trio.SocketStream, str] = {}
@@ -133,6 +222,7 @@ class World:
         }
         self.source, self.destination = self.hosts["source"], self.hosts["destination"]
         self.guest.recorded = lambda role: self.hosts[role].recorded()
+        ToldEngine.world = self
 
     # --- points
 
@@ -140,8 +230,6 @@ class World:
         """Passes a point; what a fault gives back is for the point to use."""
         if not self._armed:
             return None
-        for host in self.hosts.values():
-            host.session = host.vm.claimed_by or host.session
         self.went[point] += 1
         if self.went[point] > 1:
             point = f"{point}#{self.went[point]}"
@@ -160,34 +248,31 @@ class World:
 
     async def migrate(self, **request: Any) -> None:
         """One migration from the offer to its end on both hosts, whatever that is."""
-        self._armed = True
-        async with self.network() as port:
-            await self.source.daemon.migrate("web1", MigrateRequest(f"127.0.0.1:{port}", **request))
-            self._nursery.start_soon(self._tick)
+        async with self.migrating(**request):
             with trio.move_on_after(self.patience) as patience:
-                await self._over()
+                await self.settled()
             self.stuck = patience.cancelled_caught
             if self.stuck:
                 for host in self.hosts.values():
                     host.stop()
                 with trio.fail_after(LONG_S):
-                    await self._over()
+                    while not all(host.over for host in self.hosts.values()):
+                        await trio.sleep(1)
 
-    async def _tick(self) -> None:
-        """The clock jumps when nothing moves, and threads of engines do not count as moving: no
-        jump is longer than this."""
-        while True:
+    @asynccontextmanager
+    async def migrating(self, **request: Any) -> AsyncIterator[None]:
+        """A migration that goes on in the body."""
+        self._armed = True
+        async with self.network() as port:
+            self.to = f"127.0.0.1:{port}"
+            await self.source.daemon.migrate("web1", MigrateRequest(self.to, **request))
+            yield
+
+    async def settled(self) -> None:
+        """Nothing goes on any more. The clock jumps when nothing moves, and threads of engines do
+        not count as moving: no jump is longer than this looks apart."""
+        while self._streams or not all(host.quiet for host in self.hosts.values()):
             await trio.sleep(1)
-
-    async def _over(self) -> None:
-        destination = self.destination
-        while self._streams or destination.peers or self.source.busy or destination.busy:
-            await self.source.vm.free.wait()
-            await destination.vm.free.wait()
-            if self._streams:
-                await self._dropped.wait()
-            elif destination.peers:
-                await trio.sleep(1)
 
     # --- the network
 
@@ -214,21 +299,23 @@ class World:
         self._streams |= {source: kind, there: kind}
         if kind == p.CONTROL:
             self._ends = {"source": source, "destination": there}
+            self._pushing = trio.Event()
+        else:
+            self.reach("data")
+        pushing = self._pushing
         try:
             async with trio.open_nursery() as nursery:
                 if kind == p.CONTROL:
                     nursery.start_soon(self._messages, source, there, "->")
                     nursery.start_soon(self._messages, there, source, "<-")
                 else:
-                    nursery.start_soon(self._pages, source, there, self._pushing)
+                    nursery.start_soon(self._pages, source, there, pushing)
                     nursery.start_soon(self._pages, there, source, None)
         finally:
-            self._pushing.set()  # nothing waits for a network that is gone
+            pushing.set()  # nothing waits for a network that is gone
             for stream in (source, there):
                 del self._streams[stream]
                 stream.socket.close()
-            self._dropped.set()
-            self._dropped = trio.Event()
 
     async def _pages(
         self, source: trio.SocketStream, to: trio.SocketStream, wait: trio.Event | None
@@ -237,9 +324,10 @@ class World:
             # What a data connection begins with; frames are let through later.
             if wait is not None:
                 await to.send_all(await source.receive_some(100))
-                data = await source.receive_some()
-                if data:
-                    await wait.wait()
+                while not wait.is_set() and (data := await source.receive_some(self._some or None)):
+                    if not self._some:
+                        await wait.wait()
+                    self._some -= min(len(data), self._some)
                     await to.send_all(data)
             async for data in source:
                 await to.send_all(data)
@@ -303,6 +391,21 @@ class World:
 
         trio.lowlevel.spawn_system_task(wait_and_call)
 
+    def silence(self) -> None:
+        """Messages are lost for a while, and nobody is told."""
+        self.silent = True
+
+        async def end() -> None:
+            await trio.sleep(SILENCE_S)
+            self.silent = False
+
+        self._nursery.start_soon(end)
+
+    def kill(self, *roles: Role) -> None:
+        self.cut(p.CONTROL, p.DATA)
+        for role in roles:
+            self.hosts[role].kill()
+
     def cancel(self) -> None:
         """What an operator says; a refusal is kept."""
         session = self.source.vm.claimed_by
@@ -323,7 +426,7 @@ class World:
         assert self.guest.broken == []
         # The guest is somewhere, with all of its memory.
         all_there = there.memory() == here.memory()
-        if not there.died:
+        if not there.died and not self.guest.given_up:
             if self.guest.ran_there:
                 assert there.state == "running"
                 assert here.state not in ("kept", "ended") or here.died or all_there
@@ -339,6 +442,23 @@ class World:
         self._check_machines()
         self._check_left_behind()
 
+    def check_over(self) -> None:
+        """Nothing is left to do for anybody: the guest is at one host, whole, and both know it."""
+        assert not self.stuck
+        phases = (self.source.phase, self.destination.phase)
+        assert "paused" not in phases
+        if "drained" in phases:
+            assert phases == ("drained", "drained")
+            assert self.destination.vmm.memory() == self.source.vmm.memory()
+            assert self.source.vmm.state == "ended" or self.may("source.finish")
+        if not any(".record " in fault for fault in self.faults):  # that one is not written
+            records = (self.source.recorded(), self.destination.recorded())
+            assert records in (
+                [("granted", "held")]
+                if "drained" in phases
+                else [("held", "held"), ("held", "declined")]
+            )
+
     def may(self, *points: str) -> bool:
         """Whether the test itself breaks one of these."""
         return any(fault.split("#")[0] in points for fault in self.faults)
@@ -349,20 +469,21 @@ class World:
             assert status["phase"] in ("idle", "failed", "paused", "drained"), status
             assert len(status["message"]) > 10
             assert not status["message"].endswith((": ", "; ")), status
-        if self.source.phase != "idle":
-            result = self.source.vm.status["result"]
-            event = {"drained": ["completed"], "paused": ["paused"]}
-            assert result["event"] in event.get(self.source.phase, ["failed", "cancelled"])
+        # One daemon shows the result of what it began or went on with.
+        if self.source.phase != "idle" and (self.source.session or len(self.source.lives) == 1):
+            event = self.source.vm.status.get("result", {}).get("event")
+            events = {"drained": ["completed"], "paused": ["paused", None]}
+            assert event in events.get(self.source.phase, ["failed", "cancelled"])
         if self.source.phase == "drained":
             assert self.destination.phase == "drained"
 
     def _check_machines(self) -> None:
         states = {
-            "idle": set[Any](),
             "failed": {
                 Source.ROLLED_BACK,
                 Source.CHECKED,
                 Source.DECLINED,
+                Source.TAKEN_BACK,
                 Destination.CALLED_OFF,
                 Destination.DECLINED,
             },
@@ -370,11 +491,9 @@ class World:
                 Source.GRANTED_LOST,
                 Source.RAN_LOST,
                 Source.DRAINED,  # and the counts differ
-                Destination.IN_DOUBT,
-                Destination.GRANTED_LOST,
                 Destination.RUNNING_LOST,
             },
-            "drained": {Source.DRAINED, Destination.DONE, Destination.RUNNING_LOST},
+            "drained": {Source.DRAINED, Destination.DONE},
         }
         for host in self.hosts.values():
             if host.session is not None and host.phase != "idle":

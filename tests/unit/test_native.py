@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The latency statistics as Python reads them out of an engine's counters."""
+"""An engine as Python sees it: the statistics it reads, and what both sides agree on by bitmaps."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from postcopyd._native import ffi
 
+from postcopyd.dest.engine import DestinationEngine
+from postcopyd.errors import PostcopydError
 from postcopyd.native import faults
 from postcopyd.protocol import Progress, pack, parse_message
+from postcopyd.source.engine import SourceEngine
+from postcopyd.vmm import Region
 
 
 def bucket_of(us: int) -> int:
@@ -100,3 +108,73 @@ def _object(packed: bytes) -> dict[str, Any]:
 
     found: dict[str, Any] = msgpack.unpackb(packed)
     return found
+
+
+DONE = 4
+"""The state of a page in the record, as uffd_native.c has it."""
+
+
+@asynccontextmanager
+async def engines(record: bytes) -> AsyncIterator[tuple[DestinationEngine, SourceEngine]]:
+    """A destination that goes on with this record of a guest of 100 pages, and a source of it."""
+    record_fd, memory = os.memfd_create("record"), os.memfd_create("guest")
+    region = Region("ram", 100, 4096, 0, memory, 0)
+    opened: list[DestinationEngine | SourceEngine] = []
+    try:
+        os.truncate(memory, region.size)
+        os.write(record_fd, record)
+        destination = DestinationEngine([region], [-1], record_fd)
+        opened.append(destination)
+        source = SourceEngine([region], os.getpid())
+        opened.append(source)
+        yield destination, source
+    finally:
+        for engine in opened:
+            await engine.aclose()
+        os.close(record_fd)
+        os.close(memory)
+
+
+async def test_what_the_destination_has() -> None:
+    """Bitmaps of any part of a region begin with its first page and say what the record says."""
+    has = [page % 3 == 0 or page > 90 for page in range(100)]
+    record = bytes(DONE if page else 1 for page in has).ljust(128, b"\0")
+    async with engines(record) as (destination, source):
+        assert sum(has) == destination.stats.confirmed_pages
+        for first, count in (0, 100), (1, 99), (7, 17), (99, 1), (100, 0), (0, 0):
+            bits = destination.have(0, first, count)
+            assert len(bits) == (count + 7) // 8
+            number = int.from_bytes(bits, "little")
+            assert has[first : first + count] == [bool(number >> i & 1) for i in range(count)]
+            source.have(0, first, count, bits)
+        with pytest.raises(PostcopydError, match="pages 90 to 101 of region 0"):
+            destination.have(0, 90, 11)
+
+
+@pytest.mark.parametrize(
+    ("region", "first", "count", "size"),
+    [
+        (1, 0, 8, 1),
+        (0, 93, 8, 1),
+        (0, 0, 16, 1),
+        (0, 0, 8, 2),
+        (0, 0, -8, 0),
+        (-1, 0, 8, 1),
+        (0, -1, 8, 1),
+        (0, 2**64 - 1, 8, 1),
+        (2**32, 0, 8, 1),
+        (0, 0, 2**64 + 8, 1),
+    ],
+)
+async def test_a_peer_says_what_cannot_be(region: int, first: int, count: int, size: int) -> None:
+    """Numbers that do not fit the guest are refused, whatever they are."""
+    async with engines(bytes(128)) as (_, source):
+        with pytest.raises(PostcopydError):
+            source.have(region, first, count, b"\xff" * size)
+
+
+async def test_a_record_of_another_guest() -> None:
+    """A record whose size is not this guest's is refused."""
+    with pytest.raises(PostcopydError, match="it is not this guest's"):
+        async with engines(bytes(64)):
+            pass
