@@ -82,7 +82,7 @@ int main(int argc, char **argv) {
   int wake = eventfd(0, EFD_CLOEXEC);
   char error[200];
   struct pc_dest *d = pc_dest_new(&region, 1, memfd_create("record", MFD_CLOEXEC), wake, error);
-  must(d && !pc_dest_register(d), "destination");
+  must(d && !pc_dest_register(d, 0), "destination");
   struct pc_stats *stats = pc_dest_stats(d);
   for (int i = 0; i <= pushes; i++)
     must(!pc_dest_connect(d, connect_to(&peer), i == 0), "connect");

@@ -246,6 +246,8 @@ class Daemon:
             self._after_arrival(vm, session)
         else:
             vm.waiting = session
+            if session.poisoned:
+                return
             vm.show(
                 phase="paused",
                 message=f"{vm.name} is this host's and waits for pages that are still at "
@@ -333,7 +335,10 @@ class Daemon:
         if arrived is not None and decision == "poison":
             vm.waiting = None
             with vm.claim(arrived):
-                await arrived.poison()
+                try:
+                    await arrived.poison()
+                finally:
+                    vm.waiting = arrived
         elif isinstance(vm.claimed_by, SourceSession) and decision != "poison":
             vm.claimed_by.resolve(decision)
             await vm.free.wait()

@@ -45,6 +45,7 @@ struct pc_stats {
   uint64_t existing_pages;    /* destination: the kernel had a page there already (EEXIST) */
   uint64_t faults;            /* fault messages read */
   uint64_t requests;          /* pages asked for (destination), requests received (source) */
+  int64_t unanswered;         /* destination: of these, on the urgent connection there is now */
   uint64_t answered;          /* urgent pages placed whose latency was measured */
   uint64_t transferred_bytes; /* on data connections, headers counted */
   uint64_t stalls;            /* times that placing had to wait for memory at the destination */

@@ -125,6 +125,7 @@ static bool ask_page(struct pc_dest *d, const struct region *r, uint64_t page) {
   frame_encode(d->waiting + d->waiting_to, &f);
   d->waiting_to += FRAME_BYTES;
   count_add(d->stats.requests, 1);
+  count_add(d->stats.unanswered, 1);
   return true;
 }
 
@@ -390,6 +391,8 @@ static bool receive(struct pc_dest *d, const struct frame *f, const uint8_t *pay
     return false;
   }
   count_add(d->stats.transferred_bytes, FRAME_BYTES + f->payload);
+  if (urgent)
+    count_add(d->stats.unanswered, -(int64_t)f->count);
   return f->kind == FRAME_ZERO ? receive_zeros(d, r, f, urgent)
                                : receive_pages(d, r, f, payload, urgent);
 }
@@ -675,6 +678,7 @@ int pc_dest_connect(struct pc_dest *d, int fd, int urgent) {
     d->urgent = fd;
     d->waiting_from = d->waiting_to = 0;
     d->look_again = 0;
+    count_set(d->stats.unanswered, 0);
     pthread_mutex_unlock(&d->asking);
     eventfd_write(d->notice, 1);
   }

@@ -35,6 +35,17 @@ def huge_pages_reserved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     HUGE_PAGES.write_text(before)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> None:
+    """What a test with trio lacks is named too: pytest-trio skips anew, without the reason."""
+    skipped = call.excinfo.value if call.excinfo else None
+    if isinstance(skipped, pytest.skip.Exception) and not skipped.msg:
+        reason = skipped.__context__
+        while isinstance(reason, BaseExceptionGroup):
+            reason = reason.exceptions[0]
+        skipped.msg = str(reason)
+
+
 def both_qemus() -> None:
     """The installed one and the newest that `make test` has unpacked, where none is named."""
     newest = NEWEST / "usr/bin/qemu-system-x86_64"

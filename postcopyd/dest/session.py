@@ -119,7 +119,12 @@ class DestinationSession:
     @property
     def complete(self) -> bool:
         """Every page is here, and only the source does not know."""
-        return self._engine is not None and self._engine.complete
+        return self._engine is not None and self._engine.complete and not self.poisoned
+
+    @property
+    def poisoned(self) -> bool:
+        """A person has given pages up that were missing."""
+        return self._engine is not None and self._engine.stats.lost_pages > 0
 
     async def run(self) -> None:
         """The whole arrival. What goes wrong ends in the VM's status and is told to the source."""
@@ -133,17 +138,26 @@ class DestinationSession:
 
     async def poison(self) -> None:
         """A person says that the source is gone for good: each page that is missing becomes a
-        memory error, so that the guest goes on without them."""
+        memory error, so that the guest goes on without them.
+
+        The engine stays as long as the VMM: were the RAM not registered any more, the kernel could
+        make zeros of what is lost (MADV_COLLAPSE does). Raises PostcopydError.
+        """
         engine = self._engine
         assert engine is not None
-        pages = await trio.to_thread.run_sync(engine.poison)
-        self.log.critical("missing pages poisoned by an operator", pages=pages)
-        await self.finish()
+        try:
+            pages = await trio.to_thread.run_sync(engine.poison)
+        except PostcopydError:
+            await engine.disconnect()
+            raise
         self.vm.show(
-            message=f"{self.vm.name} is here, without {pages} pages that were lost with "
-            f"{self.channel.peer}: the guest gets a memory error where it touches one"
+            remaining=0,
+            message=f"{self.vm.name} runs here without {pages} pages that were lost with "
+            f"{self.channel.peer}: it gets a memory error where it touches one; shut it down when "
+            f"you can, it cannot be moved",
         )
         self._record_settled(None)
+        self.log.critical("missing pages poisoned by an operator", pages=pages)
 
     async def finish(self) -> None:
         """The end of an arrival that had everything when the daemon before this one died."""
@@ -390,6 +404,8 @@ class DestinationSession:
         self.machine.received(asked)
         engine = self._engine
         assert engine is not None
+        if self.poisoned:
+            raise PostcopydError(f"the missing pages of {self.vm.name} were given up here", "Lost")
         await engine.disconnect()
         async with self.channel.alive():
             async with open_nursery() as nursery:
@@ -451,6 +467,7 @@ class DestinationSession:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._watch_vmm)
                 nursery.start_soon(self._listen)
+                nursery.start_soon(self._watch_answers)
                 nursery.start_soon(self._say_progress)
                 while not engine.complete:
                     await engine.wait()
@@ -518,6 +535,20 @@ class DestinationSession:
             self.vm.show(remaining=remaining)
             await self.channel.send(p.Progress(stats.confirmed_pages, remaining, faults(stats)))
             await trio.sleep(PROGRESS_S)
+
+    async def _watch_answers(self) -> None:
+        """Every page asked for is answered: a connection that is up and brings none is lost."""
+        assert self._engine is not None
+        stats, answers, since = self._engine.stats, -1, trio.current_time()
+        while True:
+            if stats.unanswered <= 0 or stats.requests - stats.unanswered != answers:
+                answers, since = stats.requests - stats.unanswered, trio.current_time()
+            if trio.current_time() - since > p.DEAD_S:
+                raise ConnectionLost(
+                    f"{self.channel.peer} has sent none of {stats.unanswered} pages for "
+                    f"{p.DEAD_S:.0f} s that the guest waits for"
+                )
+            await trio.sleep(p.KEEPALIVE_S)
 
     def _remaining(self) -> int:
         """Bytes that are not here yet; an estimate where regions have pages of several sizes."""

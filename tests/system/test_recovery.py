@@ -4,10 +4,25 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 
 import pytest
-from pair import LARGE, MIB, Host, Pair, ProcessGuest, ended, status_until, until, verified, worked
+from pair import (
+    LARGE,
+    MIB,
+    Host,
+    Pair,
+    ProcessGuest,
+    ended,
+    state,
+    status_until,
+    until,
+    verified,
+    worked,
+)
 from test_cut_connections import wire
+
+from postcopyd.errors import PostcopydError
 
 RATE = 16 * MIB
 
@@ -64,3 +79,43 @@ async def test_connections_break_again_and_again(pair: Pair) -> None:
         assert result["recoveries"] == 5
         # What was confirmed did not cross again: the cuts cost what was under way.
         assert result["transferredBytes"] < 64 * MIB * 1.5
+
+
+async def test_resolve_when_the_source_is_gone_for_good(new_pair: Pair) -> None:
+    """Missing pages become memory errors, and never zeros; the source's half can only be ended."""
+    a, b = new_pair
+    name, here, there = await moving(new_pair)
+    a.end(signal.SIGKILL)
+    await status_until(b, name, lambda status: status["phase"] == "paused")
+    await b.call("Resolve", name=name, decision="wait")
+    with pytest.raises(PostcopydError, match="for the host it left"):
+        await b.call("Resolve", name=name, decision="take_back")
+    with suppress(PostcopydError):  # this guest has no handler and may end at the first one
+        await b.call("Resolve", name=name, decision="poison")
+        assert "memory error" in (await b.status(name))["message"]
+    await ended(there)
+    assert there.process.returncode == -signal.SIGBUS
+    await a.start()
+    await status_until(a, name, lambda status: status["phase"] == "paused")
+    with pytest.raises(PostcopydError, match="not missing here"):
+        await a.call("Resolve", name=name, decision="poison")
+    await a.call("Resolve", name=name, decision="kill")
+    await ended(here)
+    assert (await a.status(name))["phase"] == "failed"
+
+
+async def test_resolve_when_the_destination_is_dead_for_certain(new_pair: Pair) -> None:
+    """A person says so: the guest runs here again, from the moment it was stopped."""
+    a, b = new_pair
+    name, here, there = await moving(new_pair)
+    b.end(signal.SIGKILL)
+    there.kill()
+    await status_until(a, name, lambda status: status["phase"] == "paused")
+    assert await state(here) == "paused"
+    await a.call("Resolve", name=name, decision="take_back")
+    await worked(here, 100)
+    await verified(here)
+    status = await a.status(name)
+    assert (status["phase"], status["result"]["event"]) == ("failed", "failed")
+    await b.start()
+    await status_until(b, name, lambda status: "has ended" in status["message"])

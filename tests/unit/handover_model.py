@@ -17,7 +17,7 @@ What a step is:
 Nothing is counted, so every number of faults, connections and restarts is covered. It stays finite
 because of these, which lose nothing:
 
-- Messages that change neither side's state (`idle`) lie in one direction at most one at a time.
+- Messages that change neither side's state (`IDLE`) lie in one direction at most one at a time.
 - Only the newest connection has its whole state. Of those before it the source reads nothing any
   more; what the destination may still do with them is to read on (`left`), and to meet an ask that
   nobody waits for (`stale`, which stands for any number of them).
@@ -134,7 +134,9 @@ class Model:
         destination: Table = DESTINATION,
         careless: Iterable[str] = (),
     ) -> None:
-        self.source, self.destination, self.careless = source, destination, frozenset(careless)
+        self.tables: dict[type[State], Table] = {Source: source, Destination: destination}
+        self.careless = frozenset(careless)
+        self.used: set[tuple[State, Event]] = set()
 
     def steps(self, w: World) -> Iterator[Step]:
         """Everything that can happen next."""
@@ -144,10 +146,21 @@ class Model:
         if w.near and not w.cut:
             yield "the network is cut", "fault", w._replace(cut=True)
 
+    def _go(self, state: Any, event: Event) -> Any:
+        """The state after an event, by the table."""
+        after = self.tables[type(state)][state].get(event)
+        if after is None:
+            raise Impossible(f"{state!r} does not allow {event!r}")
+        self.used.add((state, event))
+        return after
+
+    def _sends(self, state: State) -> list[type[p.Message]]:
+        return [event.message for event in self.tables[type(state)][state] if type(event) is Sent]
+
     # --- the source --------------------------------------------------------------------------
 
     def _source(self, w: World) -> Iterator[Step]:
-        state, table = w.source, self.source[w.source]
+        state = w.source
         if w.source_record == "declined":
             return  # a person has ended the VMM: there is nothing to go on with
         yield (
@@ -156,11 +169,11 @@ class Model:
             _left(w)._replace(source=RESTARTED_SOURCE[w.source_record]),
         )
         yield from self._source_does(w)
-        for message in sends(table):
+        for message in self._sends(state):
             if w.near and self._source_may(w, message):
-                after = w._replace(source=table[Sent(message)])
+                after = w._replace(source=self._go(state, Sent(message)))
                 if not w.cut:
-                    after = after._replace(out=_with(w.out, message, table, state))
+                    after = after._replace(out=_with(w.out, message, after.source is state))
                 kind: Kind = "" if message not in (p.Cancel, p.Error) or _over(w) else "fault"
                 yield f"source sends {message.__name__}", kind, after
         if state is Source.LOADED and w.source_record == "granted":
@@ -169,10 +182,10 @@ class Model:
         if reads:
             yield f"source takes {w.back[0].__name__}", "", self._source_takes(w)
         if w.near and (w.cut or (w.far == "closed" and not w.back)) and not _over(w):
-            lost = w._replace(source=table[Happened.LOST], back=())
+            lost = w._replace(source=self._go(state, Happened.LOST), back=())
             yield "source sees the loss", "", _left(lost) if lost.source in LOST else lost
         if not _over(w) and (w.near or state not in LOST):
-            failed = w._replace(source=table[Happened.FAILED])
+            failed = w._replace(source=self._go(state, Happened.FAILED))
             yield "source fails", "fault", _left(failed) if failed.source in LOST else failed
         if w.near and _over(w):
             yield "source closes", "", _left(w)
@@ -213,8 +226,9 @@ class Model:
             return w.source_record == "intent"
         if message in (p.Device, p.DeviceEnd):
             return w.here == "stopped"
-        if message in (p.Cancel, p.Error):  # once it has it back, after its guest runs again
-            return w.source is not Source.ROLLED_BACK or w.here == "runs"
+        if message in LAST_WORDS:  # once it has it back, after its guest runs again
+            said = w.out and w.out[-1] in LAST_WORDS
+            return w.source is not Source.ROLLED_BACK or (w.here == "runs" and not said)
         if message is p.Acknowledged:
             return w.source_record == "drained"
         if message is p.Resume:
@@ -222,25 +236,20 @@ class Model:
         return True
 
     def _source_takes(self, w: World) -> World:
-        message, table = Received(w.back[0]), self.source[w.source]
-        if message not in table:
-            raise Impossible(f"the source cannot take {message!r}")
-        after = w._replace(source=table[message], back=w.back[1:])
-        ended = after.source in LOST and message.message is not p.Hello
-        return _left(after) if ended else after
+        after = w._replace(source=self._go(w.source, Received(w.back[0])), back=w.back[1:])
+        return _left(after) if after.source in LOST and w.back[0] is not p.Hello else after
 
     def _person_at_source(self, w: World) -> Iterator[Step]:
-        gone = _left(w)._replace(source=self.source[w.source][Happened.LOST])
+        gone = _left(w)._replace(source=self._go(w.source, Happened.LOST))
         if w.there in DEAD:
-            back = self.source[gone.source].get(Happened.TAKEN_BACK)
-            if back is not None:
-                yield "a person takes it back", "person", gone._replace(source=back)
+            back = gone._replace(source=self._go(gone.source, Happened.TAKEN_BACK))
+            yield "a person takes it back", "person", back
         yield "a person ends it", "fault", gone._replace(here="ended", source_record="declined")
 
     # --- the destination's session -----------------------------------------------------------
 
     def _destination(self, w: World) -> Iterator[Step]:
-        state, table = w.destination, self.destination[w.destination]
+        state = w.destination
         here, over = w.far == "session", w.destination in DESTINATION_OVER
         yield (
             "destination's daemon dies",
@@ -254,19 +263,21 @@ class Model:
             ),
         )
         yield from self._destination_does(w)
-        for message in sends(table):
+        for message in self._sends(state):
             if message is p.Checked or not self._destination_may(w, message):
                 continue
-            after = w._replace(destination=table[Sent(message)])
+            after = w._replace(destination=self._go(state, Sent(message)))
             if here and not w.cut:
-                after = after._replace(back=_with(w.back, message, table, state))
+                after = after._replace(back=_with(w.back, message, after.destination is state))
             kind: Kind = "fault" if message is p.Error and not over else ""
             yield f"destination sends {message.__name__}", kind, after
         if _answering(w):
             return  # between the record of an answer and the answer: nothing
         inbox = w.out if here else w.left
-        if inbox and state not in NOBODY_READS and (
-            state is not Destination.RECEIVING or w.destination_record == "loading"
+        if (
+            inbox
+            and state not in NOBODY_READS
+            and (state is not Destination.RECEIVING or w.destination_record == "loading")
         ):
             yield f"destination takes {inbox[0].__name__}", "", self._destination_takes(w, inbox)
         if state not in NOBODY_READS:
@@ -279,11 +290,10 @@ class Model:
         if here and state in NOBODY_READS:
             yield "destination closes", "", w._replace(far="closed", out=())
         if not over and w.there not in DEAD and w.destination_record:
-            dead: Any = "ended" if w.there == "waits" else "died"
-            yield "destination's VMM ends", "fault", w._replace(there=dead)
+            yield "destination's VMM ends", "fault", w._replace(there=_dead(w))
 
     def _happened(self, w: World, event: Happened) -> World:
-        after = w._replace(destination=self.destination[w.destination][event], left=())
+        after = w._replace(destination=self._go(w.destination, event), left=())
         if w.far == "session" and (event is Happened.LOST or after.destination in NOBODY_READS):
             return after._replace(out=())
         return after
@@ -307,16 +317,16 @@ class Model:
             yield "destination records declined", "", w._replace(destination_record="declined")
         if state in LET_GO and record not in ("", "declined"):
             if record != "arriving" and w.there not in DEAD:
-                ended: Any = "ended" if w.there == "waits" else "died"
-                yield "destination ends its VMM", "", w._replace(there=ended)
+                yield "destination ends its VMM", "", w._replace(there=_dead(w))
             else:
                 yield "destination records declined", "", w._replace(destination_record="declined")
         if state is Destination.RUNNING and w.there == "runs" and not w.whole:
             served = w.source in ASKS | {Source.GRANTED, Source.RAN}
             if served and w.near and w.far == "session" and not w.cut:
                 yield "the last page comes", "", w._replace(whole=True)
-        if state is Destination.RUNNING_LOST and w.there == "runs":
-            if w.here == "ended" and not w.whole:
+        if state is Destination.RUNNING_LOST and w.here == "ended" and w.there not in DEAD:
+            yield "a person ends the destination's VMM", "person", w._replace(there=_dead(w))
+            if w.there == "runs" and not w.whole:
                 yield "a person poisons what is missing", "person", w._replace(whole=True)
         drains = state is Destination.RUNNING or (
             state is Destination.RUNNING_LOST and w.there == "runs"
@@ -339,11 +349,8 @@ class Model:
         return message is not p.Error or w.far == "session"
 
     def _destination_takes(self, w: World, inbox: Messages) -> World:
-        message, table = Received(inbox[0]), self.destination[w.destination]
-        if message not in table:
-            raise Impossible(f"the destination cannot take {message!r}")
         rest: dict[str, Any] = {("out" if w.far == "session" else "left"): inbox[1:]}
-        return w._replace(destination=table[message], **rest)
+        return w._replace(destination=self._go(w.destination, Received(inbox[0])), **rest)
 
     # --- a connection that asks --------------------------------------------------------------
 
@@ -360,24 +367,26 @@ class Model:
                 yield "destination answers an old ask", "", w._replace(stale=False)
         if not isinstance(door := w.far, Destination):
             return
-        table = self.destination[door]
-        if w.cut or door in DESTINATION_OVER:
+        if w.cut or door in NOBODY_READS:
+            if w.cut:
+                self._go(door, Happened.LOST)
             yield "the door closes", "", w._replace(far="closed", out=())
-        if w.out and Received(w.out[0]) in table:
-            taken = w._replace(far=table[Received(w.out[0])], out=w.out[1:])
+        if w.out and door not in NOBODY_READS:
+            taken = w._replace(far=self._go(door, Received(w.out[0])), out=w.out[1:])
             yield f"the door takes {w.out[0].__name__}", "", taken
-        refused = table.get(Sent(p.Error))
-        if refused is not None:
+        if p.Error in self._sends(door) and door not in NOBODY_READS:
             yield "the door refuses", "fault", self._told(w, p.Error)
         if door is Destination.ASKED_LATER:
             answer = self._answer(w)
             if isinstance(answer, World):
+                if answer.destination is not w.destination:
+                    answer = answer._replace(far="session")
                 yield "destination hears the ask", "", answer
-            elif answer is not None and Sent(answer) in table:
+            elif answer is not None:
                 yield f"the door sends {answer.__name__}", "", self._told(w, answer)
 
     def _told(self, w: World, message: type[p.Message]) -> World:
-        after = w._replace(far=self.destination[w.far][Sent(message)])
+        after = w._replace(far=self._go(w.far, Sent(message)))
         return after if w.cut else after._replace(back=(*w.back, message))
 
     def _answer(self, w: World) -> World | type[p.Message] | None:
@@ -390,12 +399,7 @@ class Model:
                 return None  # it closes first
             if w.there in DEAD:
                 return p.Error
-            resumed = self.destination[state].get(Received(p.Resume))
-            if resumed is None:
-                return None
-            if isinstance(w.far, Destination) and w.far is Destination.ASKED_LATER:
-                return w._replace(destination=resumed, far="session", left=())
-            return w._replace(destination=resumed, left=())
+            return w._replace(destination=self._go(state, Received(p.Resume)), left=())
         if state in DESTINATION_OVER:
             return {"drained": p.Drained, "declined": p.Declined}.get(record)
         if w.far == "session":
@@ -403,24 +407,17 @@ class Model:
         return w._replace(left=()) if w.left else None
 
 
-def sends(table: Mapping[Event, Any]) -> list[type[p.Message]]:
-    """What may be sent in a state."""
-    return [event.message for event in table if type(event) is Sent]
+def _with(queue: Messages, message: type[p.Message], idle: bool) -> Messages:
+    """A message behind the others; an idle one only if none is the last of them."""
+    return queue if idle and queue and queue[-1] in IDLE else (*queue, message)
 
 
-def idle(message: type[p.Message], table: Mapping[Event, Any], state: State) -> bool:
-    return table[Sent(message)] is state
+IDLE = frozenset({p.Device, p.Have, p.Serving, p.Progress, p.Ready, p.Acknowledged, p.Error})
+LAST_WORDS = frozenset({p.Cancel, p.Error})
 
 
-def _with(
-    queue: Messages, message: type[p.Message], table: Mapping[Event, Any], state: State
-) -> Messages:
-    """A message behind the others, unless it says nothing and one like it is on its way."""
-    repeats = idle(message, table, state) and (queue and queue[-1] in IDLE)
-    return queue if repeats or message in queue else (*queue, message)
-
-
-IDLE = frozenset({p.Device, p.Have, p.Serving, p.Progress, p.Ready})
+def _dead(w: World) -> Any:
+    return "ended" if w.there == "waits" else "died"
 
 
 def _over(w: World) -> bool:
@@ -429,9 +426,9 @@ def _over(w: World) -> bool:
 
 def _answering(w: World) -> bool:
     state, record = w.destination, w.destination_record
-    return (
-        record == "drained" and state in (Destination.RUNNING, Destination.RUNNING_LOST)
-    ) or (record == "declined" and state is Destination.GRANTED)
+    return (record == "drained" and state in (Destination.RUNNING, Destination.RUNNING_LOST)) or (
+        record == "declined" and state is Destination.GRANTED
+    )
 
 
 def _left(w: World) -> World:

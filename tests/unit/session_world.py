@@ -149,9 +149,7 @@ class Host:
         self.over = True
 
     async def _daemon(self, task_status: trio.TaskStatus[None]) -> None:
-        settings = Settings(
-            self.store, hooks=self._folder / f"{self.role}-hooks", connections=1
-        )
+        settings = Settings(self.store, hooks=self._folder / f"{self.role}-hooks", connections=1)
         async with trio.open_nursery() as nursery:
             self.daemon = daemon.Daemon(settings, nursery)
             if len(self.lives) == 1:
