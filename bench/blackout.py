@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--sizes", default="256,1024,4096,16384")
     options = parser.parse_args()
     sizes = [int(size) for size in options.sizes.split(",")]
-    about = table.machine(qemu=str(newest_qemu()), runs=options.runs)
+    about = table.machine(qemu=str(newest_qemu()), accel=q.GuestConfig.accel, runs=options.runs)
     table.warm(2 << 30)
     with tempfile.TemporaryDirectory(prefix="pcb-", dir="/dev/shm") as folder:
         blackouts, memory, idle = trio.run(run, Path(folder), sizes, options.runs)
@@ -147,7 +147,7 @@ def main() -> int:
     # Not less than nothing: a small guest's move may be the one that first touches a buffer.
     each = [max(0.0, value) for value in grown]
     rows.append(table.single("memory of both daemons for each page", "B", each, 2.0,
-                             note="1 B at each end"))  # fmt: skip
+                             note="destination 1 B, source 2 bits"))  # fmt: skip
     rows.append(table.single("CPU of both daemons while idle", "ms/s", [idle], 1.0))
     data = {"blackout_ms": blackouts, "memory_bytes": memory, "idle_ms_per_s": idle}
     return table.finish("blackout", rows, about, data)

@@ -22,8 +22,12 @@ SMOOTH_S = 0.1
 def where(result: dict[str, Any]) -> str:
     """The conditions, under each title."""
     m = result["machine"]
-    qemu = f"QEMU {m['qemu']}, TCG, " if "qemu" in m else ""
-    return f"{m['cpu']}, {m['cores']} cores, Linux {m['kernel']}, {qemu}loopback"
+    words = [m["cpu"], f"{m['cores']} cores", f"Linux {m['kernel']}"]
+    if "qemu" in m:
+        words.append(f"QEMU {m['qemu']}")
+    if "accel" in m:  # as QEMU was told, such as "tcg,thread=multi"
+        words.append(m["accel"].partition(",")[0].upper())
+    return ", ".join([*words, "loopback"])
 
 
 def draw(chart: Chart, name: str) -> None:

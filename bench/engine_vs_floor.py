@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native engine beside the floor program, in turns on one machine.
 
-`engine_vs_floor.py [--rounds N] [--mb MB] [--only WORDS] [--reference FLOOR.c]`
+`engine_vs_floor.py [--rounds N] [--mb MB] [--run PAGES] [--only WORDS] [--reference FLOOR.c]`
+
+--run is for the floor only: the engine's push frames are its own (RUN_BYTES in source_native.c, 16
+pages, which is also the default here). With --only, the result written has no other workloads.
 
 With --reference another floor program, with the same arguments and JSON, is measured beside ours
 and nothing else is: is ours as low as that one?

@@ -116,7 +116,11 @@ def parser() -> argparse.ArgumentParser:
         ("wait", "keep on waiting, as it does"),
         ("poison", "at the destination, the source is lost: missing pages become memory errors"),
         ("kill", "end what is here"),
-        ("take-back", "at the source, the destination is dead for certain: run the guest here"),
+        (
+            "take-back",
+            "at the source, the destination is dead for certain: run the guest as it was when it "
+            "stopped here; its disks are not set back",
+        ),
     ):
         way.add_argument(
             f"--{decision}", action="store_const", const=decision.replace("-", "_"),
@@ -178,6 +182,9 @@ def _serve(args: argparse.Namespace) -> int:
         )
     import trio
 
+    # structlog would take it for tracebacks in colour: a third of the time to start, and guests may
+    # wait for a daemon that is started again.
+    sys.modules["rich"] = None  # type: ignore[assignment]  # as the import system has it
     from postcopyd import daemon
 
     try:

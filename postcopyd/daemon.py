@@ -125,9 +125,15 @@ class Daemon:
                 waiting, vm.waiting = vm.waiting, None
                 if waiting is not None:
                     await waiting.close()
-                if vm.status["phase"] in ("idle", "paused"):
+                if vm.status["phase"] == "idle":
                     vm.show(
                         message=f"the VMM of {vm.name} here has ended; attach it again once it runs"
+                    )
+                elif vm.status["phase"] == "paused":
+                    vm.show(
+                        message=f"the VMM of {vm.name} here has ended in the middle of its move, "
+                        f"and what its guest did here is lost; `postcopyd resolve {vm.name} "
+                        f"--kill` here, then decide at {vm.status['peer']}"
                     )
 
     async def detach(self, name: str) -> None:
@@ -184,8 +190,10 @@ class Daemon:
         for name, intent in intents.items():
             if name not in records:
                 unread[name] = (
-                    f"this host ended while {name} was on its way to {intent['peer']}: it may run "
-                    f"there; ask `postcopyd status {name}` there before you start it here"
+                    f"{name} was handed over, or about to be, to {intent['peer']}, and this host "
+                    f"has restarted since: it may run there, see `postcopyd status {name}` there; "
+                    f"when you know, `postcopyd resolve {name} --kill` and `postcopyd detach "
+                    f"{name}` here"
                 )
         for name, sentence in (unread | torn).items():
             vm = self.vms.setdefault(name, Vm(name, store, None))
@@ -214,6 +222,8 @@ class Daemon:
                     await source.roll_back(vm, self.settings)
                 elif owner in ("arriving", "loading"):
                     await destination.call_off(vm)
+                if vm.ownership != "owned":
+                    self.settings.store.remove_pages(name)  # of an arrival that is over
             except PostcopydError as error:
                 vm.show(
                     **({} if drained or owner in ("held", "declined") else {"phase": "paused"}),
@@ -308,6 +318,7 @@ class Daemon:
     async def recover(self, name: str, to: str | None) -> None:
         vm = self._paused(name)
         if not isinstance(vm.claimed_by, SourceSession):
+            self._must_have_arrived(vm)
             raise PostcopydError(
                 f"continuing the migration of {name}: its source does that, {vm.status['peer']}; "
                 f"it dials by itself, or at once by `postcopyd recover {name}` there",
@@ -326,6 +337,7 @@ class Daemon:
                 "NotMigrating",
             )
         if decision == "take_back" and not isinstance(vm.claimed_by, SourceSession):
+            self._must_have_arrived(vm)
             raise PostcopydError(
                 f"taking {name} back: that is for the host it left, {vm.status['peer']}",
                 "NotMigrating",
@@ -356,6 +368,15 @@ class Daemon:
                 )
                 vm.record("declined")
             log.warning("VMM ended by an operator", vm=name)
+
+    def _must_have_arrived(self, vm: Vm) -> None:
+        """Or what is asked for cannot be had, because this source has lost its memory."""
+        if vm.status["role"] == "source":
+            raise PostcopydError(
+                f"{vm.name} cannot go on from here: its VMM has ended, and its memory with it; see "
+                f"`postcopyd status {vm.name}` at {vm.status['peer']}",
+                "NotMigrating",
+            )
 
     def _paused(self, name: str) -> Vm:
         vm = self._vm(name)
@@ -410,7 +431,8 @@ class Daemon:
             if isinstance(offer, p.Resume):
                 await self._resume(channel, offer)
                 return
-            assert isinstance(offer, p.Offer)
+            if not isinstance(offer, p.Offer):
+                raise PeerError(f"{channel.peer} took its offer back", "Cancelled")
             if not offer.check:
                 async with channel.alive(), open_nursery() as nursery:
                     nursery.start_soon(self._hear_end, channel)
@@ -457,10 +479,18 @@ class Daemon:
         epoch = vm.about.get("offer", {}).get("epoch")
         if (vm.about.get("migration"), epoch) != (asked.migration, asked.epoch):
             raise PostcopydError(
-                f"migration {asked.migration} of {asked.vm} is not known at the destination",
+                f"the destination knows nothing of this move of {asked.vm} any more: it has "
+                f"restarted, or {asked.vm} was detached there; if it has restarted, the guest that "
+                f"ran there is gone: decide with `postcopyd resolve {asked.vm}` here",
                 "NotMigrating",
             )
         if isinstance(vm.waiting, DestinationSession):
+            if vm.waiting.poisoned:
+                raise PostcopydError(
+                    f"the missing pages of {vm.name} were given up at the destination by a person: "
+                    f"`postcopyd resolve {vm.name} --kill` here ends what is left of it",
+                    "Lost",
+                )
             session, vm.waiting = vm.waiting, None
             with vm.claim(session):
                 self._arrivals[asked.migration] = session

@@ -162,7 +162,8 @@ def migrate(args: argparse.Namespace) -> int:
         return DONE
     sentence = result.get("error") or f"the migration of {args.name} ended: {result['event']}"
     if result["event"] == "paused":
-        return say(f"{sentence}; go on with {_again(args, 'recover')}", WAITS)
+        again = f"it goes on by itself: {_again(args, 'watch')}; {_again(args, 'recover')} tries"
+        return say(f"{sentence}; {again} at once", WAITS)
     return say(sentence, WAITS if maybe_there else FAILED)
 
 

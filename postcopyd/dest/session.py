@@ -76,6 +76,7 @@ class DestinationSession:
         self._ran_ns = 0
         self._run = True
         self._ran = False
+        self._told = False  # the operator's programs, that it runs here
         self.ram_here: hugepages.Ram | None = None  # once drained: for huge pages, afterwards
 
     @classmethod
@@ -90,7 +91,7 @@ class DestinationSession:
         offer = p.parse(about["offer"], p.Offer)
         session = cls(vm, offer, channel, settings)
         session._accepted = session._adopted = session._loading = True
-        session._run, session._ran = about["run"], about["ran"]
+        session._run, session._ran, session._told = about["run"], about["ran"], about["told"]
         driver = vm.attached()
         regions = tuple(Region(**region, fd=None) for region in about["ram"])
         session._shape = Shape("paused", driver.pid, regions, {}, ())
@@ -149,6 +150,12 @@ class DestinationSession:
             pages = await trio.to_thread.run_sync(engine.poison)
         except PostcopydError:
             await engine.disconnect()
+            if self.vm.driver is None or not procfs.started(self.vm.driver.pid):
+                raise PostcopydError(
+                    f"the VMM of {self.vm.name} could not bear a memory error and has ended: the "
+                    f"guest is gone, start it from its disks",
+                    "VmmGone",
+                ) from None
             raise
         self.vm.show(
             remaining=0,
@@ -363,10 +370,7 @@ class DestinationSession:
         return message
 
     async def _run_guest(self) -> None:
-        vm = self.vm
         try:
-            vm.epoch = self.offer.epoch
-            vm.record("owned")
             await self._cont()
         except (Declined, StateNotWritten) as refused:
             await self._decline(str(refused))
@@ -374,11 +378,13 @@ class DestinationSession:
         self._ran_ns = lib.pc_monotonic_ns()
         await self._say_ran()
         self.log.info("guest runs here")
-        await self._hooks("running")
 
     async def _cont(self) -> None:
-        """Runs the guest, unless it was paused. The VMM may wait for a page in this, and the source
-        may go meanwhile: then it is not known whether it ran, and it is told to again later."""
+        """Runs the guest, unless it was paused; recorded first, also where the connection was lost
+        between the grant and its record. The VMM may wait for a page in this, and the source may go
+        meanwhile: then it is not known whether it ran, and it is told to again later."""
+        self.vm.epoch = self.offer.epoch
+        self.vm.record("owned")
         if self._run:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._listen)
@@ -397,6 +403,9 @@ class DestinationSession:
             message=f"{self.vm.name} runs here, its memory follows",
             remaining=None,
         )
+        if not self._told:
+            self._told = True
+            await self._hooks("running")
 
     async def _go_on(self, asked: p.Resume) -> None:
         """After a connection was lost: new ones for the pages, the guest run if it was not yet, and
@@ -404,8 +413,6 @@ class DestinationSession:
         self.machine.received(asked)
         engine = self._engine
         assert engine is not None
-        if self.poisoned:
-            raise PostcopydError(f"the missing pages of {self.vm.name} were given up here", "Lost")
         await engine.disconnect()
         async with self.channel.alive():
             async with open_nursery() as nursery:
@@ -449,6 +456,7 @@ class DestinationSession:
             "userfaultfds": len(self._uffds),
             "run": self._run,
             "ran": self._ran,
+            "told": self._told,
             **({"answer": to_builtins(answer)} if answer else {}),
         }
 
@@ -492,11 +500,6 @@ class DestinationSession:
         assert engine is not None
         engine.unregister()
         self._all_here = True
-        try:
-            with trio.fail_after(RELEASE_S):
-                await self.vm.attached().release()
-        except Exception as error:  # an unused descriptor stays in the VMM
-            self.log.warning("the VMM keeps its userfaultfd", error=str(error) or "no answer")
         if self._shape is not None:
             self.ram_here = hugepages.Ram.of(self._shape.pid, self._shape.regions)
         stats = engine.stats
@@ -517,6 +520,12 @@ class DestinationSession:
         )
         self._note(drained)
         self._record_settled("held")
+        # After the record: a daemon that is started in between needs them no more.
+        try:
+            with trio.fail_after(RELEASE_S):
+                await self.vm.attached().release()
+        except Exception as error:  # an unused descriptor stays in the VMM
+            self.log.warning("the VMM keeps its userfaultfd", error=str(error) or "no answer")
         self.settings.store.forget_intent(self.vm.name)  # of a move from here, once: it is back
         self.log.info("drained", pages=stats.confirmed_pages)
         with suppress(PostcopydError):  # who listens for the answer sees it too

@@ -125,7 +125,12 @@ class SourceSession:
         self._poke.set()
 
     def resolve(self, decision: Literal["kill", "take_back"]) -> None:
-        """What a person has decided about a paused migration."""
+        """What a person has decided about a paused migration. Raises PostcopydError."""
+        if decision == "take_back" and self.machine.state is Source.DRAINED:
+            raise PostcopydError(
+                f"taking {self.vm.name} back: {self.request.to} says that it has all of it",
+                "AfterGrant",
+            )
         self._decision = decision
         self._recovering.cancel()
 
@@ -454,7 +459,8 @@ class SourceSession:
         vm.settle(
             phase="failed",
             message=f"the VMM of {vm.name} here was ended {by}; memory that the guest there still "
-            f"lacks is lost: if it waits, `postcopyd resolve {vm.name}` there too",
+            f"lacks is lost: if it waits, `postcopyd resolve {vm.name}` there too; `postcopyd "
+            f"detach {vm.name}` here once you know where it runs",
             result=self._result(None, event="paused", error=f"ended {by}"),
         )
         self._record_settled("declined")
@@ -522,8 +528,8 @@ class SourceSession:
         self.machine.happened(Happened.LOST)
         ran = self.machine.state is Source.RAN_LOST
         message = (
-            f"{self.vm.name} {'runs' if ran else 'was granted'} at {self.request.to} and part of "
-            f"its memory is still here: {error}; it is tried again, keep this VMM as it is"
+            f"{self.vm.name} {'runs at' if ran else 'was granted to'} {self.request.to} and part "
+            f"of its memory is still here: {error}; it is tried again, keep this VMM as it is"
         )
         news = self.vm.status.get("message") != message
         if news or self.vm.status["phase"] != "paused":
@@ -694,7 +700,9 @@ async def roll_back(vm: Vm, settings: Settings) -> None:
             await driver.rollback()
     except trio.TooSlowError:
         raise PostcopydError(f"its VMM did not run it again within {ROLLBACK_S:.0f} s") from None
-    vm.settle(phase="failed", remaining=0, message=f"{sentence} was granted")
+    sentence += " was granted"
+    result = {"event": "failed", "vm": vm.name, "migration": vm.about["migration"]}
+    vm.settle(phase="failed", remaining=0, message=sentence, result={**result, "error": sentence})
     vm.record("held")
     settings.store.forget_intent(vm.name)
     structlog.get_logger().warning("guest runs here again", vm=vm.name)

@@ -15,16 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,26 +30,21 @@ from typing import Any, TypeVar
 import evidence as e
 import schedule as s
 import trio
-from proxy import Proxy
+from lab import ANSWER_S, VM, Lost, Node, Vmm, boot, can_destroy
 
 from postcopyd import config
 from postcopyd.demo import qemu_guest as q
-from postcopyd.demo.hosts import PACKAGE, Host
+from postcopyd.demo.hosts import PACKAGE
 from postcopyd.errors import PostcopydError
 from postcopyd.varlink_client import ConnectionLost
 from postcopyd.vmm.qmp import Qmp
 
-VM = "guest"
 MIB = 1 << 20
 
 END_S = 60.0
 """How long a migration may take to its end when nothing breaks any more."""
 HOLD_S = 5.0
 """How long a message waits for the fault that was to meet it."""
-TERMINATE_S = 45.0
-"""A daemon that is told to end takes its guests back first; source.session.ROLLBACK_S is 30."""
-ANSWER_S = 10.0
-"""How long a monitor may take to answer when its guest lacks nothing."""
 QUIT_S = 10.0
 """How long the source's QEMU may take to end by itself after drained."""
 
@@ -60,10 +52,6 @@ LONG_S = 300.0
 """A run of so many seconds shall have met each phase, and a fault every 3 s."""
 
 T = TypeVar("T")
-
-
-class Lost(Exception):
-    """The run has failed: what it shows to be impossible has happened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,86 +67,6 @@ class Options:
     """Pages that the guest checks and writes in a second: some are asked for, others pushed."""
     phases: tuple[str, ...] = s.PHASES
     kinds: tuple[str, ...] = tuple(s.KINDS)
-
-
-class Node:
-    """One host: its daemon, and the proxy through which others reach it."""
-
-    def __init__(
-        self, folder: Path, name: str, on_message: Callable[[str], Awaitable[None]]
-    ) -> None:
-        self.host = Host(folder, name, ())
-        # Not of those that the kernel gives to connections: it must be free at each start.
-        self.host.address = f"127.0.0.1:{free_port()}"
-        self.proxy = Proxy(free_port(), self.host.address, on_message)
-        self.daemon = "up"
-        """up, down or stopped: what was done to it."""
-        self.whole = trio.Event()
-        """Set while nothing is being done to the daemon."""
-        self.whole.set()
-
-    @property
-    def side(self) -> e.Side:
-        return e.side(self.daemon, self.host.state / f"{VM}.json")
-
-    async def restart(self, number: int, seconds: float) -> None:
-        """Ends the daemon by a signal and starts it again so many seconds after its end."""
-        process = self.host.process
-        assert process is not None
-        process.send_signal(number)
-        with trio.move_on_after(TERMINATE_S):
-            while process.poll() is None:
-                await trio.sleep(0.005)
-        if process.poll() is None:
-            raise Lost(f"the daemon {self.host.name} does not end when it is told to")
-        await trio.sleep(seconds)
-        await self.host.start()
-        self._mended()
-
-    async def pause(self, seconds: float) -> None:
-        """The daemon's process stands still."""
-        assert self.host.process is not None
-        self.host.process.send_signal(signal.SIGSTOP)
-        await trio.sleep(seconds)
-        self.host.process.send_signal(signal.SIGCONT)
-        self._mended()
-
-    def broken(self, daemon: str) -> None:
-        self.daemon = daemon
-        self.whole = trio.Event()
-
-    def _mended(self) -> None:
-        self.daemon = "up"
-        self.whole.set()
-
-    async def status(self) -> dict[str, Any]:
-        """The status of the guest here; empty when the daemon does not say one now."""
-        with trio.move_on_after(2.0), suppress(PostcopydError, OSError, ConnectionLost):
-            status: dict[str, Any] = await self.host.status(VM)
-            return status
-        return {}
-
-
-class Vmm:
-    """A QEMU and our own monitor of it."""
-
-    def __init__(self, process: q.QemuProcess, monitor: Qmp) -> None:
-        self.process = process
-        self.monitor = monitor
-        self.name = process.config.name
-
-    @property
-    def ended(self) -> bool:
-        return self.process.process.poll() is not None
-
-    async def state(self) -> str:
-        """QEMU's own word, such as running or inmigrate; "ended", or "silent"."""
-        with trio.move_on_after(ANSWER_S):
-            try:
-                return str((await self.monitor.execute("query-status"))["status"])
-            except PostcopydError:
-                return "ended"
-        return "silent"
 
 
 class Chaos:
@@ -184,10 +92,11 @@ class Chaos:
         self._reached = self._injected = trio.Event()
         self._here: Vmm | None = None
         self._arriving: Vmm | None = None
+        self._monitors: list[Qmp] = []
         self._destroys = True
 
     async def run(self) -> str:
-        self._config = boot(self.folder, self.options)
+        self._config = boot(self.folder, self.options.memory, self.options.rate)
         self._destroys = await can_destroy()
         try:
             async with q.open_guest(self.folder) as self.guest:
@@ -202,6 +111,8 @@ class Chaos:
         except (Exception, BaseExceptionGroup) as error:
             raise first(error) from None
         finally:
+            for monitor in self._monitors:
+                monitor.close()
             for node in self.nodes:
                 if node.host.process is not None:
                     node.host.process.kill()
@@ -244,8 +155,9 @@ class Chaos:
         for node in self.nodes:
             node.broken("down")
             await node.restart(signal.SIGTERM, 0)
-            if "Traceback" in node.host.log.read_text():
-                raise Lost(f"the daemon {node.host.name} has met a bug of its own, see its log")
+            for line in node.host.log.read_text().splitlines():
+                if "Traceback" in line:
+                    raise Lost(f"{node.host.name} has met a bug of its own: {line}")
         if self.options.seconds >= LONG_S and (lacking := self.lacking):
             raise Lost(f"nothing was lost, but {lacking}: this run shows too little")
 
@@ -384,6 +296,7 @@ class Chaos:
             dataclasses.replace(self._config, name=name, second_qmp=own, incoming=incoming)
         )
         monitor = Qmp(str(own))
+        self._monitors.append(monitor)
         await monitor.open(ANSWER_S)
         await self._nursery.start(e.follow, monitor, name, self.runs)
         return Vmm(process, monitor)
@@ -595,8 +508,8 @@ class Chaos:
             f"recoveries  {self.recoveries}",
             f"the guest   waited {waited:.1f} s for a page at most, was silent {silent:.1f} s at "
             f"most; 0 bad pages in {len(reports)} reports and {self.migrations + 1} sweeps",
-            f"QEMUs       {len(self.runs.spans) + 1} runs of the guest, never two at a time; "
-            f"{self.left_behind} left behind",
+            f"QEMUs       {len(self.runs.spans) + 1} runs of the guest, never two at a time, "
+            f"{self.runs.nowhere:.1f} s in none at most; {self.left_behind} left behind",
             f"seed        {self.options.seed}",
         ]
         return "\n".join(rows)
@@ -608,59 +521,6 @@ def first(error: BaseException) -> BaseException:
         return error
     causes = [first(one) for one in error.exceptions]
     return next((one for one in causes if isinstance(one, Lost)), causes[0])
-
-
-def boot(folder: Path, options: Options) -> q.GuestConfig:
-    """The guest. Raises q.MissingPartError where this machine lacks a part of it."""
-    kernel, qemus = q.find_kernel(), q.find_qemu()
-    if kernel is None or not qemus:
-        raise q.MissingPartError(q.MISSING_QEMU if kernel else q.MISSING_KERNEL)
-    initramfs = folder / "initramfs"
-    q.write_initramfs(initramfs, kernel, q.find_init())
-    return q.GuestConfig(
-        qemu=max(qemus, key=lambda qemu: qemu.version),
-        kernel=kernel.image,
-        initramfs=initramfs,
-        memory=options.memory,
-        backing=folder,
-        workload=q.Workload(rate=options.rate),
-    )
-
-
-def free_port() -> int:
-    """A port below those that the kernel takes for connections (ip_local_port_range)."""
-    least = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in range(least - 1, 1024, -7 - os.getpid() % 13):
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            if port not in _taken:
-                _taken.add(port)
-                return port
-    raise Lost("no port is free")
-
-
-_taken: set[int] = set()
-
-
-async def can_destroy() -> bool:
-    """Whether `ss -K` is there and this kernel obeys it (CONFIG_INET_DIAG_DESTROY)."""
-    if shutil.which("ss") is None:
-        return False
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port)), listener.accept()[0] as accepted:
-            await trio.run_process(
-                ["ss", "-KtnH", f"sport = :{port}"], capture_stdout=True, capture_stderr=True
-            )
-            accepted.setblocking(False)
-            try:
-                accepted.recv(1)
-            except BlockingIOError:
-                return False
-            except OSError:
-                return True
-    return False
 
 
 def run(options: Options) -> str:
@@ -694,9 +554,13 @@ def main() -> int:
         kinds=tuple(given.kinds.split(",")),
     )
     try:
+        next(s.schedule(options.seed, options.phases, options.kinds))
+    except ValueError as error:
+        words.error(str(error))
+    try:
         print(run(options))
-    except Lost as lost:
-        print(f"chaos: {lost}", file=sys.stderr)
+    except (Lost, PostcopydError) as error:
+        print(f"chaos: {error}", file=sys.stderr)
         return 1
     return 0
 

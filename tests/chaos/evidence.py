@@ -48,6 +48,14 @@ class Runs:
                 return f"{first} ran until {end:.6f}, and {second} from {begin:.6f} on"
         return ""
 
+    @property
+    def nowhere(self) -> float:
+        """The longest time for which the guest ran in no QEMU, in seconds."""
+        begins = [begin for begin, _, _ in self.spans] + [*self.since.values()]
+        ends = sorted(end for _, end, _ in self.spans)
+        pairs = zip(ends, sorted(begins)[1:], strict=False)
+        return max((begin - end for end, begin in pairs), default=0.0)
+
 
 async def follow(
     monitor: Qmp,
@@ -66,8 +74,6 @@ async def follow(
                 (runs.resumed if event["event"] == "RESUME" else runs.stopped)(qemu, at)
     except PostcopydError:
         runs.stopped(qemu, time.time())
-    finally:
-        monitor.close()
 
 
 def returned(reporters: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ import msgpack
 import pytest
 import schedule as s
 import trio
+from lab import free_port
 from needs import missing
 from proxy import Proxy
 
@@ -30,9 +31,9 @@ def test_a_guest_survives_a_short_run() -> None:
         missing("QEMU and a guest kernel: qemu-system-x86 and linux-image-cloud-amd64")
     options = chaos.Options(
         seed=1,
-        seconds=12,
+        seconds=10,
         memory=128 << 20,
-        bandwidth=32 << 20,
+        bandwidth=48 << 20,
         phases=(s.HANDOVER, s.GRANTED, s.POSTCOPY, s.RECOVERY),
         kinds=("kill", "terminate", "stop", "cut", "reset", "destroy"),
     )
@@ -91,6 +92,16 @@ def test_a_guest_that_runs_twice_is_seen() -> None:
     assert runs.twice() == "two ran until 9.000000, and one from 8.000000 on"
 
 
+def test_the_longest_stop() -> None:
+    runs = e.Runs()
+    for begin, end, qemu in ((1.0, 4.0, "one"), (4.5, 6.0, "two"), (8.0, 9.0, "two")):
+        runs.resumed(qemu, begin)
+        runs.stopped(qemu, end)
+    assert runs.nowhere == 2.0
+    runs.resumed("three", 12.0)
+    assert runs.nowhere == 3.0
+
+
 def test_a_guest_that_is_heard_again_is_seen() -> None:
     assert e.returned(["a", "a", "b", "b", "c"]) == ""
     assert e.returned(["a", "b", "b", "a"]) == "a"
@@ -114,8 +125,9 @@ def test_what_is_under_way() -> None:
     """The phase of a fault is read from both records, and from what is broken already."""
 
     def phase(here: str, there: str, **more: bool) -> str:
-        sides = [e.Side("up", *side.split()) for side in (here, there)]
-        return e.phase(*sides, more.get("migrating", True), more.get("disturbed", False))
+        source, destination = (e.Side("up", *side.split()) for side in (here, there))
+        migrating, disturbed = more.get("migrating", True), more.get("disturbed", False)
+        return e.phase(source, destination, migrating, disturbed)
 
     assert phase("held idle", "held idle", migrating=False) == s.IDLE
     assert phase("held idle", "held drained") == s.PREPARE
@@ -172,7 +184,7 @@ async def proxied() -> AsyncIterator[tuple[Proxy, Echo]]:
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, echo.serve, [listener])
         to = f"127.0.0.1:{listener.socket.getsockname()[1]}"
-        proxy = echo.proxy = Proxy(chaos.free_port(), to, echo.on_message)
+        proxy = echo.proxy = Proxy(free_port(), to, echo.on_message)
         await nursery.start(proxy.run)
         with trio.fail_after(10):
             yield proxy, echo
@@ -285,7 +297,7 @@ async def test_messages_are_told_before_they_pass() -> None:
 
 async def test_a_daemon_that_is_down_resets() -> None:
     async with proxied() as (proxy, echo):
-        proxy._to = ("127.0.0.1", chaos.free_port())
+        proxy._to = ("127.0.0.1", free_port())
         stream = await echo.dial()
         with pytest.raises(trio.BrokenResourceError):
             await stream.receive_some()

@@ -28,7 +28,7 @@ because of these, which lose nothing:
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -96,7 +96,7 @@ HERE_AGAIN = frozenset({Source.ROLLED_BACK, Source.DECLINED, Source.TAKEN_BACK})
 SOURCE_OVER = HERE_AGAIN | {Source.DRAINED, Source.CHECKED}
 LET_GO = frozenset({Destination.CALLED_OFF, Destination.DECLINED})
 DESTINATION_OVER = LET_GO | {Destination.DONE, Destination.CHECKED}
-NOBODY_READS = LOST | SOURCE_OVER | DESTINATION_OVER | {Destination.RUNNING_LOST}
+NOBODY_READS: frozenset[State] = LOST | SOURCE_OVER | DESTINATION_OVER | {Destination.RUNNING_LOST}
 """The session is over, or paused; a paused source reads the greeting of the next connection."""
 
 DEAD = frozenset({"ended", "died"})
@@ -117,8 +117,8 @@ RESTARTED_DESTINATION = {
 }
 
 
-class Impossible(AssertionError):
-    """A side has received what its table does not let it take."""
+class Impossible(Exception):
+    """An event that a table does not have."""
 
 
 class Model:
@@ -207,8 +207,9 @@ class Model:
             # Not held yet: a daemon that dies before the guest runs has to have it run again.
             again: Any = "held" if "held" in self.careless else "intent"
             yield f"source records {again} again", "", w._replace(source_record=again)
-        elif state in HERE_AGAIN and w.here == "stopped" and (record != "held" or self.careless):
-            yield "source runs its guest", "", w._replace(here="runs")
+        elif state in HERE_AGAIN and w.here == "stopped":
+            if record != "held" or state is not Source.ROLLED_BACK:
+                yield "source runs its guest", "", w._replace(here="runs")
         elif state in HERE_AGAIN and w.here == "runs" and record != "held":
             yield "source records held", "", w._replace(source_record="held")
         if state is Source.DRAINED and record == "granted":
@@ -449,11 +450,11 @@ def _dialled(w: World) -> World:
 
 
 class Walk:
-    """All worlds that can be reached from START, and the steps between them."""
+    """All worlds that can be reached from START, each with how it was reached first (`came`) and
+    with what can happen next (`steps`); `impossible` are those in which a table lacks something."""
 
-    def __init__(
-        self, model: Model, *, kinds: frozenset[str] = frozenset({"", "fault", "person"})
-    ) -> None:
+    def __init__(self, model: Model) -> None:
+        self.impossible: dict[World, str] = {}
         self.came: dict[World, tuple[str, World] | None] = {START: None}
         self.steps: dict[World, list[Step]] = {}
         same = {START: START}
@@ -463,15 +464,13 @@ class Walk:
             found = self.steps[world] = []
             try:
                 for name, kind, after in model.steps(world):
-                    if kind not in kinds:
-                        continue
                     known = same.setdefault(after, after)
                     found.append((name, kind, known))
                     if known not in self.came:
                         self.came[known] = (name, world)
                         queue.append(known)
             except Impossible as error:
-                raise Impossible(f"{error}\n{self.story(world)}") from None
+                self.impossible[world] = str(error)
 
     def story(self, world: World) -> str:
         """How a world came to be, for the message of a failure."""
@@ -482,12 +481,8 @@ class Walk:
         return "\n".join(reversed(lines))
 
     def leads_to(self, ends: Callable[[World], bool], kinds: frozenset[str]) -> set[World]:
-        """The worlds from which steps of these kinds lead to one of the ends."""
-        before: dict[World, list[World]] = {}
-        for world, steps in self.steps.items():
-            for _, kind, after in steps:
-                if kind in kinds:
-                    before.setdefault(after, []).append(world)
+        """The worlds from which some steps of these kinds lead to one of the ends."""
+        before = self._before(kinds)
         good = {world for world in self.came if ends(world)}
         queue = deque(good)
         while queue:
@@ -496,3 +491,31 @@ class Walk:
                     good.add(world)
                     queue.append(world)
         return good
+
+    def always_leads_to(self, ends: Callable[[World], bool]) -> set[World]:
+        """The worlds that come to one of the ends by themselves, whatever happens in which order,
+        if no side says for ever what changes nothing."""
+        before = self._before(frozenset({""}), idle=False)
+        ways = Counter(world for worlds in before.values() for world in worlds)
+        queue = deque(world for world in self.came if ends(world))
+        good = set(queue)
+        while queue:
+            for world in before.get(queue.popleft(), ()):
+                ways[world] -= 1
+                if not ways[world] and world not in good:
+                    good.add(world)
+                    queue.append(world)
+        return good
+
+    def _before(self, kinds: frozenset[str], *, idle: bool = True) -> dict[World, list[World]]:
+        before: dict[World, list[World]] = {}
+        for world, steps in self.steps.items():
+            for name, kind, after in steps:
+                says = " sends " in name and _states(world) == _states(after)
+                if kind in kinds and (idle or not says):
+                    before.setdefault(after, []).append(world)
+        return before
+
+
+def _states(w: World) -> tuple[State, State, object]:
+    return w.source, w.destination, w.far

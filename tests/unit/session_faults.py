@@ -154,6 +154,12 @@ def cut_control(world: World, point: str) -> None:
     world.cut(p.CONTROL)
 
 
+def goes_down(world: World, point: str) -> None:
+    """The network, until somebody mends it."""
+    world.cut(p.CONTROL, p.DATA)
+    world.down = True
+
+
 def silence(world: World, point: str) -> None:
     world.silence()
 
@@ -168,6 +174,11 @@ def source_says_error(world: World, point: str) -> None:
 
 def destination_says_error(world: World, point: str) -> None:
     world.say("source", p.Error("Broken", "it broke"))
+
+
+def source_ends(world: World, point: str) -> None:
+    """Its daemon, for good."""
+    world.source.stop()
 
 
 def stop_source(world: World, point: str) -> None:
@@ -188,6 +199,10 @@ def kill_source(world: World, point: str) -> None:
 
 def kill_destination(world: World, point: str) -> None:
     world.kill("destination")
+
+
+def kill_here(world: World, point: str) -> None:
+    world.kill("source" if point.startswith("source") else "destination")
 
 
 def kill_both(world: World, point: str) -> None:

@@ -3,39 +3,42 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
+from needs import missing
 from session_faults import (
     Clock,
     cancel,
     cut,
     cut_control,
     destination_says_error,
+    goes_down,
+    kill_both,
+    kill_destination,
+    kill_source,
     made_clock,
     migrated,
     no_room,
     refusing,
     silence,
+    source_ends,
     source_says_error,
     stop_destination,
-    stop_source,
     world,
 )
 from session_world import Fault, Instead, World
 
 from postcopyd import protocol as p
-from postcopyd.connection import Channel, PeerError, dial
-from postcopyd.control import MigrateRequest
-from postcopyd.daemon import Daemon
+from postcopyd.connection import Channel, ConnectionLost, PeerError, dial
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Machine, Source
-from postcopyd.settings import Settings
-from postcopyd.store import Store
-from postcopyd.vmm import Declined, Role, VmmError
+from postcopyd.source.session import PATIENCE_S
+from postcopyd.vmm import Declined, Role, State, VmmError
 
 
 @pytest.fixture
@@ -46,15 +49,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 # --- the destination has the guest ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", [source_says_error, cut, silence, stop_source])
+@pytest.mark.parametrize("fault", [source_says_error, cut, silence, source_ends])
 async def test_running_guest_outlives_its_source(
     fault: Fault, tmp_path: Path, clock: Clock
 ) -> None:
     """A guest that runs here and lacks pages is never ended for what its source says or does."""
-    made = await migrated(tmp_path, {"<- ran": fault, "<- progress": cut}, reached=False)
-    assert made.destination.vmm.state == "running"
-    assert (made.source.phase, made.destination.phase) == ("paused", "paused")
-    assert made.destination.session.machine.state is Destination.RUNNING_LOST
+    async with world(tmp_path, {"<- ran": fault, "<- progress": source_ends}) as made:
+        async with made.migrating():
+            await made.paused_there()
+            await trio.sleep(1000)
+        assert made.destination.vmm.state == "running"
+        assert made.destination.phase == "paused"
+        assert made.destination.session.machine.state is Destination.RUNNING_LOST
 
 
 @pytest.mark.parametrize("fault", [cut_control, stop_destination, source_says_error])
@@ -107,7 +113,7 @@ async def test_counts_differ(tmp_path: Path, clock: Clock) -> None:
     def fewer(made: World, point: str) -> Instead:
         return Instead(p.Drained(31, 0, 31, 0, 0, 0, 0, 0.0, p.Faults()))
 
-    made = await migrated(tmp_path, {"<- drained": fewer})
+    made = await migrated(tmp_path, {"<- drained": fewer}, patience=20, sticks=True)
     assert made.source.vmm.state == "stopped"
     assert "counts 31 pages" in made.source.vm.status["message"]
 
@@ -142,6 +148,8 @@ async def test_declined_and_not_ended(tmp_path: Path, clock: Clock) -> None:
             "destination.run": refusing(Declined("its disk is locked")),
             "destination.end": refusing(VmmError("it does not end")),
         },
+        patience=20,
+        sticks=True,
     )
     assert made.source.vmm.state == "stopped"
     assert (made.source.phase, made.destination.phase) == ("paused", "paused")
@@ -213,9 +221,7 @@ async def test_no_data_connections(
 
 async def test_paused_guest_is_no_destination(tmp_path: Path, clock: Clock) -> None:
     """A VMM with a guest that waits here takes no other offer, and goes on waiting."""
-    async with world(tmp_path, {"-> grant": cut}) as made:
-        await made.migrate()
-        assert made.destination.phase == "paused"
+    async with source_is_gone(tmp_path) as made:
         before = dict(made.destination.vm.status)
         stream = await dial("127.0.0.1", made.destination.port, p.CONTROL)
         region = p.RegionOffer("ram0", 24, 4096)
@@ -225,7 +231,186 @@ async def test_paused_guest_is_no_destination(tmp_path: Path, clock: Clock) -> N
             with pytest.raises(PeerError, match="not at its end"):
                 await channel.receive()
         assert made.destination.vm.status == before
+
+
+# --- recovery ------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def source_is_gone(folder: Path) -> AsyncIterator[World]:
+    """A guest that runs at its destination and lacks pages, and nobody who asks."""
+    async with world(folder, {"<- progress": source_ends}) as made, made.migrating():
+        await made.paused_there()
+        yield made
+
+
+@asynccontextmanager
+async def network_is_down(folder: Path) -> AsyncIterator[World]:
+    """A guest that runs at its destination and lacks pages, and a source that asks in vain."""
+    async with world(folder, {"<- progress": goes_down}) as made, made.migrating():
+        await made.paused_there()
+        yield made
+
+
+@asynccontextmanager
+async def asking(made: World, migration: str, epoch: int) -> AsyncIterator[Channel]:
+    """A source that asks what became of its guest."""
+    stream = await dial("127.0.0.1", made.destination.port, p.CONTROL)
+    async with Channel(stream, Machine(Source.RAN_LOST), "there") as channel, channel.alive():
+        await channel.greet()
+        await channel.send(p.Resume(migration, "web1", epoch))
+        yield channel
+
+
+@pytest.mark.parametrize(("migration", "epoch"), [("other", 1), ("", 0), ("", 2)])
+async def test_resume_of_another(migration: str, epoch: int, tmp_path: Path, clock: Clock) -> None:
+    """Who asks for another migration or another epoch is told so, and the guest waits on."""
+    async with source_is_gone(tmp_path) as made:
+        waiting, before = made.destination.vm.waiting, dict(made.destination.vm.status)
+        async with asking(made, migration or before["migration"], epoch) as channel:
+            with pytest.raises(PeerError, match="is not known at the destination"):
+                await channel.receive()
+        assert made.destination.vm.waiting is waiting is not None
+        assert made.destination.vm.status == before
+
+
+async def test_resume_takes_over(tmp_path: Path, clock: Clock) -> None:
+    """A source that asks again has lost the connection before, whatever this side thinks of it."""
+    async with source_is_gone(tmp_path) as made:
+        migration = made.destination.vm.status["migration"]
+        async with asking(made, migration, 1) as first:
+            token = (await first.expect(p.Ready)).token
+            await first.expect(p.Ran)
+            async with asking(made, migration, 1) as second:
+                assert (await second.expect(p.Ready)).token != token
+                await second.expect(p.Ran)
+                with pytest.raises(ConnectionLost):
+                    await first.receive()
+        await made.paused_there()
+
+
+@pytest.mark.parametrize("state", ["running", "paused"])
+@pytest.mark.parametrize("fault", [cut, kill_source, kill_destination, kill_both])
+async def test_declined_later(fault: Fault, state: State, tmp_path: Path, clock: Clock) -> None:
+    """A grant that did not arrive is taken back once the destination has said that it has not."""
+    made = await migrated(tmp_path, {"-> grant": fault}, state)
+    assert made.went["<- declined"]
+    assert made.source.vmm.state == state
+    assert (made.source.recorded(), made.destination.recorded()) == ("held", "declined")
+    assert made.source.vm.epoch == 2
+
+
+async def test_recover_elsewhere(tmp_path: Path, clock: Clock) -> None:
+    """A destination that has another address now is found there, by a source that is told so."""
+    async with network_is_down(tmp_path) as made:
+        with pytest.raises(PostcopydError, match="its source does that"):
+            await made.destination.daemon.recover("web1", None)
+        address = f"127.0.0.1:{made.destination.port}"
+        await made.source.daemon.recover("web1", address)
+        await made.settled()
         await made.check()
+        made.check_over()
+        assert made.source.phase == "drained"
+        assert made.source.vm.status["peer"] == address
+        with pytest.raises(PostcopydError, match="no paused migration"):
+            await made.source.daemon.recover("web1", None)
+
+
+async def test_result_of_a_pause(tmp_path: Path, clock: Clock) -> None:
+    """Who waits for the result hears of a pause that is a long one, and of its end; to cancel it
+    is refused."""
+    async with network_is_down(tmp_path) as made:
+        vm = made.source.vm
+        await trio.sleep(PATIENCE_S - 2)
+        assert (vm.status["phase"], vm.status.get("result")) == ("paused", None)
+        await trio.sleep(4)
+        assert vm.status["result"]["event"] == "paused"
+        with pytest.raises(PostcopydError, match="it can only go on there"):
+            await made.source.daemon.cancel("web1")
+        made.down = False
+        await made.settled()
+        await made.check()
+        made.check_over()
+        assert vm.status["result"]["event"] == "completed"
+
+
+# --- what a person decides ----------------------------------------------------------------------
+
+
+async def test_nothing_to_decide(tmp_path: Path, clock: Clock) -> None:
+    """A migration that goes on, or is over, leaves nothing to decide."""
+    async with world(tmp_path, {}) as made:
+        for host in made.hosts.values():
+            with pytest.raises(PostcopydError, match="has no paused migration here"):
+                await host.daemon.resolve("web1", "kill")
+        assert (made.source.vmm.state, made.destination.vmm.state) == ("running", "incoming")
+
+
+async def test_wait(tmp_path: Path, clock: Clock) -> None:
+    """To wait changes nothing on either side, and what is for the other side is refused."""
+    async with network_is_down(tmp_path) as made:
+        before = [dict(host.vm.status) for host in made.hosts.values()]
+        for host in made.hosts.values():
+            await host.daemon.resolve("web1", "wait")
+        with pytest.raises(PostcopydError, match="they are not missing here"):
+            await made.source.daemon.resolve("web1", "poison")
+        with pytest.raises(PostcopydError, match="that is for the host it left"):
+            await made.destination.daemon.resolve("web1", "take_back")
+        assert [dict(host.vm.status) for host in made.hosts.values()] == before
+        made.down = False
+        await made.settled()
+        made.check_over()
+
+
+async def test_take_back(tmp_path: Path, clock: Clock) -> None:
+    """Who says that the destination is dead for certain has the guest here, as it stopped here."""
+    async with network_is_down(tmp_path) as made:
+        made.destination.vmm.die()
+        made.guest.given_up = True
+        await made.source.daemon.resolve("web1", "take_back")
+        await made.check()
+        assert made.source.vmm.state == "running"
+        assert (made.source.recorded(), made.source.phase) == ("held", "failed")
+        assert made.source.vm.epoch == 2
+        assert "taken back by an operator's decision" in made.source.vm.status["message"]
+
+
+async def test_kill_the_source(tmp_path: Path, clock: Clock) -> None:
+    """Who gives the copy here up ends its VMM; the guest at the destination is not touched."""
+    async with network_is_down(tmp_path) as made:
+        await made.source.daemon.resolve("web1", "kill")
+        assert (made.source.vmm.state, made.source.phase) == ("ended", "failed")
+        assert made.source.recorded() == "declined"
+        assert made.source.vm.status["result"]["event"] == "failed"
+        assert (made.destination.vmm.state, made.destination.phase) == ("running", "paused")
+
+
+async def test_kill_the_destination(tmp_path: Path, clock: Clock) -> None:
+    """Who gives the guest here up ends its VMM; the source does not take that for an answer."""
+    async with network_is_down(tmp_path) as made:
+        made.guest.given_up = True
+        await made.destination.daemon.resolve("web1", "kill")
+        assert (made.destination.vmm.state, made.destination.phase) == ("ended", "failed")
+        made.down = False
+        await trio.sleep(20)
+        assert (made.source.vmm.state, made.source.phase) == ("stopped", "paused")
+
+
+async def test_poison(tmp_path: Path, clock: Clock) -> None:
+    """Who gives up the missing pages has a guest that goes on, and that nothing moves or ends."""
+    async with source_is_gone(tmp_path) as made:
+        try:
+            await made.destination.daemon.resolve("web1", "poison")
+        except PostcopydError as error:
+            if "Linux 6.6" in str(error):
+                missing("UFFDIO_POISON, of Linux 6.6")
+            raise
+        assert made.destination.vmm.state == "running"
+        assert "without" in made.destination.vm.status["message"]
+        assert made.destination.vmm.registered()  # or the errors would become zeros
+        async with asking(made, made.destination.vm.status["migration"], 1) as channel:
+            with pytest.raises(PeerError, match="were given up"):
+                await channel.receive()
 
 
 # --- hooks ---------------------------------------------------------------------------------------
@@ -277,43 +462,3 @@ async def test_check_touches_nothing(tmp_path: Path, clock: Clock) -> None:
         assert problems == ["it has no shared memory"]
         assert [host.vm.status for host in made.hosts.values()] == before
         assert (made.source.vmm.state, made.destination.vmm.state) == ("running", "incoming")
-
-
-# --- what is on disk ------------------------------------------------------------------------------
-
-
-async def test_records_at_every_instant(tmp_path: Path, clock: Clock) -> None:
-    """A daemon that is killed at whatever step finds records of which one at most has the guest."""
-    taken: dict[str, Path] = {}
-
-    def photograph(made: World, point: str) -> None:
-        taken[point] = tmp_path / "taken" / str(len(taken))
-        for role in made.hosts:
-            shutil.copytree(tmp_path / role, taken[point] / role)
-
-    points = await points_of_a_clean_run(tmp_path / "first")
-    await migrated(tmp_path, dict.fromkeys(points, photograph))
-    gave_away = set()
-    for point, folder in taken.items():
-        here = Store(folder / "source").load()["web1"]
-        there = Store(folder / "destination").load()["web1"]
-        if here["ownership"] == "granted":
-            gave_away.add(point)
-        runs_there = there["epoch"] == 1 and there["ownership"] in ("owned", "held")
-        assert not runs_there or point in gave_away
-        async with trio.open_nursery() as nursery:
-            daemon = Daemon(Settings(Store(folder / "source")), nursery)
-            await daemon.restore()
-            if here["ownership"] == "granted":
-                with pytest.raises(PostcopydError):
-                    await daemon.migrate("web1", MigrateRequest("127.0.0.1:1"))
-            phase = daemon.status("web1")["phase"]
-            nursery.cancel_scope.cancel()
-        drained = here["status"]["phase"] == "drained"
-        asks = here["ownership"] in ("intent", "granted") and not drained
-        assert phase == ("drained" if drained else "paused" if asks else "idle")
-    assert points[points.index("-> grant") :] == [p for p in points if p in gave_away]
-
-
-async def points_of_a_clean_run(folder: Path) -> list[str]:
-    return list((await migrated(folder, {})).went)

@@ -1,0 +1,349 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What a peer may send to the native engines, for libFuzzer (llvm.org/docs/LibFuzzer.html): frames to
+ * the destination, requests to the source, the numbers of a Have. Real engines on memory of this
+ * process, a real userfaultfd, real sockets; made once. A connection's thread function is called
+ * here, without the thread, on a socket that has all of the input and then ends: thousands of
+ * connections a second, and each run does the same again. (Threads: tests/native.)
+ *
+ * An input is one byte for the role, one that seeds what the guest did before, then what the peer
+ * sends. With LONG set payloads are not in the input but made here, so that an input of some bytes
+ * can carry many pages.
+ *
+ * Each run is held to a model that reads the same bytes: which pages come to be there, with what
+ * content, what stays as it was, what is counted, what is answered. */
+#define _GNU_SOURCE
+#include "engine.h"
+
+/* The buffers of 2 MiB are kept: to make one under the sanitizer takes longer than all the rest. */
+static int kept_reader(struct frame_reader *r, int fd, size_t payload, size_t ahead);
+#define frame_reader_init kept_reader
+#define frame_reader_free(reader) (void)(reader)
+/* For what is static in them. */
+#include "source_native.c"
+#include "uffd_native.c"
+#undef frame_reader_init
+
+#include <sys/syscall.h>
+
+enum { PAGE = 4096, BEFORE = 1, FIRST = 12, SECOND = 21, ALL = FIRST + SECOND };
+enum { FILE_PAGES = BEFORE + ALL + 1 }; /* one at each end that belongs to nobody */
+enum role { PUSH, URGENT, REQUESTS, HAVE, ROLES, LONG = 0x80 };
+/* What both ways of a unix socket take before they are read: 40 requests are answered by 40 pages. */
+enum { MOST_SENT = 150000, MOST_REQUESTED = 40 * FRAME_BYTES };
+
+static struct pc_dest *dest;
+static struct pc_source *source;
+static int guest_file, source_file, record_file, wake;
+static uint8_t is[FILE_PAGES * PAGE];   /* the guest's memory as it is */
+static uint8_t want[FILE_PAGES * PAGE]; /* as the model has it */
+static uint8_t states[ALL];
+static uint8_t stream[MOST_SENT];
+static uint8_t source_pages[ALL * PAGE];
+
+#define must(holds)                                                                                \
+  do {                                                                                             \
+    if (!(holds)) {                                                                                \
+      fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #holds);                          \
+      abort();                                                                                     \
+    }                                                                                              \
+  } while (0)
+
+static uint32_t mix(uint32_t x) {
+  x = (x ^ x >> 16) * 0x7feb352du;
+  x = (x ^ x >> 15) * 0x846ca68bu;
+  return x ^ x >> 16;
+}
+
+static uint64_t pages_of(unsigned region) {
+  return region == 0 ? FIRST : region == 1 ? SECOND : 0;
+}
+
+static uint8_t *page_at(uint8_t *memory, unsigned page) {
+  return memory + (BEFORE + page) * PAGE;
+}
+
+static _Atomic uint8_t *state_of(unsigned page) {
+  return &dest->record[page < FIRST ? page : dest->regions[1].first + page - FIRST];
+}
+
+/* --- once ------------------------------------------------------------------------------------- */
+
+static int kept_reader(struct frame_reader *r, int fd, size_t payload, size_t ahead) {
+  static struct frame_reader kept[3];
+  struct frame_reader *one = &kept[payload == 0 ? 0 : ahead == FRAME_BYTES ? 1 : 2];
+  if (!one->buffer)
+    must(!frame_reader_init(one, fd, payload, ahead));
+  *r = *one;
+  r->fd = fd;
+  return 0;
+}
+
+static void make_engines(void) {
+  char error[200];
+  guest_file = memfd_create("guest", MFD_CLOEXEC);
+  source_file = memfd_create("source", MFD_CLOEXEC);
+  record_file = memfd_create("record", MFD_CLOEXEC);
+  wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  must(!ftruncate(guest_file, sizeof is) && !ftruncate(source_file, sizeof source_pages));
+  uint8_t *at = mmap(NULL, sizeof is, PROT_READ | PROT_WRITE, MAP_SHARED, guest_file, 0);
+  must(at != MAP_FAILED);
+  int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+  if (uffd < 0) {
+    fprintf(stderr, "missing: userfaultfd\n");
+    _exit(77);
+  }
+  struct pc_region regions[2] = {
+      {.address = (uintptr_t)at + BEFORE * PAGE, .pages = FIRST, .page_size = PAGE, .uffd = uffd},
+      {.address = (uintptr_t)at + (BEFORE + FIRST) * PAGE, .pages = SECOND, .page_size = PAGE,
+       .uffd = uffd}};
+  dest = pc_dest_new(regions, 2, record_file, wake, error);
+  must(dest && !pc_dest_register(dest, 0));
+  regions[0].fd = regions[1].fd = source_file;
+  regions[1].offset = FIRST * PAGE;
+  for (unsigned page = 0; page < ALL; page++) /* every third a hole, every seventh written zeros */
+    for (unsigned i = 0; i < PAGE; i++)
+      source_pages[page * PAGE + i] = page % 3 && page % 7 ? (uint8_t)(page + i % 251) : 0;
+  for (unsigned page = 0; page < ALL; page++)
+    if (page % 3)
+      must(pwrite(source_file, source_pages + page * PAGE, PAGE, page * PAGE) == PAGE);
+  source = pc_source_new(regions, 2, wake, error);
+  must(source && !pc_source_scan(source));
+}
+
+static int connected(const uint8_t *data, size_t size, int *peer) {
+  int fd[2], bytes = 1 << 20;
+  must(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd));
+  for (int i = 0; i < 2; i++)
+    setsockopt(fd[i], SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+  must(send(fd[1], data, size, MSG_DONTWAIT) == (ssize_t)size);
+  must(!shutdown(fd[1], SHUT_WR));
+  *peer = fd[1];
+  return fd[0];
+}
+
+/* --- the destination -------------------------------------------------------------------------- */
+
+/* What the model expects to be counted, and why the connection ended. */
+struct counts {
+  uint64_t confirmed, zero, carried, duplicate, existing, bytes;
+  int64_t answered;
+  int failure;
+};
+
+/* The guest and its host before the peer sends: some pages are waited for, some are in the file
+ * already (an engine was killed before it confirmed them), some are confirmed. */
+static void begin(unsigned seed) {
+  must(!fallocate(guest_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, sizeof is));
+  memset(want, 0, sizeof want);
+  memset(states, 0, sizeof states);
+  memset((void *)dest->record, 0, dest->slots);
+  memset(&dest->stats, 0, sizeof dest->stats);
+  dest->stats.total_pages = ALL;
+  dest->stats.unanswered = ALL;
+  for (unsigned page = 0; seed && page < ALL; page++) {
+    uint32_t kind = mix(seed << 16 | page) % 8;
+    if (kind == 1 || kind == 2) {
+      memset(page_at(want, page), 0x77, PAGE);
+      must(pwrite(guest_file, page_at(want, page), PAGE, (BEFORE + page) * PAGE) == PAGE);
+    }
+    if (kind == 2 || kind == 3) {
+      struct region *r = &dest->regions[page >= FIRST];
+      must(fault(dest, r, page < FIRST ? page : page - FIRST, pc_monotonic_ns()) == ASK);
+      states[page] = WANTED;
+    } else if (kind == 4) {
+      atomic_store(state_of(page), DONE);
+      states[page] = DONE;
+      dest->stats.confirmed_pages++;
+    }
+  }
+}
+
+static bool there(unsigned page) {
+  return page_at(want, page)[0] == 0x77;
+}
+
+static void model_page(struct counts *c, unsigned page, bool zero, const uint8_t *payload) {
+  if (states[page] == DONE) {
+    c->duplicate++;
+    return;
+  }
+  if (!zero || states[page] == WANTED) { /* else it is noted, and nothing is placed */
+    c->existing += there(page);
+    if (payload && !there(page))
+      memcpy(page_at(want, page), payload, PAGE);
+  }
+  states[page] = DONE;
+  c->confirmed++;
+  c->zero += zero;
+  c->carried += !zero;
+}
+
+static uint64_t number(const uint8_t *from, unsigned bytes) {
+  uint64_t n = 0;
+  while (bytes--)
+    n = n << 8 | *from++;
+  return n;
+}
+
+static void model(struct counts *c, const uint8_t *at, size_t left) {
+  for (;;) {
+    c->failure = PC_CONNECTION;
+    if (left < FRAME_BYTES)
+      return;
+    unsigned kind = at[1], region = (unsigned)number(at + 3, 2);
+    uint64_t page = number(at + 6, 8), count = number(at + 15, 4), bytes = number(at + 20, 4);
+    c->failure = PC_BAD_FRAME;
+    if (at[0] != 0x95 || at[2] != 0xcd || at[5] != 0xcf || at[14] != 0xce || at[19] != 0xc6)
+      return;
+    if (kind < 1 || kind > 3 || bytes > 2 << 20)
+      return;
+    if (left - FRAME_BYTES < bytes) {
+      c->failure = PC_CONNECTION;
+      return;
+    }
+    uint64_t pages = pages_of(region);
+    if (kind == 1 || count == 0 || page >= pages || count > pages - page)
+      return;
+    if (bytes != (kind == 2 ? count * PAGE : 0))
+      return;
+    unsigned first = (unsigned)page + (region ? FIRST : 0);
+    c->bytes += FRAME_BYTES + bytes;
+    c->answered += (int64_t)count;
+    for (unsigned i = 0; i < count; i++)
+      model_page(c, first + i, kind == 3, kind == 2 ? at + FRAME_BYTES + i * PAGE : NULL);
+    at += FRAME_BYTES + bytes, left -= FRAME_BYTES + bytes;
+  }
+}
+
+static void to_destination(const uint8_t *data, size_t size, bool urgent, unsigned seed) {
+  int peer;
+  struct counts c = {0};
+  begin(seed);
+  struct pc_stats before = dest->stats, *s = &dest->stats;
+  model(&c, data, size);
+  struct connection connection = {
+      .engine = dest, .fd = connected(data, size, &peer), .urgent = urgent};
+  receive_run(&connection);
+  close(connection.fd), close(peer);
+
+  must(s->failure == c.failure && s->sentence[0]);
+  must(s->confirmed_pages == before.confirmed_pages + c.confirmed);
+  must(s->zero_pages == c.zero && s->duplicate_pages == c.duplicate);
+  must(s->existing_pages == c.existing && s->transferred_bytes == c.bytes);
+  must((urgent ? s->urgent_pages : s->pushed_pages) == c.carried);
+  must((urgent ? s->pushed_pages : s->urgent_pages) == 0);
+  must(s->unanswered == ALL - (urgent ? c.answered : 0));
+  for (unsigned page = 0; page < ALL; page++)
+    must(*state_of(page) == states[page]);
+  must(pread(guest_file, is, sizeof is, 0) == sizeof is);
+  must(!memcmp(is, want, sizeof is));
+}
+
+/* --- the source ------------------------------------------------------------------------------- */
+
+static bool is_request(const uint8_t *at) {
+  return at[0] == 0x95 && at[1] == 1 && at[2] == 0xcd && at[5] == 0xcf && at[14] == 0xce &&
+         at[19] == 0xc6 && number(at + 6, 8) < pages_of((unsigned)number(at + 3, 2)) &&
+         number(at + 15, 4) == 1 && number(at + 20, 4) == 0;
+}
+
+static void to_source(const uint8_t *data, size_t size) {
+  unsigned asked[MOST_REQUESTED / FRAME_BYTES], count = 0, answered = 0;
+  for (; (count + 1) * FRAME_BYTES <= size && is_request(data + count * FRAME_BYTES); count++) {
+    const uint8_t *at = data + count * FRAME_BYTES;
+    asked[count] = (unsigned)number(at + 6, 8) + (number(at + 3, 2) ? FIRST : 0);
+  }
+  uint64_t total = source->stats.total_pages;
+  source->stats = (struct pc_stats){.total_pages = total};
+  int peer;
+  struct connection connection = {
+      .engine = source, .fd = connected(data, size, &peer), .urgent = true};
+  urgent_run(&connection);
+  close(connection.fd);
+
+  must(source->stats.requests == count);
+  must(source->stats.failure == PC_BAD_FRAME || source->stats.failure == PC_CONNECTION);
+  static uint8_t answers[MOST_REQUESTED / FRAME_BYTES * (FRAME_BYTES + PAGE)];
+  size_t got = 0;
+  for (ssize_t n; (n = recv(peer, answers + got, sizeof answers - got, 0)) > 0;)
+    got += (size_t)n;
+  close(peer);
+  for (size_t at = 0; at < got;) {
+    struct frame f;
+    must(at + FRAME_BYTES <= got && !frame_decode(answers + at, &f));
+    must(frame_fits(&f, pages_of(f.region), PAGE) && f.kind != FRAME_REQUEST);
+    at += FRAME_BYTES;
+    for (unsigned i = 0; i < f.count; i++, answered++) {
+      unsigned page = (unsigned)f.page + i + (f.region ? FIRST : 0);
+      must(answered < count && page == asked[answered]);
+      must(f.kind == FRAME_ZERO ? page % 3 == 0 || page % 7 == 0
+                                : !memcmp(answers + at + i * PAGE, source_pages + page * PAGE, PAGE));
+    }
+    at += f.payload;
+    must(at <= got);
+  }
+  /* Only what came together with a header that is no request may stay without its answer. */
+  must(answered == count || size >= (count + 1) * FRAME_BYTES);
+}
+
+/* The numbers as Python passes them on: it has seen to it that there are as many bits. */
+static void have(const uint8_t *data, size_t size) {
+  if (size < 11)
+    return;
+  unsigned region = data[0];
+  uint64_t first = number(data + 1, 8), count = number(data + 9, 2);
+  count = count < (size - 11) * 8 ? count : (size - 11) * 8;
+  uint8_t *bits = malloc((count + 7) / 8 + !count); /* of its very size, for the sanitizer */
+  memcpy(bits, data + 11, (count + 7) / 8);
+  forget_sent(source);
+  uint64_t pages = pages_of(region);
+  bool fits = first <= pages && count <= pages - first && region < 2;
+  must(pc_source_have(source, region, first, count, bits) == (fits ? 0 : -EINVAL));
+  for (unsigned r = 0; r < 2; r++)
+    for (uint64_t page = 0; page < pages_of(r); page++) {
+      uint64_t slot = source->regions[r].first + page, i = page - first;
+      bool told = fits && r == region && page >= first && i < count && bits[i / 8] >> i % 8 & 1;
+      must((source->sent[slot / 64] >> slot % 64 & 1) == told);
+    }
+  free(bits);
+}
+
+/* --- one input -------------------------------------------------------------------------------- */
+
+/* The payloads that the headers promise, made here: each page of another content. */
+static size_t lengthened(const uint8_t *data, size_t size) {
+  size_t to = 0;
+  for (unsigned n = 1; size >= FRAME_BYTES && to + FRAME_BYTES <= sizeof stream; n++) {
+    uint64_t bytes = number(data + 20, 4);
+    memcpy(stream + to, data, FRAME_BYTES);
+    to += FRAME_BYTES, data += FRAME_BYTES, size -= FRAME_BYTES;
+    bytes = bytes < sizeof stream - to ? bytes : sizeof stream - to;
+    for (uint64_t i = 0; i < bytes; i += PAGE, n++)
+      memset(stream + to + i, (int)(n % 0x70 + 1), bytes - i < PAGE ? bytes - i : PAGE);
+    to += bytes;
+  }
+  size = size < sizeof stream - to ? size : sizeof stream - to;
+  memcpy(stream + to, data, size);
+  return to + size;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+  if (!dest)
+    make_engines();
+  if (size < 2)
+    return 0;
+  enum role role = (data[0] & 0x7f) % ROLES;
+  bool longer = data[0] & LONG;
+  unsigned seed = data[1];
+  data += 2, size -= 2;
+  if (role == REQUESTS) {
+    to_source(data, size < MOST_REQUESTED ? size : MOST_REQUESTED);
+  } else if (role == HAVE) {
+    have(data, size);
+  } else {
+    if (longer)
+      size = lengthened(data, size), data = stream;
+    to_destination(data, size < MOST_SENT ? size : MOST_SENT, role == URGENT, seed);
+  }
+  return 0;
+}
