@@ -472,7 +472,8 @@ class Daemon:
     async def _resume(self, channel: Channel, asked: p.Resume) -> None:
         """A source asks what became of its guest: it is told, or goes on with the rest."""
         vm = self._vm_here(asked.vm)
-        if (session := self._arrivals.get(asked.migration)) is not None:
+        session = self._arrivals.get(asked.migration)
+        if session is not None and session.vm is vm:
             await session.drop()
         with trio.move_on_after(ANSWER_S):
             await vm.free.wait()

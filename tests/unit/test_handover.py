@@ -37,7 +37,7 @@ from postcopyd.handover import (
 )
 from postcopyd.protocol import LocalProtocolError, RemoteProtocolError
 
-TABLES: dict[State, Mapping[Event, Any]] = {**SOURCE, **DESTINATION}
+TABLES: dict[Any, Mapping[Event, Any]] = {**SOURCE, **DESTINATION}
 BY_ITSELF = frozenset({""})
 WITH_A_PERSON = frozenset({"", "person"})
 
