@@ -18,7 +18,7 @@ DEFAULT_CONTROL = "/run/postcopyd/control"
 DEFAULT_PORT = 16525
 DEFAULT_STATE_DIR = Path("/run/postcopyd/state")
 DEFAULT_DURABLE_DIR = Path("/var/lib/postcopyd")
-# Beyond a few, more connections bring nothing but threads; the wire allows no more either.
+# Beyond a few, more connections bring nothing but threads; the wire allows twice as many.
 MAX_CONNECTIONS = 16
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}

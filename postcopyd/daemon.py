@@ -345,8 +345,8 @@ class Daemon:
         if decision == "wait":
             return
         if arrived is not None and decision == "poison":
-            vm.waiting = None
             with vm.claim(arrived):
+                vm.waiting = None
                 try:
                     await arrived.poison()
                 finally:
@@ -492,8 +492,9 @@ class Daemon:
                     f"`postcopyd resolve {vm.name} --kill` here ends what is left of it",
                     "Lost",
                 )
-            session, vm.waiting = vm.waiting, None
+            session = vm.waiting
             with vm.claim(session):
+                vm.waiting = None
                 self._arrivals[asked.migration] = session
                 try:
                     await session.resume(channel, asked)

@@ -553,9 +553,13 @@ int pc_source_have(struct pc_source *s, unsigned region, uint64_t first, uint64_
   struct region *r = region < s->region_count ? &s->regions[region] : NULL;
   if (!r || first > r->is.pages || count > r->is.pages - first)
     return -EINVAL;
-  for (uint64_t i = 0; i < count; i++)
-    if (bits[i / 8] >> i % 8 & 1)
-      bit_take(s->sent, r->first + first + i);
+  uint64_t slot = r->first + first;
+  for (uint64_t i = 0; i < count; i++) {
+    uint64_t from = i;
+    while (i < count && bits[i / 8] >> i % 8 & 1)
+      i++;
+    bits_set(s->sent, slot + from, slot + i); /* a word at a time */
+  }
   return 0;
 }
 

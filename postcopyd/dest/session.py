@@ -157,6 +157,10 @@ class DestinationSession:
                     "VmmGone",
                 ) from None
             raise
+        if self._run and not self._ran:
+            await self.vm.attached().run()
+        self._ran = True
+        self._note()
         self.vm.show(
             remaining=0,
             message=f"{self.vm.name} runs here without {pages} pages that were lost with "

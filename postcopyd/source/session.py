@@ -439,7 +439,7 @@ class SourceSession:
                 mends = trouble.name in MENDS and now - began < RESTLESS_S
                 with trio.move_on_after(AGAIN_S if mends else SELDOM_S):
                     await self._poke.wait()
-        if self._decision is not None:
+        if self._decision is not None and self.machine.gave_away and self._completed is None:
             with trio.CancelScope(shield=True):
                 await self._resolved()
 
@@ -447,6 +447,8 @@ class SourceSession:
         """A person has given the destination, or the copy here, up."""
         vm = self.vm
         self.machine.happened(Happened.LOST)
+        if self._decision == "take_back" and self.machine.state is Source.DRAINED:
+            return  # it has just said that it has all of it
         by = f"by an operator's decision, in the middle of the move to {self.request.to}"
         if self._decision == "take_back":
             self.machine.happened(Happened.TAKEN_BACK)
@@ -547,10 +549,10 @@ class SourceSession:
             await self._engine.disconnect()
         sentence = f"{name} was not moved and is at this host as it was: {error}"
         if self.machine.state in (Source.DECLINED, Source.TAKEN_BACK):
-            # Ours again, recorded before it runs. What the destination may still say is of an epoch
-            # that is over.
+            # Ours again, recorded before it runs: a daemon that is started again runs it. What the
+            # destination may still say is of an epoch that is over.
             vm.epoch += 1
-            self._record_settled("held")
+            self._record_settled("intent")
             self._committed = False
         if self._touched and vm.driver is not None:
             try:

@@ -133,7 +133,9 @@ def samples(target: str) -> Iterator[bytes]:
                 given = {}
                 for field, kind in about.input.fields.items():
                     kind = kind.of if isinstance(kind, varlink_idl.Maybe) else kind
-                    kind = interface.types[kind.name] if isinstance(kind, varlink_idl.Named) else kind
+                    kind = (
+                        interface.types[kind.name] if isinstance(kind, varlink_idl.Named) else kind
+                    )
                     is_enum = isinstance(kind, varlink_idl.Enum)
                     given[field] = kind.names[0] if is_enum else values[kind.name]
                 call = {"method": f"{name}.{method}", "parameters": given, "more": True}
@@ -172,8 +174,8 @@ def samples(target: str) -> Iterator[bytes]:
 
 
 class Coverage:
-    """Lines that were gone from and to, once or more often, of the parsers' modules; and how what
-    the target says begins, without its numbers and what is quoted: much is parsed in C."""
+    """Lines that were gone from and to, once or more often, of the parsers' modules; and how
+    what the target says begins, without its numbers and what is quoted: much is parsed in C."""
 
     def __init__(self) -> None:
         self.seen: set[Any] = set()
@@ -194,7 +196,7 @@ class Coverage:
         self._counts, self._last = {}, {}
         sys.settrace(self._trace)
         try:
-            said = {VARIES.sub("", one)[:24] for one in target(data)}
+            said = {" ".join(VARIES.sub("", one).split()[:2]) for one in target(data)}
         finally:
             sys.settrace(None)
         return said | {(edge, count > 1) for edge, count in self._counts.items()}
@@ -223,7 +225,9 @@ def mutated(corpus: list[bytes], draw: random.Random) -> bytes:
                 other = draw.choice(corpus)
                 data += other[2:] if draw.random() < 0.8 else other
             case _:
-                digits = str(draw.choice((-1, 0, 2**31, 2**63, 2**64, 10**400, "1e999", "{}", "[]")))
+                digits = str(
+                    draw.choice((-1, 0, 2**31, 2**63, 2**64, 10**400, "1e999", "{}", "[]"))
+                )
                 data[at:at] = digits.encode()
     return bytes(data[:MOST])
 

@@ -11,8 +11,8 @@ What a step is:
   ""        something that happens by itself
   "fault"   the network is cut, a session fails, a daemon dies and is started again, the
             destination's VMM ends, a person ends the source's copy of a paused guest
-  "person"  what only a person can say: *taken back* when the destination's VMM is dead, *poison*
-            when the source's is
+  "person"  what only a person can say: *taken back* when the destination's VMM is dead, *kill*
+            there when the source's is (or *poison*, which changes nothing of what is here)
 
 Nothing is counted, so every number of faults, connections and restarts is covered. It stays finite
 because of these, which lose nothing:
@@ -330,8 +330,6 @@ class Model:
                 yield "the last page comes", "", w._replace(whole=True)
         if state is Destination.RUNNING_LOST and w.here == "ended" and w.there not in DEAD:
             yield "a person ends the destination's VMM", "person", w._replace(there=_dead(w))
-            if w.there == "runs" and not w.whole:
-                yield "a person poisons what is missing", "person", w._replace(whole=True)
         drains = state is Destination.RUNNING or (
             state is Destination.RUNNING_LOST and w.there == "runs"
         )

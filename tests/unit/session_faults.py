@@ -177,7 +177,8 @@ def destination_says_error(world: World, point: str) -> None:
 
 
 def source_ends(world: World, point: str) -> None:
-    """Its daemon, for good."""
+    """Its daemon, for good; what it has sent and nobody has read is lost."""
+    world.cut(p.CONTROL, p.DATA)
     world.source.stop()
 
 

@@ -275,8 +275,9 @@ class World:
 
     async def paused_there(self) -> None:
         """The destination has the guest and waits for pages."""
-        while self.destination.vm.waiting is None or self._streams:
-            await trio.sleep(0.1)
+        with trio.fail_after(LONG_S):
+            while self.destination.vm.waiting is None or self._streams:
+                await trio.sleep(0.1)
 
     # --- the network
 

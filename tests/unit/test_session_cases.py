@@ -115,7 +115,7 @@ async def test_counts_differ(tmp_path: Path, clock: Clock) -> None:
 
     made = await migrated(tmp_path, {"<- drained": fewer}, patience=20, sticks=True)
     assert made.source.vmm.state == "stopped"
-    assert "counts 31 pages" in made.source.vm.status["message"]
+    assert any("counts 31 pages" in str(entry.get("error")) for entry in made.logs)
 
 
 # --- declined ------------------------------------------------------------------------------------
@@ -141,18 +141,17 @@ async def test_declined(faults: dict[str, Fault], tmp_path: Path, clock: Clock) 
 
 
 async def test_declined_and_not_ended(tmp_path: Path, clock: Clock) -> None:
-    """A VMM that neither runs the guest nor ends keeps it: the source is not told that it may."""
+    """A VMM that neither runs the guest nor ends keeps it: the source is not told that it may, and
+    when it asks the guest is run once more."""
     made = await migrated(
         tmp_path,
         {
             "destination.run": refusing(Declined("its disk is locked")),
             "destination.end": refusing(VmmError("it does not end")),
         },
-        patience=20,
-        sticks=True,
     )
-    assert made.source.vmm.state == "stopped"
-    assert (made.source.phase, made.destination.phase) == ("paused", "paused")
+    assert made.destination.vmm.state == "running"
+    assert made.source.phase == "drained"
 
 
 # --- before the grant ----------------------------------------------------------------------------
@@ -381,7 +380,7 @@ async def test_kill_the_source(tmp_path: Path, clock: Clock) -> None:
         await made.source.daemon.resolve("web1", "kill")
         assert (made.source.vmm.state, made.source.phase) == ("ended", "failed")
         assert made.source.recorded() == "declined"
-        assert made.source.vm.status["result"]["event"] == "failed"
+        assert made.source.vm.status["result"]["event"] == "paused"  # for all that is known here
         assert (made.destination.vmm.state, made.destination.phase) == ("running", "paused")
 
 

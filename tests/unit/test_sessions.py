@@ -185,7 +185,7 @@ async def test_error_is_said_anywhere(
     fault: Fault, point: str, tmp_path: Path, clock: Clock
 ) -> None:
     """An error that comes at whatever step loses no guest, and never ends a running one."""
-    made = await migrated(tmp_path, {point: fault})
+    await migrated(tmp_path, {point: fault})
 
 
 @pytest.mark.parametrize("point", BEFORE)
@@ -224,7 +224,7 @@ async def test_paused_guest(point: str, tmp_path: Path, clock: Clock) -> None:
 )
 async def test_another_message(fault: Fault, point: str, tmp_path: Path, clock: Clock) -> None:
     """Whatever arrives instead of a message, and then nothing, no guest is lost."""
-    made = await migrated(tmp_path, {point: fault})
+    await migrated(tmp_path, {point: fault})
 
 
 # --- recovery ------------------------------------------------------------------------------------

@@ -1,0 +1,798 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peers and clients that break the rules, in every state: they harm nobody but themselves.
+
+Three ways to be one: in the middle of two daemons (`Middle`), as a source by hand (`Peer`), as a
+destination by hand (`false_destination`). Each test ends with the daemons as they were: as many
+descriptors and engine threads, no more memory (the fixture `pair`), no traceback in their logs
+(`Pair.end`), and where a migration went on beside, its guest whole.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import trio
+from msgspec import structs
+from pair import (
+    HELLO,
+    KIND,
+    LARGE,
+    MIB,
+    SMALL,
+    Host,
+    Pair,
+    ProcessGuest,
+    again,
+    completed,
+    connected,
+    ended,
+    status_until,
+    until,
+    verified,
+    worked,
+)
+from test_cut_connections import in_one_place
+
+from postcopyd import protocol as p
+from postcopyd.connection import receive_object
+from postcopyd.errors import PostcopydError
+
+M = TypeVar("M", bound=p.Message)
+CORPUS = Path(__file__).parents[1] / "fuzz/corpus"
+CHUNK = 65536
+
+# --- what a daemon has
+
+
+def descriptors(host: Host) -> int:
+    assert host.process is not None
+    return len(list(Path(f"/proc/{host.process.pid}/fd").iterdir()))
+
+
+def engine_threads(host: Host) -> int:
+    assert host.process is not None
+    names = Path(f"/proc/{host.process.pid}/task").glob("*/comm")
+    return sum(name.read_text().startswith("pc-") for name in names)
+
+
+def memory(host: Host) -> int:
+    """Bytes that the daemon holds."""
+    assert host.process is not None
+    status = Path(f"/proc/{host.process.pid}/status").read_text()
+    return int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) << 10
+
+
+@pytest.fixture
+def pair(daemons: Pair) -> Iterator[Pair]:
+    before = [(descriptors(host), memory(host)) for host in daemons]
+    yield daemons
+    daemons.end_guests()
+    for host, (fds, had) in zip(daemons, before, strict=True):
+        deadline = time.monotonic() + 10
+        while (descriptors(host) > fds or engine_threads(host)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert host.process is not None and host.process.poll() is None
+        assert descriptors(host) <= fds
+        assert engine_threads(host) == 0
+        assert memory(host) < had + 64 * MIB
+
+
+@asynccontextmanager
+async def beside(pair: Pair, seconds: float = 3) -> AsyncIterator[None]:
+    """A migration that goes on meanwhile, arrives, and never had to be continued."""
+    name, _, there = await pair.place("--memory", "16M", "--rate", "4000")
+    a, b = pair
+    rate = int(16 * MIB / seconds)
+    started = await a.call("Migrate", name=name, to=b.address, bandwidth=rate)
+    await status_until(b, name, lambda status: status["phase"] == "postcopy")
+    yield
+    completed(await a.result(name, started["migration"]))
+    await verified(there)
+
+
+async def logged(host: Host, word: str, since: int) -> None:
+    """The daemon says so in its log, behind its first `since` characters."""
+    await until(lambda: re.search(word, host.log.read_text()[since:]), f"{word} in the log", 15)
+
+
+# --- bad peers
+
+
+class Peer:
+    """One end of a control connection, by hand."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self._codec = p.Codec()
+        self._heard: list[p.Message] = []
+
+    async def say(self, *messages: p.Message | bytes) -> None:
+        for message in messages:
+            await self.stream.send_all(message if isinstance(message, bytes) else p.pack(message))
+
+    async def hear(self, kind: type[M]) -> M:
+        """The next message but keepalives, which is of this kind."""
+        with trio.fail_after(15):
+            while True:
+                while self._heard:
+                    message = self._heard.pop(0)
+                    if not isinstance(message, p.Keepalive):
+                        assert isinstance(message, kind), message
+                        return message
+                data = await self.stream.receive_some(CHUNK)
+                assert data, f"closed where {kind.__name__} was due"
+                self._codec.feed(bytes(data))
+                self._heard += [p.parse_message(obj) for obj in self._codec.objects()]
+
+    async def until_error(self) -> p.Error:
+        while True:
+            message = await self.hear(p.Message)
+            if isinstance(message, p.Error):
+                return message
+
+    async def closed(self) -> None:
+        """The other end closes, whatever it says before."""
+        with trio.fail_after(15), suppress(trio.BrokenResourceError):
+            while await self.stream.receive_some(CHUNK):
+                pass
+
+
+@asynccontextmanager
+async def source_of(host: Host) -> AsyncIterator[Peer]:
+    """A source by hand, greeted by the daemon."""
+    async with await connected(host) as stream:
+        peer = Peer(stream)
+        await peer.say(KIND[p.CONTROL], HELLO)
+        await peer.hear(p.Hello)
+        yield peer
+
+
+@asynccontextmanager
+async def listening(serve: Callable[[trio.SocketStream], Awaitable[None]]) -> AsyncIterator[str]:
+    """Somebody at an address, which this gives."""
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, serve, listeners)
+        yield f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        nursery.cancel_scope.cancel()
+
+
+class FalseDestination:
+    """Has everything handed over to it by hand, up to the grant, each time that it is asked.
+
+    `control` is the newest control connection, `data` the data connections, urgent ones first.
+    """
+
+    def __init__(self) -> None:
+        self.asked: p.Offer | p.Resume | None = None
+        self.control: Peer
+        self.data: list[trio.SocketStream] = []
+        self.after: Callable[[Peer], Awaitable[None]] = self._nothing
+
+    async def _nothing(self, _: Peer) -> None:
+        await trio.sleep_forever()
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError, AssertionError):
+            first = await stream.receive_some(len(KIND[p.DATA]))
+            if first == KIND[p.DATA]:
+                hello: p.DataHello = await receive_object(stream, p.DataHello)
+                self.data.insert(0 if hello.urgent else len(self.data), stream)
+                await stream.send_all(p.pack(p.DataWelcome(hello.migration)))
+                await trio.sleep_forever()
+            while first != KIND[p.CONTROL]:
+                first += await stream.receive_some(1)
+            await self._control(Peer(stream))
+
+    async def _control(self, peer: Peer) -> None:
+        self.control = peer
+        await peer.say(HELLO)
+        await peer.hear(p.Hello)
+        asked = await peer.hear(p.Message)
+        assert isinstance(asked, p.Offer | p.Resume)
+        self.asked = asked
+        self.data.clear()
+        await peer.say(p.Ready(bytes(32)))
+        if isinstance(asked, p.Offer) and not asked.check:
+            while len(self.data) < asked.connections + 1:
+                await trio.sleep(0.01)
+            await peer.say(p.Serving())
+            await peer.hear(p.Handover)
+            while not isinstance(await peer.hear(p.Message), p.DeviceEnd):
+                pass
+            await peer.say(p.Loaded())
+            await peer.hear(p.Grant)
+        await peer.say(p.Ran())
+        await self.after(peer)
+
+
+async def offer_of(pair: Pair, name: str) -> p.Offer:
+    """What the first host offers for this VM."""
+    false = FalseDestination()
+    async with listening(false.serve) as address:
+        await pair.hosts[0].call("Check", name=name, to=address)
+    assert isinstance(false.asked, p.Offer)
+    return structs.replace(false.asked, check=False, connections=1)
+
+
+class Middle:
+    """Between a source and a destination: passes on, and once does what it likes.
+
+    `message(to, message)` is asked for each control message and gives what is sent to that side in
+    its place; `frame(kind, header, payload)` for each frame to the destination of a connection of
+    this kind, and `request(header)` for each to the source.
+    """
+
+    def __init__(self, to: Host) -> None:
+        self.to = to
+        self.message: Callable[[str, p.Message], bytes] = lambda _, message: p.pack(message)
+        self.frame: Callable[[str, bytes, bytes], bytes] = lambda _, header, payload: (
+            header + payload
+        )
+        self.request: Callable[[bytes], bytes] = lambda header: header
+        self.dialled = 0
+
+    async def serve(self, source: trio.SocketStream) -> None:
+        destination = await connected(self.to)
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
+            async with destination, trio.open_nursery() as nursery:
+                kind = b""
+                while kind not in KIND.values():
+                    kind += await source.receive_some(1)
+                await destination.send_all(kind)
+                if kind == KIND[p.DATA]:
+                    hello: p.DataHello = await receive_object(source, p.DataHello)
+                    await destination.send_all(p.pack(hello))
+                    welcome = await receive_object(destination, p.DataWelcome)
+                    await source.send_all(p.pack(welcome))
+                    kinds = "urgent" if hello.urgent else "push"
+                    nursery.start_soon(self._frames, source, destination, kinds)
+                    await self._frames(destination, source, "")
+                else:
+                    self.dialled += 1
+                    nursery.start_soon(self._messages, source, destination, "destination")
+                    await self._messages(destination, source, "source")
+                nursery.cancel_scope.cancel()
+
+    async def _messages(self, a: trio.SocketStream, b: trio.SocketStream, to: str) -> None:
+        codec = p.Codec()
+        with suppress(trio.BrokenResourceError):
+            while data := await a.receive_some(CHUNK):
+                codec.feed(bytes(data))
+                for obj in codec.objects():
+                    await b.send_all(self.message(to, p.parse_message(obj)))
+        with suppress(trio.BrokenResourceError):
+            await b.send_eof()
+
+    async def _frames(self, a: trio.SocketStream, b: trio.SocketStream, kind: str) -> None:
+        held = b""
+        with suppress(trio.BrokenResourceError):
+            while data := await a.receive_some(CHUNK):
+                held += data
+                out = []
+                while len(held) >= p.FRAME_BYTES:
+                    header = held[: p.FRAME_BYTES]
+                    end = p.FRAME_BYTES + p.unpack_frame(header).payload
+                    if len(held) < end:
+                        break
+                    payload, held = held[p.FRAME_BYTES : end], held[end:]
+                    out.append(self.frame(kind, header, payload) if kind else self.request(header))
+                await b.send_all(b"".join(out))
+        with suppress(trio.BrokenResourceError):
+            await b.send_eof()
+
+
+# --- control connections
+
+NO_MSGPACK = b"\xc1"
+OVERSIZED = b"\xdb\xff\xff\xff\xff" + b"x" * 100_000
+NESTED = b"\x91" * 5000
+ROOM = b"\xdc\x02\x00" * 3000
+TWICE = b"\x82\xa4type\xa5hello\xa4type\xa5error"
+UNKNOWN = p.pack(p.Error("x", "y")).replace(b"error", b"erxor")
+WRONG = {"destination": p.pack(p.Loaded()), "source": p.pack(p.Handover())}
+
+AFTER = [
+    ("destination", "hello", NESTED),
+    ("destination", "offer", OVERSIZED),
+    ("destination", "handover", TWICE),
+    ("destination", "device", WRONG["destination"]),
+    ("destination", "deviceEnd", NO_MSGPACK),
+    ("destination", "grant", WRONG["destination"]),
+    ("source", "hello", WRONG["source"]),
+    ("source", "ready", UNKNOWN),
+    ("source", "serving", ROOM),
+    ("source", "loaded", NO_MSGPACK),
+    ("source", "ran", OVERSIZED),
+    ("source", "progress", WRONG["source"]),
+]
+
+
+def tag(message: p.Message) -> str:
+    return str(type(message).__struct_config__.tag)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+async def test_bad_message_in_each_state(pair: Pair, seed: int | None) -> None:
+    """What must not come ends the migration with a named error; after the grant, one attempt."""
+    a, b = pair
+    hosts = {"source": a, "destination": b}
+
+    async def attempt(to: str, after: str, bad: bytes) -> None:
+        name, here, there = await pair.place("--memory", "8M", "--rate", "4000")
+        middle, draw, done = Middle(b), random.Random(seed), False
+        since = len(hosts[to].log.read_text())
+
+        def message(side: str, one: p.Message) -> bytes:
+            nonlocal done
+            data = p.pack(one)
+            if done or (side, tag(one)) != (to, after):
+                return data
+            done = True
+            if seed is None:
+                return data + bad
+            spoiled = bytearray(data)  # it may be a good one still, then nothing is to be said
+            for _ in range(3):
+                spoiled[draw.randrange(len(spoiled))] = draw.randrange(256)
+            return bytes(spoiled)
+
+        middle.message = message
+        async with listening(middle.serve) as address:
+            started = await a.call("Migrate", name=name, to=address, bandwidth=16 * MIB)
+            result = await a.result(name, started["migration"])
+            where = await in_one_place(pair, name, here, there)
+        assert done
+        if seed is not None:
+            return
+        granted = after in ("grant", "loaded", "ran", "progress")
+        assert where == ("destination" if granted and after != "loaded" else "source"), after
+        if where == "source":
+            assert result["event"] == "failed"
+            assert re.search("sent what is no|sent a bad|not possible", result["error"]), result
+        else:
+            assert (result["event"], result["recoveries"]) == ("completed", 1)
+        await logged(hosts[to], "sent what is no|sent a bad|not possible", since)
+
+    async with beside(pair):
+        for number, case in enumerate(AFTER):
+            if seed is None or number % 2:
+                await attempt(*case)
+
+
+async def test_any_bytes(pair: Pair) -> None:
+    """What the fuzzers have found of interest is said to a daemon that has just been greeted."""
+    _, b = pair
+    streams = [
+        KIND[p.CONTROL] + HELLO + path.read_bytes()[2:]
+        for path in sorted((CORPUS / "control").iterdir())
+    ]
+    streams += [
+        KIND[p.DATA] + path.read_bytes()[2:] for path in sorted((CORPUS / "frames").iterdir())
+    ]
+    async with beside(pair):
+        for sends in streams:
+            async with await connected(b) as stream:
+                with suppress(trio.BrokenResourceError):
+                    await stream.send_all(sends)
+                    await stream.send_eof()
+        assert (await b.call("List"))["vms"]
+
+
+async def test_bombs(pair: Pair) -> None:
+    """Messages that are small on the wire and large in memory, from many at once."""
+    _, b = pair
+    row = b"\xdc\x02\x00" + b"\x80" * 512
+    bomb = KIND[p.CONTROL] + HELLO + b"\xdc\x02\x00" + row * 511
+    async with beside(pair), trio.open_nursery() as nursery:
+
+        async def explode() -> None:
+            async with await connected(b) as stream:
+                peer = Peer(stream)
+                with suppress(trio.BrokenResourceError):
+                    await peer.say(bomb)
+                    await peer.say(row)
+                    await peer.closed()
+
+        for _ in range(16):
+            nursery.start_soon(explode)
+
+
+# --- data connections
+
+
+async def data_connection(host: Host, *hello: p.DataHello | bytes) -> trio.SocketStream:
+    stream = await connected(host)
+    await stream.send_all(KIND[p.DATA])
+    for one in hello:
+        await stream.send_all(one if isinstance(one, bytes) else p.pack(one))
+    return stream
+
+
+async def refused(host: Host, *hello: p.DataHello | bytes) -> None:
+    async with await data_connection(host, *hello) as stream:
+        with trio.fail_after(15), suppress(trio.BrokenResourceError):
+            assert await stream.receive_some(100) == b""
+
+
+@asynccontextmanager
+async def arriving(
+    pair: Pair, offer: p.Offer, name: str
+) -> AsyncIterator[tuple[Peer, ProcessGuest, list[trio.SocketStream]]]:
+    """By hand up to serving: the control connection, the VMM there, the data connections."""
+    _, b = pair
+    there = await pair.attach(b, name, pair.guest(*SMALL, "--incoming"))
+    async with source_of(b) as peer:
+        await peer.say(structs.replace(offer, migration=f"hand-{name}", vm=name))
+        token = (await peer.hear(p.Ready)).token
+        urgent = p.DataHello(f"hand-{name}", token, urgent=True)
+        push = structs.replace(urgent, urgent=False)
+        await refused(b, structs.replace(urgent, token=bytes(32)))
+        await refused(b, structs.replace(urgent, migration="another"))
+        data = [await data_connection(b, urgent)]
+        await receive_object(data[0], p.DataWelcome)
+        await refused(b, urgent)  # replayed
+        await refused(b, b"\xc1")
+        data.append(await data_connection(b, push))
+        await receive_object(data[1], p.DataWelcome)
+        for _ in range(20):
+            await refused(b, push)
+        await peer.hear(p.Serving)
+        yield peer, there, data
+        for stream in data:
+            await stream.aclose()
+
+
+PAGE = 4096
+BAD_FRAMES = {
+    "region": p.pack_frame(p.Frame(p.PAGES, 1, 0, 1, PAGE)) + bytes(PAGE),
+    "last region": p.pack_frame(p.Frame(p.ZERO, 65535, 0, 1, 0)),
+    "page": p.pack_frame(p.Frame(p.PAGES, 0, 4096, 1, PAGE)) + bytes(PAGE),
+    "far page": p.pack_frame(p.Frame(p.ZERO, 0, 2**64 - 1, 1, 0)),
+    "count": p.pack_frame(p.Frame(p.ZERO, 0, 1, 2**32 - 1, 0)),
+    "count that overflows": p.pack_frame(p.Frame(p.ZERO, 0, 2**64 - 2, 3, 0)),
+    "no count": p.pack_frame(p.Frame(p.ZERO, 0, 1, 0, 0)),
+    "short": p.pack_frame(p.Frame(p.PAGES, 0, 0, 2, PAGE)) + bytes(PAGE),
+    "payload": p.pack_frame(p.Frame(p.ZERO, 0, 0, 1, PAGE)) + bytes(PAGE),
+    "too long": struct.pack(">BBBHBQBIBI", 0x95, 2, 0xCD, 0, 0xCF, 0, 0xCE, 1, 0xC6, 2**32 - 1),
+    "role": p.pack_frame(p.Frame(p.REQUEST, 0, 0, 1, 0)),
+    "garbage": b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
+}
+
+
+async def test_frames_that_do_not_fit(pair: Pair) -> None:
+    """Neither wrong data connections nor wrong frames go further than a named error."""
+    _, b = pair
+    name, _, _ = await pair.place()
+    offer = await offer_of(pair, name)
+    async with beside(pair):
+        for number, frame in enumerate(BAD_FRAMES.values()):
+            async with arriving(pair, offer, pair.name()) as (peer, there, data):
+                await data[number % 2].send_all(frame)
+                await peer.say(p.Handover())
+                error = await peer.until_error()
+                assert error.name == "EngineFailed"
+                assert re.search("does not fit the guest|not a frame", error.message), error
+            await ended(there)  # it had begun to load
+        assert (await b.status(name))["phase"] == "idle"
+
+
+async def test_pages_again_with_other_content(pair: Pair) -> None:
+    """A page that was placed stays as it is, whatever comes for it later."""
+    name, here, there = await pair.place(*LARGE)
+    a, b = pair
+    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    middle, twice = Middle(b), 0
+
+    def frame(kind: str, header: bytes, payload: bytes) -> bytes:
+        nonlocal twice
+        one = p.unpack_frame(header)
+        twice += 2 * one.count
+        other = p.pack_frame(p.Frame(p.PAGES, one.region, one.page, one.count, one.count * PAGE))
+        zeros = p.pack_frame(p.Frame(p.ZERO, one.region, one.page, one.count, 0))
+        return header + payload + other + b"\x5a" * (one.count * PAGE) + zeros
+
+    middle.frame = frame
+    async with listening(middle.serve) as address:
+        started = await a.call("Migrate", name=name, to=address)
+        result = await a.result(name, started["migration"])
+        assert result["event"] == "completed"
+        assert result["memory"]["duplicatePages"] >= twice - 4096
+        await verified(there)
+
+
+async def test_requests_without_end(pair: Pair) -> None:
+    """A destination that asks for one page 100,000 times is answered, and costs no memory."""
+    name, here, there = await pair.place(*LARGE)
+    a, b = pair
+    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    middle, left, had = Middle(b), 100_000, memory(a)
+
+    def request(header: bytes) -> bytes:
+        nonlocal left
+        now, left = min(left, 2000), left - min(left, 2000)
+        return header + header * now
+
+    middle.request = request
+    async with listening(middle.serve) as address:
+        started = await a.call("Migrate", name=name, to=address, bandwidth=16 * MIB)
+        result = await a.result(name, started["migration"])
+    assert result["event"] == "completed"
+    assert left == 0
+    assert memory(a) < had + 32 * MIB
+    await verified(there)
+
+
+BAD_REQUESTS = [
+    p.pack_frame(p.Frame(p.REQUEST, 7, 0, 1, 0)),
+    p.pack_frame(p.Frame(p.REQUEST, 0, 4096, 1, 0)),
+    p.pack_frame(p.Frame(p.REQUEST, 0, 0, 2, 0)),
+    p.pack_frame(p.Frame(p.REQUEST, 0, 0, 1, 8)) + bytes(8),
+    p.pack_frame(p.Frame(p.PAGES, 0, 0, 1, PAGE)) + bytes(PAGE),
+    bytes(24),
+]
+BAD_HAVES: list[p.Message] = [
+    p.Have(1, 0, 8, b"\xff"),
+    p.Have(0, 2**63 - 1, 8, b"\xff"),
+    p.Have(0, 4095, 2, b"\xff"),
+    p.Have(0, 0, 9, b"\xff"),
+    p.Have(0, 0, 8, b"\xff\xff"),
+    p.Drained(4095, 0, 0, 0, 0, 0, 0, 0.0, p.Faults()),
+    p.Error("Cancelled", "so it is"),
+    p.Declined("too late"),
+]
+
+
+async def test_destination_that_lies(pair: Pair) -> None:
+    """Requests, numbers and counts that cannot be pause the migration, which goes on asking."""
+    name, here, _ = await pair.place()
+    a, _ = pair
+    false = FalseDestination()
+    lies: list[bytes | p.Message] = [*BAD_REQUESTS, *BAD_HAVES]
+    said: list[str] = []
+
+    async def after(peer: Peer) -> None:
+        if not lies:
+            await trio.sleep_forever()
+        lie = lies.pop(0)
+        if isinstance(lie, bytes):
+            while not false.data:
+                await trio.sleep(0.01)
+            await false.data[0].send_all(lie)
+        else:
+            await peer.say(lie)
+        with suppress(trio.BrokenResourceError):
+            while data := await peer.stream.receive_some(CHUNK):
+                said.append(repr(bytes(data)))
+
+    false.after = after
+    async with beside(pair), listening(false.serve) as address:
+        await a.call("Migrate", name=name, to=address, bandwidth=MIB)
+        messages = set()
+        with trio.fail_after(30):
+            while lies:
+                status = await a.status(name)
+                messages.add(status["message"])
+                if status["phase"] == "paused":
+                    await a.call("Recover", name=name)  # at once
+                await trio.sleep(0.002)
+        await status_until(a, name, lambda status: status["phase"] == "postcopy")
+        text = " ".join(messages)
+        for part in ("not a request", "which this guest has not", "counts 4095 pages", "so it is"):
+            assert part in text, (part, messages)
+        assert (await trio.to_thread.run_sync(here.report))["state"] == "paused"
+    await status_until(a, name, lambda status: status["phase"] == "paused")
+    await a.call("Resolve", name=name, decision="take_back")
+    await worked(here, 100)
+    await verified(here)
+
+
+# --- who asks again
+
+
+async def test_resume_by_others(pair: Pair) -> None:
+    """Who asks for a migration that is not his gets an error, and nobody is disturbed."""
+    name, here, there = await pair.place(*LARGE)
+    idle = (await pair.attach(pair.hosts[1], pair.name(), pair.guest(*SMALL))) and pair._names
+    a, b = pair
+    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    started = await a.call("Migrate", name=name, to=b.address, bandwidth=24 * MIB)
+    await status_until(b, name, lambda status: status["phase"] == "postcopy")
+    true = p.Resume(started["migration"], name, 1)
+    wrong = [
+        structs.replace(true, migration="another"),
+        structs.replace(true, epoch=0),
+        structs.replace(true, epoch=2**63 - 1),
+        structs.replace(true, vm=f"vm{idle}"),
+        structs.replace(true, vm="nobody"),
+    ]
+    for resume in wrong:
+        async with source_of(b) as peer:
+            await peer.say(resume)
+            assert (await peer.until_error()).name in ("NotMigrating", "NoSuchVm")
+            await peer.closed()
+    result = await a.result(name, started["migration"])
+    completed(result)
+    await verified(there)
+    async with source_of(b) as peer:  # replayed
+        await peer.say(true)
+        assert (await peer.hear(p.Drained)).confirmed == 16384
+
+
+async def test_stolen_conversation(pair: Pair) -> None:
+    """Who knows a migration's numbers can hold it up; its source gets it back, and all arrives."""
+    name, here, there = await pair.place(*LARGE)
+    a, b = pair
+    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    started = await a.call("Migrate", name=name, to=b.address, bandwidth=24 * MIB)
+    await status_until(b, name, lambda status: status["phase"] == "postcopy")
+    for _ in range(3):
+        async with source_of(b) as peer:
+            await peer.say(p.Resume(started["migration"], name, 1))
+            await peer.hear(p.Ready)
+            await peer.hear(p.Ran)
+            await peer.closed()
+    result = await a.result(name, started["migration"])
+    assert (result["event"], result["recoveries"] > 0) == ("completed", True)
+    await verified(there)
+
+
+async def test_one_name_for_two_migrations(pair: Pair) -> None:
+    """The name of a migration that is arriving already is refused to another."""
+    _, b = pair
+    first, other = pair.name(), pair.name()
+    name, _, _ = await pair.place()
+    offer = await offer_of(pair, name)
+    await pair.attach(b, other, pair.guest(*SMALL, "--incoming"))
+    async with arriving(pair, offer, first) as (peer, there, _):
+        async with source_of(b) as second:
+            await second.say(structs.replace(offer, migration=f"hand-{first}", vm=other))
+            assert f"hand-{first}" in (await second.until_error()).message
+        await peer.say(p.Cancel("enough"))
+        await peer.closed()
+    await status_until(b, first, lambda status: status["phase"] == "failed")
+    assert there.process.poll() is None
+
+
+# --- slow ones and many
+
+
+async def test_slow_peers(pair: Pair) -> None:
+    """Whoever says nothing, or next to nothing, or only that it is there, is let go in time."""
+    a, b = pair
+    keepalive = p.pack(p.Keepalive())
+    offer = p.pack(p.Offer("m", "v", "d", [p.RegionOffer("r", 1, 4096)], {}, 1, 1))
+    drips: list[tuple[bytes, bytes]] = [
+        (b"", KIND[p.CONTROL]),
+        (b"", b""),
+        (KIND[p.CONTROL], HELLO),
+        (KIND[p.CONTROL], keepalive * 100),
+        (KIND[p.CONTROL] + HELLO, keepalive * 100),
+        (KIND[p.CONTROL] + HELLO, offer),
+        (KIND[p.CONTROL] + HELLO, b"\xc6\x00\x00\xff\xff" + bytes(100)),
+        (KIND[p.DATA], p.pack(p.DataHello("m", bytes(32), urgent=True))),
+        (KIND[p.DATA], b""),
+    ]
+    began = trio.current_time()
+
+    async def drip(first: bytes, then: bytes) -> None:
+        whole = keepalive if keepalive in then else b""
+        async with await connected(b) as stream, trio.open_nursery() as nursery:
+            await stream.send_all(first)
+
+            async def send() -> None:
+                with suppress(trio.BrokenResourceError):
+                    for at in range(len(then)):
+                        await trio.sleep(1)
+                        await stream.send_all(whole or then[at : at + 1])
+
+            nursery.start_soon(send)
+            with suppress(trio.BrokenResourceError):
+                while await stream.receive_some(CHUNK):
+                    pass
+            nursery.cancel_scope.cancel()
+
+    had = descriptors(b)
+    with trio.fail_after(16):
+        async with trio.open_nursery() as nursery:
+            for first, then in drips:
+                nursery.start_soon(drip, first, then)
+            idle = [await connected(b) for _ in range(300)]
+            for number in (0, 1):  # while all of these are there, as far as there is room
+                name, _, there = await pair.place()
+                if number:
+                    await until(lambda: descriptors(b) < had + 100, "idle peers are let go", 14)
+                    await again(pair, name, there)
+    assert trio.current_time() - began < 16
+    for stream in idle:
+        await stream.aclose()
+
+
+async def test_peer_that_talks_without_end(pair: Pair) -> None:
+    """Messages as fast as they go, and none of the answers read: others are served meanwhile."""
+    _, b = pair
+    name, _, _ = await pair.place()
+    offer = await offer_of(pair, name)
+    keepalives = p.pack(p.Keepalive()) * 4000
+
+    async def talk(first: bytes) -> None:
+        async with await connected(b) as stream:
+            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all(first)
+                while True:
+                    await stream.send_all(keepalives)
+
+    waiting = pair.name()
+    await pair.attach(b, waiting, pair.guest(*SMALL, "--incoming"))
+    offered = p.pack(structs.replace(offer, migration="talk", vm=waiting))
+    async with beside(pair), trio.open_nursery() as nursery:
+        for first in (b"", HELLO, HELLO, HELLO + offered):
+            nursery.start_soon(talk, KIND[p.CONTROL] + first)
+        for _ in range(20):
+            with trio.fail_after(2):
+                await b.call("List")
+            await trio.sleep(0.05)
+        nursery.cancel_scope.cancel()
+    await status_until(b, waiting, lambda status: status["phase"] == "failed")
+
+
+# --- the control socket
+
+
+async def test_clients_that_break_the_rules(pair: Pair) -> None:
+    """Calls in pieces, without end, too large or meaningless: others are answered meanwhile."""
+    a, _ = pair
+    good = json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0"
+    bad = [path.read_bytes() + b"\0" for path in sorted((CORPUS / "call").iterdir())]
+    bad += [
+        b"x" * (2 * MIB),
+        b'{"method":"io.postcopyd.List","parameters":' + b'{"a":' * 100_000,
+        b"[" * 500_000 + b"\0",
+        b'{"method":"io.postcopyd.Status","parameters":{"name":"' + b"n" * 900_000 + b'"}}\0',
+        b'{"method":"io.postcopyd.Migrate","parameters":{"name":"a","to":"b","bandwidth":'
+        + b"9" * 4000
+        + b"}}\0",
+        good[:-10],
+        b"\0" * 1000,
+    ]
+
+    async def client() -> trio.SocketStream:
+        return await trio.open_unix_socket(a.control)
+
+    async with beside(pair):
+        for sends in bad:
+            async with await client() as stream:
+                with suppress(trio.BrokenResourceError):
+                    await stream.send_all(sends)
+                    await stream.send_eof()
+                    with trio.fail_after(5):
+                        while await stream.receive_some(CHUNK):
+                            pass
+        async with await client() as stream:
+            for at in range(len(good)):
+                await stream.send_all(good[at : at + 1])
+            assert b"postcopyd" in await stream.receive_some(CHUNK)
+        async with await client() as stream:  # calls without end, no answer read
+            with suppress(trio.BrokenResourceError), trio.move_on_after(0.5):
+                while True:
+                    await stream.send_all(good * 1000)
+            assert (await a.call("List"))["vms"]
+        flood = [await client() for _ in range(200)]
+        for stream in flood[::2]:
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all(good[:20])
+        for stream in flood:
+            await stream.aclose()
+        with suppress(PostcopydError):  # the last of them may not be gone yet
+            await a.call("List")
+        assert (await a.call("List"))["vms"]
