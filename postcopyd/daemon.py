@@ -52,6 +52,9 @@ DRIVERS: dict[str, type[vmm.Vmm]] = {"qemu": QemuVmm, "process": ProcessVmm}
 ANSWER_S = 10.0
 """How long a source that asks after a migration waits for a session that is at its end."""
 
+LOOK_S = 5.0
+"""How long until a host that did not answer is asked again."""
+
 MAX_PEERS = 256
 """Connections from other daemons at a time; a migration has one and those for its pages."""
 
@@ -198,8 +201,22 @@ class Daemon:
         for name, sentence in (unread | torn).items():
             vm = self.vms.setdefault(name, Vm(name, store, None))
             vm.show(role="source", phase="paused", message=sentence)
-            vm.show(peer=intents.get(name, {}).get("peer", ""))
             log.error("VM not known any more", vm=name, why=sentence)
+            if name in intents:
+                vm.show(peer=intents[name]["peer"])
+                self._nursery.start_soon(self._look, vm, intents[name], sentence)
+
+    async def _look(self, vm: Vm, intent: dict[str, Any], sentence: str) -> None:
+        """Shows what the other host says of a guest that may have gone there; decides nothing."""
+        while self.vms.get(vm.name) is vm and vm.status["phase"] == "paused":
+            try:
+                said = await source.look(vm.name, intent)
+            except PostcopydError as error:
+                log.warning("destination not asked", vm=vm.name, error=str(error))
+                await trio.sleep(LOOK_S)
+            else:
+                vm.show(message=f"{sentence}; {intent['peer']} says: {said}")
+                return
 
     async def _restore(self, vm: Vm, record: dict[str, Any], claimed: Any) -> None:
         """What this VM's record says is to be done now. Gives back the claim."""
@@ -472,6 +489,11 @@ class Daemon:
     async def _resume(self, channel: Channel, asked: p.Resume) -> None:
         """A source asks what became of its guest: it is told, or goes on with the rest."""
         vm = self._vm_here(asked.vm)
+        if asked.look:
+            known = vm.about.get("migration") == asked.migration
+            said = vm.status["message"] if known else f"it knows {vm.name}, and not of this move"
+            await channel.send(p.Checked([p.sentence(said)]))
+            return
         session = self._arrivals.get(asked.migration)
         if session is not None and session.vm is vm:
             await session.drop()

@@ -121,7 +121,11 @@ _SOURCE_GIVES_UP: dict[Event, Source] = {
 
 SOURCE: Mapping[Source, Mapping[Event, Source]] = {
     Source.GREETING: {Received(p.Hello): Source.OFFERING, **_SOURCE_GIVES_UP},
-    Source.OFFERING: {Sent(p.Offer): Source.ASKED, **_SOURCE_GIVES_UP},
+    Source.OFFERING: {
+        Sent(p.Offer): Source.ASKED,
+        Sent(p.Resume): Source.ASKED,  # only looks
+        **_SOURCE_GIVES_UP,
+    },
     Source.ASKED: {
         Received(p.Checked): Source.CHECKED,
         Received(p.Ready): Source.CONNECTING,
@@ -284,6 +288,7 @@ DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
     },
     # The state of a connection that asks; what it is told was decided, and recorded, before.
     Destination.ASKED_LATER: {
+        Sent(p.Checked): Destination.CHECKED,
         Sent(p.Drained): Destination.DRAINED,
         Sent(p.Declined): Destination.DECLINED,
         Sent(p.Error): Destination.CALLED_OFF,

@@ -223,12 +223,15 @@ class Acknowledged(Message, frozen=True, tag="acknowledged"):
 class Resume(Message, frozen=True, tag="resume"):
     """In place of an offer, on a new connection: how far is this migration, whose connection was
     lost after the grant? The answer is what became of the guest: `Ran`, with `Ready` before it for
-    new data connections, or `Drained`, or `Declined`.
+    new data connections, or `Drained`, or `Declined`. With `look` nothing goes on, and `Checked`
+    answers with what the destination says of it: for a source that has restarted and has nothing
+    but its intent.
     """
 
     migration: Name
     vm: Name
     epoch: Count
+    look: bool = False
 
 
 class Have(Message, frozen=True, tag="have"):

@@ -682,6 +682,17 @@ class SourceSession:
         }
 
 
+async def look(vm: str, intent: dict[str, Any]) -> str:
+    """What the destination of a handover says of it, which this host only knows to have intended.
+    Nothing goes on by that. Raises PostcopydError."""
+    address = parse_address(intent["peer"])
+    stream = await dial(address.host, address.port, p.CONTROL)
+    async with Channel(stream, Machine(Source.GREETING), f"postcopyd at {address}") as channel:
+        await channel.greet()
+        await channel.send(p.Resume(intent["migration"], vm, intent["epoch"], look=True))
+        return " ".join((await channel.expect(p.Checked)).problems)
+
+
 async def let_go(vm: Vm) -> None:
     """Ends the VMM of a guest that was drained, if that was left to do when the daemon ended."""
     driver, vm.driver = vm.driver, None

@@ -13,6 +13,7 @@ from pair import (
     Host,
     Pair,
     ProcessGuest,
+    cli,
     ended,
     state,
     status_until,
@@ -119,3 +120,22 @@ async def test_resolve_when_the_destination_is_dead_for_certain(new_pair: Pair) 
     assert (status["phase"], status["result"]["event"]) == ("failed", "failed")
     await b.start()
     await status_until(b, name, lambda status: "has ended" in status["message"])
+
+
+async def test_a_source_that_has_rebooted_asks_and_starts_nothing(new_pair: Pair) -> None:
+    """All that outlives a host is the intent: the daemon says where the guest may be."""
+    a, b = new_pair
+    name, here, there = await moving(new_pair)
+    a.end(signal.SIGKILL)
+    here.kill()
+    for record in a.state.glob("*.json"):  # tmpfs
+        record.unlink()
+    await a.start()
+    status = await status_until(a, name, lambda status: "says:" in status["message"])
+    assert status["phase"] == "paused"
+    assert f"{b.address} says: {name} runs here" in status["message"]
+    with pytest.raises(PostcopydError, match="its VMM has ended"):
+        await a.call("Resolve", name=name, decision="take_back")
+    code, _, error = await cli("may-run", name, "--control", a.control)
+    assert code == 1 and b.address in error
+    there.kill()

@@ -236,7 +236,7 @@ class Model:
         if message is p.Acknowledged:
             return w.source_record == "drained"
         if message is p.Resume:
-            return p.Hello not in w.back
+            return w.source in LOST and p.Hello not in w.back  # elsewhere it only looks
         return True
 
     def _source_takes(self, w: World) -> World:

@@ -58,6 +58,14 @@ messages: st.SearchStrategy[p.Message] = st.one_of(
     st.builds(p.Declined, sentences),
     st.builds(p.Progress, counts, counts, faults),
     st.builds(p.Drained, *[counts] * 7, times, faults),
+    st.builds(p.Resume, names, names, counts, st.booleans()),
+    st.builds(
+        p.Have,
+        st.integers(0, p.MAX_REGIONS - 1),
+        counts,
+        st.integers(1, 8 * p.DEVICE_CHUNK),
+        st.binary(min_size=1, max_size=p.DEVICE_CHUNK),
+    ),
     st.builds(p.Cancel, sentences),
     st.builds(p.Error, names, sentences),
     *[
@@ -82,6 +90,8 @@ samples: list[p.Message] = [
     p.Progress(1, 4096, p.Faults()),
     p.Drained(1, 2, 3, 4, 5, 6, 7, 8.5, p.Faults(1, 2.0, 3.0, 4.0, {"64": 1})),
     p.Acknowledged(),
+    p.Resume("m1", "web1", 2),
+    p.Have(0, 512, 9, b"\xff\x01"),
     p.Cancel("by request"),
     p.Error("Refused", "no room"),
     p.Keepalive(),
