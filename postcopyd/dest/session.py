@@ -656,8 +656,9 @@ class DestinationSession:
     async def close(self) -> None:
         """Only when nothing is registered any more, or the VMM has ended."""
         with trio.CancelScope(shield=True):
-            if self._engine is not None:
-                await self._engine.aclose()
+            engine, self._engine = self._engine, None  # no data connection is taken any more
+            if engine is not None:
+                await engine.aclose()
             for fd in (*self._uffds, *([self._record] if self._record >= 0 else [])):
                 os.close(fd)
             if self._record >= 0:
@@ -666,7 +667,7 @@ class DestinationSession:
                 if self.settings.arriving.get(self.vm.name) is self._shape:
                     del self.settings.arriving[self.vm.name]
                 self._shape.close()
-            self._engine, self._uffds, self._record, self._shape = None, [], -1, None
+            self._uffds, self._record, self._shape = [], -1, None
 
     async def _hooks(self, phase: str, **about: Any) -> None:
         await run_hooks(

@@ -443,7 +443,7 @@ class World:
         if not granted and not here.died and not self.may("source.rollback", "source.record held"):
             assert here.state == self.before
         bugs = [entry for entry in self.logs if str(entry["event"]).startswith("bug")]
-        assert bugs == [] or any(fault in BUGS for fault in self.faults.values())
+        assert bugs == [] or any(fault in BUGS for fault in self.faults.values()), bugs
         self._check_statuses()
         self._check_machines()
         self._check_left_behind()

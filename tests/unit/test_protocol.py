@@ -286,9 +286,13 @@ AT_AND_BEYOND: list[tuple[p.Message, str, Any, Any]] = [
     ),
     (samples[13], "brownoutMs", 0.0, float("nan")),
     (samples[13], "brownoutMs", 1e15, float("inf")),
-    (samples[15], "reason", "a" * 4096, "a" * 4097),
-    (samples[16], "name", "a" * 128, "a" * 129),
-    (samples[16], "message", "line one\nline two", "a" * 4097),
+    (samples[15], "vm", "a" * 128, ""),
+    (samples[16], "region", p.MAX_REGIONS - 1, p.MAX_REGIONS),
+    (samples[16], "count", 8 * p.DEVICE_CHUNK, 8 * p.DEVICE_CHUNK + 1),
+    (samples[16], "bits", bytes(p.DEVICE_CHUNK), bytes(p.DEVICE_CHUNK + 1)),
+    (samples[17], "reason", "a" * 4096, "a" * 4097),
+    (samples[18], "name", "a" * 128, "a" * 129),
+    (samples[18], "message", "line one\nline two", "a" * 4097),
 ]
 
 
