@@ -14,7 +14,7 @@ BUILD_PACKAGES := gcc libc6-dev make python3-venv
 GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
 TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev
 
-.PHONY: all build demo test chaos bench bench-quick check gen fmt clean
+.PHONY: all build demo test chaos fuzz bench bench-quick check gen fmt clean
 all: build
 
 build: $(VENV)/.built
@@ -47,6 +47,13 @@ chaos: SECONDS := 600
 chaos: build
 	@tools/debian-packages $(GUEST_PACKAGES) iproute2
 	$(BIN)/python tests/chaos/chaos.py --seed $(SEED) --seconds $(SECONDS) $(CHAOS)
+
+# What a peer or a client may send, thought up under sanitizers, each target for so long; KEEP=--keep
+# merges what is new into tests/fuzz/corpus.
+fuzz: SECONDS := 60
+fuzz: build
+	@tools/debian-packages $(TEST_PACKAGES)
+	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(KEEP)
 
 # All measures, some 15 minutes, and the pictures; and the same with few runs, under 3 minutes. What
 # the rows mean: bench/README.md. A goal missed (status 3)

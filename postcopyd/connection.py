@@ -9,6 +9,7 @@ first message.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -47,11 +48,17 @@ async def dial(host: str, port: int, kind: str) -> trio.SocketStream:
     try:
         with trio.fail_after(CONNECT_S):
             stream = await trio.open_tcp_stream(host, port)
-            tune(stream.socket)
-            await stream.send_all(_kind_bytes(kind))
+            try:
+                tune(stream.socket)
+                await stream.send_all(_kind_bytes(kind))
+            except BaseException:
+                await trio.aclose_forcefully(stream)
+                raise
             return stream
     except trio.TooSlowError:
         raise _unreachable(host, port, f"no answer within {CONNECT_S:.0f} s") from None
+    except trio.BrokenResourceError:
+        raise _unreachable(host, port, "it was closed at once") from None
     except OSError as error:
         reason = str(error.__cause__ or error)
         if isinstance(error.__cause__, BaseExceptionGroup):
@@ -161,23 +168,27 @@ class Channel:
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionLost(f"sending to {self.peer}: {error.__cause__ or error}") from None
 
-    async def receive(self) -> p.Message:
-        """The next message that is not a keepalive."""
-        while True:
-            try:
-                message = p.parse_message(await self._next_object())
-            except RemoteProtocolError as error:
-                raise RemoteProtocolError(f"speaking with {self.peer}: {error}") from None
-            self.machine.received(message)
-            if isinstance(message, p.Error):
-                said = "".join(c if c.isprintable() else "?" for c in message.message)
-                raise PeerError(f"{self.peer} said: {said}", message.name)
-            if not isinstance(message, p.Keepalive):
-                return message
+    async def receive(self, within: float = math.inf) -> p.Message:
+        """The next message that is not a keepalive; ConnectionLost after so many seconds of these,
+        where a peer that is there and says nothing must not be waited for."""
+        with trio.move_on_after(within):
+            while True:
+                try:
+                    message = p.parse_message(await self._next_object())
+                except RemoteProtocolError as error:
+                    raise RemoteProtocolError(f"speaking with {self.peer}: {error}") from None
+                self.machine.received(message)
+                if isinstance(message, p.Error):
+                    said = "".join(c if c.isprintable() else "?" for c in message.message)
+                    raise PeerError(f"{self.peer} said: {said}", message.name)
+                if not isinstance(message, p.Keepalive):
+                    return message
+                await trio.lowlevel.checkpoint()  # thousands of them come by one read of a flood
+        raise ConnectionLost(f"{self.peer} has not said within {within:.0f} s what it wants")
 
-    async def expect(self, kind: type[M]) -> M:
+    async def expect(self, kind: type[M], within: float = math.inf) -> M:
         """The next message, which the machine allows only to be of this kind here."""
-        message = await self.receive()
+        message = await self.receive(within)
         if not isinstance(message, kind):
             raise RemoteProtocolError(
                 f"{self.peer} sent {type(message).__name__} where {kind.__name__} was due"
@@ -185,13 +196,17 @@ class Channel:
         return message
 
     async def _next_object(self) -> Any:
+        # A whole message, as it is sent in that time: bytes of one that never ends are no life.
+        deadline = trio.current_time() + p.DEAD_S
         while not self._objects:
             try:
-                with trio.fail_after(p.DEAD_S):
+                with trio.fail_at(deadline):
                     data = await self._stream.receive_some(BUFFER)
             except trio.TooSlowError:
                 raise ConnectionLost(f"{self.peer} has said nothing for {p.DEAD_S:.0f} s") from None
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            except trio.ClosedResourceError:
+                raise ConnectionLost(f"the connection to {self.peer} was closed here") from None
+            except trio.BrokenResourceError as error:
                 raise ConnectionLost(
                     f"the connection to {self.peer} broke: {error.__cause__ or error}"
                 ) from None
@@ -211,7 +226,7 @@ class Channel:
                 host=socket.gethostname(),
             )
         )
-        hello = await self.expect(p.Hello)
+        hello = await self.expect(p.Hello, CONNECT_S)
         p.check_hello(hello)
         return hello
 

@@ -344,7 +344,8 @@ class DestinationSession:
                 size = 0
                 while isinstance(message := await self._receive(), p.Device):
                     size += len(message.data)
-                    await pieces.send(message.data)
+                    with suppress(trio.BrokenResourceError):  # the load failed, and says why
+                        await pieces.send(message.data)
             assert isinstance(message, p.DeviceEnd)
             if message.size != size:
                 raise RemoteProtocolError(
@@ -599,7 +600,7 @@ class DestinationSession:
                 await self.channel.tell_error(error)
             self.machine.happened(Happened.FAILED)
         message = f"{vm.name} did not come here: {error}"
-        driver = vm.driver
+        driver, clean = vm.driver, True
         try:
             if self._loading and driver is not None:
                 await driver.end()  # before its RAM is let go: it must not go on with zeros
@@ -609,12 +610,14 @@ class DestinationSession:
             if self._adopted and not self._loading and driver is not None:
                 await driver.release()
         except Exception as trouble:  # a driver's bug too: the rest must happen
+            clean = False
             message += f"; cleaning up here: {trouble}"
             self.log.error("cleaning up failed", error=str(trouble))
         if self._accepted:  # or it may be a guest of this host that was named by mistake
             vm.settle(phase="failed", remaining=0, message=message)
-            self._note(p.Declined(p.sentence(message)))
-            self._record_settled("declined")
+            # A source that has granted is told so only once the VMM here has certainly ended.
+            self._note(p.Declined(p.sentence(message)) if clean or not self._loading else None)
+            self._record_settled("declined" if clean or not self._loading else None)
         self.log.warning("arrival called off", error=str(error))
         await self.close()
         if self._loading and driver is not None:

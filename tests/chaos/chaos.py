@@ -61,7 +61,7 @@ class Options:
     """How long faults are injected; what is under way then comes to its end."""
     memory: int = 256 * MIB
     """Bytes of guest RAM."""
-    bandwidth: int = 64 * MIB
+    bandwidth: int = 96 * MIB
     """Bytes per second pushed, so that postcopy lasts long enough to be met by faults."""
     rate: int = 4000
     """Pages that the guest checks and writes in a second: some are asked for, others pushed."""
@@ -541,7 +541,7 @@ def main() -> int:
     words.add_argument("--seed", type=int, default=1)
     words.add_argument("--seconds", type=float, default=600, help="how long things break")
     words.add_argument("--memory", type=int, default=256, metavar="MIB", help="guest RAM")
-    words.add_argument("--bandwidth", type=config.parse_rate, default=64 * MIB, metavar="RATE")
+    words.add_argument("--bandwidth", type=config.parse_rate, default=96 * MIB, metavar="RATE")
     words.add_argument("--phases", default=",".join(s.PHASES), help="break only in these")
     words.add_argument("--kinds", default=",".join(s.KINDS), help="break only in these ways")
     given = words.parse_args()

@@ -19,15 +19,16 @@ PHASES = (IDLE, PREPARE, ADOPTION, HANDOVER, GRANTED, POSTCOPY, RECOVERY, DRAINE
 # A round comes to each phase in this order, so that one migration can meet several of its faults.
 # What fails before the grant is tried again, what fails after it recovers: most faults go there.
 ROUND = (
-    IDLE, PREPARE, ADOPTION, HANDOVER, GRANTED, RECOVERY, POSTCOPY, RECOVERY, RECOVERY, DRAINED,
+    IDLE, PREPARE, ADOPTION, HANDOVER,
+    GRANTED, RECOVERY, RECOVERY, POSTCOPY, RECOVERY, RECOVERY, DRAINED,
 )  # fmt: skip
-LEFT_OUT = 0.15
+LEFT_OUT = 0.1
 """The share of a round's faults that are left out, so that no two rounds need be alike."""
 
 NOW = "now"
 """A moment that has always come: the fault is timed from the one before it."""
 
-PATIENCE = {RECOVERY: 2.0}
+PATIENCE = {RECOVERY: 1.0}
 """Seconds to wait for a moment that may never come: the fault before may have broken nothing."""
 
 # What a fault waits for: a message on its way through the proxy (docs/PROTOCOL.md has them), or a

@@ -23,10 +23,11 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from postcopyd._native import ffi, lib
+
 from postcopyd import config, control, varlink, varlink_idl
 from postcopyd import handover as h
 from postcopyd import protocol as p
-from postcopyd._native import ffi, lib
 from postcopyd.errors import PostcopydError
 
 STATES: list[h.State] = [*h.Source, *h.Destination]
@@ -124,20 +125,27 @@ TRACED = {module.__file__ for module in (config, control, h, p, varlink, varlink
 # --- where to begin
 
 
+def value_of(interface: varlink_idl.Interface, kind: varlink_idl.Type) -> Any:
+    """A value of a type of the interface."""
+    match kind:
+        case varlink_idl.Maybe(of):
+            return value_of(interface, of)
+        case varlink_idl.Named(name):
+            return value_of(interface, interface.types[name])
+        case varlink_idl.Enum(names):
+            return names[0]
+        case varlink_idl.Scalar(name):
+            return {"string": "h:1", "int": 1, "bool": True, "float": 1.5}[name]
+    return {}
+
+
 def samples(target: str) -> Iterator[bytes]:
     """One input of each kind that there is."""
     if target == "call":
-        values = {"string": "h:1", "int": 1, "bool": True, "float": 1.5}
         for name, interface in SERVICE.interfaces.items():
             for method, about in interface.methods.items():
-                given = {}
-                for field, kind in about.input.fields.items():
-                    kind = kind.of if isinstance(kind, varlink_idl.Maybe) else kind
-                    kind = (
-                        interface.types[kind.name] if isinstance(kind, varlink_idl.Named) else kind
-                    )
-                    is_enum = isinstance(kind, varlink_idl.Enum)
-                    given[field] = kind.names[0] if is_enum else values[kind.name]
+                fields = about.input.fields.items()
+                given = {field: value_of(interface, kind) for field, kind in fields}
                 call = {"method": f"{name}.{method}", "parameters": given, "more": True}
                 yield json.dumps(call).encode()
         return

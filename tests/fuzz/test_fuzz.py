@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a peer or a client sends: a named error, and memory as it must be. Seconds of fuzz.py."""
+"""Whatever a peer or a client sends: a named error, and memory as it must be."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import fuzz  # beside this file
 import pytest
 from needs import missing
-
-from fuzz import fuzz  # tests/fuzz/fuzz.py
 
 SECONDS = 5
 

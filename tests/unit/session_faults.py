@@ -42,6 +42,7 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(procfs, "started", FakeVmm.started)
     monkeypatch.setattr(arriving, "DestinationEngine", ToldEngine)
     monkeypatch.setattr(arriving, "PROGRESS_S", 1.0)
+    monkeypatch.setattr(daemon, "accepted_kind", accepted_at_once)
     for module in (leaving, daemon):
         monkeypatch.setattr(module, "receive_object", received_at_once)
     for kind in (leaving.SourceSession, arriving.DestinationSession):
@@ -50,8 +51,15 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(autojump_threshold=0.002)
 
 
+async def accepted_at_once(stream: trio.SocketStream) -> str:
+    """As connection.accepted_kind, which takes a turn of the loop for each byte; the world has sent
+    them together."""
+    size = await stream.receive_some(1)
+    return bytes(await stream.receive_some(size[0] & 0x1F)).decode() if size else ""
+
+
 async def received_at_once(stream: trio.SocketStream, kind: type[Any]) -> Any:
-    """As connection.receive_object, which takes a turn of the loop for each byte: half of all."""
+    """As connection.receive_object, in the same way."""
     try:
         while data := await stream.socket.recv(1000, socket.MSG_PEEK):
             unpacker = msgpack.Unpacker(raw=False)
@@ -85,7 +93,8 @@ async def world(
     """A world; after the body nothing may be left open."""
     descriptors = open_descriptors()
     made = World(folder, faults, state)
-    with structlog.testing.capture_logs() as made.logs:
+    told = [structlog.processors.format_exc_info]
+    with structlog.testing.capture_logs(told) as made.logs:
         async with trio.open_nursery() as nursery:
             for host in made.hosts.values():
                 await nursery.start(Host.serve, host)

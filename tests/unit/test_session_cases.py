@@ -267,7 +267,7 @@ async def test_resume_of_another(migration: str, epoch: int, tmp_path: Path, clo
     async with source_is_gone(tmp_path) as made:
         waiting, before = made.destination.vm.waiting, dict(made.destination.vm.status)
         async with asking(made, migration or before["migration"], epoch) as channel:
-            with pytest.raises(PeerError, match="is not known at the destination"):
+            with pytest.raises(PeerError, match="knows nothing of this move"):
                 await channel.receive()
         assert made.destination.vm.waiting is waiting is not None
         assert made.destination.vm.status == before

@@ -154,8 +154,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 # --- anywhere -----------------------------------------------------------------------------------
 
 
-DAEMONS = [stop_source, stop_destination, kill_source, kill_destination, kill_both]
-ANYWHERE = [cut, cut_data, silence, *DAEMONS, source_dies, destination_dies]
+KILLED = [kill_source, kill_destination, kill_both]
+ANYWHERE = [
+    cut, cut_data, silence, stop_source, stop_destination, *KILLED, source_dies, destination_dies,
+]  # fmt: skip
 
 
 async def test_clean(tmp_path: Path, clock: Clock) -> None:
@@ -239,7 +241,7 @@ async def test_recovered(tmp_path: Path, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("point", RECOVERY)
-@pytest.mark.parametrize("fault", [cut, cut_data, silence, *DAEMONS], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("fault", [cut, cut_data, silence, *KILLED], ids=lambda f: f.__name__)
 async def test_recovery_breaks_anywhere(
     fault: Fault, point: str, tmp_path: Path, clock: Clock
 ) -> None:
