@@ -104,6 +104,7 @@ class Happened(Enum):
 
     LOST = "the connection was lost"
     FAILED = "something failed here"
+    MISCOUNTED = "the destination counts other pages than the guest has"
     TAKEN_BACK = "a person says that the destination is dead for certain"
 
 
@@ -158,6 +159,7 @@ SOURCE: Mapping[Source, Mapping[Event, Source]] = {
     },
     Source.DRAINED: {
         Sent(p.Acknowledged): Source.DRAINED,
+        Happened.MISCOUNTED: Source.RAN_LOST,
         Happened.LOST: Source.DRAINED,
         Happened.FAILED: Source.DRAINED,
     },

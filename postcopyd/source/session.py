@@ -371,6 +371,7 @@ class SourceSession:
         engine = self._engine
         assert engine is not None
         if message.confirmed != engine.stats.total_pages:
+            self.machine.happened(Happened.MISCOUNTED)
             raise RemoteProtocolError(
                 f"{self.request.to} counts {message.confirmed} pages as drained, "
                 f"but the guest has {engine.stats.total_pages}"

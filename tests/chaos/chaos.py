@@ -432,7 +432,8 @@ class Chaos:
     # --- what is watched all the time ------------------------------------------------------------
 
     async def _look(self) -> None:
-        """Wrong pages, and daemons that end by themselves."""
+        """Wrong pages, a guest that runs twice or ends, and daemons that end by themselves."""
+        before = ""
         while True:
             for node in self.nodes:
                 process = node.host.process
@@ -440,6 +441,12 @@ class Chaos:
                     raise Lost(f"{node.host.name} ended by itself, status {process.returncode}")
             if self.guest.bad or any(report.bad for report in self.guest.reports[-1:]):
                 raise Lost(f"the guest has found wrong pages: {self.guest.bad}")
+            if self.runs.ended:
+                raise Lost(f"{self.runs.ended} has ended while it ran the guest")
+            twice = self.runs.twice()  # or one of the monitors is still to be read
+            if twice and twice == before:
+                raise Lost(f"the guest ran twice: {twice}")
+            before = twice
             await trio.sleep(0.2)
 
     async def _patient(self, work: Callable[[], Awaitable[T]], failure: str) -> T:

@@ -32,6 +32,8 @@ class Runs:
         """From, to, QEMU."""
         self.since: dict[str, float] = {}
         """The QEMUs that run the guest now."""
+        self.ended = ""
+        """A QEMU that has ended while it ran the guest."""
 
     def resumed(self, qemu: str, at: float) -> None:
         self.since.setdefault(qemu, at)
@@ -73,6 +75,8 @@ async def follow(
                 at = stamp["seconds"] + stamp["microseconds"] / 1e6
                 (runs.resumed if event["event"] == "RESUME" else runs.stopped)(qemu, at)
     except PostcopydError:
+        if qemu in runs.since:
+            runs.ended = qemu
         runs.stopped(qemu, time.time())
 
 

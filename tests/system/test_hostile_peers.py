@@ -384,7 +384,8 @@ async def test_bad_message_in_each_state(pair: Pair) -> None:
             assert result["event"] == "failed"
             assert re.search(REFUSED, result["error"]), result
         else:
-            assert (result["event"], result["recoveries"]) == ("completed", 1)
+            # None, when the last page had come by then.
+            assert (result["event"], result["recoveries"] <= 1) == ("completed", True)
         await logged(hosts[to], REFUSED, since)
 
     async with beside(pair), trio.open_nursery() as nursery:
