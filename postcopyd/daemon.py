@@ -472,6 +472,10 @@ class Daemon:
                     "Busy",
                 )
             session = DestinationSession(vm, offer, channel, self.settings)
+            if offer.migration in self._arrivals:
+                raise PostcopydError(
+                    f"a migration {offer.migration} is under way at the destination already", "Busy"
+                )
             with vm.claim(session):
                 if offer.check:
                     await session.check()

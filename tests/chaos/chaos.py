@@ -564,9 +564,11 @@ def main() -> int:
         next(s.schedule(options.seed, options.phases, options.kinds))
     except ValueError as error:
         words.error(str(error))
+    # As ^C does: nothing that was started stays behind.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         print(run(options))
-    except (Lost, PostcopydError) as error:
+    except (Lost, PostcopydError, KeyboardInterrupt) as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 1
     return 0
