@@ -13,8 +13,8 @@ import gc
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, Literal
 
 import structlog
@@ -24,6 +24,7 @@ from postcopyd import control, hugepages, procfs, vmm
 from postcopyd import protocol as p
 from postcopyd.config import ServeOptions
 from postcopyd.connection import (
+    CONNECT_S,
     Channel,
     Nobody,
     PeerError,
@@ -444,7 +445,7 @@ class Daemon:
         try:
             hello = await channel.greet()
             channel.peer = f"{hello.host or address} ({address})"
-            offer = await channel.receive()
+            offer = await channel.receive(CONNECT_S)
             if isinstance(offer, p.Resume):
                 await self._resume(channel, offer)
                 return
@@ -472,19 +473,12 @@ class Daemon:
                     "Busy",
                 )
             session = DestinationSession(vm, offer, channel, self.settings)
-            if offer.migration in self._arrivals:
-                raise PostcopydError(
-                    f"a migration {offer.migration} is under way at the destination already", "Busy"
-                )
-            with vm.claim(session):
-                if offer.check:
+            if offer.check:
+                with vm.claim(session):
                     await session.check()
-                    return
-                self._arrivals[offer.migration] = session
-                try:
-                    await session.run()
-                finally:
-                    del self._arrivals[offer.migration]
+                return
+            with self._arriving(vm, session, offer.migration):
+                await session.run()
             self._after_arrival(vm, session)
         except PostcopydError as error:
             log.warning("offer refused", peer=channel.peer, error=str(error))
@@ -498,19 +492,13 @@ class Daemon:
             said = vm.status["message"] if known else f"it knows {vm.name}, and not of this move"
             await channel.send(p.Checked([p.sentence(said)]))
             return
+        self._same_move(vm, asked)  # or nobody is disturbed for it
         session = self._arrivals.get(asked.migration)
         if session is not None and session.vm is vm:
             await session.drop()
         with trio.move_on_after(ANSWER_S):
             await vm.free.wait()
-        epoch = vm.about.get("offer", {}).get("epoch")
-        if (vm.about.get("migration"), epoch) != (asked.migration, asked.epoch):
-            raise PostcopydError(
-                f"the destination knows nothing of this move of {asked.vm} any more: it has "
-                f"restarted, or {asked.vm} was detached there; if it has restarted, the guest that "
-                f"ran there is gone: decide with `postcopyd resolve {asked.vm}` here",
-                "NotMigrating",
-            )
+        self._same_move(vm, asked)
         if isinstance(vm.waiting, DestinationSession):
             if vm.waiting.poisoned:
                 raise PostcopydError(
@@ -519,13 +507,9 @@ class Daemon:
                     "Lost",
                 )
             session = vm.waiting
-            with vm.claim(session):
+            with self._arriving(vm, session, asked.migration):
                 vm.waiting = None
-                self._arrivals[asked.migration] = session
-                try:
-                    await session.resume(channel, asked)
-                finally:
-                    del self._arrivals[asked.migration]
+                await session.resume(channel, asked)
             self._after_arrival(vm, session)
         elif "answer" in vm.about:
             await channel.send(p.parse_message(vm.about["answer"]))
@@ -533,6 +517,31 @@ class Daemon:
                 await channel.receive()  # acknowledged, or closed
         else:
             raise PostcopydError(f"at the destination: {vm.status['message']}", "Paused")
+
+    def _same_move(self, vm: Vm, asked: p.Resume) -> None:
+        """Raises PostcopydError when the last arrival of this VM was another one."""
+        epoch = vm.about.get("offer", {}).get("epoch")
+        if (vm.about.get("migration"), epoch) != (asked.migration, asked.epoch):
+            raise PostcopydError(
+                f"the destination knows nothing of this move of {asked.vm} any more: it has "
+                f"restarted, or {asked.vm} was detached there; if it has restarted, the guest that "
+                f"ran there is gone: decide with `postcopyd resolve {asked.vm}` here",
+                "NotMigrating",
+            )
+
+    @contextmanager
+    def _arriving(self, vm: Vm, session: DestinationSession, migration: str) -> Iterator[None]:
+        """Data connections that name this migration are the session's. Raises PostcopydError."""
+        if (other := self._arrivals.get(migration)) is not None:
+            raise PostcopydError(
+                f"migration {migration} is arriving already, as {other.vm.name}", "Busy"
+            )
+        with vm.claim(session):
+            self._arrivals[migration] = session
+            try:
+                yield
+            finally:
+                del self._arrivals[migration]
 
     def _after_arrival(self, vm: Vm, session: DestinationSession) -> None:
         ending = self._nursery.cancel_scope.cancel_called

@@ -55,6 +55,10 @@ MAX_ITEMS = 512
 """Items of one array or map: the facts of an offer. An unpacker makes room for what a header says
 before the items are there, so without this a few kilobytes of headers ask for gigabytes."""
 
+MAX_CONTAINERS = 1024
+"""Arrays and maps of one message: the largest offer has 259. An empty one is one byte of a message
+and 64 of memory, and there may be as many peers as there are connections."""
+
 MAX_SENTENCE = 4096
 """Characters of a sentence or a fact."""
 
@@ -298,7 +302,8 @@ class Codec:
         self._unpacker = msgpack.Unpacker(
             raw=False,
             strict_map_key=True,
-            object_pairs_hook=_unique,
+            object_pairs_hook=self._map,
+            list_hook=self._counted,
             ext_hook=_no_extension,
             max_buffer_size=0,  # by ourselves, below: what is legal must not depend on the chunks
             max_str_len=MAX_STRING,
@@ -309,6 +314,7 @@ class Codec:
         )
         self._fed = 0
         self._begin = 0  # of the object that is not complete yet, counted as _fed
+        self._containers = 0  # that are complete in it
 
     def feed(self, data: bytes) -> None:
         self._fed += len(data)
@@ -329,21 +335,26 @@ class Codec:
                 ) from None
             end = self._unpacker.tell()
             self._limit(end)
-            self._begin = end
+            self._begin, self._containers = end, 0
             yield obj
+
+    def _counted(self, container: T) -> T:
+        self._containers += 1
+        if self._containers > MAX_CONTAINERS:
+            raise ValueError(f"more than {MAX_CONTAINERS} arrays and maps in one")
+        return container
+
+    def _map(self, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a map has one key twice")
+        return self._counted(found)
 
     def _limit(self, end: int) -> None:
         if end - self._begin > MAX_MESSAGE:
             raise RemoteProtocolError(
                 f"the peer sent a message of more than {MAX_MESSAGE} bytes"
             ) from None
-
-
-def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a map has one key twice")
-    return found
 
 
 def _no_extension(code: int, data: bytes) -> NoReturn:

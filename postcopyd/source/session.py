@@ -491,6 +491,10 @@ class SourceSession:
             if isinstance(answer, p.Drained):
                 await self._drained(channel, answer)
                 return
+            if not isinstance(answer, p.Ran):
+                raise RemoteProtocolError(
+                    f"{self.request.to} sent {type(answer).__name__} where Ran was due"
+                )
             self._recoveries += 1
             if not self._downtime_ms and self._stopped_at:
                 self._ran()

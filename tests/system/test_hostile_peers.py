@@ -9,6 +9,7 @@ descriptors and engine threads, no more memory (the fixture `pair`), no tracebac
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import socket
@@ -32,6 +33,7 @@ from pair import (
     Host,
     Pair,
     ProcessGuest,
+    again,
     completed,
     connected,
     ended,
@@ -646,6 +648,36 @@ async def test_destination_that_lies(pair: Pair) -> None:
 # --- who asks again
 
 
+async def test_resume_by_others(pair: Pair) -> None:
+    """Who asks for a migration that is not his gets an error, and nobody is disturbed."""
+    name, here, there = await pair.place(*LARGE)
+    a, b = pair
+    idle = pair.name()
+    await pair.attach(b, idle, pair.guest(*SMALL))
+    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    started = await a.call("Migrate", name=name, to=b.address, bandwidth=16 * MIB)
+    await status_until(b, name, lambda status: status["phase"] == "postcopy")
+    true = p.Resume(started["migration"], name, 1)
+    wrong = [
+        structs.replace(true, epoch=0),
+        structs.replace(true, epoch=2**63 - 1),
+        structs.replace(true, migration="another"),
+        structs.replace(true, vm=idle),
+        structs.replace(true, vm="nobody"),
+    ]
+    for resume in wrong:
+        async with source_of(b) as peer:
+            await peer.say(resume)
+            assert (await peer.until_error()).name in ("NotMigrating", "NoSuchVm")
+            await peer.closed()
+    assert (await b.status(name))["phase"] == "postcopy"  # nothing of this has taken long
+    completed(await a.result(name, started["migration"]))
+    await verified(there)
+    async with source_of(b) as peer:  # replayed
+        await peer.say(true)
+        assert (await peer.hear(p.Drained)).confirmed == 16384
+
+
 async def test_stolen_conversation(pair: Pair) -> None:
     """Who knows a migration's numbers can hold it up; its source gets it back, and all arrives."""
     name, here, there = await pair.place(*LARGE)
@@ -692,6 +724,58 @@ async def test_one_name_for_two_migrations(pair: Pair) -> None:
 # --- slow ones and many
 
 
+async def test_slow_peers(pair: Pair) -> None:
+    """Whoever says nothing, or next to nothing, or only that it is there, is let go in time."""
+    _, b = pair
+    keepalive = p.pack(p.Keepalive())
+    offer = p.pack(p.Offer("m", "v", "d", [p.RegionOffer("r", 1, 4096)], {}, 1, 1))
+    drips: list[tuple[bytes, bytes]] = [
+        (b"", KIND[p.CONTROL]),
+        (b"", b""),
+        (KIND[p.CONTROL], HELLO),
+        (KIND[p.CONTROL], keepalive * 100),
+        (KIND[p.CONTROL] + HELLO, keepalive * 100),
+        (KIND[p.CONTROL] + HELLO, offer),
+        (KIND[p.CONTROL] + HELLO + b"\xdb\xff\xff\xff\xff", keepalive * 100),
+        (KIND[p.CONTROL] + HELLO, b"\xc6\x00\x00\xff\xff" + bytes(100)),
+        (KIND[p.DATA], p.pack(p.DataHello("m", bytes(32), urgent=True))),
+        (KIND[p.DATA], b""),
+    ]
+    began = trio.current_time()
+
+    async def drip(first: bytes, then: bytes) -> None:
+        whole = keepalive if keepalive in then else b""
+        async with await connected(b) as stream, trio.open_nursery() as nursery:
+            await stream.send_all(first)
+
+            async def send() -> None:
+                with suppress(trio.BrokenResourceError):
+                    for at in range(len(then)):
+                        await trio.sleep(1)
+                        await stream.send_all(whole or then[at : at + 1])
+
+            nursery.start_soon(send)
+            with suppress(trio.BrokenResourceError):
+                while await stream.receive_some(CHUNK):
+                    pass
+            nursery.cancel_scope.cancel()
+
+    had = descriptors(b)
+    with trio.fail_after(16):
+        async with trio.open_nursery() as nursery:
+            for first, then in drips:
+                nursery.start_soon(drip, first, then)
+            idle = [await connected(b) for _ in range(300)]
+            for number in (0, 1):  # while all of these are there, as far as there is room
+                name, _, there = await pair.place()
+                if number:
+                    await until(lambda: descriptors(b) < had + 100, "idle peers are let go", 14)
+                    await again(pair, name, there)
+    assert trio.current_time() - began < 16
+    for stream in idle:
+        await stream.aclose()
+
+
 async def test_peer_that_talks_without_end(pair: Pair) -> None:
     """Messages as fast as they go, and none of the answers read: others are served meanwhile."""
     _, b = pair
@@ -723,3 +807,52 @@ async def test_peer_that_talks_without_end(pair: Pair) -> None:
 
 
 # --- the control socket
+
+
+async def test_clients_that_break_the_rules(pair: Pair) -> None:
+    """Calls in pieces, without end, too large or meaningless: others are answered meanwhile."""
+    a, _ = pair
+    good = json.dumps({"method": "org.varlink.service.GetInfo"}).encode() + b"\0"
+    bad = [path.read_bytes() + b"\0" for path in sorted((CORPUS / "call").iterdir())]
+    bad += [
+        b"x" * (2 * MIB),
+        b'{"method":"io.postcopyd.List","parameters":' + b'{"a":' * 100_000,
+        b"[" * 500_000 + b"\0",
+        b'{"method":"io.postcopyd.Status","parameters":{"name":"' + b"n" * 900_000 + b'"}}\0',
+        b'{"method":"io.postcopyd.Migrate","parameters":{"name":"a","to":"b","bandwidth":'
+        + b"9" * 4000
+        + b"}}\0",
+        good[:-10],
+        b"\0" * 1000,
+    ]
+
+    async def client() -> trio.SocketStream:
+        return await trio.open_unix_socket(a.control)
+
+    async with beside(pair):
+        for sends in bad:
+            async with await client() as stream:
+                with suppress(trio.BrokenResourceError):
+                    await stream.send_all(sends)
+                    await stream.send_eof()
+                    with trio.fail_after(5):
+                        while await stream.receive_some(CHUNK):
+                            pass
+        async with await client() as stream:
+            for at in range(len(good)):
+                await stream.send_all(good[at : at + 1])
+            assert b"postcopyd" in await stream.receive_some(CHUNK)
+        async with await client() as stream:  # calls without end, no answer read
+            with suppress(trio.BrokenResourceError), trio.move_on_after(0.5):
+                while True:
+                    await stream.send_all(good * 1000)
+            assert (await a.call("List"))["vms"]
+        flood = [await client() for _ in range(200)]
+        for stream in flood[::2]:
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all(good[:20])
+        for stream in flood:
+            await stream.aclose()
+        with suppress(PostcopydError):  # the last of them may not be gone yet
+            await a.call("List")
+        assert (await a.call("List"))["vms"]
