@@ -92,6 +92,7 @@ class DestinationSession:
         session = cls(vm, offer, channel, settings)
         session._accepted = session._adopted = session._loading = True
         session._run, session._ran, session._told = about["run"], about["ran"], about["told"]
+        session._ran_ns = about["ran_ns"]
         driver = vm.attached()
         regions = tuple(Region(**region, fd=None) for region in about["ram"])
         session._shape = Shape("paused", driver.pid, regions, {}, ())
@@ -380,7 +381,6 @@ class DestinationSession:
         except (Declined, StateNotWritten) as refused:
             await self._decline(str(refused))
             raise
-        self._ran_ns = lib.pc_monotonic_ns()
         await self._say_ran()
         self.log.info("guest runs here")
 
@@ -398,6 +398,7 @@ class DestinationSession:
 
     async def _say_ran(self) -> None:
         self._ran = True
+        self._ran_ns = self._ran_ns or lib.pc_monotonic_ns()
         try:
             await self.channel.send(p.Ran())
         finally:
@@ -462,6 +463,7 @@ class DestinationSession:
             "run": self._run,
             "ran": self._ran,
             "told": self._told,
+            "ran_ns": self._ran_ns,  # the clock of this boot, as this record
             **({"answer": to_builtins(answer)} if answer else {}),
         }
 

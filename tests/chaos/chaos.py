@@ -564,7 +564,8 @@ def main() -> int:
         next(s.schedule(options.seed, options.phases, options.kinds))
     except ValueError as error:
         words.error(str(error))
-    # As ^C does: nothing that was started stays behind.
+    # As ^C does, also in a shell's background: nothing that was started stays behind.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         print(run(options))

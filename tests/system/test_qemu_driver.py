@@ -275,7 +275,7 @@ async def test_a_new_daemon_adopts_again_without_the_monitor(lab: Lab, qemu: int
     await driver.aclose()
     lab.drivers.remove(driver)
     machine.process.send_signal(signal.SIGSTOP)
-    again = QemuVmm.known("web1", machine.socket, machine.pid)
+    again = await QemuVmm.known("web1", machine.socket, machine.pid)
     lab.drivers.append(again)
     with trio.fail_after(2):
         (second,) = await again.adopted()

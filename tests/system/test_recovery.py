@@ -64,6 +64,7 @@ async def test_daemon_ends_while_memory_follows(new_pair: Pair, which: str, numb
     assert result["event"] == "completed"
     assert result["recoveries"] >= 1
     assert result["downtimeMs"] > 0
+    assert 0 <= result["brownoutMs"] < 60_000
 
 
 async def test_connections_break_again_and_again(pair: Pair) -> None:
