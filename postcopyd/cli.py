@@ -187,6 +187,8 @@ def _serve(args: argparse.Namespace) -> int:
     sys.modules["rich"] = None  # type: ignore[assignment]  # as the import system has it
     from postcopyd import daemon
 
+    del sys.modules["rich"]
+
     try:
         trio.run(daemon.serve, options)
     except ExceptionGroup as group:

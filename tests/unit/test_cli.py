@@ -158,7 +158,7 @@ def test_clients_load_nothing_heavy() -> None:
         (("migrate", "web1", "--to", "h", "--max-downtime", "nan"), "'nan'"),
         (("migrate", "web1", "--to", "h", "--mode", "hybrid"), "postcopy only"),
         (("migrate", "web1", "--to", "h", "--mode", "precopy"), "postcopy only"),
-        (("resolve", "web1"), "--wait --poison --kill is required"),
+        (("resolve", "web1"), "--wait --poison --kill --take-back is required"),
         (("certs", "--dir", "d", "--host", "h"), "comes with TLS"),
         (("serve",), "say `--tls off`"),
         (("serve", "--tls", "require"), "say `--tls off`"),
