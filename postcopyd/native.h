@@ -16,8 +16,8 @@ struct pc_region {
   uint64_t pages;     /* of page_size bytes */
   int64_t offset;     /* of the mapping in the file, bytes */
   uint32_t page_size; /* 4096, or 2 MiB for hugetlbfs */
-  int32_t fd;         /* source: the RAM file; -1: anonymous memory, read with process_vm_readv */
-  int32_t pid;        /* source of anonymous memory: the VMM */
+  int32_t fd;         /* the RAM file; -1: anonymous memory, read with process_vm_readv */
+  int32_t pid;        /* source: the VMM */
   int32_t uffd;       /* destination: the userfaultfd that this region is registered with */
 };
 
@@ -41,6 +41,10 @@ struct pc_stats {
   uint64_t pushed_pages;      /* came (or went) on push connections, zero pages not counted */
   uint64_t duplicate_pages;   /* destination: came again and were dropped */
   uint64_t discarded_pages;   /* destination: faults on pages placed before: zeros given */
+  uint64_t passed_pages;      /* of passes: sent, or here, zero pages and repetitions counted */
+  uint64_t precopied_pages;   /* source: carried in passes; destination: confirmed, from passes */
+  uint64_t dirty_pages;       /* source: found written again after they were sent */
+  uint64_t here_pages;        /* destination: in the stage and right, not confirmed yet */
   uint64_t lost_pages;        /* destination: of the confirmed, those given up by pc_dest_poison */
   uint64_t existing_pages;    /* destination: the kernel had a page there already (EEXIST) */
   uint64_t faults;            /* fault messages read */
@@ -66,11 +70,21 @@ struct pc_source;
  * engine of the same guest is gone on with: what that has confirmed counts at once. `wake` is an
  * eventfd, written when something happened: everything confirmed, or a failure. */
 struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int record, int wake,
-                            char error[200]);
+                            int staged, char error[200]);
 /* UFFDIO_API, UFFDIO_REGISTER, fault threads start. `again`: an earlier engine has done so on the
  * same userfaultfds and left them registered; whoever waits for it faults again. */
 int pc_dest_register(struct pc_dest *d, int again);
 int pc_dest_connect(struct pc_dest *d, int fd, int urgent);
+/* A staged engine takes pages while the guest still runs at the source: they go to a stage (the RAM
+ * file itself, or a memfd for anonymous memory), come again when they were written since, and are
+ * placed only after pc_dest_seal. pc_dest_stale names pages whose copy here is old (bits as in
+ * pc_dest_have); pc_dest_seal says that all such were named and guest RAM is final: faults are
+ * answered from then on. pc_dest_settle starts placing what no fault asks for. An engine that is not
+ * staged, or goes on with an old record, is sealed from the start. */
+int pc_dest_stale(struct pc_dest *d, unsigned region, uint64_t first, uint64_t count,
+                  const uint8_t *bits);
+int pc_dest_seal(struct pc_dest *d);
+int pc_dest_settle(struct pc_dest *d);
 void pc_dest_disconnect(struct pc_dest *d); /* ends the connections; faults go on being taken */
 /* Bit i % 8 of byte i / 8 becomes: page first + i is confirmed. -EINVAL outside the region. */
 int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t count, uint8_t *bits);
@@ -96,6 +110,19 @@ int pc_source_connect(struct pc_source *s, int fd, int urgent);
  * region. */
 int pc_source_have(struct pc_source *s, unsigned region, uint64_t first, uint64_t count,
                    const uint8_t *bits);
+/* While the guest runs. `uffd`: a new userfaultfd of the VMM, borrowed; writes to guest RAM are
+ * tracked with it until pc_source_untrack or free. pc_source_look finds what is to be sent (again):
+ * new data, and pages written since they were armed; with `arm` these are armed again, atomically
+ * (never with direct I/O in flight, which is not seen once its pages are armed). Returns the number
+ * of pages to be sent. pc_source_copy sends them, like pc_source_push but without the holes, and
+ * may be called again when stats.pushing is 0. pc_source_stale: bit set for each page to be sent;
+ * returns their number. */
+int pc_source_track(struct pc_source *s, int uffd);
+int64_t pc_source_look(struct pc_source *s, int arm);
+int pc_source_copy(struct pc_source *s, uint64_t bytes_per_second);
+int64_t pc_source_stale(struct pc_source *s, unsigned region, uint64_t first, uint64_t count,
+                        uint8_t *bits);
+void pc_source_untrack(struct pc_source *s);
 int pc_source_serve(struct pc_source *s);
 int pc_source_push(struct pc_source *s, uint64_t bytes_per_second); /* 0: no limit */
 void pc_source_disconnect(struct pc_source *s);
