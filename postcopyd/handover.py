@@ -40,6 +40,7 @@ class Source(Enum):
     ASKED = "asked"
     CONNECTING = "connecting"
     SERVING = "serving"
+    PASSING = "passing"
     SAVING = "saving"
     OFFERED = "offered"
     LOADED = "loaded"
@@ -64,6 +65,7 @@ class Destination(Enum):
     OFFERED = "offered"
     CONNECTING = "connecting"
     SERVING = "serving"
+    COUNTING = "counting"
     RECEIVING = "receiving"
     LOADING = "loading"
     LOADED = "loaded"
@@ -133,9 +135,15 @@ SOURCE: Mapping[Source, Mapping[Event, Source]] = {
         **_SOURCE_GIVES_UP,
     },
     Source.CONNECTING: {Received(p.Serving): Source.SERVING, **_SOURCE_GIVES_UP},
-    Source.SERVING: {Sent(p.Handover): Source.SAVING, **_SOURCE_GIVES_UP},
+    Source.SERVING: {
+        Sent(p.Pass): Source.PASSING,
+        Sent(p.Handover): Source.SAVING,
+        **_SOURCE_GIVES_UP,
+    },
+    Source.PASSING: {Received(p.Passed): Source.SERVING, **_SOURCE_GIVES_UP},
     Source.SAVING: {
         Sent(p.Device): Source.SAVING,
+        Sent(p.Stale): Source.SAVING,
         Sent(p.DeviceEnd): Source.OFFERED,
         **_SOURCE_GIVES_UP,
     },
@@ -228,9 +236,15 @@ DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
         **_DESTINATION_LETS_GO,
     },
     Destination.CONNECTING: {Sent(p.Serving): Destination.SERVING, **_DESTINATION_LETS_GO},
-    Destination.SERVING: {Received(p.Handover): Destination.RECEIVING, **_DESTINATION_LETS_GO},
+    Destination.SERVING: {
+        Received(p.Pass): Destination.COUNTING,
+        Received(p.Handover): Destination.RECEIVING,
+        **_DESTINATION_LETS_GO,
+    },
+    Destination.COUNTING: {Sent(p.Passed): Destination.SERVING, **_DESTINATION_LETS_GO},
     Destination.RECEIVING: {
         Received(p.Device): Destination.RECEIVING,
+        Received(p.Stale): Destination.RECEIVING,
         Received(p.DeviceEnd): Destination.LOADING,
         **_DESTINATION_LETS_GO,
     },

@@ -157,6 +157,18 @@ def started(pid: int) -> int:
     return 0 if state in ("Z", "X") else int(fields[18])
 
 
+def usage(pid: int) -> tuple[int, float] | None:
+    """(page faults without I/O, CPU seconds) of all threads of a process; None when it has ended.
+
+    Fields 10, 14 and 15 of /proc/PID/stat, see proc(5)."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="surrogateescape") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(fields[7]), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def has_thread(pid: int, number: int) -> bool:
     """Whether a process has a thread with this number, here or in its own PID namespace."""
     try:

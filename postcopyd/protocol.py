@@ -112,7 +112,7 @@ class Offer(Message, frozen=True, tag="offer"):
     """What the source wants to send. With `check` nothing is touched and `Checked` answers.
 
     `facts` are the driver's: what must be equal on both hosts. `epoch` numbers the
-    ownership that this migration would hand over.
+    ownership that this migration would hand over. `staged`: pages come before the handover too.
     """
 
     migration: Name
@@ -123,6 +123,7 @@ class Offer(Message, frozen=True, tag="offer"):
     connections: Annotated[int, Meta(ge=1, le=MAX_CONNECTIONS)]
     epoch: Count
     check: bool = False
+    staged: bool = False
 
 
 class Checked(Message, frozen=True, tag="checked"):
@@ -142,14 +143,41 @@ class Serving(Message, frozen=True, tag="serving"):
     resumes: all `Have` were sent."""
 
 
+class Pass(Message, frozen=True, tag="pass"):
+    """The pages of one more pass were sent while the guest runs on at the source: `pages` in all
+    passes so far, zero ones counted. Nothing of the next pass is sent before the answer, so that no
+    old copy of a page can come after a newer one."""
+
+    pages: Count
+
+
+class Passed(Message, frozen=True, tag="passed"):
+    """As many pages have arrived."""
+
+
 class Handover(Message, frozen=True, tag="handover"):
-    """The source is about to stop the guest; device state follows."""
+    """The source is about to stop the guest; device state follows. With `whole` the guest may run
+    at the destination only once all of its memory is there."""
+
+    whole: bool = False
 
 
 class Device(Message, frozen=True, tag="device"):
     """A piece of the device state, in order, as the VMM produced it."""
 
     data: Annotated[bytes, Meta(max_length=DEVICE_CHUNK)]
+
+
+class Stale(Message, frozen=True, tag="stale"):
+    """Pages of one region that the guest has written since they were sent, or that never were.
+
+    Bits as in `Have`. What was sent in a pass and is in no Stale before DeviceEnd is right.
+    """
+
+    region: Annotated[int, Meta(ge=0, lt=MAX_REGIONS)]
+    first: Count
+    count: Annotated[int, Meta(ge=1, le=8 * DEVICE_CHUNK)]
+    bits: Annotated[bytes, Meta(min_length=1, max_length=DEVICE_CHUNK)]
 
 
 class DeviceEnd(Message, frozen=True, tag="deviceEnd"):
@@ -269,9 +297,9 @@ class Keepalive(Message, frozen=True, tag="keepalive"):
 
 
 AnyMessage = (
-    Hello | Offer | Checked | Ready | Serving | Handover | Device | DeviceEnd | Loaded | Grant
-    | Ran | Declined | Progress | Drained | Acknowledged | Resume | Have | Cancel | Error
-    | Keepalive
+    Hello | Offer | Checked | Ready | Serving | Pass | Passed | Handover | Device | Stale
+    | DeviceEnd | Loaded | Grant | Ran | Declined | Progress | Drained | Acknowledged | Resume
+    | Have | Cancel | Error | Keepalive
 )  # fmt: skip
 
 

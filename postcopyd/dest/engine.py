@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import trio
 
 from postcopyd._native import ffi, lib
+from postcopyd.errors import PostcopydError
 from postcopyd.native import Engine, native_regions
 from postcopyd.vmm import Region
 
@@ -17,10 +18,12 @@ class DestinationEngine(Engine):
 
     _free = lib.pc_dest_free
 
-    def __init__(self, regions: Sequence[Region], uffds: Sequence[int], record: int) -> None:
+    def __init__(
+        self, regions: Sequence[Region], uffds: Sequence[int], record: int, *, staged: bool
+    ) -> None:
         native = native_regions(regions, 0, uffds)
         super().__init__(
-            lambda wake, error: lib.pc_dest_new(native, len(regions), record, wake, error),
+            lambda wake, error: lib.pc_dest_new(native, len(regions), record, wake, staged, error),
             lib.pc_dest_stats,
         )
 
@@ -54,6 +57,25 @@ class DestinationEngine(Engine):
         )
         return bytes(bits)
 
+    def stale(self, region: int, first: int, count: int, bits: bytes) -> None:
+        """What is here of these pages is old: bits as `have` gives them. Before `seal`. Raises
+        PostcopydError for what does not fit the guest, as these are a peer's numbers."""
+        fits = 0 <= region < 1 << 16 and 0 <= first < 1 << 63 and 0 <= count < 1 << 63
+        if not fits or len(bits) != (count + 7) // 8:
+            raise PostcopydError("the source names written pages which this guest has not")
+        self.must(
+            lib.pc_dest_stale(self.handle, region, first, count, ffi.from_buffer(bits)),
+            f"noting pages {first} to {first + count} of region {region}",
+        )
+
+    def seal(self) -> None:
+        """What came in passes and was not named `stale` is right: faults are answered from now."""
+        self.must(lib.pc_dest_seal(self.handle), "ending the passes")
+
+    def settle(self) -> None:
+        """Begins to place what came in passes, without being asked. Idempotent."""
+        self.must(lib.pc_dest_settle(self.handle), "placing what came in passes")
+
     def poison(self) -> int:
         """Gives up the pages that lack: who touches one gets a memory error. Returns how many.
 
@@ -64,6 +86,11 @@ class DestinationEngine(Engine):
         poisoned: int = lib.pc_dest_poison(self.handle)
         self.must(poisoned, "giving up the pages that lack")
         return poisoned
+
+    @property
+    def whole(self) -> bool:
+        """Every page is here, placed or not."""
+        return bool(self.stats.confirmed_pages + self.stats.here_pages == self.stats.total_pages)
 
     @property
     def complete(self) -> bool:

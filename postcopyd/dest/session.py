@@ -45,6 +45,8 @@ RELEASE_S = 10.0
 """How long the VMM may take to close its userfaultfds when nothing waits for them any more."""
 CONNECTIONS_S = 30.0
 """How long the source may take to make its data connections; they take milliseconds."""
+COUNT_S = 0.001
+"""How often it is looked whether all of a pass has arrived."""
 HAVE_PAGES = 8 * p.DEVICE_CHUNK
 """Pages of one Have: a bit each."""
 DEVICE_CHUNKS = 1024
@@ -94,9 +96,9 @@ class DestinationSession:
         session._run, session._ran, session._told = about["run"], about["ran"], about["told"]
         session._ran_ns = about["ran_ns"]
         driver = vm.attached()
-        regions = tuple(Region(**region, fd=None) for region in about["ram"])
-        session._shape = Shape("paused", driver.pid, regions, {}, ())
         try:
+            regions = _regions_again(driver.pid, about["ram"], files=offer.staged)
+            session._shape = Shape("paused", driver.pid, regions, {}, ())
             session._uffds = await driver.adopted()
             if len(session._uffds) != about["userfaultfds"]:
                 raise PostcopydError(
@@ -106,7 +108,9 @@ class DestinationSession:
                     "UserfaultfdLost",
                 )
             session._record = settings.store.open_pages(vm.name, again=True)
-            session._engine = DestinationEngine(regions, session._uffds, session._record)
+            session._engine = DestinationEngine(
+                regions, session._uffds, session._record, staged=offer.staged
+            )
             session._engine.register(again=True)
         except BaseException:
             with trio.CancelScope(shield=True):
@@ -114,6 +118,8 @@ class DestinationSession:
                     await session._engine.aclose()
             for fd in (*session._uffds, *([session._record] if session._record >= 0 else [])):
                 os.close(fd)
+            if session._shape is not None:
+                session._shape.close()
             raise
         settings.arriving[vm.name] = session._shape
         return session
@@ -235,10 +241,11 @@ class DestinationSession:
             async with open_nursery() as nursery:  # the source may take it back at any time
                 nursery.start_soon(self._prepare)
                 nursery.start_soon(self._watch_vmm)
-                handover = await self._receive()
+                while isinstance(handover := await self._receive(), p.Pass):
+                    nursery.start_soon(self._count, handover.pages)
                 assert isinstance(handover, p.Handover)
                 nursery.cancel_scope.cancel()
-            await self._load()
+            await self._load(handover.whole)
             await self._run_guest()
             await self._drain()
         await self.close()
@@ -264,6 +271,20 @@ class DestinationSession:
         await self._invite()
         await self._all_connected()
         await channel.send(p.Serving())
+        await self._watch_engine()
+
+    async def _count(self, pages: int) -> None:
+        """Answers a pass once as many pages have arrived in all."""
+        assert self._engine is not None
+        self.vm.show(phase="precopy", message=f"{self.vm.name} is copied from {self.channel.peer}")
+        stats = self._engine.stats
+        while stats.passed_pages < pages:
+            await trio.sleep(COUNT_S)
+        if stats.passed_pages != pages:
+            raise RemoteProtocolError(
+                f"{self.channel.peer} sent {stats.passed_pages} pages in passes and says {pages}"
+            )
+        await self.channel.send(p.Passed())
 
     async def _invite(self) -> None:
         """Data connections may come, with a token that is good for this connection only."""
@@ -324,11 +345,14 @@ class DestinationSession:
         self._adopted = True
         self._uffds = await self.vm.attached().adopt(shape)
         self._record = self.settings.store.open_pages(self.vm.name)
-        self._engine = DestinationEngine(shape.regions, self._uffds, self._record)
+        self._engine = DestinationEngine(
+            shape.regions, self._uffds, self._record, staged=self.offer.staged
+        )
         self._engine.register()
 
-    async def _load(self) -> None:
-        """Device state into the VMM, while its faults are answered by the engine."""
+    async def _load(self, whole: bool) -> None:
+        """Device state into the VMM, while its faults are answered by the engine: from the end of
+        that state on, which is after the last page was named that is old here."""
         self.vm.show(
             phase="handover",
             message=f"{self.vm.name} is being handed over from {self.channel.peer}",
@@ -340,14 +364,18 @@ class DestinationSession:
         async with open_nursery() as nursery:
             nursery.start_soon(self._watch_engine)
             nursery.start_soon(self._watch_vmm)
-            nursery.start_soon(self._load_and_say, state)
+            nursery.start_soon(self._load_and_say, state, whole)
             async with pieces:
                 size = 0
-                while isinstance(message := await self._receive(), p.Device):
+                while not isinstance(message := await self._receive(), p.DeviceEnd):
+                    if isinstance(message, p.Stale):
+                        self._stale(message)
+                        continue
+                    assert isinstance(message, p.Device)
                     size += len(message.data)
                     with suppress(trio.BrokenResourceError):  # the load failed, and says why
                         await pieces.send(message.data)
-            assert isinstance(message, p.DeviceEnd)
+                self._seal()
             if message.size != size:
                 raise RemoteProtocolError(
                     f"{self.channel.peer} sent {size} bytes of device state and says {message.size}"
@@ -362,10 +390,24 @@ class DestinationSession:
                 f"it had offered {self.offer.epoch}"
             )
 
-    async def _load_and_say(self, state: trio.MemoryReceiveChannel[bytes]) -> None:
+    def _stale(self, message: p.Stale) -> None:
+        assert self._engine is not None
+        if not self.offer.staged:
+            raise RemoteProtocolError(
+                f"{self.channel.peer} names written pages of {self.vm.name}, but made no passes"
+            )
+        self._engine.stale(message.region, message.first, message.count, message.bits)
+
+    def _seal(self) -> None:
+        assert self._engine is not None
+        self._engine.seal()
+
+    async def _load_and_say(self, state: trio.MemoryReceiveChannel[bytes], whole: bool) -> None:
         async with state:
             await self.vm.attached().load(state)
         assert self._engine is not None
+        while whole and not self._engine.whole:
+            await trio.sleep(COUNT_S)
         self._engine.check()  # no use in a guest whose pages cannot come
         await self.channel.send(p.Loaded())
 
@@ -478,6 +520,7 @@ class DestinationSession:
     async def _drain(self) -> None:
         engine, channel = self._engine, self.channel
         assert engine is not None
+        engine.settle()
         try:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._watch_vmm)
@@ -611,6 +654,8 @@ class DestinationSession:
                 self._engine.unregister(called_off=True)
             if self._adopted and not self._loading and driver is not None:
                 await driver.release()
+                if self.offer.staged and self._shape is not None:
+                    await driver.discard(self._shape)
         except Exception as trouble:  # a driver's bug too: the rest must happen
             clean = False
             message += f"; cleaning up here: {trouble}"
@@ -692,6 +737,12 @@ async def call_off(vm: Vm) -> None:
     message = f"{vm.name} did not come here: the daemon ended before it was granted"
     if driver is not None and not loading:
         await driver.release()
+        if vm.about["offer"]["staged"]:
+            shape = await driver.inspect("destination")
+            try:
+                await driver.discard(shape)
+            finally:
+                shape.close()
     else:
         if driver is not None:
             await driver.end()  # before its RAM is let go: it must not go on with zeros
@@ -700,6 +751,24 @@ async def call_off(vm: Vm) -> None:
     vm.about["answer"] = to_builtins(p.Declined(p.sentence(message)))
     vm.record("declined")
     structlog.get_logger().warning("arrival called off", vm=vm.name)
+
+
+def _regions_again(pid: int, ram: list[dict[str, Any]], *, files: bool) -> tuple[Region, ...]:
+    """The regions of a record; with the files behind them, where they are needed, found by address
+    as the VMM may not be able to answer. Raises PostcopydError."""
+    regions: list[Region] = []
+    try:
+        mappings = list(procfs.mappings(pid)) if files else []
+        for about in ram:
+            at = [m for m in mappings if m.start <= about["address"] < m.end and m.shared]
+            fd = procfs.open_file(pid, at[0].file) if at else None
+            regions.append(Region(**about, fd=fd))
+    except OSError as error:
+        for region in regions:
+            if region.fd is not None:
+                os.close(region.fd)
+        raise PostcopydError(f"opening guest RAM of process {pid} again: {error}") from None
+    return tuple(regions)
 
 
 def _regions(regions: list[tuple[str, int, int]]) -> str:

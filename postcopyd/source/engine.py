@@ -29,6 +29,39 @@ class SourceEngine(Engine):
         """Finds data and holes. May be called while the guest runs: the push looks again."""
         await trio.to_thread.run_sync(lib.pc_source_scan, self.handle)
 
+    def track(self, uffd: int) -> None:
+        """Sees writes to guest RAM, by a new userfaultfd of the VMM that is borrowed until
+        `untrack`. Raises PostcopydError where the kernel cannot."""
+        self.must(lib.pc_source_track(self.handle, uffd), "tracking writes to guest RAM")
+
+    async def look(self, *, arm: bool) -> int:
+        """Finds what is to be sent (again) and returns its number of pages.
+
+        With `arm` pages found written are armed again, to be seen when they are written next: never
+        while direct I/O is in flight.
+        """
+        look = lib.pc_source_look
+        pages: int = await trio.to_thread.run_sync(look, self.handle, arm)
+        self.must(pages, "looking for written pages")
+        return pages
+
+    def copy(self, bandwidth: int) -> None:
+        """Begins one pass: sends what the last `look` found, and is over when nothing is `pushing`.
+        At most `bandwidth` bytes a second (0: no limit)."""
+        self.must(lib.pc_source_copy(self.handle, bandwidth), "starting a pass")
+
+    def stale(self, region: int, first: int, count: int) -> bytes | None:
+        """Which of `count` pages from `first` on the destination lacks or has an old copy of: bit
+        i % 8 of byte i / 8; None: none of them."""
+        bits = bytearray((count + 7) // 8)
+        found = lib.pc_source_stale(self.handle, region, first, count, ffi.from_buffer(bits))
+        self.must(found, f"listing pages {first} to {first + count} of region {region}")
+        return bytes(bits) if found else None
+
+    async def untrack(self) -> None:
+        """The guest's writes cost nothing any more. Idempotent."""
+        await trio.to_thread.run_sync(lib.pc_source_untrack, self.handle)
+
     def connect(self, fd: int, *, urgent: bool) -> None:
         """Takes over a connected socket, whatever happens."""
         self.must(lib.pc_source_connect(self.handle, fd, urgent), "taking a data connection")

@@ -30,6 +30,8 @@ from postcopyd.hooks import run_hooks
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.source.engine import SourceEngine
+from postcopyd.source.passes import Pass, why_now
+from postcopyd.source.tracking import Tracking
 from postcopyd.vm import Vm
 from postcopyd.vmm import Shape
 
@@ -48,6 +50,12 @@ MENDS = frozenset({"ConnectionLost", "PeerUnreachable", "EngineFailed"})
 RESTLESS_S = 600.0
 SELDOM_S = 5.0
 """The same later, and for what time alone does not mend."""
+
+MAX_DOWNTIME_MS = 300.0
+"""Of a precopy, where nothing else was asked for; as QEMU's."""
+
+STALE_PAGES = 1 << 16
+"""Pages of one Stale: 8 KiB of bits. Those without a written page are not sent."""
 
 PATIENCE_S = 10.0
 """How long a pause lasts before who waits for the migration is told that it is paused."""
@@ -76,6 +84,11 @@ class SourceSession:
         self._downtime_ms = 0.0
         self._downtime_parts: dict[str, float] = {}
         self._faults = p.Faults()
+        self._tracking: Tracking | None = None
+        self._passes: list[Pass] = []
+        self._why_now = ""
+        self._warning = ""
+        self._tracked: dict[str, float] = {}
         self._completed: dict[str, Any] | None = None
         self._recoveries = 0
         self._poke = trio.Event()
@@ -146,7 +159,7 @@ class SourceSession:
             phase="idle",
             migration=self.migration,
             peer=to,
-            mode="postcopy",
+            mode=self.request.mode,
             result=None,
             message=f"preparing to move {vm.name} to {to}",
         )
@@ -205,11 +218,14 @@ class SourceSession:
         await self._hooks("prepare")
         channel = await self._greeted()  # closed in `_close`: the peer is told why it ends
         async with channel.alive():
-            await channel.send(self._offer(shape))
-            token = (await channel.expect(p.Ready)).token
             self._engine = SourceEngine(shape.regions, shape.pid)
-            await self._connect(token)
+            if self.request.mode != "postcopy":
+                await self._track(shape)
+            await channel.send(self._offer(shape))
+            await self._connect((await channel.expect(p.Ready)).token)
             await channel.expect(p.Serving)
+            if self._tracking is not None:
+                await self._copy(channel)
             async with open_nursery() as nursery:  # nothing is due; but the destination may fail
                 nursery.start_soon(self._watch_engine)
                 nursery.start_soon(channel.receive)
@@ -255,6 +271,7 @@ class SourceSession:
             connections=self.settings.connections,
             epoch=self.vm.epoch + 1,
             check=check,
+            staged=self._tracking is not None,
         )
 
     async def _connect(self, token: bytes) -> None:
@@ -274,10 +291,80 @@ class SourceSession:
                 raise
             self._engine.connect(detach(stream), urgent=urgent)
 
+    async def _track(self, shape: Shape) -> None:
+        """Sees what the guest writes from here on, or notes why that cannot be."""
+        assert self._engine is not None
+        try:
+            self._tracking = await Tracking.of(self.vm, shape, self._engine, self._keep)
+        except PostcopydError as error:
+            if self.request.mode == "precopy":
+                raise PostcopydError(
+                    f"{error}; --mode postcopy does not need it", error.name
+                ) from None
+            self._warning = f"handed over without a pass before: {error}"
+            self.log.warning("no passes", error=str(error))
+
+    def _keep(self, ownership: str) -> None:
+        """Records it with what a daemon that is started again needs."""
+        self._note()
+        self.vm.record(ownership)
+
+    async def _copy(self, channel: Channel) -> None:
+        """The guest's memory in passes, while it runs on here, until another would not pay."""
+        engine, tracking = self._engine, self._tracking
+        assert engine is not None and tracking is not None
+        mode, most = self.request.mode, self.request.precopy_passes
+        downtime_s = (self.request.max_downtime_ms or MAX_DOWNTIME_MS) / 1e3
+        assert mode != "postcopy"
+        while not self._why_now and most != 0:
+            pages = await tracking.arm()
+            self.vm.show(
+                phase="precopy",
+                remaining=pages * self._page_size,
+                message=f"copying {self.vm.name} to {self.request.to} while it runs here, pass "
+                f"{len(self._passes) + 1}",
+            )
+            stats, began = engine.stats, time.monotonic()
+            pages, moved = stats.passed_pages, stats.transferred_bytes
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._pass, channel)
+                nursery.start_soon(self._show_progress)
+                await channel.expect(p.Passed)
+                nursery.cancel_scope.cancel()
+            seconds = time.monotonic() - began
+            self._passes.append(
+                Pass(
+                    pages=stats.passed_pages - pages,
+                    bytes=stats.transferred_bytes - moved,
+                    seconds=seconds,
+                    left=await tracking.look(),
+                )
+            )
+            self.log.info("pass", **self._passes[-1].json())
+            self._why_now = why_now(mode, self._passes, most, downtime_s) or ""
+
+    async def _pass(self, channel: Channel) -> None:
+        engine = self._engine
+        assert engine is not None
+        engine.copy(self._bandwidth)
+        await engine.watch(lambda: engine.stats.pushing == 0)
+        await channel.send(p.Pass(engine.stats.passed_pages))
+
+    async def _name_stale(self, channel: Channel) -> None:
+        """What the destination has an old copy of; guest RAM is final."""
+        engine = self._engine
+        assert engine is not None and self._shape is not None and self._tracking is not None
+        await self._tracking.look()
+        for index, region in enumerate(self._shape.regions):
+            for first in range(0, region.pages, STALE_PAGES):
+                count = min(STALE_PAGES, region.pages - first)
+                if bits := engine.stale(index, first, count):
+                    await channel.send(p.Stale(index, first, count, bits))
+
     async def _hand_over(self, channel: Channel) -> None:
         """Stop here, device state across, grant, run there: the blackout."""
         self.vm.show(phase="handover", message=f"handing {self.vm.name} over to {self.request.to}")
-        await channel.send(p.Handover())
+        await channel.send(p.Handover(whole=self.request.mode == "precopy"))
         async with open_nursery() as nursery:
             nursery.start_soon(self._watch_engine)
             nursery.start_soon(self._save, channel)
@@ -311,8 +398,12 @@ class SourceSession:
         # Only now is RAM final, disk reads that were under way at the stop included. What the
         # destination has asked for meanwhile waits in the urgent socket.
         assert self._engine is not None
+        if self._tracking is not None:
+            await self._name_stale(channel)
         self._engine.serve()
         await channel.send(p.DeviceEnd(size, run=self.vm.attached().before != "paused"))
+        if self.request.mode == "precopy":
+            self._engine.push(self._bandwidth)
 
     def _commit(self) -> None:
         """The point of no return: recorded first, and no await between the looks and the record."""
@@ -349,7 +440,7 @@ class SourceSession:
             phase="postcopy",
             message=f"{self.vm.name} runs at {self.request.to}, its memory follows",
         )
-        if not self._recoveries:
+        if not self._recoveries and self.request.mode != "precopy":
             engine.push(self._bandwidth)
         self._note()
         self._record_settled(None)
@@ -552,6 +643,7 @@ class SourceSession:
             self.machine.happened(Happened.FAILED)
         if self._engine is not None:
             await self._engine.disconnect()
+        await self._untrack()
         sentence = f"{name} was not moved and is at this host as it was: {error}"
         if self.machine.state in (Source.DECLINED, Source.TAKEN_BACK):
             # Ours again, recorded before it runs: a daemon that is started again runs it. What the
@@ -595,9 +687,16 @@ class SourceSession:
             # What was recorded before it stands, and is the careful side of the truth.
             self.log.error("record not written", error=str(error))
 
+    async def _untrack(self) -> None:
+        tracking, self._tracking = self._tracking, None
+        if tracking is not None:
+            await tracking.aclose()
+            self._tracked = tracking.json()
+
     async def _close(self) -> None:
         if self._channel is not None:
             await self._channel.aclose()
+        await self._untrack()
         if self._engine is not None:
             await self._engine.aclose()
         if self._shape is not None:
@@ -642,6 +741,10 @@ class SourceSession:
             before, at = moved, now
 
     @property
+    def _page_size(self) -> int:
+        return self._shape.regions[0].page_size if self._shape else 4096
+
+    @property
     def _total_bytes(self) -> int:
         return sum(region.size for region in self._shape.regions) if self._shape else 0
 
@@ -657,24 +760,25 @@ class SourceSession:
         elapsed = at - self._began
         stats: Any = self._engine.stats if self._engine is not None else None
         since = at - self._ran_at if self._ran_at else 0.0
+        since += sum(one.seconds for one in self._passes)
         moved = stats.transferred_bytes if stats else 0
         return {
             "event": event,
             "vm": self.vm.name,
             "migration": self.migration,
             "peer": self.request.to,
-            "mode": "postcopy",
+            "mode": self.request.mode,
             "downtimeMs": self._downtime_ms,
             "downtimePartsMs": self._downtime_parts,
             "totalMs": round(elapsed * 1e3, 2),
             "brownoutMs": round(drained.brownout_ms, 2) if drained else 0.0,
             "memory": {
                 "totalBytes": self._total_bytes,
-                "pageSize": self._shape.regions[0].page_size if self._shape else 4096,
+                "pageSize": self._page_size,
                 "pages": stats.total_pages if stats else 0,
                 "zeroPages": drained.zero if drained else 0,
-                "precopyPages": 0,
-                "dirtyPages": 0,
+                "precopyPages": stats.precopied_pages if stats else 0,
+                "dirtyPages": stats.dirty_pages if stats else 0,
                 "pushedPages": drained.placed - drained.urgent if drained else 0,
                 "urgentPages": drained.urgent if drained else 0,
                 "duplicatePages": drained.duplicate if drained else 0,
@@ -683,6 +787,10 @@ class SourceSession:
             "transferredBytes": moved,
             "bytesPerSecond": round(moved / since) if since else 0,
             "recoveries": self._recoveries,
+            "passes": [one.json() for one in self._passes],
+            **({"handedOver": self._why_now} if self._why_now else {}),
+            **({"tracking": self._tracked} if self._tracked else {}),
+            **({"warning": self._warning} if self._warning else {}),
             **({"error": error} if error else {}),
         }
 

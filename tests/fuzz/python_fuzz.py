@@ -163,10 +163,23 @@ def samples(target: str) -> Iterator[bytes]:
         p.Progress(1, 2, faults),
         p.Drained(8, 1, 7, 1, 0, 1, 0, 1.0, faults),
         p.Resume("m", "v", 1),
+        p.Pass(1),
+        p.Stale(0, 0, 8, b"\xff"),
         p.Have(0, 0, 8, b"\xff"),
         p.Cancel("no"),
         p.Error("Name", "why"),
-        *(kind() for kind in (p.Serving, p.Handover, p.Loaded, p.Ran, p.Acknowledged, p.Keepalive)),
+        *(
+            kind()
+            for kind in (
+                p.Serving,
+                p.Passed,
+                p.Handover,
+                p.Loaded,
+                p.Ran,
+                p.Acknowledged,
+                p.Keepalive,
+            )
+        ),
     ]
     for message in messages:
         for number, state in enumerate(STATES):

@@ -24,6 +24,7 @@ because of these, which lose nothing:
 - A daemon that died and the one started after it are one step: one that is down does nothing, as
   one that has not come to it yet; who dials it meanwhile is refused, which is a step anyway.
 - Pages are one bit, `whole`: they travel beside the tables, while both ends are up.
+- One pass stands for any number of them: it ends where it began.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class World(NamedTuple):
     cut: bool
     left: Messages  # what the destination's session may still read of a connection before it
     stale: bool  # the destination has yet to notice an ask for whose answer nobody waits
+    passed: bool = False  # there was a pass before the handover
 
 
 Step = tuple[str, Kind, World]
@@ -174,7 +176,8 @@ class Model:
         yield from self._source_does(w)
         for message in self._sends(state):
             if w.near and self._source_may(w, message):
-                after = w._replace(source=self._go(state, Sent(message)))
+                passed = w.passed or message is p.Pass
+                after = w._replace(source=self._go(state, Sent(message)), passed=passed)
                 if not w.cut:
                     after = after._replace(out=_with(w.out, message, after.source is state))
                 kind: Kind = "" if message not in (p.Cancel, p.Error) or _over(w) else "fault"
@@ -228,8 +231,10 @@ class Model:
             return w.source_record == "granted" or "grant" in self.careless
         if message is p.Handover:
             return w.source_record == "intent"
-        if message in (p.Device, p.DeviceEnd):
+        if message in (p.Device, p.Stale, p.DeviceEnd):
             return w.here == "stopped"
+        if message is p.Pass:
+            return w.source_record == "held" and not w.passed
         if message in LAST_WORDS:  # once it has it back, after its guest runs again
             said = w.out and w.out[-1] in LAST_WORDS
             return w.source is not Source.ROLLED_BACK or (w.here == "runs" and not said)
@@ -414,7 +419,9 @@ def _with(queue: Messages, message: type[p.Message], idle: bool) -> Messages:
     return queue if idle and queue and queue[-1] in IDLE else (*queue, message)
 
 
-IDLE = frozenset({p.Device, p.Have, p.Serving, p.Progress, p.Ready, p.Acknowledged, p.Error})
+IDLE = frozenset(
+    {p.Device, p.Stale, p.Have, p.Serving, p.Progress, p.Ready, p.Acknowledged, p.Error}
+)
 LAST_WORDS = frozenset({p.Cancel, p.Error})
 
 

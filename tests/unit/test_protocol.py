@@ -59,18 +59,23 @@ messages: st.SearchStrategy[p.Message] = st.one_of(
     st.builds(p.Progress, counts, counts, faults),
     st.builds(p.Drained, *[counts] * 7, times, faults),
     st.builds(p.Resume, names, names, counts, st.booleans()),
-    st.builds(
-        p.Have,
-        st.integers(0, p.MAX_REGIONS - 1),
-        counts,
-        st.integers(1, 8 * p.DEVICE_CHUNK),
-        st.binary(min_size=1, max_size=p.DEVICE_CHUNK),
-    ),
+    *[
+        st.builds(
+            kind,
+            st.integers(0, p.MAX_REGIONS - 1),
+            counts,
+            st.integers(1, 8 * p.DEVICE_CHUNK),
+            st.binary(min_size=1, max_size=p.DEVICE_CHUNK),
+        )
+        for kind in (p.Have, p.Stale)
+    ],
+    st.builds(p.Pass, counts),
+    st.builds(p.Handover, st.booleans()),
     st.builds(p.Cancel, sentences),
     st.builds(p.Error, names, sentences),
     *[
         st.just(kind())
-        for kind in (p.Serving, p.Handover, p.Loaded, p.Ran, p.Acknowledged, p.Keepalive)
+        for kind in (p.Serving, p.Passed, p.Loaded, p.Ran, p.Acknowledged, p.Keepalive)
     ],
 )
 offer = p.Offer("m1", "web1", "qemu", [p.RegionOffer("ram", 512, 4096)], {"CPU": "x"}, 2, 1)
@@ -80,8 +85,11 @@ samples: list[p.Message] = [
     p.Checked(["no"]),
     p.Ready(bytes(32)),
     p.Serving(),
+    p.Pass(7),
+    p.Passed(),
     p.Handover(),
     p.Device(b"state"),
+    p.Stale(0, 512, 9, b"\xff\x01"),
     p.DeviceEnd(5),
     p.Loaded(),
     p.Grant(1),
@@ -178,7 +186,7 @@ def test_fields_of_wrong_type_are_refused_or_right(message: p.Message, wrong: An
 def test_missing_fields_are_refused(message: p.Message) -> None:
     """A message without a field that has no default is refused, naming the field."""
     whole = to_builtins(message, builtin_types=(bytes,))
-    optional = {"features", "software", "host", "run", "check", "look"}
+    optional = {"features", "software", "host", "run", "check", "look", "staged", "whole"}
     for field in whole.keys() - optional - {"type"}:
         with pytest.raises(RemoteProtocolError, match=field):
             p.parse_message({key: value for key, value in whole.items() if key != field})

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When to stop copying and hand over: decided after each pass from what was measured. No I/O.
+
+A pass sends what the destination lacks while the guest runs on. Meanwhile the guest writes; what it
+has written is what the next pass would send. With W pages written a second and R sent a second the
+next pass leaves W / R of what is left now, so passes shrink what is left when the guest writes less
+than the link carries, and do nothing but cost the guest when it writes more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from postcopyd.errors import PostcopydError
+
+PAYS = 0.7
+"""Another pass pays when it will leave at most this share of what is left now."""
+
+SHORT_S = 0.02
+"""What is left and takes no longer than this to send is not worth a pass: the scan before it and
+the round trip behind it take as long."""
+
+MOST = 30
+"""Passes, whatever the figures say."""
+
+STUCK = 3
+"""Passes in a row that left no less than one before them: `precopy` does not converge."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass as it was measured."""
+
+    pages: int  # sent, zero ones counted
+    bytes: int  # on the wire
+    seconds: float
+    left: int  # pages that the destination lacks after it, or has an old copy of
+
+    @property
+    def rate(self) -> float:
+        """Pages a second."""
+        return self.pages / self.seconds if self.seconds else 0.0
+
+    @property
+    def written(self) -> float:
+        """Pages that the guest has written a second; each counts once, however often written."""
+        return self.left / self.seconds if self.seconds else 0.0
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that what is left would take at this pass's rate."""
+        return self.left / self.rate if self.pages else 0.0
+
+    def json(self) -> dict[str, float]:
+        """As results and status have it."""
+        return {
+            "pages": self.pages,
+            "bytes": self.bytes,
+            "ms": round(self.seconds * 1e3, 2),
+            "bytesPerSecond": round(self.bytes / self.seconds) if self.seconds else 0,
+            "dirtyPages": self.left,
+            "dirtyPagesPerSecond": round(self.written),
+        }
+
+
+def why_now(
+    mode: Literal["hybrid", "precopy"],
+    passes: Sequence[Pass],
+    most: int | None,
+    max_downtime_s: float,
+) -> str | None:
+    """Why the guest is handed over now, as the end of a sentence; None: another pass first.
+
+    `most` is the number of passes that was asked for. Raises PostcopydError for a precopy that will
+    not get what is left below `max_downtime_s`.
+    """
+    last = passes[-1]
+    left = f"{last.left} pages are left"
+    if mode == "precopy":
+        if last.left_s <= max_downtime_s:
+            return f"{left}, which take {last.left_s * 1e3:.0f} ms"
+        lefts = [one.left for one in passes]
+        stuck = len(lefts) > STUCK and min(lefts[-STUCK:]) >= min(lefts[:-STUCK])
+        if stuck or len(passes) >= (most if most is not None else MOST):
+            raise PostcopydError(
+                f"it does not converge: after {len(passes)} passes {left}, which take "
+                f"{last.left_s * 1e3:.0f} ms and not {max_downtime_s * 1e3:.0f} ms (the guest "
+                f"writes {last.written:.0f} pages a second, {last.rate:.0f} are sent): use --mode "
+                f"hybrid, or a longer --max-downtime",
+                "NotConverging",
+            )
+        return None
+    if most is not None:
+        return f"{most} passes were asked for" if len(passes) >= most else None
+    if last.left_s <= SHORT_S:
+        return f"{left}, which take {last.left_s * 1e3:.0f} ms"
+    if last.left > PAYS * last.pages:
+        return (
+            f"another pass would not pay: the guest has written {last.left} pages again while "
+            f"{last.pages} were sent"
+        )
+    return f"after {MOST} passes" if len(passes) >= MOST else None
