@@ -123,6 +123,9 @@ int pc_source_copy(struct pc_source *s, uint64_t bytes_per_second);
 int64_t pc_source_stale(struct pc_source *s, unsigned region, uint64_t first, uint64_t count,
                         uint8_t *bits);
 void pc_source_untrack(struct pc_source *s);
+/* What the first write to a tracked page costs a process of this host, in nanoseconds: the median of
+ * some hundred pages of our own memory. (A vCPU pays for leaving the guest as well.) */
+int64_t pc_track_cost_ns(void);
 int pc_source_serve(struct pc_source *s);
 int pc_source_push(struct pc_source *s, uint64_t bytes_per_second); /* 0: no limit */
 void pc_source_disconnect(struct pc_source *s);
