@@ -20,7 +20,7 @@ class DestinationEngine(Engine):
     def __init__(self, regions: Sequence[Region], uffds: Sequence[int], record: int) -> None:
         native = native_regions(regions, 0, uffds)
         super().__init__(
-            lambda wake, error: lib.pc_dest_new(native, len(regions), record, wake, error),
+            lambda wake, error: lib.pc_dest_new(native, len(regions), record, wake, 0, error),
             lib.pc_dest_stats,
         )
 
