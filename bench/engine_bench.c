@@ -81,7 +81,8 @@ int main(int argc, char **argv) {
   must(region.uffd >= 0, "userfaultfd");
   int wake = eventfd(0, EFD_CLOEXEC);
   char error[200];
-  struct pc_dest *d = pc_dest_new(&region, 1, memfd_create("record", MFD_CLOEXEC), wake, error);
+  struct pc_dest *d = pc_dest_new(&region, 1, memfd_create("record", MFD_CLOEXEC), wake, 0,
+                                  error);
   must(d && !pc_dest_register(d, 0), "destination");
   struct pc_stats *stats = pc_dest_stats(d);
   for (int i = 0; i <= pushes; i++)

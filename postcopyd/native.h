@@ -42,9 +42,9 @@ struct pc_stats {
   uint64_t duplicate_pages;   /* destination: came again and were dropped */
   uint64_t discarded_pages;   /* destination: faults on pages placed before: zeros given */
   uint64_t passed_pages;      /* of passes: sent, or here, zero pages and repetitions counted */
-  uint64_t precopied_pages;   /* source: carried in passes; destination: confirmed, from passes */
+  uint64_t precopied_pages;   /* carried in passes; destination: of the confirmed */
   uint64_t dirty_pages;       /* source: found written again after they were sent */
-  uint64_t here_pages;        /* destination: in the stage and right, not confirmed yet */
+  uint64_t present_pages;     /* staged destination: confirmed, or in the stage and right */
   uint64_t lost_pages;        /* destination: of the confirmed, those given up by pc_dest_poison */
   uint64_t existing_pages;    /* destination: the kernel had a page there already (EEXIST) */
   uint64_t faults;            /* fault messages read */

@@ -11,6 +11,9 @@
 #define UFFD_API 0xAAull
 #define UFFD_EVENT_PAGEFAULT 0x12
 #define UFFDIO_REGISTER_MODE_MISSING 1ull
+#define UFFDIO_REGISTER_MODE_MINOR 4ull
+#define UFFD_FEATURE_MINOR_HUGETLBFS (1ull << 9)
+#define UFFD_FEATURE_MINOR_SHMEM (1ull << 10)
 
 struct uffdio_range {
   uint64_t start, len;
@@ -30,6 +33,11 @@ struct uffdio_zeropage {
   struct uffdio_range range;
   uint64_t mode;
   int64_t zeropage;
+};
+struct uffdio_continue {
+  struct uffdio_range range;
+  uint64_t mode;
+  int64_t mapped;
 };
 struct uffdio_poison {
   struct uffdio_range range;
@@ -55,11 +63,12 @@ struct uffd_msg {
 #define UFFDIO_WAKE _IOR(0xAA, 0x02, struct uffdio_range)
 #define UFFDIO_COPY _IOWR(0xAA, 0x03, struct uffdio_copy)
 #define UFFDIO_ZEROPAGE _IOWR(0xAA, 0x04, struct uffdio_zeropage)
+#define UFFDIO_CONTINUE _IOWR(0xAA, 0x07, struct uffdio_continue)
 #define UFFDIO_POISON _IOWR(0xAA, 0x08, struct uffdio_poison)
 
 _Static_assert(sizeof(struct uffd_msg) == 32 && UFFDIO_COPY == 0xc028aa03ul &&
                    UFFDIO_API == 0xc018aa3ful && UFFDIO_ZEROPAGE == 0xc020aa04ul &&
-                   UFFDIO_POISON == 0xc020aa08ul,
+                   UFFDIO_CONTINUE == 0xc020aa07ul && UFFDIO_POISON == 0xc020aa08ul,
                "the kernel's layout");
 
 #endif

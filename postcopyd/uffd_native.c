@@ -14,7 +14,7 @@
  *
  *   0                nobody knows anything of the page yet
  *   WANTED           a fault waits and the page was asked for
- *   CLAIMED          one thread is placing it; WANTED beside it: a fault came meanwhile
+ *   CLAIMED          one thread is busy with it; WANTED beside it: a fault came meanwhile
  *   DONE             confirmed: placed, or known to be zeros
  *   DONE and LOST    given up, and a memory error for whoever touches it
  *
@@ -25,17 +25,46 @@
  * the page is a hole, or was placed and the guest has discarded it since (or the message is older
  * than the placing: then the kernel says EEXIST and nobody is harmed).
  *
+ * A staged engine gets most pages while the guest still runs at the source, into the stage
+ * (stage.h), where nobody sees them: the RAM file, of which the VMM has nothing mapped yet, or a
+ * memfd in place of anonymous memory. Two bits more:
+ *
+ *   HERE             the stage has what belongs there; with CLAIMED: and is being placed
+ *   CACHED           the stage may have something else than zeros there, right or not
+ *
+ *   until pc_dest_seal                           from then on
+ *     0 or CACHED --receive_early--> HERE          HERE --fault, or settle_run--> DONE
+ *     HERE --receive_early--> HERE                 other --receive--> HERE and CLAIMED --> DONE
+ *     HERE --pc_dest_stale--> CACHED
+ *
+ * Until the seal a page may come any number of times: its receiver claims it, which takes HERE,
+ * writes the stage, and gives it back with HERE. Faults are not looked at: the seal wakes all who
+ * wait, and they fault again. From the seal on HERE is right, and who claims such a page places it,
+ * by UFFDIO_CONTINUE from the file or UFFDIO_COPY from the memfd. Only a page that is DONE, or HERE
+ * and CLAIMED, can have been mapped, and to such nobody writes. The order is: write, HERE,
+ * CONTINUE, DONE. HERE without CACHED is zeros.
+ *
+ * What is in the file is not always mapped: the kernel reclaims pages, splits huge ones, and gives
+ * a page neighbours that are zeros (a huge page of tmpfs). So a fault on a DONE page of a file is
+ * answered with zeros only where the file has a hole (ZEROPAGE says EEXIST elsewhere), and else
+ * with what the file has (CONTINUE). EFAULT of CONTINUE is a hole: discarded by the guest. The
+ * record alone says what is right: the flags of a fault tell of the cache.
+ *
  * A LOST page is never answered with zeros: for shared memory the kernel lets ZEROPAGE and COPY
  * replace a memory error (seen on Linux 6.18). So the error is there before the record says DONE,
  * and a fault thread whose message is older than the error makes it again, which wakes who waits.
  *
- * An engine that goes on with the record of one that was killed keeps DONE and LOST and forgets the
- * rest: who waited faults again, and EEXIST tells of a page that was placed and not yet confirmed.
+ * An engine that goes on with the record of one that was killed keeps DONE and LOST, for files HERE
+ * and CACHED too, and forgets the rest: who waited faults again, and EEXIST tells of a page that
+ * was placed and not yet confirmed. A page CLAIMED without HERE was never mapped from the file and
+ * may be written again. The byte behind the last page of a staged engine's record is the seal:
+ * without it the guest has not run here, and HERE is forgotten as well.
  *
  * Locks: `asking` guards the urgent connection's requests. Everything else is the record's bytes
  * and counters, changed by atomic operations. The fault threads alone send requests; `notice` tells
  * them of a new urgent connection, or to stop. They never wait for anything but the next message: a
- * receiving thread may, for memory, and then only its connection waits.
+ * receiving thread may, for memory, and then only its connection waits; so may settle_run's, and
+ * then its run.
  *
  * Nothing in here ever closes a userfaultfd, or unregisters what a guest may have touched, on
  * failure: a guest whose engine has stopped waits, it does not read zeros. */
@@ -55,9 +84,10 @@
 #include <unistd.h>
 
 #include "engine.h"
+#include "stage.h"
 #include "uffd.h"
 
-enum { WANTED = 1, CLAIMED = 2, DONE = 4, LOST = 8 };
+enum { WANTED = 1, CLAIMED = 2, DONE = 4, LOST = 8, HERE = 16, CACHED = 32 };
 /* The same bits in each byte of a word of the record, to look at eight pages at a time. */
 #define EIGHT(state) (0x0101010101010101ull * (state))
 
@@ -71,8 +101,10 @@ enum { URGENT_AHEAD = 16 * (4096 + FRAME_BYTES) };
 enum { ASKED_SLOTS = 4096 };
 /* How long it takes until placing is tried again when the destination has no memory. */
 enum { NO_MEMORY_WAIT_MS = 10 };
-/* What place() takes for the address of data: memory errors are to be placed. */
-static const uint8_t POISON;
+/* What place() takes for the address of data: memory errors are to be placed; what the file has. */
+static const uint8_t POISON[1], FILED[1];
+/* Bytes that settle_run places at a time. A fault on one of them waits for all: SETTLE_COST. */
+enum { SETTLE_BYTES = 2 << 20, SETTLE_HUGE_BYTES = 64 << 20 };
 
 struct asked {
   _Atomic uint64_t page_and_one, at_ns;
@@ -91,6 +123,9 @@ struct pc_dest {
   unsigned region_count;
   uint64_t slots; /* bytes of the record: all pages, each region rounded up to 64 */
   _Atomic uint8_t *record;
+  bool staged;
+  struct stage stages[PC_MAX_REGIONS]; /* of the regions, if `staged` */
+  unsigned stage_count;
   const uint8_t *zeros; /* one 2 MiB page of them */
   int wake, notice;
   atomic_bool stopping, ending; /* the engine; the connections */
@@ -98,6 +133,9 @@ struct pc_dest {
 
   struct fault_thread takers[PC_MAX_REGIONS];
   unsigned taker_count;
+  pthread_t settler;
+  bool settler_started;
+  atomic_bool settling;
 
   struct connection connections[PC_MAX_CONNECTIONS];
 
@@ -108,6 +146,20 @@ struct pc_dest {
   uint64_t look_again; /* slot from which on WANTED pages may not be in `waiting`; slots: none */
   struct asked asked[ASKED_SLOTS];
 };
+
+/* Whether faults are to be answered. */
+static bool sealed(struct pc_dest *d) {
+  return !d->staged || atomic_load(&d->record[d->slots]);
+}
+
+static struct stage *stage_of(struct pc_dest *d, struct region *r) {
+  return &d->stages[r - d->regions];
+}
+
+/* Whether this region's pages come to the guest by way of its file. */
+static bool filed(struct pc_dest *d, struct region *r) {
+  return d->staged && !stage_of(d, r)->own;
+}
 
 /* --- asking ----------------------------------------------------------------------------------- */
 
@@ -141,7 +193,8 @@ static void ask_wanted(struct pc_dest *d) {
         page += 8;
         continue;
       }
-      if (atomic_load_explicit(state, memory_order_relaxed) == WANTED && !ask_page(d, r, page)) {
+      if ((atomic_load_explicit(state, memory_order_relaxed) & ~CACHED) == WANTED &&
+          !ask_page(d, r, page)) {
         d->look_again = r->first + page;
         return;
       }
@@ -184,7 +237,8 @@ static bool called_off(struct pc_dest *d) {
 }
 
 /* Puts `count` pages from `from` (NULL: zeros) into the guest and wakes who waits for them. Pages
- * already there are left alone and counted in `*existing`. Returns 0, or -errno with `*placed`
+ * already there are left alone and counted in `*existing`; of FILED pages those that the guest has
+ * discarded are left alone too. Returns 0, or -errno with `*placed`
  * pages done: -ESRCH the VMM is gone, what shall_try_again() says, else what the kernel says. Never
  * waits. */
 static int place(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,
@@ -196,10 +250,14 @@ static int place(struct pc_dest *d, struct region *r, uint64_t page, uint64_t co
     uint64_t to = r->is.address + ((page + done) << r->page_shift);
     int64_t bytes;
     int error = 0;
-    if (from == &POISON) {
+    if (from == POISON) {
       struct uffdio_poison poison = {.range = {to, pages << r->page_shift}};
       error = ioctl(r->is.uffd, UFFDIO_POISON, &poison) ? errno : 0;
       bytes = poison.updated;
+    } else if (from == FILED) {
+      struct uffdio_continue map = {.range = {to, pages << r->page_shift}};
+      error = ioctl(r->is.uffd, UFFDIO_CONTINUE, &map) ? errno : 0;
+      bytes = map.mapped;
     } else if (from || r->is.page_size != 4096) { /* ZEROPAGE does not exist for hugetlbfs */
       struct uffdio_copy copy = {
           .dst = to,
@@ -222,12 +280,13 @@ static int place(struct pc_dest *d, struct region *r, uint64_t page, uint64_t co
       done += (uint64_t)bytes >> r->page_shift;
       continue;
     }
-    switch (error) {
-    case EEXIST: /* there already, and what waits for it may still sleep */
-      wake_page(r, page + done);
-      ++*existing;
+    if (error == EEXIST || (error == EFAULT && from == FILED)) {
+      wake_page(r, page + done); /* there already, and what waits for it may still sleep */
+      *existing += error == EEXIST;
       done++;
-      break;
+      continue;
+    }
+    switch (error) {
     case ENOENT: /* a run may lie across two mappings; one page cannot */
       failed = pages > 1 ? 0 : -ENOENT;
       span = pages / 2;
@@ -261,10 +320,19 @@ static void place_failed(struct pc_dest *d, struct region *r, uint64_t page, int
                                  : strerrordesc_np(-error));
 }
 
-static void confirmed(struct pc_dest *d, uint64_t count) {
+/* So many pages more are HERE or DONE. A word of its own, as no two can be read as one. */
+static void present(struct pc_dest *d, uint64_t count) {
+  if (d->staged && count && __atomic_add_fetch(&d->stats.present_pages, count, __ATOMIC_ACQ_REL) ==
+                                d->stats.total_pages)
+    engine_wake(d->wake);
+}
+
+/* So many pages more are DONE, of which `news` were not HERE. */
+static void confirmed(struct pc_dest *d, uint64_t count, uint64_t news) {
   uint64_t all = __atomic_add_fetch(&d->stats.confirmed_pages, count, __ATOMIC_ACQ_REL);
   if (count && all == d->stats.total_pages)
     engine_wake(d->wake);
+  present(d, news);
 }
 
 /* Notes pages that this thread has claimed and placed (DONE), or poisoned (DONE | LOST). A fault
@@ -272,27 +340,120 @@ static void confirmed(struct pc_dest *d, uint64_t count) {
  * already. */
 static void confirm(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,
                     uint8_t state) {
-  for (uint64_t i = page; i < page + count; i++)
-    if (atomic_exchange(&d->record[r->first + i], state) & WANTED)
+  uint64_t news = 0;
+  for (uint64_t i = page; i < page + count; i++) {
+    uint8_t was = atomic_exchange(&d->record[r->first + i], state);
+    news += !(was & HERE);
+    if (was & WANTED)
       wake_page(r, i);
-  confirmed(d, count);
+  }
+  confirmed(d, count, news);
 }
 
 /* Gives claimed pages back unplaced; whoever waits for them is asked for again. */
 static void unclaim(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count) {
-  for (uint64_t i = page; i < page + count; i++)
-    atomic_store(&d->record[r->first + i], WANTED);
+  uint64_t here = 0;
+  for (uint64_t i = page; i < page + count; i++) {
+    uint8_t is = atomic_load(&d->record[r->first + i]); /* others may add WANTED to it, no more */
+    here += (is & HERE) != 0;
+    atomic_store(&d->record[r->first + i], WANTED | (is & CACHED));
+  }
+  present(d, -here);
 }
 
-/* False when somebody has the page already. */
-static bool claim(struct pc_dest *d, struct region *r, uint64_t page, bool *wanted) {
+/* False when somebody has the page already. `as`: CLAIMED, with CACHED where the file is going to
+ * be written. */
+static bool claim(struct pc_dest *d, struct region *r, uint64_t page, uint8_t as, uint8_t *was) {
   uint8_t state = atomic_load_explicit(&d->record[r->first + page], memory_order_relaxed);
   do {
-    if (state & (CLAIMED | DONE))
+    if (state & (CLAIMED | DONE | HERE))
       return false;
-  } while (!atomic_compare_exchange_weak(&d->record[r->first + page], &state, CLAIMED));
-  *wanted = state & WANTED;
+  } while (!atomic_compare_exchange_weak(&d->record[r->first + page], &state,
+                                         as | (state & CACHED)));
+  *was = state;
   return true;
+}
+
+/* --- from the stage --------------------------------------------------------------------------- */
+
+static const uint8_t *staged_at(struct pc_dest *d, struct region *r, uint64_t page) {
+  return filed(d, r) ? FILED : stage_of(d, r)->at + (page << r->page_shift);
+}
+
+/* Notes HERE pages that this thread has claimed and placed, or that are zeros and stay holes. */
+static void confirm_here(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,
+                         bool cached) {
+  if (!count)
+    return;
+  if (cached)
+    count_add(d->stats.precopied_pages, count);
+  else
+    count_add(d->stats.zero_pages, count);
+  confirm(d, r, page, count, DONE);
+  if (cached && !filed(d, r)) /* its memory, now that it is twice there; none reads it any more */
+    stage_clear(stage_of(d, r), page << r->page_shift, count << r->page_shift, d->zeros);
+}
+
+/* Gives HERE pages back as they were; whoever came to wait for them faults again. */
+static void unclaim_here(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count) {
+  for (uint64_t i = page; i < page + count; i++)
+    if (atomic_fetch_and(&d->record[r->first + i], (uint8_t)~(CLAIMED | WANTED)) & WANTED)
+      wake_page(r, i);
+}
+
+/* Claims a HERE page, of the same kind as the pages before it. */
+static bool claim_here(_Atomic uint8_t *state, int *cached) {
+  uint8_t is = atomic_load_explicit(state, memory_order_relaxed);
+  do {
+    if ((is & (HERE | CLAIMED)) != HERE || (*cached >= 0 && *cached != (is & CACHED)))
+      return false;
+  } while (!atomic_compare_exchange_weak(state, &is, is | CLAIMED));
+  *cached = is & CACHED;
+  return true;
+}
+
+/* Places what is HERE and no fault has asked for, from the first page to the last. */
+static void *settle_run(void *argument) {
+  struct pc_dest *d = argument;
+  for (struct region *r = d->regions; r < d->regions + d->region_count; r++) {
+    uint64_t most = (r->is.page_size == 4096 ? SETTLE_BYTES : SETTLE_HUGE_BYTES) >> r->page_shift;
+    for (uint64_t page = 0, run, placed; page < r->is.pages && !atomic_load(&d->stopping);
+         page += run ? run : 1) {
+      _Atomic uint8_t *state = &d->record[r->first + page];
+      int cached = -1, failed = 0;
+      run = 0, placed = 0;
+      if (page % 8 == 0 &&
+          !(__atomic_load_n((uint64_t *)state, __ATOMIC_RELAXED) & EIGHT(HERE))) {
+        run = 8;
+        continue;
+      }
+      while (run < most && page + run < r->is.pages && claim_here(&state[run], &cached))
+        run++;
+      if (cached == 0)
+        placed = run;
+      while (placed < run && !atomic_load(&d->stopping)) {
+        uint64_t more, existing = 0;
+        failed = place(d, r, page + placed, run - placed, staged_at(d, r, page + placed), &more,
+                       &existing);
+        count_add(d->stats.existing_pages, existing);
+        placed += more;
+        if (failed && !shall_try_again(d, failed))
+          break;
+        if (failed)
+          poll(NULL, 0, failed == -EAGAIN ? 0 : NO_MEMORY_WAIT_MS);
+      }
+      confirm_here(d, r, page, placed, cached > 0);
+      unclaim_here(d, r, page + placed, run - placed);
+      if (failed && !atomic_load(&d->stopping)) {
+        place_failed(d, r, page + placed, failed);
+        goto end;
+      }
+      count_set(d->stats.beat_ns, pc_monotonic_ns());
+    }
+  }
+end:
+  atomic_store(&d->settling, false);
+  return NULL;
 }
 
 /* --- receiving -------------------------------------------------------------------------------- */
@@ -307,33 +468,62 @@ static void note_latency(struct pc_dest *d, struct region *r, uint64_t page) {
   atomic_store_explicit(&asked->page_and_one, 0, memory_order_relaxed);
 }
 
+/* What of a frame this thread has claimed, to the file: right there from now on. */
+static int put_in_file(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,
+                       const uint8_t *payload) {
+  uint64_t to = page << r->page_shift, bytes = count << r->page_shift;
+  if (!payload)
+    return stage_clear(stage_of(d, r), to, bytes, d->zeros);
+  int failed = stage_write(stage_of(d, r), to, payload, bytes);
+  if (failed)
+    return failed;
+  for (uint64_t i = page; i < page + count; i++)
+    atomic_fetch_or(&d->record[r->first + i], HERE);
+  present(d, count);
+  return 0;
+}
+
 /* Places the pages of one frame that nobody has yet, in runs as long as they go. */
 static bool receive_pages(struct pc_dest *d, struct region *r, const struct frame *f,
                           const uint8_t *payload, bool urgent) {
+  bool by_file = filed(d, r);
   for (uint64_t i = 0; i < f->count;) {
-    uint64_t first = f->page + i, run = 0, placed = 0, more, existing = 0;
-    bool wanted = false, any = false, again;
-    while (i + run < f->count && claim(d, r, first + run, &wanted))
-      run++, any |= wanted;
+    uint64_t first = f->page + i, run = 0, placed = 0, existing = 0;
+    uint8_t was, any = 0;
+    bool again;
+    while (i + run < f->count &&
+           claim(d, r, first + run, by_file && payload ? CLAIMED | CACHED : CLAIMED, &was))
+      run++, any |= was;
     if (run == 0) {
       count_add(d->stats.duplicate_pages, 1);
       i++;
       continue;
     }
-    int failed;
+    int failed = 0;
+    bool to_put = by_file && (payload || any & CACHED);
+    if (by_file && !payload && !(any & WANTED)) /* zeros that nobody waits for need no page */
+      placed = run;
     do {
-      failed = place(d, r, first + placed, run - placed,
-                     payload ? payload + ((i + placed) << r->page_shift) : NULL, &more, &existing);
-      placed += more;
+      const uint8_t *from = payload ? payload + (i << r->page_shift) : NULL;
+      failed = to_put ? put_in_file(d, r, first, run, from) : 0;
+      if (!failed) {
+        uint64_t more;
+        to_put = false;
+        from = !payload ? NULL : by_file ? FILED : from + (placed << r->page_shift);
+        failed = place(d, r, first + placed, run - placed, from, &more, &existing);
+        placed += more;
+      }
       again = failed && shall_try_again(d, failed) && !called_off(d);
       if (again)
         poll(NULL, 0, failed == -EAGAIN ? 0 : NO_MEMORY_WAIT_MS);
     } while (again);
+    if (to_put)
+      placed = 0;
     count_add(d->stats.existing_pages, existing);
-    if (any)
+    if (any & WANTED)
       for (uint64_t page = first; page < first + placed; page++)
         note_latency(d, r, page);
-    if (any || urgent)
+    if (any & WANTED || urgent)
       count_set(d->stats.last_urgent_ns, pc_monotonic_ns());
     if (!payload)
       count_add(d->stats.zero_pages, placed);
@@ -377,8 +567,68 @@ static bool receive_zeros(struct pc_dest *d, struct region *r, const struct fram
     page++;
   }
   count_add(d->stats.zero_pages, noted);
-  confirmed(d, noted);
+  confirmed(d, noted, noted);
   return good;
+}
+
+/* Before the seal: claims a page, whose copy here is old then. Zeros are claimed in runs of those
+ * that are CACHED, and of those that are not. */
+static bool claim_early(_Atomic uint8_t *state, bool zeros, int *cached, uint64_t *here) {
+  uint8_t is = atomic_load_explicit(state, memory_order_relaxed);
+  do {
+    if (is & (CLAIMED | DONE) || (zeros && *cached >= 0 && *cached != (is & CACHED)))
+      return false;
+  } while (!atomic_compare_exchange_weak(state, &is,
+                                         (is & ~HERE) | CLAIMED | (zeros ? 0 : CACHED)));
+  *cached = is & CACHED;
+  *here += (is & HERE) != 0;
+  return true;
+}
+
+/* Before the seal: a frame goes to the stage in place of what is there. */
+static bool receive_early(struct pc_dest *d, struct region *r, const struct frame *f,
+                          const uint8_t *payload) {
+  for (uint64_t page = f->page, end = f->page + f->count, run; page < end; page += run) {
+    _Atomic uint8_t *state = &d->record[r->first + page];
+    uint64_t unknown = 0, here = 0;
+    if (!payload && page % 8 == 0 && end - page >= 8 &&
+        __atomic_compare_exchange_n((uint64_t *)state, &unknown, EIGHT(HERE), false,
+                                    __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+      run = 8;
+      present(d, run);
+      continue;
+    }
+    int cached = -1, failed = 0;
+    for (run = 0; page + run < end && claim_early(&state[run], !payload, &cached, &here);)
+      run++;
+    if (run == 0) { /* another connection has the page: what came last is to stay */
+      if (atomic_load(state) & DONE) /* no pass sends after the seal */
+        run = 1;
+      else
+        sched_yield();
+      continue;
+    }
+    present(d, -here);
+    uint64_t to = page << r->page_shift, bytes = run << r->page_shift;
+    uint64_t from = (page - f->page) << r->page_shift;
+    if (payload)
+      failed = stage_write(stage_of(d, r), to, payload + from, bytes);
+    else if (cached)
+      failed = stage_clear(stage_of(d, r), to, bytes, d->zeros);
+    uint8_t change = failed ? CLAIMED : CLAIMED | HERE | (payload ? 0 : cached);
+    for (uint64_t i = page; i < page + run; i++)
+      if (atomic_fetch_xor(&d->record[r->first + i], change) & WANTED)
+        wake_page(r, i); /* the seal came meanwhile, and a fault */
+    if (failed) {
+      engine_fail(&d->stats, d->wake, PC_MEMORY, "writing page %llu of region %d, before the guest "
+                  "is handed over: %s", (unsigned long long)page, (int)(r - d->regions),
+                  strerrordesc_np(-failed));
+      return false;
+    }
+    present(d, run);
+  }
+  count_add(d->stats.passed_pages, f->count);
+  return true;
 }
 
 static bool receive(struct pc_dest *d, const struct frame *f, const uint8_t *payload, bool urgent) {
@@ -393,6 +643,8 @@ static bool receive(struct pc_dest *d, const struct frame *f, const uint8_t *pay
   count_add(d->stats.transferred_bytes, FRAME_BYTES + f->payload);
   if (urgent)
     count_add(d->stats.unanswered, -(int64_t)f->count);
+  if (!sealed(d))
+    return receive_early(d, r, f, f->kind == FRAME_ZERO ? NULL : payload);
   return f->kind == FRAME_ZERO ? receive_zeros(d, r, f, urgent)
                                : receive_pages(d, r, f, payload, urgent);
 }
@@ -435,24 +687,58 @@ static struct region *region_at(struct pc_dest *d, int uffd, uint64_t address) {
  * asked for, or to be tried again later. */
 enum answer { ANSWERED, ASK, LATER };
 
+static enum answer fault_failed(struct pc_dest *d, struct region *r, uint64_t page, int failed) {
+  if (shall_try_again(d, failed))
+    return LATER;
+  place_failed(d, r, page, failed);
+  return ANSWERED;
+}
+
+/* Zeros, or what the file has: somebody else may have made the page (a neighbour in a huge one). */
+static int place_zeros(struct pc_dest *d, struct region *r, uint64_t page, uint64_t *zeros) {
+  uint64_t placed, existing = 0, mapped = 0;
+  int failed = place(d, r, page, 1, NULL, &placed, &existing);
+  *zeros = placed - existing;
+  return existing && filed(d, r) ? place(d, r, page, 1, FILED, &placed, &mapped) : failed;
+}
+
+static enum answer fault_done(struct pc_dest *d, struct region *r, uint64_t page, bool lost) {
+  uint64_t zeros = 0, placed, existing;
+  int failed = lost ? place(d, r, page, 1, POISON, &placed, &existing)
+                    : place_zeros(d, r, page, &zeros);
+  count_add(d->stats.discarded_pages, zeros);
+  return failed ? fault_failed(d, r, page, failed) : ANSWERED;
+}
+
+/* With the page claimed. */
+static enum answer fault_here(struct pc_dest *d, struct region *r, uint64_t page, bool cached) {
+  uint64_t placed, existing = 0;
+  int failed = cached ? place(d, r, page, 1, staged_at(d, r, page), &placed, &existing)
+                      : place_zeros(d, r, page, &placed);
+  count_add(d->stats.existing_pages, existing);
+  if (!failed)
+    confirm_here(d, r, page, 1, cached);
+  else
+    unclaim_here(d, r, page, 1);
+  return failed ? fault_failed(d, r, page, failed) : ANSWERED;
+}
+
 static enum answer fault(struct pc_dest *d, struct region *r, uint64_t page, uint64_t now) {
+  if (!sealed(d))
+    return ANSWERED; /* by pc_dest_seal */
   _Atomic uint8_t *state = &d->record[r->first + page];
   uint8_t is = atomic_load(state);
+  bool here;
   do {
-    if (is & DONE) {
-      uint64_t placed, existing = 0;
-      int failed = place(d, r, page, 1, is & LOST ? &POISON : NULL, &placed, &existing);
-      if (failed && shall_try_again(d, failed))
-        return LATER;
-      if (failed)
-        place_failed(d, r, page, failed);
-      if (!(is & LOST))
-        count_add(d->stats.discarded_pages, placed - existing);
+    if (is & DONE)
+      return fault_done(d, r, page, is & LOST);
+    here = (is & (HERE | CLAIMED)) == HERE;
+    if (is & WANTED && !here)
       return ANSWERED;
-    }
-    if (is & WANTED)
-      return ANSWERED;
-  } while (!atomic_compare_exchange_weak(state, &is, is | WANTED));
+  } while (!atomic_compare_exchange_weak(state, &is,
+                                         here ? (is | CLAIMED) & ~WANTED : is | WANTED));
+  if (here)
+    return fault_here(d, r, page, is & CACHED);
   if (is & CLAIMED) /* its placer sees WANTED when it confirms */
     return ANSWERED;
   struct asked *asked = asked_slot(d, r->first + page);
@@ -529,59 +815,85 @@ struct pc_stats *pc_dest_stats(struct pc_dest *d) {
   return &d->stats;
 }
 
-/* Maps the record, a new one or that of an engine before this one. */
+/* What of a page's state outlives the engine that wrote it. */
+static uint8_t kept(struct pc_dest *d, struct region *r, uint8_t is) {
+  if (is & DONE)
+    return is & (DONE | LOST);
+  if (!d->staged || r->is.fd < 0)
+    return 0;
+  return (is & (sealed(d) ? HERE | CACHED : CACHED)) | (is & CLAIMED ? CACHED : 0);
+}
+
+/* Maps the record, a new one or that of an engine before this one, which was staged or not. */
 static int record_map(struct pc_dest *d, int record, char error[200]) {
   struct stat file;
   int failed = fstat(record, &file) ? errno : 0;
-  if (!failed && file.st_size && (uint64_t)file.st_size != d->slots) {
+  if (!failed && file.st_size)
+    d->staged = (uint64_t)file.st_size != d->slots;
+  uint64_t bytes = d->slots + d->staged;
+  if (!failed && file.st_size && (uint64_t)file.st_size != bytes) {
     snprintf(error, 200, "the page record has %lld bytes and this guest needs %llu: it is not this "
              "guest's", (long long)file.st_size, (unsigned long long)d->slots);
     return -EINVAL;
   }
   /* Allocated now: where it did not go later, a thread would get SIGBUS. */
-  while (!failed && (failed = posix_fallocate(record, 0, (off_t)d->slots)) == EINTR)
+  while (!failed && (failed = posix_fallocate(record, 0, (off_t)bytes)) == EINTR)
     failed = 0;
   if (failed) {
     snprintf(error, 200, "no room for the page record of %llu bytes in the state directory: %s",
-             (unsigned long long)d->slots, strerrordesc_np(failed));
+             (unsigned long long)bytes, strerrordesc_np(failed));
     if (!file.st_size && ftruncate(record, 0))
       return -errno;
     return -failed;
   }
-  d->record = mmap(NULL, d->slots, PROT_READ | PROT_WRITE, MAP_SHARED, record, 0);
+  d->record = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, record, 0);
   if (d->record == MAP_FAILED) {
     failed = errno;
-    snprintf(error, 200, "mapping the page record of %llu bytes: %s", (unsigned long long)d->slots,
+    snprintf(error, 200, "mapping the page record of %llu bytes: %s", (unsigned long long)bytes,
              strerrordesc_np(failed));
     return -failed;
   }
   for (struct region *r = d->regions; file.st_size && r < d->regions + d->region_count; r++) {
     for (_Atomic uint8_t *state = d->record + r->first; state < d->record + r->first + r->is.pages;
          state++) {
-      uint8_t is = atomic_load_explicit(state, memory_order_relaxed);
-      d->stats.confirmed_pages += (is & DONE) != 0;
-      d->stats.lost_pages += (is & (DONE | LOST)) == (DONE | LOST);
-      if (is & ~(DONE | LOST) || is == LOST)
-        atomic_store_explicit(state, is & DONE ? is & (DONE | LOST) : 0, memory_order_relaxed);
+      uint8_t is = atomic_load_explicit(state, memory_order_relaxed), keeps = kept(d, r, is);
+      d->stats.confirmed_pages += (keeps & DONE) != 0;
+      d->stats.present_pages += d->staged && keeps & (DONE | HERE);
+      d->stats.lost_pages += (keeps & LOST) != 0;
+      if (is != keeps)
+        atomic_store_explicit(state, keeps, memory_order_relaxed);
+    }
+  }
+  return 0;
+}
+
+/* The stages of a staged engine, with regions and record there. */
+static int stages_open(struct pc_dest *d, char error[200]) {
+  for (unsigned i = 0; d->staged && i < d->region_count; i++) {
+    int failed = stage_open(&d->stages[d->stage_count++], &d->regions[i].is);
+    if (failed) {
+      snprintf(error, 200, "making a place for the pages of region %u until the guest comes: %s", i,
+               strerrordesc_np(-failed));
+      return failed;
     }
   }
   return 0;
 }
 
 struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int record, int wake,
-                            char error[200]) {
+                            int staged, char error[200]) {
   struct pc_dest *d = calloc(1, sizeof *d);
   if (!d) {
     snprintf(error, 200, "no memory for the engine");
     return NULL;
   }
   d->wake = wake, d->urgent = -1, d->region_count = count, d->notice = -1;
-  d->record = MAP_FAILED, d->zeros = MAP_FAILED;
+  d->record = MAP_FAILED, d->zeros = MAP_FAILED, d->staged = staged;
   pthread_mutex_init(&d->asking, NULL);
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
     d->connections[i] = (struct connection){.engine = d, .fd = -1};
   d->slots = engine_regions(d->regions, regions, count, error);
-  if (d->slots == 0 || record_map(d, record, error)) {
+  if (d->slots == 0 || record_map(d, record, error) || stages_open(d, error)) {
     pc_dest_free(d);
     return NULL;
   }
@@ -608,6 +920,8 @@ struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int
 int pc_dest_register(struct pc_dest *d, int again) {
   for (unsigned i = 0; i < d->taker_count; i++) {
     struct uffdio_api api = {.api = UFFD_API};
+    if (d->staged)
+      api.features = UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_MINOR_HUGETLBFS;
     if (!again && ioctl(d->takers[i].uffd, UFFDIO_API, &api)) {
       int failed = errno;
       engine_fail(&d->stats, d->wake, PC_MEMORY, "UFFDIO_API: %s", strerrordesc_np(failed));
@@ -619,6 +933,8 @@ int pc_dest_register(struct pc_dest *d, int again) {
     struct region *r = &d->regions[i];
     struct uffdio_register range = {.range = {r->is.address, r->is.pages << r->page_shift},
                                     .mode = UFFDIO_REGISTER_MODE_MISSING};
+    if (filed(d, r))
+      range.mode |= UFFDIO_REGISTER_MODE_MINOR;
     if (ioctl(r->is.uffd, UFFDIO_REGISTER, &range)) {
       int failed = errno;
       engine_fail(&d->stats, d->wake, PC_MEMORY,
@@ -685,6 +1001,66 @@ int pc_dest_connect(struct pc_dest *d, int fd, int urgent) {
   return failed;
 }
 
+int pc_dest_stale(struct pc_dest *d, unsigned region, uint64_t first, uint64_t count,
+                  const uint8_t *bits) {
+  struct region *r = region < d->region_count ? &d->regions[region] : NULL;
+  if (!r || first > r->is.pages || count > r->is.pages - first)
+    return -EINVAL;
+  if (sealed(d)) {
+    engine_fail(&d->stats, d->wake, PC_MEMORY, "pages of region %u were called old after the guest "
+                "was handed over", region);
+    return -EBUSY;
+  }
+  uint64_t here = 0;
+  for (uint64_t i = 0; i < count; i++) {
+    if (i % 8 == 0 && !bits[i / 8]) {
+      i += 7;
+      continue;
+    }
+    if (!(bits[i / 8] >> i % 8 & 1))
+      continue;
+    _Atomic uint8_t *state = &d->record[r->first + first + i];
+    while (atomic_load(state) & CLAIMED) /* for as long as a write takes */
+      sched_yield();
+    here += (atomic_fetch_and(state, (uint8_t)~HERE) & HERE) != 0;
+  }
+  present(d, -here);
+  return 0;
+}
+
+int pc_dest_seal(struct pc_dest *d) {
+  if (sealed(d))
+    return 0;
+  atomic_store(&d->record[d->slots], 1);
+  /* Who has faulted faults again, and is answered. */
+  for (struct region *r = d->regions; r < d->regions + d->registered; r++) {
+    struct uffdio_range range = {r->is.address, r->is.pages << r->page_shift};
+    ioctl(r->is.uffd, UFFDIO_WAKE, &range);
+  }
+  return 0;
+}
+
+int pc_dest_settle(struct pc_dest *d) {
+  if (!d->staged || atomic_load(&d->settling))
+    return 0;
+  if (!sealed(d)) {
+    engine_fail(&d->stats, d->wake, PC_MEMORY, "pages were to be placed before the guest was "
+                "handed over");
+    return -EBUSY;
+  }
+  if (d->settler_started)
+    pthread_join(d->settler, NULL);
+  atomic_store(&d->settling, true);
+  int failed = engine_thread(&d->settler, "pc-place", settle_run, d);
+  d->settler_started = !failed;
+  if (failed) {
+    atomic_store(&d->settling, false);
+    engine_fail(&d->stats, d->wake, PC_MEMORY, "starting the thread that places pages: %s",
+                strerrordesc_np(-failed));
+  }
+  return failed;
+}
+
 void pc_dest_disconnect(struct pc_dest *d) {
   atomic_store(&d->ending, true);
   pthread_mutex_lock(&d->asking);
@@ -702,7 +1078,8 @@ int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t co
     return -EINVAL;
   memset(bits, 0, (count + 7) / 8);
   for (uint64_t i = 0; i < count; i++)
-    if (atomic_load_explicit(&d->record[r->first + first + i], memory_order_acquire) & DONE)
+    if (atomic_load_explicit(&d->record[r->first + first + i], memory_order_acquire) &
+        (DONE | HERE))
       bits[i / 8] |= (uint8_t)(1 << i % 8);
   return 0;
 }
@@ -712,16 +1089,18 @@ int64_t pc_dest_poison(struct pc_dest *d) {
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
     if (d->connections[i].fd >= 0)
       return -EBUSY;
+  if (!sealed(d))
+    return -EBUSY;
   for (struct region *r = d->regions; r < d->regions + d->region_count; r++) {
     _Atomic uint8_t *state = d->record + r->first;
     for (uint64_t page = 0, run; page < r->is.pages; page += run ? run : 1) {
       uint64_t placed = 0, existing = 0;
       run = 0;
-      while (page + run < r->is.pages && !(atomic_load(&state[page + run]) & DONE))
+      while (page + run < r->is.pages && !(atomic_load(&state[page + run]) & (DONE | HERE)))
         run++;
       if (!run)
         continue;
-      int failed = place(d, r, page, run, &POISON, &placed, &existing);
+      int failed = place(d, r, page, run, POISON, &placed, &existing);
       /* What is there already may be the error that a killed engine has left, so it is LOST too. */
       confirm(d, r, page, placed, DONE | LOST);
       count_add(d->stats.lost_pages, placed);
@@ -768,6 +1147,9 @@ void pc_dest_stop(struct pc_dest *d) {
       pthread_join(d->takers[i].thread, NULL);
     d->takers[i].running = false;
   }
+  if (d->settler_started)
+    pthread_join(d->settler, NULL);
+  d->settler_started = false;
 }
 
 void pc_dest_free(struct pc_dest *d) {
@@ -776,9 +1158,11 @@ void pc_dest_free(struct pc_dest *d) {
     close(d->notice);
   }
   if (d->record != MAP_FAILED)
-    munmap((void *)d->record, d->slots);
+    munmap((void *)d->record, d->slots + d->staged);
   if (d->zeros != MAP_FAILED)
     munmap((void *)d->zeros, FRAME_MAX_PAYLOAD);
+  for (unsigned i = 0; i < d->stage_count; i++)
+    stage_close(&d->stages[i]);
   pthread_mutex_destroy(&d->asking);
   free(d);
 }

@@ -96,7 +96,7 @@ static void make_engines(void) {
       {.address = (uintptr_t)at + BEFORE * PAGE, .pages = FIRST, .page_size = PAGE, .uffd = uffd},
       {.address = (uintptr_t)at + (BEFORE + FIRST) * PAGE, .pages = SECOND, .page_size = PAGE,
        .uffd = uffd}};
-  dest = pc_dest_new(regions, 2, record_file, wake, error);
+  dest = pc_dest_new(regions, 2, record_file, wake, 0, error);
   must(dest && !pc_dest_register(dest, 0));
   regions[0].fd = regions[1].fd = source_file;
   regions[1].offset = FIRST * PAGE;

@@ -33,7 +33,8 @@ def build(folder: Path) -> Path:
     program = folder / "frame_fuzz"
     command = ["clang", "-std=gnu11", "-g", "-O1", "-pthread", "-Wall", "-Wextra", "-Wshadow"]
     command += ["-Werror", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
-    command += [f"-I{ENGINE}", str(HERE / "frame_fuzz.c"), str(ENGINE / "engine.c")]
+    command += [f"-I{ENGINE}", str(HERE / "frame_fuzz.c")]
+    command += [str(ENGINE / "engine.c"), str(ENGINE / "stage.c")]
     subprocess.run([*command, "-o", str(program)], check=True, capture_output=True, text=True)
     return program
 

@@ -268,40 +268,43 @@ static void guest_free(struct guest *g) {
 
 struct pair {
   struct guest *guest;
+  bool staged;
   int wake, record;
   struct pc_dest *dest;
   struct pc_source *source;
   struct pc_stats *at, *from; /* the destination's statistics, the source's */
 };
 
-static void regions_of(struct guest *g, struct pc_region to[MAX_REGIONS], bool source) {
+enum side { SOURCE, DESTINATION, STAGED };
+
+static void regions_of(struct guest *g, struct pc_region to[MAX_REGIONS], enum side side) {
   for (unsigned i = 0; i < g->count; i++) {
     struct ram *m = &g->ram[i];
     to[i] = (struct pc_region){.address = (uintptr_t)m->at, .pages = m->pages,
                                .page_size = m->page_size, .uffd = m->uffd,
-                               .fd = source ? m->source : -1};
+                               .fd = side == SOURCE ? m->source : side == STAGED ? m->file : -1};
   }
 }
 
 static void new_source(struct pair *p) {
   struct pc_region regions[MAX_REGIONS];
   char error[200];
-  regions_of(p->guest, regions, true);
+  regions_of(p->guest, regions, SOURCE);
   p->source = pc_source_new(regions, p->guest->count, p->wake, error);
   check(p->source, "%s", error);
   p->from = pc_source_stats(p->source);
 }
 
 /* The states of a page in the record, as uffd_native.c has them. */
-enum { WANTED = 1, CLAIMED = 2, DONE = 4, LOST = 8 };
+enum { WANTED = 1, CLAIMED = 2, DONE = 4, LOST = 8, HERE = 16, CACHED = 32 };
 
 /* A destination on this record; `again`: an engine before it has registered. */
 static void dest_on(struct pair *p, int record, bool again) {
   struct pc_region regions[MAX_REGIONS];
   char error[200];
   p->record = record;
-  regions_of(p->guest, regions, false);
-  p->dest = pc_dest_new(regions, p->guest->count, record, p->wake, error);
+  regions_of(p->guest, regions, p->staged ? STAGED : DESTINATION);
+  p->dest = pc_dest_new(regions, p->guest->count, record, p->wake, p->staged, error);
   check(p->dest, "%s", error);
   p->at = pc_dest_stats(p->dest);
   check(!pc_dest_register(p->dest, again), "%s", p->at->sentence);

@@ -534,17 +534,17 @@ static void no_room_for_record(void) {
   struct stat is;
   char error[200];
   int record = file_in(&s, "record");
-  regions_of(&g, region, false);
-  check(!pc_dest_new(region, 1, record, -1, error) && strstr(error, "no room for"), "%s", error);
+  regions_of(&g, region, DESTINATION);
+  check(!pc_dest_new(region, 1, record, -1, 0, error) && strstr(error, "no room for"), "%s", error);
   check(!fstat(record, &is) && is.st_size == 0, "a record was left");
   check(!ftruncate(s.ballast, 0), "%m");
-  struct pc_dest *d = pc_dest_new(region, 1, record, -1, error);
+  struct pc_dest *d = pc_dest_new(region, 1, record, -1, 0, error);
   check(d, "%s", error);
   check(!fstat(record, &is) && is.st_blocks * 512 == 5 * SMALL, "not all is allocated");
   pc_dest_free(d);
   for (unsigned i = 0; i < 2; i++) {
     check(!ftruncate(record, i ? 1 : 6 * SMALL), "%m");
-    check(!pc_dest_new(region, 1, record, -1, error) && strstr(error, "not this guest's"), " ");
+    check(!pc_dest_new(region, 1, record, -1, 0, error) && strstr(error, "not this guest's"), " ");
   }
   close(record);
   guest_free(&g);
