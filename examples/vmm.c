@@ -789,6 +789,7 @@ static const char usage[] =
     "  --rate N           pages written per second by all threads together (default: no limit)\n"
     "  --device-state N   bytes added to the device state (default 0)\n"
     "  --load-touches N   pages that loading the device state reads (default 1)\n"
+    "  --writes HOW       seen, direct or unseen: what `hello` says of them (default seen)\n"
     "  --misbehave HOW:VERB  refuse, hang or exit, once, when told this (for tests)\n"
     "  --incoming         wait for a guest instead of starting one\n"
     "  --report           a line of JSON on stdout each 100 ms\n";
@@ -813,6 +814,7 @@ int main(int argc, char **argv)
                                             {"rate", required_argument, NULL, 'r'},
                                             {"device-state", required_argument, NULL, 'd'},
                                             {"load-touches", required_argument, NULL, 'l'},
+                                            {"writes", required_argument, NULL, 'W'},
                                             {"misbehave", required_argument, NULL, 'M'},
                                             {"incoming", no_argument, NULL, 'i'},
                                             {"report", no_argument, NULL, 'R'},
@@ -830,6 +832,7 @@ int main(int argc, char **argv)
         case 'r': guest.rate = parse_size(optarg); break;
         case 'd': guest.padding = parse_size(optarg); break;
         case 'l': guest.load_touches = parse_size(optarg); break;
+        case 'W': vmm.writes = optarg; break;
         case 'M': guest.misbehave = optarg; break;
         case 'i': incoming = true; break;
         case 'R': guest.report = true; break;

@@ -82,6 +82,8 @@ struct vmm {
     size_t region_count;
     struct vmm_fact facts[16];
     size_t fact_count;
+    const char *writes; /* NULL: all that is written to guest RAM shows in page tables; "direct" or
+                         * "unseen": see `hello` in docs/VMM-PROTOCOL.md */
     int uffd_flags; /* VMM_UFFD_USER_MODE_ONLY when no kernel code touches guest RAM */
     const char *(*stop)(void);
     const char *(*run)(void);
@@ -91,7 +93,9 @@ struct vmm {
     void (*before_exit)(void);
 
     _Atomic int state; /* enum vmm_state; changed by the claim's holder only */
-    int uffd;          /* our copy; as long as it is open missing pages wait, never read as zero */
+    /* Our copy, from `userfaultfd` to `release`.  At the destination missing pages wait as long as
+     * it is open, and never read as zero; at the source it is of no use to us. */
+    int uffd;
     pthread_mutex_t claim_lock;
     pthread_cond_t claim_dropped;
     struct vmm_client *_Atomic claim;
@@ -303,7 +307,8 @@ static int vmm_new_userfaultfd(int flags)
 
 static void vmm_do_userfaultfd(struct vmm *vmm, struct vmm_client *client)
 {
-    /* The same one until `release`: a daemon that was started again asks for it again. */
+    /* The same one until `release`, in any state: a daemon that was started again asks for it
+     * again.  Then a new one: what was done on the one before must not be found on it. */
     if (vmm->uffd < 0)
         vmm->uffd = vmm_new_userfaultfd(vmm->uffd_flags);
     if (vmm->uffd < 0)
@@ -394,7 +399,8 @@ static void vmm_do_hello(struct vmm *vmm, struct vmm_client *client, int count, 
         vmm->claim = client;
     pthread_mutex_unlock(&vmm->claim_lock);
     if (mine)
-        vmm_reply(client, -1, "ok vmm=%s state=%s", vmm->name, vmm_state_name(vmm));
+        vmm_reply(client, -1, "ok vmm=%s state=%s writes=%s", vmm->name, vmm_state_name(vmm),
+                  vmm->writes ? vmm->writes : "seen");
     else
         vmm_reply(client, -1, "error another client holds this VMM, detach it there first");
 }

@@ -10,11 +10,16 @@
  * From the kernel command line:
  *   pc.mb=N        test memory in MiB (default: half of what is free)
  *   pc.threads=N   workers, each pinned to a vCPU (default: one for each vCPU)
+ *   pc.hot=N       MiB of it that the workers work on, the rest lies idle (default 0: all)
  *   pc.order=random|sequential
  *   pc.write=N     percent of operations that write after they have checked (default 100)
  *   pc.rate=N      operations per second of all workers, 0 idle, -1 unlimited (default)
  *   pc.report=N    ms between two reports (default 50)
  *   pc.disk=N      operations per second on /dev/vda (default 0: disk left alone)
+ *   pc.readers=N   threads that read /dev/vda all the time, which must hold blocks of the page
+ *                  pattern, and check what they read then and later (default 0; instead of pc.disk)
+ *   pc.read_kb=N   KiB of one read (default 256)
+ *   pc.read_mb=N   memory that is read into, of all readers (default 8)
  *   pc.net=N       datagrams per second to pc.peer=A.B.C.D:PORT from pc.ip=A.B.C.D (default 0)
  *
  * Out, on the serial line, one line each, fields as key=value:
@@ -24,7 +29,8 @@
  *   pc bad     what=page|table|disk kind=zero|stale|foreign|torn ... (the first MAX_DETAILS only)
  *   pc done    id= and what the command found
  *   pc error   text=...
- * In: "ID sweep;", "ID stop;", "ID go;", "ID rate N;", "ID write N;", "ID discard N;", "ID quit;".
+ * In: "ID sweep;", "ID stop;", "ID go;", "ID rate N;", "ID write N;", "ID hot N;", "ID discard N;",
+ * "ID quit;".
  * A command without its semicolon was cut off on its way and is not obeyed; one that repeats the
  * last ID gets the last answer again, so that the host may ask twice.
  */
@@ -58,6 +64,7 @@
 #define WORDS (PAGE / sizeof(uint64_t))
 #define GOLDEN UINT64_C(0x9e3779b97f4a7c15)
 #define MAX_WORKERS 64
+#define MAX_READERS 16
 #define MAX_DETAILS 16
 #define DISK_BLOCKS 2048u              /* 8 MiB: small enough that each block comes round often */
 #define DISK_INDEX (UINT64_C(1) << 40) /* a disk block never passes for a page of memory */
@@ -93,6 +100,8 @@ static bool stopped, sweeping;
 static unsigned resting;
 static _Atomic bool hold;
 static _Atomic int64_t rate = -1, write_percent = 100;
+static _Atomic uint64_t hot_pages; /* of the test memory, each share its part; 0: all of it */
+static uint64_t test_pages;
 static bool sequential;
 
 static _Atomic uint64_t disk_ops, disk_bad, net_sent, net_received, net_bad;
@@ -322,15 +331,19 @@ static int64_t pace(struct worker *w, int64_t wanted, int64_t *due, int64_t now)
 
 static void operate(struct worker *w)
 {
-    uint64_t r = next_random(&w->random), i;
+    uint64_t r = next_random(&w->random), i, pages = w->pages;
+    uint64_t hot = atomic_load_explicit(&hot_pages, memory_order_relaxed);
+    if (hot > 0 && hot < test_pages)
+        pages = pages * hot / test_pages + 1;
     if (sequential) {
-        i = w->position;
-        if (++w->position == w->pages) {
+        i = w->position < pages ? w->position : 0;
+        w->position = i + 1;
+        if (w->position == pages) {
             w->position = 0;
             atomic_fetch_add_explicit(&w->laps, 1, memory_order_relaxed);
         }
     } else {
-        i = ((r >> 32) * w->pages) >> 32;
+        i = ((r >> 32) * pages) >> 32;
     }
     check_page(w, i);
     int64_t percent = atomic_load_explicit(&write_percent, memory_order_relaxed);
@@ -409,6 +422,76 @@ static void *use_disk(void *argument)
             atomic_fetch_add(&disk_bad, 1);
             version[i] = 0; /* the earlier version or this one: nobody can tell */
         }
+        atomic_fetch_add(&disk_ops, 1);
+    }
+}
+
+/* A thread that reads the disk into memory of its own, by DMA if the device does so.  Each page of
+ * that memory is a block of the disk: what the last read has brought must still be there when the
+ * next one comes, or when the host asks, which may be after a move. */
+struct reader {
+    pthread_t thread;
+    pthread_mutex_t busy;
+    uint64_t random, pages, each; /* pages of memory, and of one read */
+    uint8_t *memory;
+    uint64_t *block;              /* that a page holds, plus one; 0: nothing was read into it yet */
+};
+
+static struct reader readers[MAX_READERS];
+static unsigned reader_count;
+
+/* Counts each wrong page once: it is mended. */
+static uint64_t check_blocks(struct reader *r, uint64_t first, uint64_t count)
+{
+    uint64_t bad = 0;
+    for (uint64_t i = first; i < first + count; i++) {
+        uint64_t *words = (uint64_t *)(r->memory + i * PAGE);
+        uint64_t index = DISK_INDEX + r->block[i] - 1;
+        uint32_t version = r->block[i] > 0;
+        if (right(words, index, version))
+            continue;
+        describe("disk", words, index, version);
+        if (version == 0)
+            memset(words, 0, PAGE);
+        else
+            fill(words, index, version);
+        bad++;
+    }
+    atomic_fetch_add(&disk_bad, bad);
+    return bad;
+}
+
+static void *read_disk(void *argument)
+{
+    struct reader *r = argument;
+    int fd = open("/dev/vda", O_RDONLY | O_DIRECT | O_CLOEXEC);
+    off_t size = fd < 0 ? -1 : lseek(fd, 0, SEEK_END);
+    if (size < (off_t)(r->each * PAGE)) {
+        say("pc error text=cannot read /dev/vda: %s\n", fd < 0 ? strerror(errno) : "too small");
+        atomic_fetch_add(&disk_bad, 1);
+        return NULL;
+    }
+    uint64_t blocks = (uint64_t)size / PAGE - r->each + 1;
+    for (;;) {
+        pthread_mutex_lock(&lock); /* lets a sweep go first */
+        while (sweeping)
+            pthread_cond_wait(&changed, &lock);
+        pthread_mutex_unlock(&lock);
+
+        pthread_mutex_lock(&r->busy);
+        uint64_t block = ((next_random(&r->random) >> 32) * blocks) >> 32;
+        uint64_t first = ((r->random & 0xffff) * (r->pages / r->each) >> 16) * r->each;
+        check_blocks(r, first, r->each);
+        ssize_t want = (ssize_t)(r->each * PAGE);
+        if (pread(fd, r->memory + first * PAGE, (size_t)want, (off_t)(block * PAGE)) != want) {
+            if (atomic_fetch_add(&details, 1) < MAX_DETAILS)
+                say("pc error text=cannot read /dev/vda: %s\n", strerror(errno));
+            atomic_fetch_add(&disk_bad, 1);
+        }
+        for (uint64_t i = 0; i < r->each; i++)
+            r->block[first + i] = block + i + 1;
+        check_blocks(r, first, r->each);
+        pthread_mutex_unlock(&r->busy);
         atomic_fetch_add(&disk_ops, 1);
     }
 }
@@ -540,6 +623,14 @@ static void sweep(char *answer, size_t size)
         pages += workers[i].pages;
         bad += workers[i].sweep_bad;
     }
+    pthread_mutex_unlock(&lock);
+    for (unsigned i = 0; i < reader_count; i++) {
+        struct reader *r = &readers[i];
+        pthread_mutex_lock(&r->busy);
+        bad += check_blocks(r, 0, r->pages);
+        pthread_mutex_unlock(&r->busy);
+    }
+    pthread_mutex_lock(&lock);
     sweeping = false;
     update_hold();
     pthread_mutex_unlock(&lock);
@@ -601,6 +692,8 @@ static void obey(char *line)
             atomic_store(&rate, number);
         else if (strcmp(verb, "write") == 0 && fields == 3)
             atomic_store(&write_percent, number);
+        else if (strcmp(verb, "hot") == 0 && fields == 3)
+            atomic_store(&hot_pages, (uint64_t)number << 8);
         else if (strcmp(verb, "sweep") && strcmp(verb, "discard") && strcmp(verb, "quit"))
             snprintf(answer, sizeof answer, "ok=0");
         update_hold();
@@ -730,9 +823,24 @@ static void start_thread(pthread_t *thread, void *(*run)(void *), void *argument
     pthread_attr_destroy(&small);
 }
 
+static void start_readers(uint64_t read_pages, uint64_t pages)
+{
+    for (unsigned i = 0; i < reader_count; i++) {
+        struct reader *r = &readers[i];
+        pthread_mutex_init(&r->busy, NULL);
+        r->random = mix(i + 1);
+        r->each = read_pages;
+        r->pages = (pages / reader_count / read_pages + 1) * read_pages;
+        r->memory = map(r->pages * PAGE);
+        r->block = map(r->pages * sizeof *r->block);
+        start_thread(&r->thread, read_disk, r);
+    }
+}
+
 static void start_workers(uint64_t pages)
 {
     interleave_nodes();
+    test_pages = pages;
     memory = map(pages * PAGE);
     hold = true; /* all of them fill their share, then rest until the last is ready */
     for (unsigned i = 0; i < worker_count; i++) {
@@ -783,6 +891,7 @@ int main(void)
     sequential = order && strncmp(order, "sequential", 10) == 0;
     rate = number_of("pc.rate=", -1);
     write_percent = number_of("pc.write=", 100);
+    hot_pages = (uint64_t)number_of("pc.hot=", 0) << 8;
     start_workers((uint64_t)megabytes << 8);
 
     static int64_t interval, disk_rate;
@@ -791,7 +900,12 @@ int main(void)
     interval = number_of("pc.report=", 50);
     start_thread(&thread, report, &interval);
     disk_rate = number_of("pc.disk=", 0);
-    if (disk_rate > 0)
+    int64_t count = number_of("pc.readers=", 0);
+    reader_count = (unsigned)(count < 0 ? 0 : count > MAX_READERS ? MAX_READERS : count);
+    if (reader_count > 0)
+        start_readers((uint64_t)number_of("pc.read_kb=", 256) >> 2,
+                      (uint64_t)number_of("pc.read_mb=", 8) << 8);
+    else if (disk_rate > 0)
         start_thread(&thread, use_disk, &disk_rate);
     net.rate = number_of("pc.net=", 0);
     address_of("pc.ip=", &net.self);

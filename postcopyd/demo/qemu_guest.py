@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -39,6 +40,7 @@ __all__ = [
     "MISSING_KERNEL", "MISSING_QEMU", "Echo", "Guest", "GuestConfig", "GuestError", "Kernel",
     "MissingPartError", "QemuBinary", "QemuProcess", "Report", "Sweep", "Workload", "command",
     "find_init", "find_kernel", "find_qemu", "open_guest", "write_initramfs",
+    "write_known_disk",
 ]  # fmt: skip
 
 MISSING_QEMU = (
@@ -99,6 +101,8 @@ class Workload:
 
     test_mb: int | None = None
     """Memory that proves itself, in MiB; by default all but what Linux needs."""
+    hot_mb: int = 0
+    """MiB of it that the workers work on, each on its part; the rest lies idle. 0 for all of it."""
     threads: int | None = None
     order: str = "random"
     write_percent: int = 100
@@ -107,6 +111,13 @@ class Workload:
     report_ms: int = 50
     disk_rate: int = 200
     """Operations per second, where there is a disk."""
+    readers: int = 0
+    """Threads that instead read the disk all the time, made by `write_known_disk`, and prove what
+    they have read, then and later; 16 at most."""
+    read_kb: int = 256
+    """Of one read."""
+    read_mb: int = 8
+    """Guest RAM that all of them read into."""
     net_rate: int = 200
     """Datagrams per second, where there is a network."""
 
@@ -209,7 +220,8 @@ def _kernel_arguments(config: GuestConfig) -> str:
     work = config.workload
     megabytes = config.memory // MIB
     # Linux, its page structures and our tables take about 90 MiB and 3 % of the rest.
-    test_mb = work.test_mb or max(16, (megabytes - 96) * 15 // 16)
+    read_mb = 2 * work.read_mb if work.readers else 0
+    test_mb = work.test_mb or max(16, (megabytes - 96 - read_mb) * 15 // 16)
     words = ["console=ttyS0,115200", "quiet", "loglevel=4", "panic=-1", "mitigations=off"]
     # Under emulation zeroing memory twice is a good part of the time until the guest is ready.
     words += ["init_on_alloc=0"]
@@ -219,14 +231,39 @@ def _kernel_arguments(config: GuestConfig) -> str:
         words += ["tsc=reliable"]  # else each look at the clock is a trip out of the guest
     words += [f"pc.mb={test_mb}", f"pc.threads={work.threads or config.vcpus}"]
     words += [f"pc.order={work.order}", f"pc.write={work.write_percent}"]
-    words += [f"pc.rate={work.rate}", f"pc.report={work.report_ms}"]
-    if config.disk:
+    words += [f"pc.rate={work.rate}", f"pc.report={work.report_ms}", f"pc.hot={work.hot_mb}"]
+    if config.disk and work.readers:
+        words += [f"pc.readers={work.readers}", f"pc.read_kb={work.read_kb}"]
+        words += [f"pc.read_mb={work.read_mb}"]
+    elif config.disk:
         words += [f"pc.disk={work.disk_rate}"]
     if config.net_port is not None:
         # The addresses of QEMU's user network: the guest's, and what stands for this host.
         words += [f"pc.net={work.net_rate}", "pc.ip=10.0.2.15"]
         words += [f"pc.peer=10.0.2.2:{config.net_port}"]
     return " ".join(words)
+
+
+def write_known_disk(path: Path, size: int) -> None:
+    """A raw image for `Workload.readers`: `size` bytes, each block as guest_init.c's `fill` makes a
+    page of that number plus DISK_INDEX, in version 1. 16 MiB take half a second."""
+    with path.open("wb") as file:
+        for index in range(_DISK_INDEX, _DISK_INDEX + size // 4096):
+            word = _mix(_mix((index + _GOLDEN) & _WORD) ^ 1)
+            words = ((word + i * _GOLDEN) & _WORD for i in range(1, 511))
+            file.write(struct.pack("<512Q", index, 1, *words))
+
+
+_WORD = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_DISK_INDEX = 1 << 40
+
+
+def _mix(x: int) -> int:
+    """The finaliser of SplitMix64, as in guest_init.c."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _WORD
+    return x ^ x >> 31
 
 
 @dataclass(frozen=True)
@@ -247,6 +284,7 @@ class Report:
     """The longest time between two operations of a worker, since the last report."""
     laps: int
     disk_ops: int
+    """Blocks written and read again, or reads of `Workload.readers`."""
     disk_bad: int
     net_sent: int
     net_received: int
@@ -391,6 +429,10 @@ class Guest:
     async def write_percent(self, percent: int) -> None:
         """Of the operations, those that write after they have checked."""
         await self._ask(f"write {percent}")
+
+    async def hot(self, megabytes: int) -> None:
+        """What the workers work on from now on: MiB of the test memory, 0 for all of it."""
+        await self._ask(f"hot {megabytes}")
 
     async def discard(self, pages: int) -> None:
         """Give so many pages, picked at random, back to the guest's kernel; they hold zeros."""

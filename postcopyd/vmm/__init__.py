@@ -7,9 +7,10 @@ what a session tells it, once, and says truthfully how it ended. A driver author
 and nothing else.
 
 The order of calls. Source: `connect`, `inspect`, `prepare`, `save`, then `finish`; or `rollback`
-from any point before `finish`. Destination: `connect`, `inspect`, `adopt`, `load`, `run`,
-`release`; or `release` and `end` from any point before `run`. Descriptors of guest RAM and
-userfaultfds belong to the caller as soon as they are returned.
+from any point before `finish`. `track` and `still` come between `inspect` and `save`, if at all.
+Destination: `connect`, `inspect`, `adopt`, `load`, `run`, `release`; or `release` and `end` from
+any point before `run`. Descriptors of guest RAM and userfaultfds belong to the caller as soon as
+they are returned.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import AsyncIterable, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -82,6 +84,13 @@ class Shape:
     regions: tuple[Region, ...]
     facts: dict[str, str]  # what must be equal on both hosts
     problems: tuple[str, ...]  # sentences: why it cannot be migrated, each with its mend
+    #: Writes that tracking sees only if pages are armed while the guest is `still`: a sentence that
+    #: names what makes them. A read by direct I/O pins its pages, marks them as written when it
+    #: starts, and may land after they were armed again.
+    direct_io: str | None = None
+    #: Writes that tracking never sees: a sentence that names what makes them. Postcopy can move the
+    #: guest all the same.
+    untracked: str | None = None
 
     def close(self) -> None:
         """Close the descriptors of all regions; call it once."""
@@ -103,8 +112,8 @@ class Vmm(abc.ABC):
     socket: str
     pid: int  # of the VMM's process
 
-    #: What the guest did just before `save` stopped it, and what `rollback` goes back to. A
-    #: session that was started again sets it from its record, before it calls `rollback`.
+    #: What the guest did just before `save` or `still` stopped it, and what `rollback` goes back
+    #: to. A session that was started again sets it from its record, before it calls `rollback`.
     before: Literal["running", "paused"] | None = None
 
     @classmethod
@@ -156,6 +165,30 @@ class Vmm(abc.ABC):
         final. Whatever it raises, the guest may be stopped: call `rollback`. What `send` raises
         comes through as it is.
         """
+
+    async def track(self) -> int:
+        """One new userfaultfd of the VMM's address space, for seeing what is written to guest RAM.
+
+        Called while the guest runs, which hardly notices. The descriptor is the caller's;
+        UFFDIO_API has not been done and nothing is registered. The VMM keeps no copy: when the
+        caller closes it, or dies, tracking is over and nothing is left of it in the VMM. A daemon
+        that is killed in here may leave an unused descriptor there; the next `track` or `rollback`
+        closes it, with all others that the VMM has. Raises PostcopydError; then writes cannot be
+        tracked, and nothing else is wrong.
+        """
+        raise VmmError(f"the {self.kind} driver cannot track what {self.name} writes")
+
+    def still(self) -> AbstractAsyncContextManager[None]:
+        """A context in which the guest is stopped and nothing writes to its RAM, I/O included.
+
+        A guest that ran runs again afterwards, however the context is left; one that was paused
+        stays so. Cancelling on the way in does not skip that. Raises PostcopydError when it cannot
+        be stopped, when it does not run again (the sentence says so, and `rollback` may be tried),
+        and when somebody else ran it meanwhile: then what was done inside is worth nothing. A
+        daemon that was killed in here leaves the guest stopped; its successor calls `rollback`
+        with `before` set.
+        """
+        raise VmmError(f"the {self.kind} driver cannot hold {self.name} still")
 
     @abc.abstractmethod
     async def rollback(self) -> None:

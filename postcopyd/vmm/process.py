@@ -23,6 +23,8 @@ from typing import Self
 
 import trio
 
+from postcopyd import procfs
+from postcopyd.errors import PostcopydError
 from postcopyd.vmm import (
     Declined,
     Region,
@@ -35,6 +37,7 @@ from postcopyd.vmm import (
     VmmProtocolError,
     VmmTimeout,
     mappings,
+    writers,
 )
 from postcopyd.vmm.lines import Link, attributes, close_all, number
 
@@ -85,6 +88,7 @@ class ProcessVmm(Vmm):
         self.pid = 0
         self._pidfd = -1
         self._vmm = ""
+        self._writes = "seen"  # how tracking sees what is written to guest RAM
         self._link: Link | None = None
         self._turn = trio.Lock()  # one request at a time
 
@@ -209,6 +213,7 @@ class ProcessVmm(Vmm):
             said, _ = await self._ask(link, HELLO)
             link.take(0)
             self._know(link.pid, said.get("vmm", ""))
+            self._writes = said.get("writes", "seen")
             if (state := STATES.get(said.get("state", ""))) is None:
                 raise VmmProtocolError("its answer to hello has no state= that is known")
             return state
@@ -219,6 +224,7 @@ class ProcessVmm(Vmm):
         state, facts, regions = await self._hello(), await self._facts(), await self._regions()
         try:
             problems = await trio.to_thread.run_sync(mappings.problems, self.pid, regions)
+            direct, unseen = await trio.to_thread.run_sync(self._writers, regions)
         except BaseException:
             Shape(state, self.pid, regions, facts, ()).close()
             raise
@@ -229,7 +235,26 @@ class ProcessVmm(Vmm):
                 f"the VMM of {self.name} has a guest already ({state}); start one that waits for "
                 "an incoming migration"
             )
-        return Shape(state, self.pid, regions, facts, tuple(problems))
+        return Shape(
+            state,
+            self.pid,
+            regions,
+            facts,
+            tuple(problems),
+            direct_io=writers.direct_sentence(direct),
+            untracked=writers.unseen_sentence(unseen),
+        )
+
+    def _writers(self, regions: tuple[Region, ...]) -> tuple[list[str], list[str]]:
+        """What direct I/O reads, and what else writes guest RAM: by /proc and by its own word."""
+        direct, unseen = writers.look(self.pid)
+        if self._writes == "direct":
+            direct.append(f"{self._vmm}, as it says,")
+        elif self._writes != "seen":
+            unseen.append(f"{self._vmm} says so")
+        files = {procfs.file_id(region.fd) for region in regions if region.fd is not None}
+        others = procfs.other_mappers(files, {self.pid, os.getpid()})
+        return direct, unseen + [f"process {pid} ({command})" for pid, command in others]
 
     async def _facts(self) -> dict[str, str]:
         async with self._exchange("tell its facts") as link:
@@ -332,10 +357,51 @@ class ProcessVmm(Vmm):
                 said, _ = await self._answer(link)
             _check_moved(link, said, total)
 
+    async def track(self) -> int:
+        await self._do("release")  # of what a daemon that was killed in here has left
+        try:
+            (uffd,) = await self.adopted()
+        except BaseException:
+            with trio.CancelScope(shield=True), contextlib.suppress(PostcopydError):
+                await self._do("release")
+            raise
+        try:
+            with trio.CancelScope(shield=True):
+                await self._do("release")
+        except BaseException:
+            os.close(uffd)
+            raise
+        return uffd
+
+    @contextlib.asynccontextmanager
+    async def still(self) -> AsyncIterator[None]:
+        if await self._hello() != "running":
+            yield
+            return
+        before, self.before = self.before, "running"
+        try:
+            with trio.CancelScope(shield=True):  # cut off, it could come after the `run`
+                await self._do("stop")
+            yield
+        finally:
+            await self._move_again()
+            self.before = before
+
+    async def _move_again(self) -> None:
+        try:
+            with trio.CancelScope(shield=True):
+                await self._do("run")
+        except PostcopydError as error:
+            raise type(error)(
+                f"the guest {self.name} was stopped for a moment and was not run again: {error}"
+            ) from None
+
     async def rollback(self) -> None:
         if self.before is not None:
             await self._do("run" if self.before == "running" else "stop")
         self.before = None
+        with contextlib.suppress(PostcopydError):
+            await self._do("release")
 
     async def finish(self, keep: bool) -> None:
         if keep:

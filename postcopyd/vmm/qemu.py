@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Literal, Self
 
 import trio
@@ -41,6 +41,7 @@ from postcopyd.vmm import (
     qemu_settings,
     qemu_stream,
     qemu_userfaultfd,
+    writers,
 )
 from postcopyd.vmm.qmp import Events, Qmp, QmpClosed, QmpRefused
 
@@ -52,6 +53,7 @@ ANSWER_SECONDS = 10.0  # for questions; commands of the handover wait as long as
 FAIL_SECONDS = 2.0  # for a migration whose stream has lost its other end
 QUIT_SECONDS = 2.0  # for a QEMU whose guest is not needed any more
 FINISH_SECONDS = 10.0  # for one that may have disks to flush
+CONT_SECONDS = 10.0  # for a guest that we stopped and whose disks may still be draining
 DISK_LOCK_SECONDS = 5.0  # how long a destination that was just killed may still hold a disk
 POLL_SECONDS = 0.005
 
@@ -108,6 +110,11 @@ class QemuVmm(Vmm):
             facts |= {f"pages of {r.name}": f"{r.page_size} bytes each" for r in regions}
             problems += unfit
             problems += await trio.to_thread.run_sync(qemu_ram.sharers, regions, self.pid)
+            direct, unseen = await trio.to_thread.run_sync(writers.look, self.pid)
+            # SCSI commands of the guest go to the host's disk as they are, with the guest's pages.
+            direct += [
+                device.id or device.path for device in devices if device.kind == "scsi-block"
+            ]
         except BaseException:
             _close(region.fd for region in regions)
             raise
@@ -122,6 +129,8 @@ class QemuVmm(Vmm):
             regions=tuple(regions),
             facts=facts,
             problems=tuple(problems),
+            direct_io=writers.direct_sentence(direct),
+            untracked=writers.unseen_sentence(unseen),
         )
 
     # ---- the source
@@ -130,6 +139,54 @@ class QemuVmm(Vmm):
         """Set capabilities and bandwidth; the guest does not notice."""
         await self._look()
         await self._settings.apply(qemu_settings.SOURCE)
+
+    async def track(self) -> int:
+        """As the interface says: some thread of QEMU makes it, between two of its instructions."""
+        try:
+            await qemu_userfaultfd.close_all(self.pid)
+            return await qemu_userfaultfd.borrow(self._qmp, self.pid)
+        except OSError as error:
+            raise VmmError(
+                f"The descriptors of QEMU {self.pid} cannot be seen ({error.strerror}): see that "
+                f"it runs, and run postcopyd as root."
+            ) from None
+
+    @asynccontextmanager
+    async def still(self) -> AsyncIterator[None]:
+        """Between QMP `stop`, which is answered when the disks are drained, and `cont`."""
+        if not await self._runs():
+            yield
+            return
+        before, self.before = self.before, "running"
+        with self._qmp.events("RESUME") as events:
+            try:
+                await self._qmp.execute("stop")
+                yield
+                # Its answer comes behind the event of whoever ran the guest before us.
+                resumed = await self._runs() or events.take() is not None
+            finally:
+                await self._move_again()
+                self.before = before
+        if resumed:
+            raise VmmError(
+                f"The guest {self.name} was resumed by someone else while its written pages were "
+                f"looked at: leave it alone and migrate again."
+            )
+
+    async def _move_again(self) -> None:
+        """Run the guest after a stop of our own, also in a task that is cancelled.
+
+        QEMU takes commands in their order: a `stop` that nobody waits for any more comes before.
+        """
+        try:
+            with trio.fail_after(CONT_SECONDS, shield=True):
+                await self._run_again()
+        except trio.TooSlowError:
+            raise VmmTimeout(
+                f"The guest {self.name} was stopped for a moment, and QEMU has not run it again "
+                f"within {CONT_SECONDS:g} s: see what its disks wait for, then send QMP `cont` to "
+                f"{self.socket}."
+            ) from None
 
     async def save(
         self, send: Callable[[bytes], Awaitable[None]], stopped: Callable[[], None]
@@ -197,6 +254,8 @@ class QemuVmm(Vmm):
             parameters = await qmp.execute("query-migrate-parameters")
             keys = ("initial", "max", "rounds", "step")
             await qmp.execute("announce-self", {key: parameters[f"announce-{key}"] for key in keys})
+        with suppress(PostcopydError, OSError):  # of no use, and no harm
+            await qemu_userfaultfd.close_all(self.pid)
 
     async def _ended(self) -> str:
         """Waits until no migration goes on; returns the state of the last one.

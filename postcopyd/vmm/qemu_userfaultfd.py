@@ -21,6 +21,7 @@ from postcopyd.vmm.qmp import Qmp
 LINK = "anon_inode:[userfaultfd]"
 DEVICE = "/dev/userfaultfd"
 LENT = "postcopyd-userfaultfd"  # the device's name in QEMU's monitor
+CLEAN_UP_SECONDS = 5.0  # for a QEMU that may be stuck
 
 
 def numbers(pid: int) -> list[int]:
@@ -41,10 +42,10 @@ async def create(qmp: Qmp, pid: int) -> tuple[int, int]:
             f"the device."
         ) from None
     try:
-        await qmp.execute("getfd", {"fdname": LENT}, fd=device)
-    finally:
-        os.close(device)
-    try:
+        try:
+            await qmp.execute("getfd", {"fdname": LENT}, fd=device)
+        finally:
+            os.close(device)
         lent = [n for n, link in procfs.descriptors(pid).items() if link == DEVICE]
         if not lent:
             raise VmmError(f"QEMU {pid} did not keep {DEVICE}, which it was lent: see its log.")
@@ -55,8 +56,20 @@ async def create(qmp: Qmp, pid: int) -> tuple[int, int]:
             f"what its security module (AppArmor, SELinux) forbids."
         ) from None
     finally:
-        with trio.CancelScope(shield=True), suppress(PostcopydError):
+        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True), suppress(PostcopydError):
             await qmp.execute("closefd", {"fdname": LENT})
+
+
+async def borrow(qmp: Qmp, pid: int) -> int:
+    """Make one that QEMU keeps nothing of: our duplicate, the caller's. Raises PostcopydError."""
+    ours, number = await create(qmp, pid)
+    try:
+        with trio.CancelScope(shield=True):
+            await adoption.close_in(pid, number, allow_seccomp=True)
+    except BaseException:
+        os.close(ours)
+        raise
+    return ours
 
 
 def duplicates(pid: int) -> list[int]:

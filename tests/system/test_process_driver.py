@@ -13,6 +13,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,6 +25,7 @@ import trio
 from needs import missing
 from process_driver import QUICK, driver, pieces_of, save_all
 
+from postcopyd import procfs
 from postcopyd.vmm import Region, Shape, VmmError
 from postcopyd.vmm.process import ProcessVmm
 
@@ -411,6 +413,119 @@ async def test_a_disconnect_half_way_changes_nothing(demo_vmm: Path, start: Star
     assert 0 == two.say("verify")["bad"]
     shape.close()
     here.close()
+
+
+def userfaultfds(pid: int) -> int:
+    links = procfs.descriptors(pid).values()
+    return sum(link == "anon_inode:[userfaultfd]" for link in links)
+
+
+async def test_track_leaves_nothing_in_the_vmm(demo_vmm: Path, start: Start) -> None:
+    """A running source gives a new userfaultfd each time and keeps none, whoever dies when."""
+    guest = start(demo_vmm, "--memory", "4M")
+    pid = guest.process.pid
+    async with driver(guest.socket) as vmm:
+        (left,) = await vmm.adopted()  # by a daemon that was killed between two requests
+        os.close(left)
+        assert userfaultfds(pid) == 1
+        for _ in range(20):
+            uffd = await vmm.track()
+            assert userfaultfds(pid) == 0
+            fcntl.ioctl(uffd, UFFDIO_API, bytearray(struct.pack("QQQ", 0xAA, 0, 0)))  # once only
+            os.close(uffd)
+        ours = os.listdir("/proc/self/fd")
+        for attempt in range(40):
+            with trio.move_on_after(attempt * 0.00005):
+                os.close(await vmm.track())
+            assert userfaultfds(pid) == 0, attempt
+        shape = await vmm.inspect("source")
+        shape.close()
+        assert len(os.listdir("/proc/self/fd")) <= len(ours)
+        (left,) = await vmm.adopted()
+        os.close(left)
+        await vmm.rollback()
+        assert userfaultfds(pid) == 0
+        assert shape.state == "running"
+    assert 0 == guest.say("verify")["bad"]
+
+
+async def test_a_vmm_is_held_still_for_a_moment(demo_vmm: Path, start: Start) -> None:
+    """Stopped inside and running afterwards, however it is left; a paused guest stays paused."""
+    guest = start(demo_vmm, "--memory", "4M")
+    async with driver(guest.socket) as vmm:
+        with pytest.raises(ZeroDivisionError):
+            async with vmm.still():
+                assert "paused" == await vmm._hello()
+                assert vmm.before == "running"
+                raise ZeroDivisionError
+        assert ("running", None) == (await vmm._hello(), vmm.before)
+        for attempt in range(60):
+            with trio.move_on_after(attempt * 0.00002):
+                async with vmm.still():
+                    await trio.sleep(0.0003)
+            assert "running" == await vmm._hello(), attempt
+        await vmm._do("stop")
+        async with vmm.still():
+            assert "paused" == await vmm._hello()
+        assert "paused" == await vmm._hello()
+
+
+async def test_a_vmm_that_does_not_run_again_is_named(demo_vmm: Path, start: Start) -> None:
+    """The sentence says that the guest stays stopped, and rollback runs it."""
+    guest = start(demo_vmm, "--memory", "4M", "--misbehave", "refuse:run")
+    async with driver(guest.socket) as vmm:
+        with pytest.raises(VmmError, match=r"was not run again: .*told to refuse run"):
+            async with vmm.still():
+                pass
+        assert ("paused", "running") == (await vmm._hello(), vmm.before)
+        await vmm.rollback()
+        assert "running" == await vmm._hello()
+
+
+@pytest.mark.parametrize("how", ["seen", "direct", "unseen"])
+async def test_a_vmm_says_how_its_writes_are_seen(demo_vmm: Path, start: Start, how: str) -> None:
+    """Its own word goes to the shape of the source."""
+    guest = start(demo_vmm, "--memory", "4M", "--writes", how)
+    async with driver(guest.socket) as vmm:
+        shape = await vmm.inspect("source")
+        shape.close()
+    assert (how == "direct", how == "unseen") == (
+        shape.direct_io is not None and "demo, as it says," in shape.direct_io,
+        shape.untracked is not None and "demo says so" in shape.untracked,
+    )
+    assert [shape.direct_io, shape.untracked].count(None) == 1 + (how == "seen")
+
+
+async def test_another_process_that_maps_the_ram_cannot_be_tracked(
+    demo_vmm: Path, start: Start
+) -> None:
+    """What it writes is not in the VMM's page tables, so it is named."""
+    guest = start(demo_vmm, "--memory", "4M")
+    script = (
+        "import mmap,sys\n"
+        "m=mmap.mmap(int(sys.argv[1]), 4096)\n"
+        "print('mapped',flush=True); sys.stdin.read()"
+    )
+    async with driver(guest.socket) as vmm:
+        shape = await vmm.inspect("source")
+        fd = shape.regions[0].fd
+        assert fd is not None
+        other = subprocess.Popen(
+            [sys.executable, "-c", script, str(fd)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[fd],
+        )
+        with other:
+            assert other.stdout is not None
+            other.stdout.readline()
+            again = await vmm.inspect("source")
+            other.kill()
+        assert again.untracked is not None
+        assert f"process {other.pid} (" in again.untracked
+        assert shape.untracked is None
+        shape.close()
+        again.close()
 
 
 async def test_run_before_load_is_declined_by_nobody_and_refused(

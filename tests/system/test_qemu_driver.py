@@ -6,8 +6,12 @@ Guest RAM is copied by the test where the engine would move it.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import signal
+import struct
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,8 +21,13 @@ import trio
 from needs import missing
 from qemu_lab import FILE, MACHINE, MIB, PAIRS, QEMUS, RAM, Lab, inspected, settings
 
-from postcopyd.vmm import Declined, VmmError, VmmGone, qemu_stream, qemu_userfaultfd
+from postcopyd import procfs
+from postcopyd.vmm import Declined, VmmError, VmmGone, VmmTimeout, qemu_stream, qemu_userfaultfd
+from postcopyd.vmm import qemu as qemu_driver
 from postcopyd.vmm.qemu import QemuVmm
+from postcopyd.vmm.qmp import Qmp
+
+UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 
 
 @pytest.fixture
@@ -389,17 +398,14 @@ async def test_adopt_of_an_unprivileged_qemu(lab: Lab, qemu: int) -> None:
     """A QEMU that may not create a userfaultfd is lent the device, and keeps nothing else."""
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
         missing("vm.unprivileged_userfaultfd=0")
-    usage = await trio.run_process([*QEMUS[qemu], "-help"], capture_stdout=True)
-    nobody = ["-runas", "nobody"] if b"-runas" in usage.stdout else ["-run-with", "user=nobody"]
-    machine = lab.start(qemu, "-incoming", "defer", *nobody, "-sandbox", "on")
+    machine = lab.start(qemu, "-incoming", "defer", *unprivileged(qemu))
     driver = await lab.drive(machine)
     shape = await driver.inspect("destination")
     (descriptor,) = await driver.adopt(shape)
     shape.close()
     assert os.readlink(f"/proc/self/fd/{descriptor}") == "anon_inode:[userfaultfd]"
     os.close(descriptor)
-    links = [os.readlink(path) for path in Path(f"/proc/{machine.pid}/fd").iterdir()]
-    assert "/dev/userfaultfd" not in links
+    assert "/dev/userfaultfd" not in links(machine.pid)
     await driver.release()
 
 
@@ -434,6 +440,198 @@ async def test_huge_pages_keep_their_reservation(lab: Lab, qemu: int) -> None:
     os.close(descriptor)
     shape.close()
     await driver.release()
+
+
+# ---- tracking
+
+
+def unprivileged(qemu: int) -> list[str]:
+    """Options for a QEMU as libvirt runs it, which may not make a userfaultfd by itself."""
+    usage = subprocess.run([*QEMUS[qemu], "-help"], capture_output=True, check=True).stdout
+    user = ["-runas", "nobody"] if b"-runas" in usage else ["-run-with", "user=nobody"]
+    return [*user, "-sandbox", "on"]
+
+
+def links(pid: int | str) -> list[str]:
+    return sorted(procfs.descriptors(int(pid)).values())
+
+
+def flags_of(pid: int, address: int) -> list[str]:
+    """The kernel's flags of the mapping at an address; "uw": userfaultfd write-protect."""
+    inside = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.startswith(f"{address:x}-")
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+@pytest.mark.parametrize("user", ["root", "nobody"])
+async def test_track_leaves_nothing_in_qemu(lab: Lab, qemu: int, user: str) -> None:
+    """A running guest's writes can be tracked twenty times in a row, each time as long as our
+    descriptor is open and no longer."""
+    if user == "nobody" and Path("/proc/sys/vm/unprivileged_userfaultfd").read_text() != "0\n":
+        missing("vm.unprivileged_userfaultfd=0")
+    machine = lab.start(qemu, *(unprivileged(qemu) if user == "nobody" else []))
+    driver = await lab.drive(machine)
+    async with inspected(driver, "source") as shape:
+        (region,) = shape.regions
+        found = links(machine.pid)
+        for _ in range(20):
+            uffd = await driver.track()
+            assert links(machine.pid) == found
+            try:
+                # Write-protect in shared memory, Linux 5.19; it also says that nothing was done.
+                fcntl.ioctl(uffd, UFFDIO_API, bytearray(struct.pack("QQQ", 0xAA, 1 << 12, 0)))
+            except OSError:
+                missing("userfaultfd write-protect in shared memory: Linux 5.19")
+            what = bytearray(struct.pack("QQQQ", region.address, region.size, 2, 0))
+            fcntl.ioctl(uffd, UFFDIO_REGISTER, what)
+            assert "uw" in flags_of(machine.pid, region.address)
+            os.close(uffd)
+            assert "uw" not in flags_of(machine.pid, region.address)
+    assert await machine.state() == "running"
+
+
+@pytest.mark.parametrize("user", ["root", "nobody"])
+async def test_track_cancelled_at_any_moment(lab: Lab, qemu: int, user: str) -> None:
+    """Cancelled after 0 to 8 ms, neither QEMU nor this process keeps a descriptor of it."""
+    machine = lab.start(qemu, *(unprivileged(qemu) if user == "nobody" else []))
+    driver = await lab.drive(machine)
+    os.close(await driver.track())
+    theirs, ours = links(machine.pid), links(os.getpid())
+    for attempt in range(80):
+        with trio.move_on_after(attempt * 0.0001):
+            os.close(await driver.track())
+        assert links(machine.pid) == theirs, attempt
+        assert links(os.getpid()) == ours, attempt
+    assert await machine.state() == "running"
+
+
+async def test_what_a_killed_daemon_left_is_closed(lab: Lab, qemu: int) -> None:
+    """A userfaultfd that was made in QEMU and not closed there goes at the next track or
+    rollback."""
+    machine = lab.start(qemu)
+    driver = await lab.drive(machine)
+    for close in (driver.track, driver.rollback):
+        ours, _ = await qemu_userfaultfd.create(driver._qmp, driver.pid)
+        os.close(ours)
+        assert len(qemu_userfaultfd.numbers(machine.pid)) == 1
+        if (uffd := await close()) is not None:
+            os.close(uffd)
+        assert qemu_userfaultfd.numbers(machine.pid) == []
+    assert await machine.state() == "running"
+
+
+async def test_a_guest_is_held_still_for_a_moment(lab: Lab, qemu: int) -> None:
+    """Stopped inside and running afterwards, also when the body fails; a paused guest is left
+    alone."""
+    machine = lab.start(qemu)
+    driver = await lab.drive(machine)
+    own = Qmp(machine.own_socket)
+    await own.open()
+    try:
+        with own.events("STOP", "RESUME") as events:
+            for _ in range(2):
+                with pytest.raises(ZeroDivisionError):
+                    async with driver.still():
+                        status = await own.execute("query-status")
+                        assert status["status"] == "paused"
+                        raise ZeroDivisionError
+            assert (await own.execute("query-status"))["running"]
+            seen = [event["event"] for event in events.queue]
+            assert seen == ["STOP", "RESUME"] * 2
+            assert driver.before is None
+            await own.execute("stop")
+            events.queue.clear()
+            async with driver.still():
+                assert not (await own.execute("query-status"))["running"]
+            assert not (await own.execute("query-status"))["running"]
+            assert not events.queue
+            await driver.rollback()
+            assert not (await own.execute("query-status"))["running"]
+    finally:
+        own.close()
+
+
+async def test_still_cancelled_at_any_moment(lab: Lab, qemu: int) -> None:
+    """Cancelled on its way in, inside or on its way out, the guest runs and rollback has nothing to
+    do."""
+    machine = lab.start(qemu)
+    driver = await lab.drive(machine)
+    for attempt in range(60):
+        with trio.move_on_after(attempt * 0.00005):
+            async with driver.still():
+                await trio.sleep(0.001)
+        assert await machine.state() == "running", attempt
+    await driver.rollback()
+    assert await machine.state() == "running"
+
+
+async def test_a_daemon_that_died_while_the_guest_was_still(lab: Lab, qemu: int) -> None:
+    """The daemon after it runs the guest again, by its record that the guest ran."""
+    machine = lab.start(qemu)
+    driver = await lab.drive(machine)
+    await driver.prepare()
+    await machine.ask("stop")  # what `still` does, and no more
+    await driver.aclose()
+    lab.drivers.remove(driver)
+    again = await lab.drive(machine)
+    again.before = "running"
+    with trio.fail_after(10):
+        await again.rollback()
+    assert await machine.state() == "running"
+    assert not any((await settings(machine))[0].values())
+
+
+async def test_a_guest_that_somebody_else_resumes_is_not_still(lab: Lab, qemu: int) -> None:
+    """What was done while the guest ran all the same is worth nothing, and still says so."""
+    machine = lab.start(qemu)
+    driver = await lab.drive(machine)
+    for commands in (["cont"], ["cont", "stop"]):
+        with pytest.raises(VmmError, match="resumed by someone else"):
+            async with driver.still():
+                for command in commands:
+                    await machine.ask(command)
+        assert await machine.state() == "running"
+
+
+async def test_a_guest_that_cannot_run_again_is_named(
+    lab: Lab, qemu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A QEMU that hangs inside, or does not want to go on, is an error that says what to do."""
+    machine = lab.start(qemu)
+    driver = await lab.drive(machine)
+    monkeypatch.setattr(qemu_driver, "CONT_SECONDS", 0.2)
+    with trio.fail_after(5), pytest.raises(VmmTimeout, match="send QMP `cont`"):
+        async with driver.still():
+            machine.process.send_signal(signal.SIGSTOP)
+            raise ZeroDivisionError
+    assert driver.before == "running"
+    machine.process.send_signal(signal.SIGCONT)
+    await driver.rollback()
+    assert await machine.state() == "running"
+
+
+async def test_still_waits_for_reads_under_way(lab: Lab, qemu: int) -> None:
+    """Eight reads that take a fifth of a second each have all ended when the guest is still."""
+    slow = "if=none,id=disk0,driver=null-co,size=1M,latency-ns=200000000"
+    machine = lab.start(qemu, "-drive", slow, "-device", "virtio-blk-pci,drive=disk0,id=vd0")
+    driver = await lab.drive(machine)
+
+    async def reads() -> int:
+        (disk,) = await machine.ask("query-blockstats")
+        return int(disk["stats"]["rd_operations"])
+
+    before = await reads()
+    for _ in range(8):
+        line = 'qemu-io disk0 "aio_read 0 4k"'
+        await machine.ask("human-monitor-command", **{"command-line": line})
+    assert await reads() < before + 8
+    async with driver.still():
+        assert await reads() >= before + 8
+    assert await machine.state() == "running"
 
 
 def unreserved_pages(pool: Path) -> int:

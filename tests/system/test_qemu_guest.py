@@ -229,6 +229,72 @@ async def test_workers_see_wrong_pages(config: GuestConfig, folder: Path) -> Non
                 pass
 
 
+async def test_works_on_a_part_of_its_memory(config: GuestConfig, folder: Path) -> None:
+    """With a hot part only that is written; it can be changed while the guest runs."""
+    async with qemu_guest.open_guest(folder) as guest:
+        work = replace(WORK, hot_mb=2)
+        qemu = await guest.launch(replace(config, workload=work))
+        await guest.ready()
+        ram = Path(config.ram_files()[0])
+
+        async def written(over: int) -> set[int]:
+            """Pages whose version changes while as many operations are done."""
+            async with paused(qemu):
+                before = {number: page for _, number, page in memory_pages(ram)}
+            begin = await guest.report()
+            while (await guest.report()).operations < begin.operations + over:
+                pass
+            async with paused(qemu):
+                now = {number: page for _, number, page in memory_pages(ram)}
+            return {number for number in now if now[number] != before.get(number)}
+
+        few = await written(4000)
+        assert 2 * MIB // PAGE // 2 < len(few) <= 2 * MIB // PAGE + 4 * config.vcpus
+        await guest.hot(0)
+        assert len(await written(TEST_MB * MIB // PAGE * 2)) > TEST_MB * MIB // PAGE // 2
+        assert (await guest.sweep()).bad == 0
+
+
+async def test_proves_what_it_reads_from_a_disk(config: GuestConfig, folder: Path) -> None:
+    """Idle but for its readers it finds the known content right, and every wrong page of the
+    memory that was read into, after the read."""
+    disk = folder / "disk"
+    qemu_guest.write_known_disk(disk, 4 * MIB)
+    work = replace(WORK, rate=0, readers=2, read_kb=64, read_mb=2)
+    async with qemu_guest.open_guest(folder) as guest:
+        qemu = await guest.launch(replace(config, disk=disk, workload=work))
+        await guest.ready()
+        report = await guest.report()
+        while report.disk_ops < 500:
+            report = await guest.report(after=report)
+        assert (report.disk_bad, report.operations) == (0, 0)
+        assert (await guest.sweep()).bad == 0
+        ram = Path(config.ram_files()[0])
+        async with paused(qemu):
+            with ram.open("r+b") as file:
+                found = disk_blocks(ram)
+                assert len(found) > 2 * MIB // PAGE // 2
+                for offset in found[: len(found) // 8]:
+                    file.seek(offset + PAGE - 8)
+                    file.write(bytes(8))
+        await guest.sweep()  # readers that come first count them as well
+        bad = (await guest.report()).disk_bad
+        assert 0 < bad <= len(found) // 8
+        assert {(one["what"], one["kind"]) for one in guest.bad} == {("disk", "torn")}
+        await guest.sweep()
+        assert (await guest.report()).disk_bad == bad  # each is counted once
+
+
+def disk_blocks(file: Path) -> list[int]:
+    """Offsets of what looks like a block of the known disk in guest RAM."""
+    with file.open("rb") as ram:
+        return [
+            offset
+            for offset in range(0, os.fstat(ram.fileno()).st_size, PAGE)
+            if struct.unpack_from("<2Q", ram.read(PAGE))[0] >> 40 == 1
+        ]
+
+
 async def test_uses_disk_and_network(config: GuestConfig, folder: Path) -> None:
     """Sandboxed, as nobody, on two NUMA nodes: disk and network work, and a wrong disk is seen."""
     if os.geteuid() != 0:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import socket
 import subprocess
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import trio
-from qemu_lab import FILE, MACHINE, PAIRS, QEMUS, RAM, Lab, inspected, settings
+from needs import missing
+from qemu_lab import FILE, MACHINE, MIB, PAIRS, QEMUS, RAM, Lab, inspected, settings
 
+from postcopyd.vmm import writers
 from postcopyd.vmm.qemu import QemuVmm
 from postcopyd.vmm.qmp import Qmp, QmpBusy, QmpUnreachable
 
@@ -161,6 +165,69 @@ async def test_another_process_that_maps_the_ram_is_named(lab: Lab, qemu: int) -
             (problem,) = shape.problems
             assert f"Process {other.pid} (" in problem
         other.kill()
+
+
+DISK = "if=none,id=disk0,format=raw,file={image},file.locking=off"
+
+
+@pytest.mark.parametrize("how", ["cache=none", "cache=none,aio=native", "cache=directsync", ""])
+async def test_disks_with_direct_io_are_named(
+    lab: Lab, qemu: int, how: str, tmp_path: Path
+) -> None:
+    """A disk whose reads go to the guest's own pages is named by its file, one with the host's
+    cache is not."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(MIB))
+    options = ["-drive", ",".join(filter(None, [DISK.format(image=image), how]))]
+    driver = await lab.drive(lab.start(qemu, *options, "-device", "virtio-blk-pci,drive=disk0"))
+    async with inspected(driver, "source") as shape:
+        assert (shape.problems, shape.untracked) == ((), None)
+        if how:
+            assert shape.direct_io is not None
+            assert str(image) in shape.direct_io
+        else:
+            assert shape.direct_io is None
+
+
+async def test_direct_io_below_an_image_is_named(lab: Lab, qemu: int, tmp_path: Path) -> None:
+    """What counts is how the file is open, and not what the node above it says."""
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(MIB))
+    nodes = [
+        f"driver=file,node-name=file0,filename={image},cache.direct=on",
+        "driver=raw,node-name=disk0,file=file0,cache.direct=off",
+    ]
+    options = [word for node in nodes for word in ("-blockdev", node)]
+    driver = await lab.drive(lab.start(qemu, *options, "-device", "virtio-blk-pci,drive=disk0"))
+    async with inspected(driver, "source") as shape:
+        assert shape.direct_io is not None
+        assert str(image) in shape.direct_io
+
+
+def test_what_a_process_has_pinned_is_named() -> None:
+    """Buffers registered with a ring; a ring without any is like any other descriptor."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    parameters = (ctypes.c_uint8 * 120)()
+    ring = libc.syscall(425, 4, parameters)  # io_uring_setup
+    if ring < 0:
+        missing(f"io_uring: {os.strerror(ctypes.get_errno())}")
+    try:
+        assert writers.look(os.getpid())[1] == []
+        page = mmap.mmap(-1, mmap.PAGESIZE)
+        vector = (ctypes.c_size_t * 2)(
+            ctypes.addressof(ctypes.c_char.from_buffer(page)), mmap.PAGESIZE
+        )
+        assert libc.syscall(427, ring, 0, vector, 1) == 0  # io_uring_register, BUFFERS
+        assert writers.look(os.getpid())[1] == ["registered buffers of io_uring"]
+    finally:
+        os.close(ring)
+
+
+def test_a_process_that_cannot_be_looked_at_may_do_anything() -> None:
+    """One that has ended has no descriptors to see: nobody may rely on that."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    assert writers.look(process.pid)[1] != []
 
 
 async def test_roles_are_not_confused(lab: Lab, qemu: int) -> None:
