@@ -99,10 +99,17 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--to", metavar="HOST[:PORT]", type=address, required=True)
     migrate = client("migrate", verbs.migrate, "move a guest, and return when its memory is there")
     migrate.add_argument("--to", metavar="HOST[:PORT]", type=address, required=True)
-    migrate.add_argument("--mode", choices=config.MODES, default="postcopy")
+    migrate.add_argument("--mode", choices=config.MODES, default="hybrid", help=(
+        "hybrid: copy while it runs, then postcopy; postcopy: at once; precopy: run it there only "
+        "when all is there"
+    ))  # fmt: skip
     migrate.add_argument("--bandwidth", metavar="RATE", type=rate, help="bytes/s; K, M, G")
-    migrate.add_argument("--precopy-passes", metavar="N", type=_number(0, int))
-    migrate.add_argument("--max-downtime", metavar="MS", type=_number(0.001, float))
+    migrate.add_argument("--precopy-passes", metavar="N", type=_number(0, int), help=(
+        "how many at most; decided by what is measured otherwise"
+    ))  # fmt: skip
+    migrate.add_argument("--max-downtime", metavar="MS", type=_number(0.001, float), help=(
+        "of a precopy, 300 otherwise"
+    ))  # fmt: skip
     migrate.add_argument("--keep-source", action="store_true", help="do not end the source's VMM")
     client("list", verbs.list, "the VMs that are attached", named=None)
     client("status", verbs.status, "what is known of one VM, or of all", named="[NAME]")

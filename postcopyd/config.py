@@ -22,8 +22,8 @@ DEFAULT_DURABLE_DIR = Path("/var/lib/postcopyd")
 MAX_CONNECTIONS = 16
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
-# The ways a guest may be moved; those that this version does, and those that it will.
-MODES = ("postcopy", "hybrid", "precopy")
+# The ways a guest may be moved.
+MODES = ("hybrid", "postcopy", "precopy")
 
 
 class Address(NamedTuple):
@@ -103,12 +103,6 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
     if not good or not (0 if listening else 1) <= int(port) <= 65535:
         raise _invalid(f"cannot read {text!r} as an address: say HOST or HOST:PORT")
     return Address(host, int(port))
-
-
-def check_mode(mode: str) -> None:
-    """Raises PostcopydError for a mode that this version does not do."""
-    if mode != "postcopy":
-        raise _invalid(f"mode {mode} is not there yet: this version knows postcopy only")
 
 
 def _text(value: Any) -> str:

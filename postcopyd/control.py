@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol
 import trio
 
 from postcopyd import __version__, varlink
-from postcopyd.config import check_mode, parse_address
+from postcopyd.config import parse_address
 from postcopyd.errors import PostcopydError
 from postcopyd.varlink_idl import Interface, parse_interface
 
@@ -46,7 +46,7 @@ class MigrateRequest:
     """A migration as asked for: `to` is HOST:PORT, `bandwidth` in bytes per second."""
 
     to: str
-    mode: Literal["postcopy", "hybrid", "precopy"] = "postcopy"
+    mode: Literal["hybrid", "postcopy", "precopy"] = "hybrid"
     bandwidth: int | None = None
     precopy_passes: int | None = None
     max_downtime_ms: float | None = None
@@ -112,13 +112,12 @@ class Control:
         given = call.parameters
         request = MigrateRequest(
             to=str(parse_address(given["to"])),
-            mode=given.get("mode", "postcopy"),
+            mode=given.get("mode", "hybrid"),
             bandwidth=given.get("bandwidth"),
             precopy_passes=given.get("precopyPasses"),
             max_downtime_ms=given.get("maxDowntimeMs"),
             keep_source=given.get("keepSource", False),
         )
-        check_mode(request.mode)
         for key in ("bandwidth", "maxDowntimeMs"):
             if given.get(key, 1) <= 0:
                 raise _invalid(f"{key} {given[key]} makes no sense: leave it out for no limit")

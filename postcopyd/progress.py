@@ -169,6 +169,11 @@ def summary(result: Object, peer: str) -> str:
         each = size(memory.get("pageSize") or 4096)
         rows.append(("memory", f"{size(memory['totalBytes'])}, pages of {each}"))
     rows.append(("pages", pages))
+    if passes := result.get("passes"):
+        each = ", ".join(f"{one['pages']} in {duration(one['ms'] * 1000)}" for one in passes)
+        rows.append(("passes", each))
+    rows.append(("handed over", str(result.get("handedOver") or "")))
+    rows.append(("warning", str(result.get("warning") or "")))
     count = faults.get("count", 0)
     rows.append(("faults", f"{count} ({_latency(faults)})" if count else "none"))
     if recoveries := result.get("recoveries"):

@@ -135,7 +135,6 @@ def check(args: argparse.Namespace) -> int:
 
 def migrate(args: argparse.Namespace) -> int:
     try:
-        config.check_mode(args.mode)
         with _connect(args) as client:
             started = _call(
                 client,

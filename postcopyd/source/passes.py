@@ -73,7 +73,7 @@ def why_now(
 ) -> str | None:
     """Why the guest is handed over now, as the end of a sentence; None: another pass first.
 
-    `most` is the number of passes that was asked for. Raises PostcopydError for a precopy that will
+    `most` is how many passes may be made at most. Raises PostcopydError for a precopy that will
     not get what is left below `max_downtime_s`.
     """
     last = passes[-1]
@@ -83,7 +83,7 @@ def why_now(
             return f"{left}, which take {last.left_s * 1e3:.0f} ms"
         lefts = [one.left for one in passes]
         stuck = len(lefts) > STUCK and min(lefts[-STUCK:]) >= min(lefts[:-STUCK])
-        if stuck or len(passes) >= (most if most is not None else MOST):
+        if stuck or len(passes) >= (MOST if most is None else most):
             raise PostcopydError(
                 f"it does not converge: after {len(passes)} passes {left}, which take "
                 f"{last.left_s * 1e3:.0f} ms and not {max_downtime_s * 1e3:.0f} ms (the guest "
@@ -92,8 +92,6 @@ def why_now(
                 "NotConverging",
             )
         return None
-    if most is not None:
-        return f"{most} passes were asked for" if len(passes) >= most else None
     if last.left_s <= SHORT_S:
         return f"{left}, which take {last.left_s * 1e3:.0f} ms"
     if last.left > PAYS * last.pages:
@@ -101,4 +99,7 @@ def why_now(
             f"another pass would not pay: the guest has written {last.left} pages again while "
             f"{last.pages} were sent"
         )
-    return f"after {MOST} passes" if len(passes) >= MOST else None
+    most = MOST if most is None else most
+    return (
+        f"{left} after {most} passes, and no more were to be made" if len(passes) >= most else None
+    )

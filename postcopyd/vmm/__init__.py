@@ -213,6 +213,10 @@ class Vmm(abc.ABC):
         `adopt` every page of every region is missing. A second call starts anew.
         """
 
+    @abc.abstractmethod
+    async def discard(self, shape: Shape) -> None:
+        """Empty guest RAM of a VMM in state incoming: an arrival that was called off leaves nothing."""
+
     async def adopted(self) -> list[int]:
         """The userfaultfds of an adoption made before this daemon was started, as duplicates.
 

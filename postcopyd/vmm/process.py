@@ -413,13 +413,16 @@ class ProcessVmm(Vmm):
 
     async def adopt(self, shape: Shape) -> list[int]:
         await self._do("release")  # of an adoption that came to nothing
-        for region in shape.regions:
-            await self._do(f"discard name={region.name} offset=0 length={region.size}")
+        await self.discard(shape)
         async with self._exchange("discard"):
             for region in shape.regions:
                 if not await trio.to_thread.run_sync(mappings.is_empty, self.pid, region):
                     raise VmmProtocolError(f"{region.name} still has pages after discard")
         return await self.adopted()
+
+    async def discard(self, shape: Shape) -> None:
+        for region in shape.regions:
+            await self._do(f"discard name={region.name} offset=0 length={region.size}")
 
     async def adopted(self) -> list[int]:
         async with self._exchange("hand over a userfaultfd") as link:

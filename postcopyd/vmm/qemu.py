@@ -327,7 +327,7 @@ class QemuVmm(Vmm):
         await self._qmp.execute("stop")
         descriptors: dict[int, int] = {}
         try:
-            await trio.to_thread.run_sync(qemu_ram.empty, regions, self.pid)
+            await self.discard(shape)
             for _ in range(min(len(regions), MAX_DESCRIPTORS)):
                 ours, number = await qemu_userfaultfd.create(self._qmp, self.pid)
                 descriptors[number] = ours
@@ -337,6 +337,10 @@ class QemuVmm(Vmm):
                 await self.release()
             raise
         return [descriptors[number] for number in sorted(descriptors)]
+
+    async def discard(self, shape: Shape) -> None:
+        """Empty the RAM. Raises VmmError when not all of it could be."""
+        await trio.to_thread.run_sync(qemu_ram.empty, list(shape.regions), self.pid)
 
     async def adopted(self) -> list[int]:
         """Duplicates of the userfaultfds in QEMU, in the order that `adopt` returned them."""

@@ -65,17 +65,16 @@ def test_a_small_working_set_is_left_to_postcopy() -> None:
 def test_hybrid_ends(rate: float, writes: float, hot: int, most: int | None) -> None:
     """Whatever the guest does; a pass but the first leaves less than it sent, or is the last."""
     done = moved("hybrid", rate, writes, hot, most)
-    assert len(done) <= (most if most is not None else passes.MOST)
-    if most is None:
-        for before, after in pairwise(done):
-            assert before.left <= passes.PAYS * before.pages
-            assert after.pages == before.left
+    assert len(done) <= (passes.MOST if most is None else most)
+    for before, after in pairwise(done):
+        assert before.left <= passes.PAYS * before.pages
+        assert after.pages == before.left
 
 
-def test_passes_that_were_asked_for() -> None:
-    """`--precopy-passes` is kept, whether they pay or not."""
-    assert len(moved("hybrid", 100_000, 1_000_000, GUEST, most=4)) == 4
-    assert len(moved("hybrid", 100_000, 0, 0, most=3)) == 3
+def test_passes_are_limited() -> None:
+    """`--precopy-passes` is how many at most, also where more would pay."""
+    assert len(moved("hybrid", 100_000, 50_000, GUEST)) > 2
+    assert len(moved("hybrid", 100_000, 50_000, GUEST, most=2)) == 2
 
 
 def test_precopy_fits_its_downtime() -> None:
