@@ -37,7 +37,8 @@ enum { PAGE_IS_WRITTEN = 1 << 1, PAGE_IS_PRESENT = 1 << 3 };
 _Static_assert(sizeof(struct pm_scan_arg) == 96 && sizeof(struct page_region) == 24,
                "the kernel's layout");
 
-enum { SCAN_BYTES = 64 << 20 };
+/* One call holds up who faults in the process: a scan takes 0.1 ms for 64 MiB, to unregister 1 ms. */
+enum { STEP_BYTES = 64 << 20 };
 enum { COST_PAGES = 512 };
 
 int dirty_open(int uffd) {
@@ -58,8 +59,11 @@ int dirty_register(int uffd, uint64_t address, uint64_t bytes) {
 }
 
 void dirty_unregister(int uffd, uint64_t address, uint64_t bytes) {
-  struct uffdio_range range = {address, bytes};
-  ioctl(uffd, UFFDIO_UNREGISTER, &range); /* fails only when there is nothing to undo */
+  for (uint64_t done = 0; done < bytes; done += STEP_BYTES) {
+    struct uffdio_range range = {address + done,
+                                 bytes - done > STEP_BYTES ? STEP_BYTES : bytes - done};
+    ioctl(uffd, UFFDIO_UNREGISTER, &range); /* fails only when there is nothing to undo */
+  }
 }
 
 int dirty_scan(int pagemap, uint64_t *from, uint64_t to, bool arm, bool absent,
@@ -69,11 +73,13 @@ int dirty_scan(int pagemap, uint64_t *from, uint64_t to, bool arm, bool absent,
       .size = sizeof scan,
       .flags = PM_SCAN_CHECK_WPASYNC | (arm ? PM_SCAN_WP_MATCHING : 0),
       .start = *from,
-      .end = to - *from > SCAN_BYTES ? *from + SCAN_BYTES : to,
+      .end = to - *from > STEP_BYTES ? *from + STEP_BYTES : to,
       .vec = (uintptr_t)regions,
       .vec_len = DIRTY_RANGES,
+      /* The kernel has a faster way for "written" and nothing else. */
+      .category_mask = absent ? 0 : PAGE_IS_WRITTEN,
       .category_inverted = absent ? PAGE_IS_PRESENT : 0,
-      .category_anyof_mask = PAGE_IS_WRITTEN | (absent ? PAGE_IS_PRESENT : 0),
+      .category_anyof_mask = absent ? PAGE_IS_WRITTEN | PAGE_IS_PRESENT : 0,
       .return_mask = PAGE_IS_WRITTEN,
   };
   int n = ioctl(pagemap, PAGEMAP_SCAN, &scan);

@@ -364,7 +364,9 @@ int64_t pc_source_look(struct pc_source *s, int arm) {
     s->hot[i] = s->warm[i] & s->found[i];
     s->warm[i] = s->found[i];
     s->found[i] = 0;
-    left += __builtin_popcountll(s->data[i] & ~s->sent[i]);
+    uint64_t unsent_here = s->data[i] & ~s->sent[i];
+    if (unsent_here)
+      left += __builtin_popcountll(unsent_here);
   }
   return left;
 }

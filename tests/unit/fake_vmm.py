@@ -16,7 +16,8 @@ import itertools
 import mmap
 import os
 import struct
-from collections.abc import AsyncIterable, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, ClassVar, Self
 
 import trio
@@ -116,8 +117,10 @@ class FakeVmm:
         self.reach = reach
         self.life = Life()  # the daemon that may connect
         self.problems: tuple[str, ...] = ()
+        self.direct_io: str | None = None
         self.died = False  # by itself, which nobody answers for
         self.received: list[bytes] = []
+        self.writes = 0
         self.gone = trio.Event()
         self.uffd = -1
         self.files = [os.memfd_create(f"{role}{i}") for i in range(len(PAGES))]
@@ -137,6 +140,14 @@ class FakeVmm:
     def started(cls, pid: int) -> int:
         """As procfs.started."""
         return int(any(vmm.pid == pid and vmm.state != "ended" for vmm in cls.at.values()))
+
+    def write(self) -> None:
+        """The guest writes: to some of its pages, one of them a hole so far, one that becomes zeros.
+        """
+        self.guest.never(self.state != "running", f"written while {self.state}")
+        self.writes += 1
+        for page, byte in ((1, self.writes), (7, self.writes), (9, self.writes), (13, 0)):
+            self.maps[0][page * PAGE : (page + 1) * PAGE] = bytes([byte]) * PAGE
 
     def die(self) -> None:
         """The VMM's process ends by itself."""
@@ -209,12 +220,34 @@ class FakeDriver(Vmm):
             for i, (fd, pages, memory) in enumerate(zip(vmm.files, PAGES, vmm.maps, strict=True))
         )
         state, facts = states.get(vmm.state, "paused"), {"version": "1"}
-        return Shape(state, os.getpid(), regions, facts, vmm.problems)
+        return Shape(
+            state, os.getpid(), regions, facts, vmm.problems, direct_io=vmm.direct_io
+        )
 
     # --- source
 
+    async def track(self) -> int:
+        await self._at("track")
+        return userfaultfd()
+
+    @asynccontextmanager
+    async def still(self) -> AsyncIterator[None]:
+        await self._at("still")
+        vmm = self.vmm
+        vmm.state = "stopped"
+        vmm.guest.stop("source")
+        try:
+            yield
+            await self._at("still done")
+        finally:
+            if not self.life.over and vmm.state == "stopped":  # or rolled back by the next daemon
+                vmm.guest.run("source")
+                vmm.state = "running"
+
     async def prepare(self) -> None:
         await self._at("prepare")
+        if self.vmm.state == "running":
+            self.vmm.write()
 
     async def save(
         self, send: Callable[[bytes], Awaitable[None]], stopped: Callable[[], None]
@@ -251,6 +284,13 @@ class FakeDriver(Vmm):
         await self._at("finish done", alive=False)
 
     # --- destination
+
+    async def discard(self, shape: Shape) -> None:
+        await self._at("discard")
+        self.vmm.guest.never(self.vmm.state != "incoming", "memory taken from a guest")
+        for memory in self.vmm.maps:
+            memory.madvise(mmap.MADV_REMOVE)
+        await self._at("discard done")
 
     async def adopt(self, shape: Shape) -> list[int]:
         await self._at("adopt")

@@ -193,9 +193,9 @@ class Host:
 class World:
     """`faults` by point. `went` is every point that was passed, repeated ones as "name#2".
 
-    On each new control connection the pages that are pushed wait, but for SOME_PAGES of them on the
-    first, until the point "<- progress" has been passed on it: up to it pages are missing at the
-    destination, and soon after it none is.
+    On each new control connection the pages that are pushed after the handover wait, but for
+    SOME_PAGES of them on the first, until the point "<- progress" has been passed on it: up to it
+    pages are missing at the destination, and soon after it none is.
     """
 
     def __init__(self, folder: Path, faults: dict[str, Fault], guest_state: State) -> None:
@@ -212,6 +212,7 @@ class World:
         self._armed = False
         self._pushing = trio.Event()
         self._some = SOME_PAGES
+        self._passing = False  # pages come in passes, and are not held up
         self._sending = trio.Lock()
         self._ends: dict[str, trio.SocketStream] = {}
         self._streams: dict[trio.SocketStream, str] = {}
@@ -264,6 +265,7 @@ class World:
         self._armed = True
         async with self.network() as port:
             self.to = f"127.0.0.1:{port}"
+            request = {"mode": "postcopy", **request}
             await self.source.daemon.migrate("web1", MigrateRequest(self.to, **request))
             yield
 
@@ -330,10 +332,11 @@ class World:
             # What a data connection begins with; frames are let through later.
             if wait is not None:
                 await to.send_all(await source.receive_some(100))
-                while not wait.is_set() and (data := await source.receive_some(self._some or None)):
-                    if not self._some:
+                while not wait.is_set() and (data := await source.receive_some(SOME_PAGES)):
+                    if not self._some and not self._passing:
                         await wait.wait()
-                    self._some -= min(len(data), self._some)
+                    if not self._passing:
+                        self._some -= min(len(data), self._some)
                     await to.send_all(data)
             async for data in source:
                 await to.send_all(data)
@@ -355,6 +358,8 @@ class World:
 
     async def _message(self, message: p.Message, to: trio.SocketStream, way: str) -> None:
         data, then_cut = p.pack(message), False
+        if isinstance(message, p.Offer | p.Handover | p.Resume):
+            self._passing = isinstance(message, p.Offer) and message.staged
         if not isinstance(message, p.Keepalive):
             tag = str(message.__struct_config__.tag)
             instead: Instead = self.reach(f"{way} {tag}") or Instead()
