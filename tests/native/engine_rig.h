@@ -76,13 +76,16 @@ static void stuck(int signal) {
   leave(2);
 }
 
-/* Runs the subtest that is named, or names all. */
+/* Runs the subtest that is named, with other random numbers if a number follows; or names all. */
+static uint64_t drawn = 1;
+
 static int subtest_main(int argc, char **argv, const struct subtest *subtests, size_t count) {
   struct sigaction action = {.sa_handler = stuck};
   sigaction(SIGALRM, &action, NULL);
   alarm(60);
+  drawn = argc == 3 ? strtoull(argv[2], NULL, 10) << 32 : drawn;
   for (const struct subtest *s = subtests; s < subtests + count; s++) {
-    if (argc == 2 && !strcmp(argv[1], s->name)) {
+    if (argc >= 2 && !strcmp(argv[1], s->name)) {
       s->run();
       return 0;
     }
@@ -99,7 +102,6 @@ static uint64_t mix(uint64_t x) {
   return x ^ x >> 31;
 }
 
-static uint64_t drawn = 1;
 static uint64_t draw(void) {
   return mix(drawn++);
 }
