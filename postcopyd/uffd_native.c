@@ -468,13 +468,16 @@ static void note_latency(struct pc_dest *d, struct region *r, uint64_t page) {
   atomic_store_explicit(&asked->page_and_one, 0, memory_order_relaxed);
 }
 
-/* What of a frame this thread has claimed, to the file: right there from now on. */
+/* What of a frame this thread has claimed, to the file (zeros: NULL, only over something else).
+ * Right there from now on, before anybody may see it and write to it. */
 static int put_in_file(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,
-                       const uint8_t *payload) {
+                       const uint8_t *payload, bool cached) {
   uint64_t to = page << r->page_shift, bytes = count << r->page_shift;
-  if (!payload)
-    return stage_clear(stage_of(d, r), to, bytes, d->zeros);
-  int failed = stage_write(stage_of(d, r), to, payload, bytes);
+  int failed = 0;
+  if (payload)
+    failed = stage_write(stage_of(d, r), to, payload, bytes);
+  else if (cached)
+    failed = stage_clear(stage_of(d, r), to, bytes, d->zeros);
   if (failed)
     return failed;
   for (uint64_t i = page; i < page + count; i++)
@@ -500,12 +503,12 @@ static bool receive_pages(struct pc_dest *d, struct region *r, const struct fram
       continue;
     }
     int failed = 0;
-    bool to_put = by_file && (payload || any & CACHED);
+    bool to_put = by_file;
     if (by_file && !payload && !(any & WANTED)) /* zeros that nobody waits for need no page */
       placed = run;
     do {
       const uint8_t *from = payload ? payload + (i << r->page_shift) : NULL;
-      failed = to_put ? put_in_file(d, r, first, run, from) : 0;
+      failed = to_put ? put_in_file(d, r, first, run, from, any & CACHED) : 0;
       if (!failed) {
         uint64_t more;
         to_put = false;

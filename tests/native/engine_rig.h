@@ -1,16 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the subtests of engine_test.c are made of: checks, guest memory that proves itself, guest
+/* What the subtests of the native tests are made of: checks, guest memory that proves itself, guest
  * threads, pairs of engines, and one end of a connection played by hand. Knows no subtest. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -18,6 +21,8 @@
 
 #include "engine.h"
 #include "uffd.h"
+
+#pragma GCC diagnostic ignored "-Wunused-function" /* none uses all of it */
 
 enum { MISSING = 77, SMALL = 4096, HUGE = 2 << 20, MAX_REGIONS = 2, MAX_THREADS = 16 };
 
@@ -60,6 +65,36 @@ static void missing(const char *what) {
   leave(MISSING);
 }
 
+struct subtest {
+  const char *name;
+  void (*run)(void);
+};
+
+static void stuck(int signal) {
+  (void)signal;
+  dprintf(2, "stuck: line %d waits for what does not come\n", waiting_for);
+  leave(2);
+}
+
+/* Runs the subtest that is named, with other random numbers if a number follows; or names all. */
+static uint64_t drawn = 1;
+
+static int subtest_main(int argc, char **argv, const struct subtest *subtests, size_t count) {
+  struct sigaction action = {.sa_handler = stuck};
+  sigaction(SIGALRM, &action, NULL);
+  alarm(60);
+  drawn = argc == 3 ? strtoull(argv[2], NULL, 10) << 32 : drawn;
+  for (const struct subtest *s = subtests; s < subtests + count; s++) {
+    if (argc >= 2 && !strcmp(argv[1], s->name)) {
+      s->run();
+      return 0;
+    }
+    if (argc == 1)
+      puts(s->name);
+  }
+  return argc == 1 ? 0 : 64;
+}
+
 static uint64_t mix(uint64_t x) {
   x += 0x9e3779b97f4a7c15ull;
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
@@ -67,7 +102,6 @@ static uint64_t mix(uint64_t x) {
   return x ^ x >> 31;
 }
 
-static uint64_t drawn = 1;
 static uint64_t draw(void) {
   return mix(drawn++);
 }
@@ -262,6 +296,70 @@ static void guest_free(struct guest *g) {
     for (unsigned i = 0; i < MAX_THREADS; i++)
       free(m->visited[i]);
   }
+}
+
+/* More of them than the machine has, until huge_pages_back. */
+static void reserve_huge_pages(int count) {
+  FILE *f = fopen("/proc/sys/vm/nr_hugepages", "r+");
+  int before, now = 0;
+  if (!f || fscanf(f, "%d", &before) != 1)
+    missing("hugetlbfs");
+  snprintf(huge_before, sizeof huge_before, "%d\n", before);
+  rewind(f), fprintf(f, "%d", before + count), fflush(f);
+  rewind(f);
+  if (fscanf(f, "%d", &now) != 1 || now < before + count)
+    missing("24 huge pages of 2 MiB");
+  fclose(f);
+}
+
+static void to_anonymous(struct ram *m) {
+  munmap(m->at, m->pages * m->page_size), close(m->file);
+  m->file = -1, m->at = map(m->pages * m->page_size, -1);
+}
+
+/* A tmpfs unseen by others. */
+struct small_tmpfs {
+  char folder[32];
+  int ballast;
+};
+
+static int file_in(struct small_tmpfs *s, const char *name) {
+  char path[64];
+  snprintf(path, sizeof path, "%s/%s", s->folder, name);
+  int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+  check(fd >= 0, "%m");
+  return fd;
+}
+
+static struct small_tmpfs new_tmpfs(const char *options) {
+  struct small_tmpfs s = {.folder = "/tmp/engine_test.XXXXXX"};
+  check(mkdtemp(s.folder), "%m");
+  if (unshare(CLONE_NEWNS) || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
+      mount("none", s.folder, "tmpfs", 0, options)) {
+    rmdir(s.folder);
+    missing("the right to mount a tmpfs in a mount namespace");
+  }
+  s.ballast = file_in(&s, "ballast");
+  return s;
+}
+
+/* Of 128 pages, of which all but `room` are taken already. */
+static struct small_tmpfs small_tmpfs(unsigned room) {
+  struct small_tmpfs s = new_tmpfs("size=512k");
+  check(!fallocate(s.ballast, 0, 0, (128 - room) * SMALL), "%m");
+  return s;
+}
+
+static void free_tmpfs(struct small_tmpfs *s) {
+  close(s->ballast), umount2(s->folder, MNT_DETACH), rmdir(s->folder);
+}
+
+/* The destination's memory of a guest is there instead. */
+static void ram_in(struct small_tmpfs *s, struct ram *m) {
+  munmap(m->at, m->pages * SMALL), close(m->file);
+  m->file = file_in(s, "ram");
+  check(!ftruncate(m->file, (off_t)m->pages * SMALL), "%m");
+  m->at = map(m->pages * SMALL, m->file);
 }
 
 /* --- engines ---------------------------------------------------------------------------------- */

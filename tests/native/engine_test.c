@@ -15,7 +15,6 @@
 #include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
-#include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 
@@ -75,20 +74,6 @@ static void two_regions(void) {
   check_guest(&g);
   finish(&p);
   guest_free(&g);
-}
-
-/* More of them than the machine has, until huge_pages_back. */
-static void reserve_huge_pages(int count) {
-  FILE *f = fopen("/proc/sys/vm/nr_hugepages", "r+");
-  int before, now = 0;
-  if (!f || fscanf(f, "%d", &before) != 1)
-    missing("hugetlbfs");
-  snprintf(huge_before, sizeof huge_before, "%d\n", before);
-  rewind(f), fprintf(f, "%d", before + count), fflush(f);
-  rewind(f);
-  if (fscanf(f, "%d", &now) != 1 || now < before + count)
-    missing("24 huge pages of 2 MiB");
-  fclose(f);
 }
 
 static void huge_pages(void) {
@@ -425,46 +410,6 @@ static void vmm_gone(void) {
   guest_free(&g);
 }
 
-/* A tmpfs of 128 pages, unseen by others. */
-struct small_tmpfs {
-  char folder[32];
-  int ballast;
-};
-
-static int file_in(struct small_tmpfs *s, const char *name) {
-  char path[64];
-  snprintf(path, sizeof path, "%s/%s", s->folder, name);
-  int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  check(fd >= 0, "%m");
-  return fd;
-}
-
-/* All but `room` pages of it are taken already. */
-static struct small_tmpfs small_tmpfs(unsigned room) {
-  struct small_tmpfs s = {.folder = "/tmp/engine_test.XXXXXX"};
-  check(mkdtemp(s.folder), "%m");
-  if (unshare(CLONE_NEWNS) || mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) ||
-      mount("none", s.folder, "tmpfs", 0, "size=512k")) {
-    rmdir(s.folder);
-    missing("the right to mount a tmpfs in a mount namespace");
-  }
-  s.ballast = file_in(&s, "ballast");
-  check(!fallocate(s.ballast, 0, 0, (128 - room) * SMALL), "%m");
-  return s;
-}
-
-static void free_tmpfs(struct small_tmpfs *s) {
-  close(s->ballast), umount2(s->folder, MNT_DETACH), rmdir(s->folder);
-}
-
-/* The destination's memory of a guest is there instead. */
-static void ram_in(struct small_tmpfs *s, struct ram *m) {
-  munmap(m->at, m->pages * SMALL), close(m->file);
-  m->file = file_in(s, "ram");
-  check(!ftruncate(m->file, (off_t)m->pages * SMALL), "%m");
-  m->at = map(m->pages * SMALL, m->file);
-}
-
 static void no_memory(void) {
   struct small_tmpfs s = small_tmpfs(28);
   struct guest g = {0};
@@ -663,11 +608,6 @@ static uint64_t count_done(int record, uint64_t pages) {
     n += (states[i] & DONE) != 0;
   free(states);
   return n;
-}
-
-static void to_anonymous(struct ram *m) {
-  munmap(m->at, m->pages * m->page_size), close(m->file);
-  m->file = -1, m->at = map(m->pages * m->page_size, -1);
 }
 
 /* Daemons are killed while they take faults and place; each next one has the record of the last.
@@ -1401,10 +1341,7 @@ static void slow_push(void) {
   guest_free(&g);
 }
 
-static const struct {
-  const char *name;
-  void (*run)(void);
-} SUBTESTS[] = {
+static const struct subtest SUBTESTS[] = {
     {"moved_1", moved_1},
     {"moved_4", moved_4},
     {"urgent_only", urgent_only},
@@ -1445,23 +1382,6 @@ static const struct {
     {"slow_push", slow_push},
 };
 
-static void stuck(int signal) {
-  (void)signal;
-  dprintf(2, "stuck: line %d waits for what does not come\n", waiting_for);
-  leave(2);
-}
-
 int main(int argc, char **argv) {
-  struct sigaction action = {.sa_handler = stuck};
-  sigaction(SIGALRM, &action, NULL);
-  alarm(60);
-  for (unsigned i = 0; i < sizeof SUBTESTS / sizeof *SUBTESTS; i++) {
-    if (argc == 2 && !strcmp(argv[1], SUBTESTS[i].name)) {
-      SUBTESTS[i].run();
-      return 0;
-    }
-    if (argc == 1)
-      puts(SUBTESTS[i].name);
-  }
-  return argc == 1 ? 0 : 64;
+  return subtest_main(argc, argv, SUBTESTS, sizeof SUBTESTS / sizeof *SUBTESTS);
 }
