@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,49 @@ def test_features_that_lack(
     assert [check.what for check in checks if check.state == "lacks"] == lacking
     assert len([check for check in checks if check.state == "note"]) == noted
     assert all("use Linux" in check.mend for check in checks if check.state != "ok")
+
+
+def test_written_pages_are_really_seen() -> None:
+    """Exactly the page that is written is found, where the kernel has what it takes."""
+    try:
+        for page in (0, 3):
+            assert doctor.track_own_memory(page) == [page]
+    except OSError as error:
+        missing(f"tracking of written pages, Linux 6.7 ({error.strerror})")
+
+
+def no_tracking(code: int) -> Callable[[int], list[int]]:
+    def fail(written: int) -> list[int]:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("tried", "release", "state", "words"),
+    [
+        (lambda written: [written], "6.18.1", "ok", ["hybrid migration"]),
+        (lambda written: [written], "6.7.2", "note", ["postcopy alone", "Linux 6.8"]),
+        (lambda written: [], "6.18.1", "note", ["postcopy alone", "Linux 6.8"]),
+        (lambda written: [0, 1, 2, 3], "6.18.1", "note", ["postcopy alone", "Linux 6.8"]),
+        (no_tracking(errno.EINVAL), "6.1.0", "note", ["postcopy alone", "Linux 6.8"]),
+        (no_tracking(errno.ENOTTY), "6.1.0", "note", ["postcopy alone", "Linux 6.8"]),
+        (no_tracking(errno.EPERM), "6.18.1", "note", ["postcopy alone", "CAP_SYS_PTRACE"]),
+    ],
+)
+def test_without_tracking_there_is_no_hybrid_migration(
+    monkeypatch: pytest.MonkeyPatch,
+    tried: Callable[[int], list[int]],
+    release: str,
+    state: str,
+    words: list[str],
+) -> None:
+    """A kernel that does not show written pages is no hindrance, and what that means is said."""
+    monkeypatch.setattr(doctor, "track_own_memory", tried)
+    monkeypatch.setattr(doctor.platform, "release", lambda: release)
+    (check,) = doctor._tracking()
+    assert check.state == state
+    assert all(word in check.found + check.mend for word in words)
 
 
 @pytest.mark.parametrize(("value", "state"), [("", "ok"), ("1", "ok"), ("2", "ok"), ("3", "lacks")])
