@@ -142,12 +142,12 @@ class FakeVmm:
         return int(any(vmm.pid == pid and vmm.state != "ended" for vmm in cls.at.values()))
 
     def write(self) -> None:
-        """The guest writes: to some of its pages, one of them a hole so far, one that becomes zeros.
-        """
+        """The guest writes: to data, to a hole, and zeros to what was none, in both regions."""
         self.guest.never(self.state != "running", f"written while {self.state}")
         self.writes += 1
-        for page, byte in ((1, self.writes), (7, self.writes), (9, self.writes), (13, 0)):
-            self.maps[0][page * PAGE : (page + 1) * PAGE] = bytes([byte]) * PAGE
+        byte = self.writes
+        for region, page, what in ((0, 1, byte), (0, 7, byte), (0, 9, byte), (0, 13, 0), (1, 2, 1)):
+            self.maps[region][page * PAGE : (page + 1) * PAGE] = bytes([what]) * PAGE
 
     def die(self) -> None:
         """The VMM's process ends by itself."""

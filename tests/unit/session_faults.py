@@ -40,6 +40,8 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Time that passes when nothing moves; engines have threads, so not at once."""
     monkeypatch.setattr(daemon, "DRIVERS", {"process": FakeDriver})
     monkeypatch.setattr(procfs, "started", FakeVmm.started)
+    for name in ("mappings", "open_file"):  # guest RAM of a FakeVmm is mapped here
+        monkeypatch.setattr(procfs, name, partial(_of_this_process, getattr(procfs, name)))
     monkeypatch.setattr(arriving, "DestinationEngine", ToldEngine)
     monkeypatch.setattr(arriving, "PROGRESS_S", 1.0)
     monkeypatch.setattr(daemon, "accepted_kind", accepted_at_once)
@@ -49,6 +51,10 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         monkeypatch.setattr(kind, "__init__", noted(kind.__init__))
     monkeypatch.setattr(leaving, "SHOW_S", 1.0)
     return Clock(autojump_threshold=0.002)
+
+
+def _of_this_process(look: Any, pid: int, *args: Any) -> Any:
+    return look(os.getpid(), *args)
 
 
 async def accepted_at_once(stream: trio.SocketStream) -> str:

@@ -89,8 +89,8 @@ class ToldEngine(DestinationEngine):
 
     world: ClassVar[World]
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._life = self.world.destination.life
 
     def unregister(self, *, called_off: bool = False) -> None:
