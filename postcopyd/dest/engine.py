@@ -89,8 +89,8 @@ class DestinationEngine(Engine):
 
     @property
     def whole(self) -> bool:
-        """Every page is here, placed or not."""
-        return bool(self.stats.confirmed_pages + self.stats.here_pages == self.stats.total_pages)
+        """Every page of a staged guest is here, placed or not."""
+        return bool(self.stats.present_pages == self.stats.total_pages)
 
     @property
     def complete(self) -> bool:

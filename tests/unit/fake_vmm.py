@@ -220,9 +220,7 @@ class FakeDriver(Vmm):
             for i, (fd, pages, memory) in enumerate(zip(vmm.files, PAGES, vmm.maps, strict=True))
         )
         state, facts = states.get(vmm.state, "paused"), {"version": "1"}
-        return Shape(
-            state, os.getpid(), regions, facts, vmm.problems, direct_io=vmm.direct_io
-        )
+        return Shape(state, os.getpid(), regions, facts, vmm.problems, direct_io=vmm.direct_io)
 
     # --- source
 

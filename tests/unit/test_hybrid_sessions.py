@@ -63,6 +63,8 @@ PASSES = [
 STILL = ["source.record intent", "source.still", "source.still done", "source.record held"]
 """What direct I/O adds before each pass."""
 
+EMPTY = [bytes(24 * 4096), bytes(8 * 4096)]
+
 LATER = [
     "<- loaded",
     "source.record granted",
@@ -131,3 +133,187 @@ async def test_anything_breaks_anywhere(
     made = await hybrid(tmp_path, {point: fault}, patience=patience, sticks=sticks)
     if not after and fault not in (cut_data, source_dies):
         assert made.source.vmm.state == "running" or made.source.phase == "drained"
+
+
+@pytest.mark.parametrize("point", [point for point in PASSES if point[:2] in ("->", "<-")])
+@pytest.mark.parametrize(
+    "fault",
+    [error, wrong, torn, last, grant, kill_sender, kill_receiver],
+    ids=lambda fault: fault.__name__,
+)
+async def test_another_message(fault: Fault, point: str, tmp_path: Path, clock: Clock) -> None:
+    """Whatever arrives instead of a message, and then nothing, the guest runs at the source."""
+    made = await hybrid(tmp_path, {point: fault})
+    assert made.source.vmm.state == "running"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [p.Pass(9), p.Pass(11), p.Pass(2**63 - 1)],
+    ids=["fewer", "more", "many more"],
+)
+async def test_passes_are_counted(message: p.Pass, tmp_path: Path, clock: Clock) -> None:
+    """A source that has sent other pages than it says is refused, or waits until it cancels."""
+
+    def other(made: World, point: str) -> Instead:
+        made.later(made.cancel)
+        return Instead(message)
+
+    async with world(tmp_path, {"-> pass": other}) as made:
+        await made.migrate(mode="hybrid")
+        await made.check()
+        assert made.source.vmm.state == "running"
+        assert made.destination.vmm.memory() == EMPTY
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        p.Stale(2, 0, 8, b"\xff"),
+        p.Stale(0, 24, 8, b"\xff"),
+        p.Stale(0, 0, 2**19, bytes(2**16)),
+        p.Stale(0, 2**63 - 1, 8, b"\xff"),
+        p.Stale(0, 0, 8, b"\xff\xff"),
+    ],
+    ids=["region", "beyond", "too many", "far beyond", "bits"],
+)
+async def test_stale_pages_that_are_not(message: p.Stale, tmp_path: Path, clock: Clock) -> None:
+    """Pages that the guest has not are refused, and it runs on at the source."""
+    made = await hybrid(tmp_path, {"-> stale": lambda made, point: Instead(message)})
+    assert made.source.vmm.state == "running"
+
+
+@pytest.mark.parametrize("point", [*PASSES[:6], "source.save"])
+async def test_cancel(point: str, tmp_path: Path, clock: Clock) -> None:
+    """A cancel in any pass: the guest never stops here, and there nothing is left of it."""
+    async with world(tmp_path, {point: cancel}) as made:
+        await made.migrate(mode="hybrid", precopy_passes=2)
+        await made.check()
+        assert made.source.vm.status["result"]["event"] == "cancelled"
+        assert not made.source.vmm.registered()  # its writes are not seen any more
+        if point != "source.save":
+            assert made.destination.vmm.state == "incoming"
+            assert made.destination.vmm.memory() == EMPTY
+
+
+async def test_again_after_a_pass(tmp_path: Path, clock: Clock) -> None:
+    """The next attempt after one that failed in a pass goes well."""
+    async with world(tmp_path, {"<- passed": cut, "-> pass#2": cut}) as made:
+        for phase in ("failed", "failed", "drained"):
+            await made.migrate(mode="hybrid", precopy_passes=2)
+            await made.check()
+            assert made.destination.phase == phase
+            assert not made.source.vmm.registered()
+
+
+# --- recovery ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "point", ["-> resume", "<- ready#2", "<- ran#2", "<- have", "<- serving#2", "<- drained"]
+)
+@pytest.mark.parametrize(
+    "fault", [cut, silence, kill_source, kill_destination, kill_both], ids=lambda f: f.__name__
+)
+async def test_recovery(fault: Fault, point: str, tmp_path: Path, clock: Clock) -> None:
+    """What came in passes counts as there, also for a daemon that was started again."""
+    made = await hybrid(tmp_path, {"<- progress": cut, point: fault})
+    assert made.destination.phase == "drained"
+
+
+# --- direct I/O ----------------------------------------------------------------------------------
+
+
+async def direct(folder: Path, faults: dict[str, Fault]) -> World:
+    async with world(folder, faults) as made:
+        made.source.vmm.direct_io = "its disk is read by direct I/O"
+        await made.migrate(mode="hybrid", precopy_passes=2)
+        assert all(made.went[point] for point in faults)
+        await made.check()
+        made.check_over()
+    return made
+
+
+async def test_direct_io(tmp_path: Path, clock: Clock) -> None:
+    """Pages are armed only while the guest is still; all that was written since is named."""
+    made = await direct(tmp_path, {})
+    assert [made.went[point] for point in STILL[1:3]] == [2, 2]
+    assert made.source.vm.status["result"]["tracking"]["stoppedMs"] > 0
+
+
+@pytest.mark.parametrize("point", STILL)
+@pytest.mark.parametrize(
+    "fault",
+    [*ANYWHERE, cancel, source_says_error, destination_says_error],
+    ids=lambda fault: fault.__name__,
+)
+async def test_still_breaks(fault: Fault, point: str, tmp_path: Path, clock: Clock) -> None:
+    """Whatever happens around a guest that was stopped for a moment, it runs again."""
+    made = await direct(tmp_path, {point: fault})
+    if fault is not source_dies:
+        assert made.source.vmm.state == "running" or made.source.phase == "drained"
+
+
+@pytest.mark.parametrize("point", ["source.record intent", "source.record held"])
+async def test_still_is_not_recorded(point: str, tmp_path: Path, clock: Clock) -> None:
+    """A guest whose stop cannot be recorded is not stopped for a pass."""
+    made = await direct(tmp_path, {point: no_room})
+    assert made.source.vmm.state == "running"
+
+
+# --- tracking that cannot be ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [refusing(VmmError("no userfaultfd"))])
+async def test_hybrid_without_tracking(fault: Fault, tmp_path: Path, clock: Clock) -> None:
+    """Where writes cannot be seen the guest is moved by postcopy alone, and that is said."""
+    made = await hybrid(tmp_path, {"source.track": fault})
+    result = made.source.vm.status["result"]
+    assert result["event"] == "completed"
+    assert result["passes"] == []
+    assert "no userfaultfd" in result["warning"]
+
+
+async def test_precopy_without_tracking(tmp_path: Path, clock: Clock) -> None:
+    """Where writes cannot be seen there is no precopy."""
+    faults = {"source.track": refusing(VmmError("no userfaultfd"))}
+    made = await migrated(tmp_path, faults, mode="precopy")
+    assert made.source.vmm.state == "running"
+    assert "--mode postcopy" in made.source.vm.status["message"]
+
+
+@pytest.mark.parametrize("then", [cancel, cut, silence, stop_here], ids=lambda then: then.__name__)
+async def test_driver_hangs(then: Fault, tmp_path: Path, clock: Clock) -> None:
+    """A driver that hangs while it makes a userfaultfd is left by whatever ends the migration."""
+    sticks = then in (cut, silence)  # nobody has been called yet
+    patience = 40 if sticks else LONG_S
+    faults = {"source.track": hanging(then)}
+    made = await hybrid(tmp_path, faults, patience=patience, sticks=sticks)
+    assert made.source.vmm.state == "running"
+
+
+# --- precopy -------------------------------------------------------------------------------------
+
+
+async def test_precopy(tmp_path: Path, clock: Clock) -> None:
+    """All of the memory is there before the guest is: nothing is asked for."""
+    made = await migrated(tmp_path, {}, mode="precopy", max_downtime_ms=1e6)
+    memory = made.source.vm.status["result"]["memory"]
+    assert (memory["urgentPages"], memory["pushedPages"]) == (0, 4)
+    assert made.went["-> stale"]
+
+
+async def test_precopy_does_not_converge(tmp_path: Path, clock: Clock) -> None:
+    """A guest that is not handed over runs on, and it is said why."""
+    made = await migrated(tmp_path, {}, mode="precopy", max_downtime_ms=1e-9, precopy_passes=1)
+    assert made.source.vmm.state == "running"
+    assert "does not converge" in made.source.vm.status["message"]
+
+
+@pytest.mark.parametrize("point", ["-> deviceEnd", "<- loaded", "-> grant", "<- ran"])
+@pytest.mark.parametrize(
+    "fault", [cut, cut_data, kill_source, kill_destination], ids=lambda fault: fault.__name__
+)
+async def test_precopy_breaks(fault: Fault, point: str, tmp_path: Path, clock: Clock) -> None:
+    """What breaks between the stop and the run loses no guest."""
+    await migrated(tmp_path, {point: fault}, mode="precopy", max_downtime_ms=1e6)
