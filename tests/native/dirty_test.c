@@ -410,7 +410,7 @@ static void racing(enum kind kind) {
   add_part(&v, ANONYMOUS, 130);
   vmm_start(&v);
   struct side s = tracked(&v);
-  unsigned rounds = kind == HUGE_FILE ? 30 : 150;
+  unsigned rounds = kind == HUGE_FILE ? 15 : 150;
   for (unsigned round = 0; round < rounds; round++) {
     run_free(&v);
     for (unsigned i = 0; i < 1 + round % 6; i++) {
@@ -872,7 +872,7 @@ static void stopped(void) {
     tell_vmm(&v, (struct order){FILL, i, 0, v.ram[i].pages, 5});
   check(look(&s, 1) == PAGES + EDGE + 6, " ");
   take_all(&s, true);
-  for (unsigned round = 0; round < 8; round++) {
+  for (unsigned round = 0; round < 4; round++) {
     uint64_t pages = 0;
     for (unsigned i = 0; i < 2; i++)
       for (uint64_t page = 0; page < v.ram[i].pages; page += EDGE) {
