@@ -30,7 +30,10 @@ ENGINE = table.ROOT / "postcopyd"
 FLOOR = [BENCH / "floor.c"]
 SOURCES = [
     BENCH / "engine_bench.c",
-    *(ENGINE / f"{name}.c" for name in ("engine", "uffd_native", "stage", "source_native", "dirty")),
+    *(
+        ENGINE / f"{name}.c"
+        for name in ("engine", "uffd_native", "stage", "source_native", "dirty")
+    ),
 ]
 THREADS = (1, 2, 4, 8, 16, 32)
 CONNECTIONS = (1, 2, 4)

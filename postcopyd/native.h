@@ -114,17 +114,19 @@ int pc_source_have(struct pc_source *s, unsigned region, uint64_t first, uint64_
  * tracked with it until pc_source_untrack or free. pc_source_look finds what is to be sent (again):
  * new data, and pages written since they were armed; with `arm` these are armed again, atomically
  * (never with direct I/O in flight, which is not seen once its pages are armed). Returns the number
- * of pages to be sent. pc_source_copy sends them, like pc_source_push but without the holes, and
- * may be called again when stats.pushing is 0. pc_source_stale: bit set for each page to be sent;
- * returns their number. */
+ * of pages to be sent. pc_source_copy sends them, like pc_source_push but without the holes. Look,
+ * copy and push are -EBUSY while a pass is on (stats.pushing); before a look all that was sent must
+ * have arrived, or a page may overtake itself. pc_source_stale: bit set for each page to be sent;
+ * returns their number. A failure to track, -EOPNOTSUPP before Linux 6.7, is forgotten by
+ * pc_source_disconnect, so that pure postcopy can go on. */
 int pc_source_track(struct pc_source *s, int uffd);
 int64_t pc_source_look(struct pc_source *s, int arm);
 int pc_source_copy(struct pc_source *s, uint64_t bytes_per_second);
 int64_t pc_source_stale(struct pc_source *s, unsigned region, uint64_t first, uint64_t count,
                         uint8_t *bits);
 void pc_source_untrack(struct pc_source *s);
-/* What the first write to a tracked page costs a process of this host, in nanoseconds: the median of
- * some hundred pages of our own memory. (A vCPU pays for leaving the guest as well.) */
+/* What the first write to a tracked page costs a process of this host, in nanoseconds: the median
+ * of some hundred pages of our own memory. (A vCPU pays for leaving the guest as well.) */
 int64_t pc_track_cost_ns(void);
 int pc_source_serve(struct pc_source *s);
 int pc_source_push(struct pc_source *s, uint64_t bytes_per_second); /* 0: no limit */

@@ -4,6 +4,7 @@
  *   urgent_run    one thread: reads requests, sends those pages       on the urgent connection
  *   push_run      one thread for each push connection: next_run chooses, batch_write sends; also in
  *                 a pass, while the guest runs: then only data, and the session looks in between
+ *   look_run      a look at the stopped guest, on all CPUs; it is joined before that returns
  *
  * Guest RAM is read with pread (or process_vm_readv for anonymous memory) and not through a
  * mapping: a hole reads as zeros without being allocated, a truncated file is an error and not a
@@ -14,8 +15,8 @@
  *   sent   who sets it first sends the page; so each is pushed at most once. Cleared when the
  *          connections end, as what was on its way may be lost; pc_source_have then sets it for
  *          what the destination says it has, and by pc_source_look for what was written since
- * The others come with pc_source_track and belong to the session, which changes them in
- * pc_source_look only, when no push thread is at work:
+ * The others come with pc_source_track and are changed by pc_source_look only, when no push thread is
+ * at work; each of its threads has words of its own:
  *   hot    written in both of the last two looks: a pass sends these last, since they will be
  *          written again, and the push sends them first, since the guest will want them
  *   warm   written in the last look (written again: `found` gathers them while it lasts)
@@ -60,6 +61,8 @@ enum { NO_HINT = -1 };
  * them takes no more page tables than the extents do. Not of anonymous memory, where an armed hole
  * looks like a page that was swapped out. */
 enum { GAP_BYTES = 2 << 20 };
+/* A slice of a look, in slots: whole words of the bitmaps, so that no two threads change one. */
+enum { SLICE = (64 << 20) / 4096, LOOK_THREADS = 7 };
 
 struct pc_source {
   struct pc_stats stats;
@@ -275,10 +278,11 @@ static int look_at(struct pc_source *s, struct region *r, uint64_t from, uint64_
 }
 
 /* Extent by extent: to arm a hole would take page tables for it. */
-static int look_region(struct pc_source *s, struct region *r, bool arm) {
-  uint64_t gap = r->is.fd >= 0 ? GAP_BYTES >> r->page_shift : 0, end = r->first + r->is.pages;
-  uint64_t from = bits_find(s->data, true, r->first, end);
+static int look_between(struct pc_source *s, struct region *r, uint64_t from, uint64_t end,
+                        bool arm) {
+  uint64_t gap = r->is.fd >= 0 ? GAP_BYTES >> r->page_shift : 0;
   int failed = 0;
+  from = bits_find(s->data, true, from, end);
   while (from < end && !failed) {
     uint64_t to, next = from;
     do {
@@ -289,6 +293,47 @@ static int look_region(struct pc_source *s, struct region *r, bool arm) {
     from = next;
   }
   return failed;
+}
+
+/* One look, by one or more threads, each of which takes the next slice of the slots. */
+struct look {
+  struct pc_source *source;
+  bool arm;
+  atomic_uint_fast64_t next;
+  atomic_int failed, region;
+};
+
+static void *look_run(void *argument) {
+  struct look *l = argument;
+  struct pc_source *s = l->source;
+  uint64_t start;
+  while (!atomic_load(&l->failed) && (start = atomic_fetch_add(&l->next, SLICE)) < s->slots)
+    for (unsigned i = 0; i < s->region_count; i++) {
+      struct region *r = &s->regions[i];
+      uint64_t end = r->first + r->is.pages;
+      end = end < start + SLICE ? end : start + SLICE;
+      int failed = look_between(s, r, r->first > start ? r->first : start, end, l->arm);
+      if (failed) {
+        atomic_store(&l->region, (int)i);
+        atomic_store(&l->failed, failed);
+      }
+    }
+  return NULL;
+}
+
+/* In a blackout all CPUs look: a scan is 1 ms for each GiB. Else only this one, as the guest runs
+ * on the others. */
+static void look_everywhere(struct pc_source *s, struct look *l) {
+  pthread_t threads[LOOK_THREADS];
+  uint64_t most = (s->slots - 1) / SLICE;
+  long cpus = l->arm ? 1 : sysconf(_SC_NPROCESSORS_ONLN);
+  unsigned n = 0;
+  while (n < LOOK_THREADS && n < most && (long)n + 1 < cpus &&
+         !engine_thread(&threads[n], "pc-look", look_run, l))
+    n++;
+  look_run(l);
+  while (n)
+    pthread_join(threads[--n], NULL);
 }
 
 static int track_failed(struct pc_source *s, const char *doing, int region, int failed) {
@@ -351,16 +396,14 @@ int64_t pc_source_look(struct pc_source *s, int arm) {
   if (count_get(s->stats.pushing))
     return -EBUSY;
   pc_source_scan(s);
-  int failed = 0;
-  unsigned i = 0;
-  for (; i < s->region_count && !failed; i++)
-    failed = look_region(s, &s->regions[i], arm);
+  struct look l = {.source = s, .arm = arm};
+  look_everywhere(s, &l);
   /* Asked last: what is found in an address space that ends meanwhile is too little. */
-  failed = track_failed(s, "looking for what the guest has written", (int)i - 1, failed);
+  int failed = track_failed(s, "looking for what the guest has written", l.region, l.failed);
   if (failed)
     return failed;
   int64_t left = 0;
-  for (i = 0; i < s->slots / 64; i++) {
+  for (uint64_t i = 0; i < s->slots / 64; i++) {
     s->hot[i] = s->warm[i] & s->found[i];
     s->warm[i] = s->found[i];
     s->found[i] = 0;

@@ -215,7 +215,7 @@ class Vmm(abc.ABC):
 
     @abc.abstractmethod
     async def discard(self, shape: Shape) -> None:
-        """Empty guest RAM of a VMM in state incoming: an arrival that was called off leaves nothing."""
+        """Empty guest RAM of a VMM in state incoming, after an arrival that was called off."""
 
     async def adopted(self) -> list[int]:
         """The userfaultfds of an adoption made before this daemon was started, as duplicates.

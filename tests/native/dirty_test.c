@@ -410,7 +410,7 @@ static void racing(enum kind kind) {
   add_part(&v, ANONYMOUS, 130);
   vmm_start(&v);
   struct side s = tracked(&v);
-  unsigned rounds = kind == HUGE_FILE ? 30 : 150;
+  unsigned rounds = kind == HUGE_FILE ? 15 : 150;
   for (unsigned round = 0; round < rounds; round++) {
     run_free(&v);
     for (unsigned i = 0; i < 1 + round % 6; i++) {
@@ -860,6 +860,36 @@ static void untracked(void) {
   }
 }
 
+/* At the stop several threads look; pages on both sides of their slices' edges are found. */
+static void stopped(void) {
+  enum { PAGES = 3 << 14, EDGE = 1 << 14 };
+  struct vmm v = {0};
+  add_part(&v, FILE_RAM, PAGES + 5);
+  add_part(&v, ANONYMOUS, EDGE + 1);
+  vmm_start(&v);
+  struct side s = tracked(&v);
+  for (unsigned i = 0; i < 2; i++)
+    tell_vmm(&v, (struct order){FILL, i, 0, v.ram[i].pages, 5});
+  check(look(&s, 1) == PAGES + EDGE + 6, " ");
+  take_all(&s, true);
+  for (unsigned round = 0; round < 4; round++) {
+    uint64_t pages = 0;
+    for (unsigned i = 0; i < 2; i++)
+      for (uint64_t page = 0; page < v.ram[i].pages; page += EDGE) {
+        uint64_t from = page ? page - 1 : 0, n = v.ram[i].pages - from < 3 ? 2 : 3;
+        tell_vmm(&v, (struct order){FILL, i, from, n, draw()});
+        pages += n;
+      }
+    uint64_t dirty = get(s.stats->dirty_pages);
+    check(look(&s, round % 2) == pages, "round %u", round);
+    check(get(s.stats->dirty_pages) - dirty == pages, "%lu", pages);
+    check(take_all(&s, true) == pages, " ");
+  }
+  check_copy(&s);
+  side_end(&s);
+  vmm_end(&v);
+}
+
 static void *killer_run(void *argument) {
   struct vmm *v = argument;
   usleep((unsigned)(draw() % 6000));
@@ -978,6 +1008,7 @@ static const struct {
     {"racing_anonymous", racing_anonymous},
     {"racing_huge", racing_huge},
     {"several_regions", several_regions},
+    {"stopped", stopped},
     {"holes_file", holes_file},
     {"holes_anonymous", holes_anonymous},
     {"discarded_file", discarded_file},
