@@ -77,21 +77,28 @@ int pc_dest_register(struct pc_dest *d, int again);
 int pc_dest_connect(struct pc_dest *d, int fd, int urgent);
 /* A staged engine takes pages while the guest still runs at the source: they go to a stage (the RAM
  * file itself, or a memfd for anonymous memory), come again when they were written since, and are
- * placed only after pc_dest_seal. pc_dest_stale names pages whose copy here is old (bits as in
- * pc_dest_have); pc_dest_seal says that all such were named and guest RAM is final: faults are
- * answered from then on. pc_dest_settle starts placing what no fault asks for. An engine that is not
- * staged, or goes on with an old record, is sealed from the start. */
+ * placed only after pc_dest_seal. Until then a page is right as it came last, so nothing may be on
+ * its way when a page is sent again, nor at the seal: stats.passed_pages tells what has arrived,
+ * and the source sends nothing between its last pass and the seal. It is registered before it is
+ * connected. pc_dest_stale names pages whose copy here is old (bits as in pc_dest_have; -EBUSY
+ * after the seal); pc_dest_seal says that all such were named and guest RAM is final: faults are
+ * answered from then on. pc_dest_settle (-EBUSY before the seal) starts placing what no fault asks
+ * for; all is here when stats.present_pages is total_pages. An engine that is not staged is sealed
+ * from the start. One that goes on with an old record is as staged and as sealed as the one before;
+ * not sealed, it has nothing yet. */
 int pc_dest_stale(struct pc_dest *d, unsigned region, uint64_t first, uint64_t count,
                   const uint8_t *bits);
 int pc_dest_seal(struct pc_dest *d);
 int pc_dest_settle(struct pc_dest *d);
 void pc_dest_disconnect(struct pc_dest *d); /* ends the connections; faults go on being taken */
-/* Bit i % 8 of byte i / 8 becomes: page first + i is confirmed. -EINVAL outside the region. */
+/* Bit i % 8 of byte i / 8 becomes: page first + i is confirmed, or in the stage and right. -EINVAL
+ * outside the region. */
 int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t count, uint8_t *bits);
 /* A person has decided that the pages which lack are lost: they become memory errors (SIGBUS) and
- * count as confirmed. Returns how many; -EBUSY while there are connections. Only the VMM's page
- * tables know of the errors, the memory file has holes there: whoever reads it gets zeros (so must
- * no source's engine), and making huge pages of what is not registered makes zeros of them. */
+ * count as confirmed. Returns how many; -EBUSY while there are connections, or not sealed. Only the
+ * VMM's page tables know of the errors, the memory file has holes or old copies there: whoever
+ * reads it gets those (so must no source's engine), and making huge pages of what is not registered
+ * makes guest memory of them. */
 int64_t pc_dest_poison(struct pc_dest *d);
 /* Refused with -EBUSY while pages lack or when some were lost, unless the guest is called off. */
 int pc_dest_unregister(struct pc_dest *d, int called_off);

@@ -614,7 +614,7 @@ static uint64_t count_done(int record, uint64_t pages) {
  * The guest's threads write into what they find and go on all the time: none may be left waiting,
  * and nothing that they wrote be overwritten. */
 static void killed(bool anonymous_memory) {
-  enum { LIVES = 5 };
+  enum { LIVES = 5 - RARELY / 2 };
   struct guest g = {0};
   struct ram *m = add_ram(&g, 16384, SMALL, mixed);
   fill_source(m, 0, m->pages);
@@ -715,7 +715,7 @@ static void again_and_again(void) {
   struct guest_thread *t = guest_start(&g, 4, 0);
   uint64_t holes = count_content(&g, HOLE);
   wait_until(get(p.from->zero_pages) >= holes / 2);
-  for (unsigned time = 0; time < 30; time++) {
+  for (unsigned time = 0; time < 30 / RARELY + 1; time++) {
     usleep((useconds_t)(draw() % 8000));
     bool first = draw() % 2;
     if (first)
@@ -975,12 +975,12 @@ static void poison(uint64_t pages, uint32_t page_size, bool anonymous_memory) {
 }
 
 static void poison_file(void) {
-  for (unsigned time = 0; time < 8; time++)
+  for (unsigned time = 0; time < 8 / RARELY; time++)
     poison(2000, SMALL, false);
 }
 
 static void poison_anonymous(void) {
-  for (unsigned time = 0; time < 8; time++)
+  for (unsigned time = 0; time < 8 / RARELY; time++)
     poison(2000, SMALL, true);
 }
 
@@ -1129,7 +1129,8 @@ enum { BADS = sizeof BAD / sizeof *BAD };
 /* Sends header and payload, as far as the peer takes it: it may well hang up in the middle. */
 static void send_bad(int fd, const uint8_t header[FRAME_BYTES], uint32_t payload) {
   static uint8_t bytes[HUGE + 1];
-  memset(bytes, 0xee, sizeof bytes);
+  if (!*bytes)
+    memset(bytes, 0xee, sizeof bytes);
   send(fd, header, FRAME_BYTES, MSG_NOSIGNAL);
   for (uint32_t sent = 0; sent < payload && sent < sizeof bytes;) {
     ssize_t n = send(fd, bytes + sent, (payload < sizeof bytes ? payload : sizeof bytes) - sent,
@@ -1176,7 +1177,7 @@ static void hostile_source(void) {
   struct guest g = {0};
   struct ram *m = add_ram(&g, 64, SMALL, all_data);
   struct pair p = new_dest(&g);
-  for (unsigned time = 0; time < BADS + 400; time++) {
+  for (unsigned time = 0; time < BADS + 400 / RARELY; time++) {
     uint8_t header[FRAME_BYTES];
     int fd = by_hand(&p, time % 2);
     uint32_t payload = bad_header(time, header, false);
@@ -1211,7 +1212,7 @@ static void hostile_destination(void) {
   fill_source(m, 0, m->pages);
   struct pair p = new_dest(&g);
   new_source(&p);
-  for (unsigned time = 0; time < BADS + 400; time++) {
+  for (unsigned time = 0; time < BADS + 400 / RARELY; time++) {
     uint8_t header[FRAME_BYTES], byte;
     int fd[2];
     tcp_pair(fd);
@@ -1250,7 +1251,7 @@ static void *aimless_run(void *argument) {
 
 static void stop_anytime(void) {
   unsigned before = 0;
-  for (unsigned time = 0; time < 120; time++) {
+  for (unsigned time = 0; time < 120 / RARELY; time++) {
     struct guest g = {0};
     struct ram *m = add_ram(&g, 4096, SMALL, mixed);
     if (time % 8 == 0)

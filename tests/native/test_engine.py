@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the subtests of engine_test.c: as built for use, and with address and thread sanitizers."""
+"""Runs the subtests of the native programs as built for use and with the sanitizers.
+
+engine_test.c tries both engines, stage_test.c the staged destination, dirty_test.c tracking.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,15 @@ from needs import missing
 
 HERE = Path(__file__).parent
 ENGINE = HERE.parents[1] / "postcopyd"
-SOURCES = [
-    HERE / "engine_test.c",
-    *(ENGINE / f"{name}.c" for name in ("engine", "uffd_native", "source_native")),
+PARTS = ("engine", "uffd_native", "stage", "source_native", "dirty")
+SOURCES = [path for path in (ENGINE / f"{part}.c" for part in PARTS) if path.exists()]
+PROGRAMS = [path for path in sorted(HERE.glob("*_test.c")) if path.name != "adopt_test.c"]
+SUBTESTS = [
+    (path.stem, name)
+    for path in PROGRAMS
+    for name in re.findall(r'^    \{"(\w+)", \w+\},$', path.read_text(), re.MULTILINE)
 ]
-SUBTESTS = re.findall(r'^    \{"(\w+)", \w+\},$', SOURCES[0].read_text(), re.MULTILINE)
-FLAGS = ["-std=gnu11", "-g", "-pthread", "-Wall", "-Wextra", "-Wshadow"]
+FLAGS = ["-std=gnu11", "-g", "-pthread", "-Wall", "-Wextra", "-Wshadow", f"-I{ENGINE}"]
 BUILDS = {
     "plain": ["-O2", "-Werror"],
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -30,37 +36,45 @@ MISSING = 77
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Paths of the test program by the name of its build."""
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Paths of the test programs by their names and those of the builds."""
     folder = tmp_path_factory.mktemp("engine")
-    compiler = os.environ.get("CC", "cc")
-    jobs = {}
-    for name, flags in BUILDS.items():
-        command = [
-            compiler,
-            *FLAGS,
-            *flags,
-            f"-I{ENGINE}",
-            *map(str, SOURCES),
-            "-o",
-            str(folder / name),
-        ]
-        jobs[name] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for name, job in jobs.items():
-        assert (0, "") == (job.wait(), job.communicate()[1]), f"compiling {name}"
-    return {name: folder / name for name in BUILDS}
+    compiler = [os.environ.get("CC", "cc"), *FLAGS]
+    jobs: dict[Path, subprocess.Popen[str]] = {}
+
+    def compile_all(sources: list[Path], *options: str, suffix: str = "") -> None:
+        """Starts a compiler for each source and build; waits for those that were started."""
+        for source in sources:
+            for build, flags in BUILDS.items():
+                output = folder / f"{source.stem}-{build}{suffix}"
+                command = [*compiler, *flags, str(source), *options, "-o", str(output)]
+                if not suffix:
+                    command += [str(folder / f"{part.stem}-{build}.o") for part in SOURCES]
+                jobs[output] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        for output, job in jobs.items():
+            assert (job.communicate()[1], job.returncode) == ("", 0), f"compiling {output.name}"
+        jobs.clear()
+
+    compile_all(SOURCES, "-c", suffix=".o")
+    compile_all(PROGRAMS)
+    return {
+        (path.stem, build): folder / f"{path.stem}-{build}" for path in PROGRAMS for build in BUILDS
+    }
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("subtest", SUBTESTS)
-def test_engine(programs: dict[str, Path], subtest: str, build: str) -> None:
-    """What the comment at the subtest of this name in engine_test.c says."""
+@pytest.mark.parametrize(("program", "subtest"), SUBTESTS)
+def test_engine(
+    programs: dict[tuple[str, str], Path], program: str, subtest: str, build: str
+) -> None:
+    """What the comment at the subtest of this name in the program's source says."""
     job = subprocess.Popen(
-        [programs[build], subtest],
+        [programs[program, build], subtest],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env=os.environ | {"TSAN_OPTIONS": "atexit_sleep_ms=100"},
     )
     try:
         output = job.communicate(timeout=90)[0]
