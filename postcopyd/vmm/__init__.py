@@ -89,7 +89,8 @@ class Shape:
     #: starts, and may land after they were armed again.
     direct_io: str | None = None
     #: Writes that tracking never sees: a sentence that names what makes them. Postcopy can move the
-    #: guest all the same.
+    #: guest all the same. Both are as of now: disks come and go, so inspect again before you rely
+    #: on what was seen.
     untracked: str | None = None
 
     def close(self) -> None:
@@ -181,12 +182,13 @@ class Vmm(abc.ABC):
     def still(self) -> AbstractAsyncContextManager[None]:
         """A context in which the guest is stopped and nothing writes to its RAM, I/O included.
 
-        A guest that ran runs again afterwards, however the context is left; one that was paused
-        stays so. Cancelling on the way in does not skip that. Raises PostcopydError when it cannot
-        be stopped, when it does not run again (the sentence says so, and `rollback` may be tried),
-        and when somebody else ran it meanwhile: then what was done inside is worth nothing. A
-        daemon that was killed in here leaves the guest stopped; its successor calls `rollback`
-        with `before` set.
+        A guest that ran runs again afterwards, however the context is left, also when it was
+        cancelled on its way in; one that was paused stays so. Not for `prepare` and `save` inside,
+        which look at what the guest does. Raises PostcopydError when it cannot be stopped, when it
+        does not run again (the sentence says so, and `rollback` may be tried), and when somebody
+        else ran it meanwhile: then what was done inside is worth nothing. A daemon that was killed
+        in here leaves the guest stopped; its successor calls `rollback` with `before` set, so what
+        the guest did has to be on record first.
         """
         raise VmmError(f"the {self.kind} driver cannot hold {self.name} still")
 

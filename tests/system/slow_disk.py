@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import heapq
 import os
+import select
 import stat
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,13 +45,22 @@ class SlowDisk:
         """Under way: their pages are pinned."""
         self._content = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._device = device
-        self._lock = threading.Lock()
-        self._ended = False
+        self._due: list[tuple[float, int, int, int]] = []  # reads: when, unique, offset, size
+        os.set_blocking(device, False)
 
     def serve(self) -> None:
-        with suppress(OSError):  # ENODEV: unmounted
-            while True:
+        while True:
+            wait = max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
+            select.select([self._device], [], [], wait)
+            while self._due and self._due[0][0] <= time.monotonic():
+                self._read(*heapq.heappop(self._due)[1:])
+            try:
                 self._take(os.read(self._device, BUFFER))
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno == errno.ENODEV:  # unmounted
+                    return
 
     def _take(self, request: bytes) -> None:
         _, opcode, unique = struct.unpack_from("<IIQ", request)
@@ -71,33 +83,24 @@ class SlowDisk:
             self._answer(unique, struct.pack("<QII", 0, OPEN_DIRECT_IO, 0))
         elif opcode == READ:
             offset, size = struct.unpack_from("<QI", body, 8)
-            with self._lock:
-                self.pending += 1
-            timer = threading.Timer(self.delay, self._read, (unique, offset, size))
-            timer.daemon = True
-            timer.start()
+            self.pending += 1
+            heapq.heappush(self._due, (time.monotonic() + self.delay, unique, offset, size))
         elif opcode in (RELEASE, FSYNC, FLUSH, DESTROY):
             self._answer(unique, b"")
         else:
             self._answer(unique, b"", errno.ENOSYS)
 
     def _read(self, unique: int, offset: int, size: int) -> None:
-        with self._lock:
-            if self._ended:
-                return
-            data = os.pread(self._content, size, offset)
-            # Before the answer: who has it must not find itself counted.
-            self.pending -= 1
-            self.reads += 1
-        self._answer(unique, data)
+        # Counted before the answer: who has that must not find its read under way.
+        self.pending -= 1
+        self.reads += 1
+        self._answer(unique, os.pread(self._content, size, offset))
 
     def _answer(self, unique: int, data: bytes, error: int = 0) -> None:
         with suppress(OSError):  # ENOENT: interrupted meanwhile; ENODEV: unmounted
             os.write(self._device, struct.pack("<IiQ", 16 + len(data), -error, unique) + data)
 
     def close(self) -> None:
-        with self._lock:
-            self._ended = True
         os.close(self._content)
 
 
