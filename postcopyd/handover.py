@@ -147,7 +147,11 @@ SOURCE: Mapping[Source, Mapping[Event, Source]] = {
         Sent(p.DeviceEnd): Source.OFFERED,
         **_SOURCE_GIVES_UP,
     },
-    Source.OFFERED: {Received(p.Loaded): Source.LOADED, **_SOURCE_GIVES_UP},
+    Source.OFFERED: {
+        Received(p.Serving): Source.OFFERED,
+        Received(p.Loaded): Source.LOADED,
+        **_SOURCE_GIVES_UP,
+    },
     Source.LOADED: {Sent(p.Grant): Source.GRANTED, **_SOURCE_GIVES_UP},
     Source.GRANTED: {
         Received(p.Ran): Source.RAN,
@@ -248,7 +252,11 @@ DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
         Received(p.DeviceEnd): Destination.LOADING,
         **_DESTINATION_LETS_GO,
     },
-    Destination.LOADING: {Sent(p.Loaded): Destination.LOADED, **_DESTINATION_LETS_GO},
+    Destination.LOADING: {
+        Sent(p.Serving): Destination.LOADING,
+        Sent(p.Loaded): Destination.LOADED,
+        **_DESTINATION_LETS_GO,
+    },
     Destination.LOADED: {Received(p.Grant): Destination.GRANTED, **_DESTINATION_LETS_GO},
     Destination.GRANTED: {
         Sent(p.Ran): Destination.RUNNING,

@@ -140,7 +140,7 @@ class Ready(Message, frozen=True, tag="ready"):
 
 class Serving(Message, frozen=True, tag="serving"):
     """Guest RAM at the destination is adopted, all data connections are there; on a connection that
-    resumes: all `Have` were sent."""
+    resumes: all `Have` were sent; after the `DeviceEnd` of a `whole` handover: the rest is due."""
 
 
 class Pass(Message, frozen=True, tag="pass"):

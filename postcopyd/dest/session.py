@@ -375,7 +375,7 @@ class DestinationSession:
                     size += len(message.data)
                     with suppress(trio.BrokenResourceError):  # the load failed, and says why
                         await pieces.send(message.data)
-                self._seal()
+                await self._seal(whole)
             if message.size != size:
                 raise RemoteProtocolError(
                     f"{self.channel.peer} sent {size} bytes of device state and says {message.size}"
@@ -398,9 +398,12 @@ class DestinationSession:
             )
         self._engine.stale(message.region, message.first, message.count, message.bits)
 
-    def _seal(self) -> None:
+    async def _seal(self, whole: bool) -> None:
+        """What has come in passes is right now, but for what was named: the guest may have it."""
         assert self._engine is not None
         self._engine.seal()
+        if whole:
+            await self.channel.send(p.Serving())
 
     async def _load_and_say(self, state: trio.MemoryReceiveChannel[bytes], whole: bool) -> None:
         async with state:

@@ -364,11 +364,13 @@ class SourceSession:
     async def _hand_over(self, channel: Channel) -> None:
         """Stop here, device state across, grant, run there: the blackout."""
         self.vm.show(phase="handover", message=f"handing {self.vm.name} over to {self.request.to}")
+        assert self._engine is not None
         await channel.send(p.Handover(whole=self.request.mode == "precopy"))
         async with open_nursery() as nursery:
             nursery.start_soon(self._watch_engine)
             nursery.start_soon(self._save, channel)
-            await channel.expect(p.Loaded)
+            while not isinstance(await channel.receive(), p.Loaded):  # Serving
+                self._engine.push(self._bandwidth)
             self._loaded_at = time.monotonic()
             self._commit()
             await channel.send(p.Grant(self.vm.epoch))
@@ -402,8 +404,6 @@ class SourceSession:
             await self._name_stale(channel)
         self._engine.serve()
         await channel.send(p.DeviceEnd(size, run=self.vm.attached().before != "paused"))
-        if self.request.mode == "precopy":
-            self._engine.push(self._bandwidth)
 
     def _commit(self) -> None:
         """The point of no return: recorded first, and no await between the looks and the record."""

@@ -212,7 +212,7 @@ class World:
         self._armed = False
         self._pushing = trio.Event()
         self._some = SOME_PAGES
-        self._passing = False  # pages come in passes, and are not held up
+        self._passing = False  # pages come before the guest runs there, and are not held up
         self._sending = trio.Lock()
         self._ends: dict[str, trio.SocketStream] = {}
         self._streams: dict[trio.SocketStream, str] = {}
@@ -359,7 +359,7 @@ class World:
     async def _message(self, message: p.Message, to: trio.SocketStream, way: str) -> None:
         data, then_cut = p.pack(message), False
         if isinstance(message, p.Offer | p.Handover | p.Resume):
-            self._passing = isinstance(message, p.Offer) and message.staged
+            self._passing = getattr(message, "staged", False) or getattr(message, "whole", False)
         if not isinstance(message, p.Keepalive):
             tag = str(message.__struct_config__.tag)
             instead: Instead = self.reach(f"{way} {tag}") or Instead()

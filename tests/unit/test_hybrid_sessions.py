@@ -144,7 +144,8 @@ async def test_anything_breaks_anywhere(
 async def test_another_message(fault: Fault, point: str, tmp_path: Path, clock: Clock) -> None:
     """Whatever arrives instead of a message, and then nothing, the guest runs at the source."""
     made = await hybrid(tmp_path, {point: fault})
-    assert made.source.vmm.state == "running"
+    if fault is not kill_receiver:  # who may have gone on meanwhile
+        assert made.source.vmm.state == "running"
 
 
 @pytest.mark.parametrize(
