@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,9 @@ from pair import (
 )
 
 from postcopyd.varlink_client import Client, ErrorReply
+
+FEW = 14
+"""Enough to start with and to listen, and not for a guest."""
 
 
 @contextmanager
@@ -164,3 +169,29 @@ async def test_control_clients_wait_for_descriptors(new_pair: Pair) -> None:
     with trio.fail_after(10), late:
         assert await trio.to_thread.run_sync(lambda: late.call("io.postcopyd.List")) == {"vms": []}
     await host.attach("late", "process", guest.path)
+
+
+async def test_too_few_descriptors_to_start_with(
+    new_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that cannot get its guest's userfaultfd tries again and again; the guest waits."""
+    name, here, there = await new_pair.place(*LARGE)
+    a, b = new_pair
+    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    await a.call("Migrate", name=name, to=b.address, bandwidth=16 * MIB)
+    await status_until(b, name, lambda status: status["phase"] == "postcopy")
+    b.end(signal.SIGKILL)
+    few = tmp_path / "python"
+    few.write_text(f'#!/bin/sh\nulimit -n {FEW}\nexec {sys.executable} "$@"\n')
+    few.chmod(0o755)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", str(few))
+        await b.start()
+    await until(lambda: b.log.read_text().count("VM not restored") > 1, "a second attempt")
+    assert "Too many open files" in b.log.read_text()
+    b.end()
+    await b.start()
+    for host in new_pair:
+        await status_until(host, name, lambda status: status["phase"] == "drained", 60)
+    await worked(there, 100)
+    await verified(there)
