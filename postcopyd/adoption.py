@@ -14,7 +14,7 @@ import platform
 import trio
 
 from postcopyd._native import ffi, lib
-from postcopyd.errors import PostcopydError
+from postcopyd.errors import PostcopydError, shortage
 
 TIMEOUT_MS = 5000
 """How long adoption looks for a thread of the VMM that stops; it takes 1 ms when none is stuck."""
@@ -60,7 +60,7 @@ def _create(pid: int, device_fd: int | None, allow_seccomp: bool) -> tuple[int, 
         number = _call(pid, "ioctl", (device_fd, USERFAULTFD_IOC_NEW, flags), allow_seccomp)
     try:
         return duplicate(pid, number), number
-    except AdoptionError:
+    except PostcopydError:
         _call(pid, "close", (number,), allow_seccomp)
         raise
 
@@ -82,9 +82,11 @@ async def close_in(pid: int, number: int, *, allow_seccomp: bool) -> None:
 
 
 def duplicate(pid: int, number: int) -> int:
-    """A duplicate of a descriptor of the VMM; the caller's. Raises AdoptionError."""
+    """A duplicate of a descriptor of the VMM; the caller's. Raises AdoptionError, NoResources."""
     ours: int = lib.adopt_getfd(pid, number)
     if ours < 0:
+        if short := shortage(OSError(-ours, "")):
+            raise short
         raise AdoptionError(
             f"taking a duplicate of descriptor {number} of process {pid}: {os.strerror(-ours)}"
         )

@@ -20,7 +20,7 @@ import trio
 
 from postcopyd import __version__
 from postcopyd import protocol as p
-from postcopyd.errors import PostcopydError
+from postcopyd.errors import NoResources, PostcopydError, shortage
 from postcopyd.handover import Machine
 from postcopyd.protocol import Codec, RemoteProtocolError
 
@@ -60,10 +60,12 @@ async def dial(host: str, port: int, kind: str) -> trio.SocketStream:
     except trio.BrokenResourceError:
         raise _unreachable(host, port, "it was closed at once") from None
     except OSError as error:
-        reason = str(error.__cause__ or error)
-        if isinstance(error.__cause__, BaseExceptionGroup):
-            reason = str(error.__cause__.exceptions[0])
-        raise _unreachable(host, port, reason) from None
+        cause: BaseException = error.__cause__ or error
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        if isinstance(cause, OSError) and (short := shortage(cause)):
+            raise NoResources(f"connecting to postcopyd on {host}: {short}") from None
+        raise _unreachable(host, port, str(cause)) from None
 
 
 def _unreachable(host: str, port: int, reason: str) -> PostcopydError:
@@ -122,9 +124,12 @@ async def receive_object(stream: trio.abc.ReceiveStream, kind: type[Any]) -> Any
 
 
 def detach(stream: trio.SocketStream) -> int:
-    """The descriptor of a stream, blocking, for a native engine; the stream is over."""
-    fd = os.dup(stream.socket.fileno())
-    stream.socket.close()
+    """The descriptor of a stream, blocking, for a native engine; the stream is over. Raises OSError
+    when there are none left."""
+    try:
+        fd = os.dup(stream.socket.fileno())
+    finally:
+        stream.socket.close()
     os.set_blocking(fd, True)
     return fd
 

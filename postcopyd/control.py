@@ -27,7 +27,7 @@ import trio
 
 from postcopyd import __version__, varlink
 from postcopyd.config import parse_address
-from postcopyd.errors import PostcopydError
+from postcopyd.errors import PostcopydError, shortage
 from postcopyd.varlink_idl import Interface, parse_interface
 
 INTERFACE = "io.postcopyd"
@@ -159,11 +159,13 @@ def _on_the_wire(handler: varlink.Handler, declared: Container[str]) -> varlink.
     async def handle(call: varlink.Call) -> Mapping[str, Any] | None:
         try:
             return await handler(call)
-        except* PostcopydError as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-        assert isinstance(error, PostcopydError)
+        except* (PostcopydError, OSError) as group:
+            found: BaseException = group
+            while isinstance(found, BaseExceptionGroup):
+                found = found.exceptions[0]
+        error = shortage(found) or found
+        if not isinstance(error, PostcopydError):
+            raise error
         # Names that only matter inside the daemon are no part of the interface.
         name = error.name if error.name in declared else "NotPossible"
         raise varlink.VarlinkError(f"{INTERFACE}.{name}", {"message": str(error)})

@@ -10,15 +10,19 @@ What happens within a migration is the sessions' business.
 from __future__ import annotations
 
 import gc
+import logging
+import resource
 import secrets
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from typing import Any, Literal
 
 import structlog
 import trio
+from msgspec import to_builtins
 
 from postcopyd import control, hugepages, procfs, vmm
 from postcopyd import protocol as p
@@ -36,10 +40,10 @@ from postcopyd.connection import (
 from postcopyd.control import Decision, MigrateRequest
 from postcopyd.dest import session as destination
 from postcopyd.dest.session import DestinationSession
-from postcopyd.errors import PostcopydError
+from postcopyd.errors import NoResources, PostcopydError, shortage
 from postcopyd.handover import Destination, Machine, Source
 from postcopyd.hooks import run_hooks
-from postcopyd.protocol import RemoteProtocolError
+from postcopyd.protocol import LOST, RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.source import session as source
 from postcopyd.source.session import SourceSession
@@ -58,6 +62,13 @@ LOOK_S = 5.0
 
 MAX_PEERS = 256
 """Connections from other daemons at a time; a migration has one and those for its pages."""
+
+FEW_DESCRIPTORS = 1024
+"""A migration takes some 20 for each guest; MAX_PEERS and the clients of the control socket may
+take more than 300 together."""
+
+SHORTAGE_S = 10.0
+"""How often it is said that connections have to wait."""
 
 log = structlog.get_logger()
 
@@ -242,19 +253,33 @@ class Daemon:
                     await destination.call_off(vm)
                 if vm.ownership != "owned":
                     self.settings.store.remove_pages(name)  # of an arrival that is over
-            except PostcopydError as error:
+            except Exception as raised:  # one VM's bug is not the others' end
+                error = shortage(raised) or raised
+                if not isinstance(error, PostcopydError):
+                    log.exception("bug in restoring", vm=name)
+                    return
                 vm.show(
                     **({} if drained or owner in ("held", "declined") else {"phase": "paused"}),
                     message=f"going on with {name} after a restart of the daemon "
                     f"(here: {owner}, with {vm.status['peer'] or 'nobody'}): {error}",
                 )
                 log.error("VM not restored", vm=name, ownership=owner, error=str(error))
-            except Exception:  # one VM's bug is not the others' end
-                log.exception("bug in restoring", vm=name)
+                if isinstance(error, NoResources):
+                    self._nursery.start_soon(self._restore_later, vm, record)
+
+    async def _restore_later(self, vm: Vm, record: dict[str, Any]) -> None:
+        """Unless a person has decided meanwhile, or it was attached anew."""
+        before = (vm.ownership, vm.driver)
+        await trio.sleep(LOOK_S)
+        untouched = self.vms.get(vm.name) is vm and (vm.ownership, vm.driver) == before
+        if untouched and vm.claimed_by is None:
+            claimed = vm.claim(self)
+            claimed.__enter__()
+            await self._restore(vm, record, claimed)
 
     async def _reach(self, vm: Vm, record: dict[str, Any]) -> None:
         """The VMM of a known VM, if it is the same process still."""
-        if not record["socket"]:
+        if not record["socket"] or vm.driver is not None:
             return
         if procfs.started(record["pid"]) != record["started"]:
             if vm.ownership in ("held", "declined", "arriving", "loading"):
@@ -378,6 +403,8 @@ class Daemon:
                 if vm.driver is not None:
                     await vm.driver.end()
                     ended = "was ended in the middle of its migration"
+                if vm.driver is not None or self._certainly_ended(vm):
+                    vm.about["answer"] = to_builtins(_lost_here(name))
                 vm.settle(
                     phase="failed",
                     message=f"the VMM of {name} here {ended} with {vm.status['peer']}, by an "
@@ -386,6 +413,12 @@ class Daemon:
                 )
                 vm.record("declined")
             log.warning("VMM ended by an operator", vm=name)
+
+    def _certainly_ended(self, vm: Vm) -> bool:
+        """Whether the VMM that the record names is no process any more."""
+        record = self.settings.store.load_each()[0].get(vm.name, {})
+        pid: int = record.get("pid", 0)
+        return pid != 0 and procfs.started(pid) != int(record["started"])
 
     def _must_have_arrived(self, vm: Vm) -> None:
         """Or what is asked for cannot be had, because this source has lost its memory."""
@@ -504,7 +537,7 @@ class Daemon:
                 raise PostcopydError(
                     f"the missing pages of {vm.name} were given up at the destination by a person: "
                     f"`postcopyd resolve {vm.name} --kill` here ends what is left of it",
-                    "Lost",
+                    LOST,
                 )
             session = vm.waiting
             with self._arriving(vm, session, asked.migration):
@@ -568,6 +601,17 @@ class Daemon:
         return [self.vms[name].status for name in sorted(self.vms)]
 
 
+def _lost_here(name: str) -> p.Error:
+    """What a source is told whose guest a person has ended at the destination. It may have run
+    there, so this is no Declined: only a person runs it again."""
+    sentence = (
+        f"its VMM there has ended and a person has given {name} up: it runs nowhere; decide here, "
+        f"`postcopyd resolve {name} --kill` and start it from its disks, or `--take-back` as it "
+        f"was when it stopped here, if its disks are as they were then"
+    )
+    return p.Error(name=LOST, message=p.sentence(sentence))
+
+
 def tidy() -> None:
     """What a session leaves in cycles (of exceptions and their frames) goes now, in a millisecond:
     all else is frozen. Left to itself it would stay for hundreds of migrations, or go within a
@@ -599,6 +643,7 @@ async def serve(options: ServeOptions) -> None:
     # What has been imported is never garbage: no collection looks at it within a blackout.
     gc.collect()
     gc.freeze()
+    raise_limit()
     settings = Settings(
         Store(options.state_dir, options.durable),
         options.hooks_dir,
@@ -616,6 +661,30 @@ async def serve(options: ServeOptions) -> None:
         at = [listener.socket.getsockname()[:2] for listener in listeners]
         log.info("serving", control=options.control, listen=[f"{h}:{port}" for h, port in at])
         await trio.sleep_forever()
+
+
+def raise_limit() -> None:
+    """Descriptors up to the hard limit: the soft one is 1024 for the sake of select(2)."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < FEW_DESCRIPTORS:
+        log.warning("few descriptors: migrations may have to wait for some", limit=hard)
+
+
+class Shortage(logging.Handler):
+    """What trio says of a listener that can take no connection, ten times a second with a
+    traceback: a sentence each ten seconds instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + SHORTAGE_S
+            error = record.exc_info[1] if record.exc_info else None
+            why = shortage(error) if isinstance(error, OSError) else None
+            log.error("no connection taken, those that come wait", error=str(why or error))
 
 
 async def _listen(options: ServeOptions) -> list[trio.SocketListener]:
@@ -645,6 +714,8 @@ async def _signals(
 
 def configure_logging() -> None:
     """To stderr: readable on a terminal, one key=value line otherwise."""
+    listeners = logging.getLogger("trio.serve_listeners")
+    listeners.handlers, listeners.propagate = [Shortage()], False
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

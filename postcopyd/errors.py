@@ -3,6 +3,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
+SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+"""What the kernel says of a host, or a limit, that has nothing left; accept(2), open(2)."""
+
 
 class PostcopydError(Exception):
     """What could not be done; `str()` is one sentence: what was being done, why not, what to do.
@@ -16,3 +22,26 @@ class PostcopydError(Exception):
         super().__init__(sentence)
         if name is not None:
             self.name = name
+
+
+class NoResources(PostcopydError):
+    """No descriptors left, or no memory: it says nothing of what was asked for, and may pass."""
+
+    name = "NoResources"
+
+
+def no_descriptors() -> NoResources:
+    """As `shortage`, where nothing but the lack of a descriptor tells of it."""
+    return NoResources(
+        f"this daemon has nothing left ({os.strerror(errno.EMFILE)}): raise LimitNOFILE of its "
+        f"unit, or `ulimit -n` where it was started"
+    )
+
+
+def shortage(error: BaseException) -> NoResources | None:
+    """What an operator is told of an OSError that only says that there is nothing left."""
+    if not isinstance(error, OSError) or error.errno not in SHORTAGES:
+        return None
+    if error.errno == errno.EMFILE:
+        return no_descriptors()
+    return NoResources(f"this host has nothing left: {os.strerror(error.errno)}")

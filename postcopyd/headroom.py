@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from postcopyd import procfs
+from postcopyd.errors import SHORTAGES
 from postcopyd.vmm import Region
 
 SMALL_PAGE = 4096
@@ -192,7 +193,9 @@ def _mounts(controller: str, host: Host) -> dict[str, tuple[Path, str]]:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(errors="surrogateescape").splitlines()
-    except OSError:
+    except OSError as error:
+        if error.errno in SHORTAGES:
+            raise  # a limit that could not be read is not one that is not there
         return []
 
 

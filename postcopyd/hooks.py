@@ -59,6 +59,13 @@ async def run_hooks(directory: Path | None, vm: str, role: str, phase: str, **ab
 
 async def _run(hook: Path, vm: str, role: str, phase: str, about: dict[str, Any]) -> str | None:
     """The reason why a hook failed, or None."""
+    try:
+        return await _run_it(hook, vm, role, phase, about)
+    except OSError as error:
+        return f"it cannot be run: {error.strerror}"
+
+
+async def _run_it(hook: Path, vm: str, role: str, phase: str, about: dict[str, Any]) -> str | None:
     # Not pipes: a VMM that the hook has started would hold their other ends.
     with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answered:
         asked.write(json.dumps({"vm": vm, "role": role, "phase": phase, **about}).encode())
@@ -74,8 +81,6 @@ async def _run(hook: Path, vm: str, role: str, phase: str, about: dict[str, Any]
                 )
         except trio.TooSlowError:
             return f"it did not end within {HOOK_S:.0f} s"
-        except OSError as error:
-            return f"it cannot be run: {error.strerror}"
         if done.returncode == 0:
             return None
         answered.seek(0)

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from postcopyd.errors import SHORTAGES
+
 FileId = tuple[int, int]  # st_dev, st_ino
 
 
@@ -148,10 +150,11 @@ def status(pid: int | str) -> dict[str, str]:
 
 def started(pid: int) -> int:
     """When a process was started, in clock ticks since boot (field 22 of /proc/PID/stat); 0 when it
-    has ended. With its number it names one process of this boot."""
+    has ended. With its number it names one process of this boot. Raises OSError when that cannot be
+    known now: who has no descriptors left must not take a guest for dead."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return 0
     state, *fields = stat.rpartition(")")[2].split()
     return 0 if state in ("Z", "X") else int(fields[18])
@@ -187,7 +190,8 @@ def other_mappers(files: Iterable[FileId], besides: Iterable[int]) -> list[tuple
     """Processes (pid, command) that map one of the files, without those in `besides`.
 
     Reads the maps of every process of the host: milliseconds to tenths of a second, so call it in
-    a thread. Processes of which this one may not read the maps are taken as having none.
+    a thread. Processes of which this one may not read the maps are taken as having none. Raises
+    OSError when it cannot look.
     """
     wanted, skipped = set(files), set(besides)
     found = []
@@ -197,8 +201,9 @@ def other_mappers(files: Iterable[FileId], besides: Iterable[int]) -> list[tuple
         try:
             if any(mapping.file in wanted for mapping in mappings(int(entry))):
                 found.append((int(entry), command(int(entry))))
-        except OSError:
-            continue
+        except OSError as error:
+            if error.errno in SHORTAGES:
+                raise
     return sorted(found)
 
 

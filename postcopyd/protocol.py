@@ -59,6 +59,10 @@ MAX_CONTAINERS = 1024
 """Arrays and maps of one message: the largest offer has 259. An empty one is one byte of a message
 and 64 of memory, and there may be as many peers as there are connections."""
 
+LOST = "Lost"
+"""Name of the error of a destination that will never need this source's pages: a person has given
+up there what was missing, or the guest. A source that is told so asks no more by itself."""
+
 MAX_SENTENCE = 4096
 """Characters of a sentence or a fact."""
 

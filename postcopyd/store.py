@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from postcopyd.errors import PostcopydError
+from postcopyd.errors import PostcopydError, shortage
 
 VERSION = 1
 
@@ -128,7 +128,7 @@ class Store:
                     f"pages are here, so its migration cannot be continued"
                 ) from None
             except OSError as error:
-                raise PostcopydError(
+                raise shortage(error) or PostcopydError(
                     f"opening the page record {path} again: {error.strerror}; "
                     f"nothing was changed, mend that and try again"
                 ) from None

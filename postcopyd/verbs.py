@@ -148,7 +148,7 @@ def migrate(args: argparse.Namespace) -> int:
                 maxDowntimeMs=args.max_downtime,
                 keepSource=args.keep_source,
             )
-            result, maybe_there = _follow(client, args, started["migration"])
+            result = _follow(client, args, started["migration"])
     except (Failed, PostcopydError) as failed:
         if args.json:
             progress.emit({"event": "failed", "vm": args.name, "error": str(failed)})
@@ -163,13 +163,11 @@ def migrate(args: argparse.Namespace) -> int:
     if result["event"] == "paused":
         again = f"it goes on by itself: {_again(args, 'watch')}; {_again(args, 'recover')} tries"
         return say(f"{sentence}; {again} at once", WAITS)
-    return say(sentence, WAITS if maybe_there else FAILED)
+    return say(sentence, FAILED)  # the guest is at the source, wherever it was seen before
 
 
-def _follow(
-    client: Client, args: argparse.Namespace, migration: str
-) -> tuple[dict[str, Any], bool]:
-    """The result of a migration, and whether the guest was ever seen past the handover."""
+def _follow(client: Client, args: argparse.Namespace, migration: str) -> dict[str, Any]:
+    """The result object of a migration, which says where the guest is."""
     phase, maybe_there = "", False
     try:
         with progress.view(args.json) as view:
@@ -183,7 +181,7 @@ def _follow(
                         WAITS if phase in _MAYBE_THERE else FAILED,
                     )
                 if result.get("migration") == migration:
-                    return result, maybe_there
+                    return result
                 phase = status["phase"]
                 # A handover may still end with the guest where it was; what follows may not.
                 maybe_there = maybe_there or phase in _MAYBE_THERE - {"handover"}

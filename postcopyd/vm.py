@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import trio
 
 from postcopyd import procfs
-from postcopyd.errors import PostcopydError
-from postcopyd.store import Store
+from postcopyd.errors import PostcopydError, shortage
+from postcopyd.store import StateNotWritten, Store
 from postcopyd.vmm import Vmm
 
 Status = dict[str, Any]
@@ -148,6 +148,8 @@ class Vm:
                     "about": self.about,
                 },
             )
-        except PostcopydError:
+        except (PostcopydError, OSError) as error:
             self.ownership = before
+            if short := shortage(error):
+                raise StateNotWritten(f"writing the record of {self.name}: {short}") from None
             raise

@@ -29,7 +29,7 @@ from postcopyd import protocol as p
 from postcopyd._native import lib
 from postcopyd.connection import Channel, ConnectionLost, PeerError, detach, open_nursery
 from postcopyd.dest.engine import DestinationEngine
-from postcopyd.errors import PostcopydError
+from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import DESTINATION_RUNS, Destination, Happened, Machine
 from postcopyd.hooks import run_hooks
 from postcopyd.native import faults
@@ -157,7 +157,7 @@ class DestinationSession:
             pages = await trio.to_thread.run_sync(engine.poison)
         except PostcopydError:
             await engine.disconnect()
-            if self.vm.driver is None or not procfs.started(self.vm.driver.pid):
+            if self.vm.driver is None or self._vmm_ended():
                 raise PostcopydError(
                     f"the VMM of {self.vm.name} could not bear a memory error and has ended: the "
                     f"guest is gone, start it from its disks",
@@ -197,8 +197,10 @@ class DestinationSession:
         except PostcopydError as error:
             await self._end_early(error)
         except Exception as error:
-            self.log.exception("bug in the destination's session")
-            await self._end_early(PostcopydError(f"internal error: {error!r}", "InternalError"))
+            if (known := shortage(error)) is None:
+                self.log.exception("bug in the destination's session")
+            bug = PostcopydError(f"internal error: {error!r}", "InternalError")
+            await self._end_early(known or bug)
         except trio.Cancelled:
             await self._end_early(PostcopydError("the daemon was stopped", "DaemonStopped"))
             raise
@@ -230,7 +232,11 @@ class DestinationSession:
         await stream.send_all(p.pack(p.DataWelcome(hello.migration)))
         if self._engine is None or self.token is not token:
             return  # called off, or lost, meanwhile
-        self._engine.connect(detach(stream), urgent=hello.urgent)
+        try:
+            self._engine.connect(detach(stream), urgent=hello.urgent)
+        except OSError:
+            await self.drop()  # or each side would wait for the other
+            raise
         if not self._lacking:
             self._connected.set()
 
@@ -622,6 +628,12 @@ class DestinationSession:
         assert self._engine is not None
         await self._engine.watch()
 
+    def _vmm_ended(self) -> bool:
+        """Certainly: who cannot look does not know."""
+        with suppress(OSError):
+            return not procfs.started(self.vm.attached().pid)
+        return False
+
     async def _watch_vmm(self) -> None:
         await self.vm.attached().gone()
         raise PostcopydError(f"the VMM of {self.vm.name} here has ended by itself", "VmmGone")
@@ -682,7 +694,7 @@ class DestinationSession:
         await self.channel.aclose()
         self.token = secrets.token_bytes(32)  # what still comes with the old one is of no use
         peer = self.channel.peer
-        if vm.driver is None or not procfs.started(vm.driver.pid):
+        if vm.driver is None or self._vmm_ended():
             message = (
                 f"the VMM of {vm.name} here has ended in the middle of its move from {peer}, where "
                 f"part of its memory still is: the guest is lost"

@@ -24,7 +24,7 @@ from postcopyd import protocol as p
 from postcopyd.config import parse_address
 from postcopyd.connection import Channel, ConnectionLost, detach, dial, open_nursery, receive_object
 from postcopyd.control import MigrateRequest
-from postcopyd.errors import PostcopydError
+from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Happened, Machine, Source
 from postcopyd.hooks import run_hooks
 from postcopyd.protocol import RemoteProtocolError
@@ -41,11 +41,11 @@ ROLLBACK_S = 30.0
 SHOW_S = 0.1
 """How often progress is shown."""
 
-AGAIN_S = 0.25
+AGAIN_S = 0.1
 """How long after a failure the destination is dialled again, in the first RESTLESS_S."""
 
-MENDS = frozenset({"ConnectionLost", "PeerUnreachable", "EngineFailed"})
-"""Names of errors that time alone may mend."""
+MENDS = frozenset({"ConnectionLost", "PeerUnreachable", "EngineFailed", "NoResources", "Paused"})
+"""Names of errors that time alone may mend, or a destination that is started again."""
 
 RESTLESS_S = 600.0
 SELDOM_S = 5.0
@@ -187,6 +187,8 @@ class SourceSession:
     def _ours(self, error: Exception) -> PostcopydError:
         if isinstance(error, PostcopydError):
             return error
+        if short := shortage(error):
+            return short
         self.log.exception("bug in the source's session")
         return PostcopydError(f"internal error: {error!r}", "InternalError")
 
@@ -525,11 +527,12 @@ class SourceSession:
                 now = trio.current_time()
                 if self._recoveries > recoveries:  # it went on for a while
                     recoveries, began, told = self._recoveries, now, now + PATIENCE_S
-                if now >= told and self.vm.status["phase"] == "paused":
+                lost = trouble.name == p.LOST
+                if (lost or now >= told) and self.vm.status["phase"] == "paused":
                     told = math.inf
                     self.vm.show(result=self._result(None, event="paused", error=str(trouble)))
                 mends = trouble.name in MENDS and now - began < RESTLESS_S
-                with trio.move_on_after(AGAIN_S if mends else SELDOM_S):
+                with trio.move_on_after(AGAIN_S if mends else math.inf if lost else SELDOM_S):
                     await self._poke.wait()
         if self._decision is not None and self.machine.gave_away and self._completed is None:
             with trio.CancelScope(shield=True):
@@ -629,6 +632,8 @@ class SourceSession:
             f"{self.vm.name} {'runs at' if ran else 'was granted to'} {self.request.to} and part "
             f"of its memory is still here: {error}; it is tried again, keep this VMM as it is"
         )
+        if error.name == p.LOST:
+            message = f"{self.request.to} needs the memory of {self.vm.name} no more: {error}"
         news = self.vm.status.get("message") != message
         if news or self.vm.status["phase"] != "paused":
             self.vm.show(phase="paused", message=message)

@@ -22,7 +22,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from postcopyd.errors import PostcopydError
+import trio
+
+from postcopyd.errors import PostcopydError, shortage
 
 State = Literal["running", "paused", "incoming"]
 Role = Literal["source", "destination"]
@@ -265,3 +267,26 @@ class Vmm(abc.ABC):
     @abc.abstractmethod
     async def aclose(self) -> None:
         """Let go of the VMM; it goes on as it is. Idempotent."""
+
+
+LOOK_AGAIN_S = 1.0
+"""How long until a process is looked at again for which there was no descriptor."""
+
+
+async def process_ended(pidfd: int) -> None:
+    """Returns when the process of a pidfd has ended, and raises for nothing but a wrong one."""
+    while True:
+        try:
+            own = os.dup(pidfd)  # one descriptor can be waited for by one task only
+            break
+        except OSError as error:
+            if shortage(error) is None:
+                raise
+            await trio.sleep(LOOK_AGAIN_S)
+    try:
+        await trio.lowlevel.wait_readable(own)
+    finally:
+        # Or epoll keeps it, because the original lives, and at this VMM's end wakes whoever waits
+        # for the descriptor that has this number then.
+        trio.lowlevel.notify_closing(own)
+        os.close(own)

@@ -15,10 +15,12 @@ import struct
 
 import trio
 
+from postcopyd.errors import no_descriptors
 from postcopyd.vmm import VmmGone, VmmProtocolError
 
 MAX_LINE = 4096  # bytes, with its end: one page, more than any sentence needs
 MAX_FDS = 256  # waiting to be used: one for each region there may be
+ROOM_FDS = 32  # of one message; the kernel drops those beyond
 MAX_NUMBER = 1 << 56  # above any address or size that a process can have
 
 _NUMBER = re.compile(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,20}")
@@ -76,7 +78,7 @@ class Link:
         return text
 
     async def _receive(self) -> None:
-        room = sockets.CMSG_SPACE(4 * 32) + sockets.CMSG_SPACE(12)
+        room = sockets.CMSG_SPACE(4 * ROOM_FDS) + sockets.CMSG_SPACE(12)
         data, control, flags, _ = await self.sock.recvmsg(65536, room, sockets.MSG_CMSG_CLOEXEC)
         for level, kind, value in control:
             if level != sockets.SOL_SOCKET:
@@ -87,6 +89,8 @@ class Link:
                 self._fds.extend(fds)
             elif kind == sockets.SCM_CREDENTIALS:
                 self.pid = struct.unpack("3i", value)[0]
+        if flags & sockets.MSG_CTRUNC and len(self._fds) < ROOM_FDS:
+            raise no_descriptors()  # recvmsg(2) does not fail for it
         if flags & sockets.MSG_CTRUNC or len(self._fds) > MAX_FDS:
             raise VmmProtocolError("it sent more descriptors than any answer has")
         if not data:

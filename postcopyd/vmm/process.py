@@ -24,7 +24,7 @@ from typing import Self
 import trio
 
 from postcopyd import procfs
-from postcopyd.errors import PostcopydError
+from postcopyd.errors import PostcopydError, shortage
 from postcopyd.vmm import (
     Declined,
     Region,
@@ -37,6 +37,7 @@ from postcopyd.vmm import (
     VmmProtocolError,
     VmmTimeout,
     mappings,
+    process_ended,
     writers,
 )
 from postcopyd.vmm.lines import Link, attributes, close_all, number
@@ -73,7 +74,9 @@ def _within(seconds: float) -> Iterator[None]:
         ) from None
     except (OSError, trio.BrokenResourceError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise VmmGone(f"the connection broke ({why}); see whether its process ended") from None
+        raise shortage(error) or VmmGone(
+            f"the connection broke ({why}); see whether its process ended"
+        ) from None
 
 
 class ProcessVmm(Vmm):
@@ -301,14 +304,7 @@ class ProcessVmm(Vmm):
         self._drop()
 
     async def gone(self) -> None:
-        own = os.dup(self._pidfd)  # of a descriptor only one task can wait
-        try:
-            await trio.lowlevel.wait_readable(own)
-        finally:
-            # Or epoll keeps it, because the original lives, and at this VMM's end wakes whoever
-            # waits for the descriptor that has this number then.
-            trio.lowlevel.notify_closing(own)
-            os.close(own)
+        await process_ended(self._pidfd)
 
     async def aclose(self) -> None:
         self._drop()

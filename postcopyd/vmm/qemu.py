@@ -26,7 +26,7 @@ from typing import Any, Literal, Self
 import trio
 
 from postcopyd import procfs
-from postcopyd.errors import PostcopydError
+from postcopyd.errors import PostcopydError, shortage
 from postcopyd.vmm import (
     Declined,
     Role,
@@ -36,6 +36,7 @@ from postcopyd.vmm import (
     VmmError,
     VmmGone,
     VmmTimeout,
+    process_ended,
     qemu_facts,
     qemu_ram,
     qemu_settings,
@@ -437,14 +438,7 @@ class QemuVmm(Vmm):
             await self._qmp.drain()
 
     async def _exit(self) -> None:
-        own = os.dup(self._pidfd)  # one descriptor can be waited for by one task only
-        try:
-            await trio.lowlevel.wait_readable(own)
-        finally:
-            # Or epoll keeps it, because the original lives, and at this VMM's end wakes whoever
-            # waits for the descriptor that has this number then.
-            trio.lowlevel.notify_closing(own)
-            os.close(own)
+        await process_ended(self._pidfd)
 
     async def aclose(self) -> None:
         """Leave QEMU as it is and let go of its monitor."""
@@ -485,7 +479,7 @@ def _pidfd(name: str, pid: int) -> int:
     try:
         return os.pidfd_open(pid)
     except OSError as error:
-        raise VmmGone(
+        raise shortage(error) or VmmGone(
             f"The QEMU process {pid} of {name} was not found ({error.strerror}): run postcopyd in "
             f"the PID namespace of QEMU or above it, and start QEMU if it has ended."
         ) from None

@@ -9,7 +9,7 @@ engine's. QEMU's seccomp filter forbids by list and these calls are not on it: n
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import trio
 
@@ -74,7 +74,13 @@ async def borrow(qmp: Qmp, pid: int) -> int:
 
 def duplicates(pid: int) -> list[int]:
     """Duplicates of all that QEMU has, in the order of `numbers`. Raises PostcopydError."""
-    return [adoption.duplicate(pid, number) for number in numbers(pid)]
+    with ExitStack() as taken:
+        ours = []
+        for number in numbers(pid):
+            ours.append(adoption.duplicate(pid, number))
+            taken.callback(os.close, ours[-1])
+        taken.pop_all()
+    return ours
 
 
 async def close_all(pid: int) -> None:

@@ -7,6 +7,7 @@ import signal
 from contextlib import suppress
 
 import pytest
+import trio
 from pair import (
     LARGE,
     MIB,
@@ -106,6 +107,49 @@ async def test_resolve_when_the_source_is_gone_for_good(new_pair: Pair) -> None:
     assert (await a.status(name))["phase"] == "failed"
 
 
+@pytest.mark.parametrize("by_itself", [False, True])
+async def test_given_up_at_the_destination(new_pair: Pair, by_itself: bool) -> None:
+    """The source is told so, asks no more, and runs nothing until a person says so there too."""
+    a, b = new_pair
+    name, here, there = await moving(new_pair)
+    a.end(signal.SIGKILL)
+    await status_until(b, name, lambda status: status["phase"] == "paused")
+    if by_itself:
+        there.kill()
+        await status_until(b, name, lambda status: "has ended" in status["message"])
+    await b.call("Resolve", name=name, decision="kill")
+    assert await state(there) == "ended"
+    for restarted in (a, b, a):
+        await trio.to_thread.run_sync(restarted.end)
+        await restarted.start()
+    status = await status_until(a, name, lambda status: "given" in status["message"])
+    assert (status["phase"], status["result"]["event"]) == ("paused", "paused")
+    assert await state(here) == "paused"
+    async with trio.open_nursery() as nursery:  # nobody dials: somebody else may have the port
+        await trio.to_thread.run_sync(b.end)
+        dialled = trio.Event()
+
+        async def peer(stream: trio.SocketStream) -> None:
+            dialled.set()
+
+        port = int(b.address.rpartition(":")[2])
+        listeners = await trio.open_tcp_listeners(port, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, peer, listeners)
+        with trio.move_on_after(6):
+            await dialled.wait()
+        assert not dialled.is_set()
+        await a.call("Recover", name=name)
+        with trio.fail_after(5):
+            await dialled.wait()
+        nursery.cancel_scope.cancel()
+    await b.start()
+    await status_until(a, name, lambda status: "given" in status["message"])
+    assert await state(here) == "paused"
+    await a.call("Resolve", name=name, decision="take_back")
+    await worked(here, 100)
+    await verified(here)
+
+
 async def test_resolve_when_the_destination_is_dead_for_certain(new_pair: Pair) -> None:
     """A person says so: the guest runs here again, from the moment it was stopped."""
     a, b = new_pair
@@ -140,3 +184,18 @@ async def test_a_source_that_has_rebooted_asks_and_starts_nothing(new_pair: Pair
     code, _, error = await cli("may-run", name, "--control", a.control)
     assert code == 1 and b.address in error
     there.kill()
+
+
+async def test_a_destination_that_could_not_go_on_is_started_again(new_pair: Pair) -> None:
+    """What it lacked is there again: the source goes on without being told."""
+    a, b = new_pair
+    name, here, there = await moving(new_pair)
+    b.end(signal.SIGKILL)
+    pages = b.state / f"{name}.pages"
+    pages.rename(away := b.state / "away")
+    await b.start()
+    await status_until(a, name, lambda status: "at the destination" in status["message"])
+    b.end(signal.SIGKILL)
+    away.rename(pages)
+    await b.start()
+    await arrived(new_pair, name, here, there)
