@@ -128,7 +128,7 @@ class Daemons:
         await self.source.attach(self.name, "qemu", leaving.process.qmp_path)
         await self.destination.attach(self.name, "qemu", arriving.process.qmp_path)
         with leaving.monitor.events("STOP") as stops, arriving.monitor.events("RESUME") as resumes:
-            result = await self.source.migrate(self.name, self.destination)
+            result = await self.source.migrate(self.name, self.destination, mode="postcopy")
             drained = trio.current_time()
             if result["event"] != "completed":
                 raise SystemExit(f"the migration ended as {result['event']}: {result.get('error')}")

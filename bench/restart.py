@@ -103,7 +103,9 @@ async def move(  # noqa: PLR0917
     """One migration with its kills, until all is there."""
     source, destination = hosts
     bandwidth = int(memory / MOVE_S)
-    migration = await source.call("Migrate", name=VM, to=destination.address, bandwidth=bandwidth)
+    migration = await source.call(
+        "Migrate", name=VM, to=destination.address, bandwidth=bandwidth, mode="postcopy"
+    )
     with trio.fail_after(MOST_S):
         while (await destination.status(VM))["phase"] != "postcopy":
             await trio.sleep(0.01)

@@ -54,6 +54,9 @@ SELDOM_S = 5.0
 MAX_DOWNTIME_MS = 300.0
 """Of a precopy, where nothing else was asked for; as QEMU's."""
 
+STOPPED_S = 0.1
+"""How long passes may stop a guest that does direct I/O, all together, before no more are made."""
+
 STALE_PAGES = 1 << 16
 """Pages of one Stale: 8 KiB of bits. Those without a written page are not sent."""
 
@@ -228,6 +231,7 @@ class SourceSession:
             await channel.expect(p.Serving)
             if self._tracking is not None:
                 await self._copy(channel)
+                await self._still_seen()
             async with open_nursery() as nursery:  # nothing is due; but the destination may fail
                 nursery.start_soon(self._watch_engine)
                 nursery.start_soon(channel.receive)
@@ -344,6 +348,23 @@ class SourceSession:
             )
             self.log.info("pass", **self._passes[-1].json())
             self._why_now = why_now(mode, self._passes, most, downtime_s) or ""
+            if not self._why_now and mode == "hybrid" and tracking.stopped_s > STOPPED_S:
+                self._why_now = (
+                    "each pass stops the guest, for its direct I/O, longer than it gains"
+                )
+
+    async def _still_seen(self) -> None:
+        """Whether all that writes to guest RAM was seen: a disk may have been plugged meanwhile."""
+        assert self._shape is not None
+        now = await self.vm.attached().inspect("source")
+        now.close()
+        for sentence in (now.direct_io, now.untracked):
+            if sentence and sentence not in (self._shape.direct_io, self._shape.untracked):
+                raise PostcopydError(
+                    f"what writes to guest RAM has changed while it was copied ({sentence}): "
+                    f"migrate again",
+                    "NotTracked",
+                )
 
     async def _pass(self, channel: Channel) -> None:
         engine = self._engine
@@ -472,6 +493,7 @@ class SourceSession:
         self._faults = message.faults
         moved = time.monotonic()
         await engine.disconnect()  # its threads count what they have sent to the last
+        await self._untrack()
         result = self._result(message, at=moved)
         self._completed = result
         sentence = f"{self.vm.name} is at {self.request.to}, with all of its memory"

@@ -28,7 +28,7 @@ from postcopyd.vmm import Shape
 
 
 class Tracking:
-    """One guest's writes, from `of` to `aclose`."""
+    """One guest's writes, from `of` to `aclose`. `stopped_s`: how long it was held still for it."""
 
     def __init__(
         self, vm: Vm, shape: Shape, engine: SourceEngine, keep: Callable[[str], None], uffd: int
@@ -43,7 +43,7 @@ class Tracking:
         self._quiet = bool(shape.direct_io) and shape.state == "running"
         self._usage = procfs.usage(self._pid)
         self._fault_ns = lib.pc_track_cost_ns()
-        self._looked_s = self._still_s = 0.0
+        self._looked_s = self.stopped_s = 0.0
         self._cost: dict[str, float] = {}
 
     @classmethod
@@ -71,7 +71,7 @@ class Tracking:
         began = time.monotonic()
         async with self._vm.attached().still():
             pages = await self._look(arm=True)
-        self._still_s += time.monotonic() - began
+        self.stopped_s += time.monotonic() - began
         self._keep("held")
         return pages
 
@@ -99,7 +99,7 @@ class Tracking:
         faults of writes, reckoned from what one costs on this host."""
         return {
             "lookedMs": round(self._looked_s * 1e3, 2),
-            "stoppedMs": round(self._still_s * 1e3, 2),
+            "stoppedMs": round(self.stopped_s * 1e3, 2),
             **self._cost,
         }
 

@@ -49,6 +49,8 @@ class Pair:
         hook.chmod(hook.stat().st_mode | stat.S_IXUSR)
         options = ("--hooks-dir", str(self.hooks), *options)
         self.hosts = [Host(folder, f"host{i}", options) for i in range(hosts)]
+        for host in self.hosts:  # the one in which most can go wrong after the handover
+            host.mode = "postcopy"
         self.guests: list[ProcessGuest] = []
         self._names = 0
 

@@ -100,6 +100,8 @@ async def pair(folder: Path, boot: tuple[Path, Path], **config: Any) -> AsyncIte
     kernel, initramfs = boot
     made = q.GuestConfig(kernel=kernel, initramfs=initramfs, **config)
     async with open_hosts(folder) as hosts, q.open_guest(folder) as guest:
+        for host in hosts:
+            host.mode = "postcopy"
         yield Pair(hosts, guest, made)
 
 
