@@ -80,7 +80,7 @@ static double look_ms(struct pc_source *s, int arm, uint64_t expected) {
   memset(all, 0xff, sizeof all); /* as if they had been sent */
   for (uint64_t page = 0, n; page < all_pages; page += n) {
     n = all_pages - page < 8 * sizeof all ? all_pages - page : 8 * sizeof all;
-    pc_source_have(s, 0, page, n, all);
+    pc_source_have(s, PC_LOOK_STOPPED, page, n, all);
   }
   return ms;
 }
@@ -128,7 +128,7 @@ int main(int argc, char **argv) {
   looks("tenth_ms", s, ends[0], data_pages / 10, times);
   looks("all_ms", s, ends[0], data_pages, times);
   write_pages(ends[0], data_pages / 10);
-  printf("\"last_ms\": %.3f, ", look_ms(s, 0, data_pages / 10));
+  printf("\"last_ms\": %.3f, ", look_ms(s, PC_LOOK_STOPPED, data_pages / 10));
   printf("\"page_tables_kb\": %ld, ", page_tables_kb(pid) - tables);
   before = pc_monotonic_ns();
   pc_source_untrack(s);

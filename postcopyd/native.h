@@ -119,15 +119,20 @@ int pc_source_have(struct pc_source *s, unsigned region, uint64_t first, uint64_
                    const uint8_t *bits);
 /* While the guest runs. `uffd`: a new userfaultfd of the VMM, borrowed; writes to guest RAM are
  * tracked with it until pc_source_untrack or free. pc_source_look finds what is to be sent (again):
- * new data, and pages written since they were armed; with `arm` these are armed again, atomically
- * (never with direct I/O in flight, which is not seen once its pages are armed). Returns the number
- * of pages to be sent. pc_source_copy sends them, like pc_source_push but without the holes. Look,
+ * new data, pages written since they were armed, and discarded ones; returns the number of all that
+ * are to be sent. pc_source_copy sends them, like pc_source_push but without the holes. Look,
  * copy and push are -EBUSY while a pass is on (stats.pushing); before a look all that was sent must
- * have arrived, or a page may overtake itself. pc_source_stale: bit set for each page to be sent;
- * returns their number. A failure to track, -EOPNOTSUPP before Linux 6.7, is forgotten by
+ * have arrived, or a page may overtake itself. pc_source_stale: bit set for each page to be sent,
+ * from a multiple of 64 on; returns their number. A failure to track, -EOPNOTSUPP before Linux 6.7, is forgotten by
  * pc_source_disconnect, so that pure postcopy can go on. */
 int pc_source_track(struct pc_source *s, int uffd);
-int64_t pc_source_look(struct pc_source *s, int arm);
+enum pc_look {
+  PC_LOOK_ONLY = 0,
+  PC_LOOK_ARM = 1, /* and arms them again, atomically; never with direct I/O in flight, which is not
+                    * seen once its pages are armed */
+  PC_LOOK_STOPPED = 2, /* in a blackout: on all CPUs, and not for discarded pages */
+};
+int64_t pc_source_look(struct pc_source *s, int how);
 int pc_source_copy(struct pc_source *s, uint64_t bytes_per_second);
 int64_t pc_source_stale(struct pc_source *s, unsigned region, uint64_t first, uint64_t count,
                         uint8_t *bits);

@@ -161,11 +161,11 @@ static void scan_file(struct pc_source *s, struct region *r, uint64_t from, uint
     off_t data = lseek(r->is.fd, at, SEEK_DATA);
     if (data < 0 && errno == ENXIO)
       return;
+    if (data >= end) /* to find where it ends would take 8 ms for each GiB of it */
+      return;
     off_t hole = data < 0 ? end : lseek(r->is.fd, data, SEEK_HOLE);
     if (data < 0)
       data = at;
-    if (data >= end)
-      return;
     if (hole < 0 || hole > end)
       hole = end;
     bits_set(s->data, r->first + ((uint64_t)(data - r->is.offset) >> r->page_shift),
@@ -256,13 +256,16 @@ static void note_absent(struct pc_source *s, struct region *r, uint64_t from, ui
   }
 }
 
-static int look_at(struct pc_source *s, struct region *r, uint64_t from, uint64_t to, bool arm) {
+/* What was discarded is not looked for at the stop: that takes five times as long, and a guest may
+ * not rely on what it has just given back. */
+static int look_at(struct pc_source *s, struct region *r, uint64_t from, uint64_t to,
+                   enum pc_look how) {
   struct dirty_range found[DIRTY_RANGES];
-  bool absent = r->is.fd >= 0 || r->is.page_size > 4096;
+  bool absent = how != PC_LOOK_STOPPED && (r->is.fd >= 0 || r->is.page_size > 4096);
   uint64_t at = r->is.address + (from << r->page_shift);
   uint64_t end = r->is.address + (to << r->page_shift);
   while (at < end) {
-    int n = dirty_scan(s->pagemap, &at, end, arm, absent, found);
+    int n = dirty_scan(s->pagemap, &at, end, how == PC_LOOK_ARM, absent, found);
     if (n < 0)
       return n;
     for (int i = 0; i < n; i++) {
@@ -279,7 +282,7 @@ static int look_at(struct pc_source *s, struct region *r, uint64_t from, uint64_
 
 /* Extent by extent: to arm a hole would take page tables for it. */
 static int look_between(struct pc_source *s, struct region *r, uint64_t from, uint64_t end,
-                        bool arm) {
+                        enum pc_look how) {
   uint64_t gap = r->is.fd >= 0 ? GAP_BYTES >> r->page_shift : 0;
   int failed = 0;
   from = bits_find(s->data, true, from, end);
@@ -289,7 +292,7 @@ static int look_between(struct pc_source *s, struct region *r, uint64_t from, ui
       to = bits_find(s->data, false, next, end);
       next = bits_find(s->data, true, to, end);
     } while (next < end && next - to < gap);
-    failed = look_at(s, r, from - r->first, to - r->first, arm);
+    failed = look_at(s, r, from - r->first, to - r->first, how);
     from = next;
   }
   return failed;
@@ -298,7 +301,7 @@ static int look_between(struct pc_source *s, struct region *r, uint64_t from, ui
 /* One look, by one or more threads, each of which takes the next slice of the slots. */
 struct look {
   struct pc_source *source;
-  bool arm;
+  enum pc_look how;
   atomic_uint_fast64_t next;
   atomic_int failed, region;
 };
@@ -312,7 +315,7 @@ static void *look_run(void *argument) {
       struct region *r = &s->regions[i];
       uint64_t end = r->first + r->is.pages;
       end = end < start + SLICE ? end : start + SLICE;
-      int failed = look_between(s, r, r->first > start ? r->first : start, end, l->arm);
+      int failed = look_between(s, r, r->first > start ? r->first : start, end, l->how);
       if (failed) {
         atomic_store(&l->region, (int)i);
         atomic_store(&l->failed, failed);
@@ -326,7 +329,7 @@ static void *look_run(void *argument) {
 static void look_everywhere(struct pc_source *s, struct look *l) {
   pthread_t threads[LOOK_THREADS];
   uint64_t most = (s->slots - 1) / SLICE;
-  long cpus = l->arm ? 1 : sysconf(_SC_NPROCESSORS_ONLN);
+  long cpus = l->how == PC_LOOK_STOPPED ? sysconf(_SC_NPROCESSORS_ONLN) : 1;
   unsigned n = 0;
   while (n < LOOK_THREADS && n < most && (long)n + 1 < cpus &&
          !engine_thread(&threads[n], "pc-look", look_run, l))
@@ -390,13 +393,13 @@ int pc_source_track(struct pc_source *s, int uffd) {
   return failed;
 }
 
-int64_t pc_source_look(struct pc_source *s, int arm) {
+int64_t pc_source_look(struct pc_source *s, int how) {
   if (s->pagemap < 0)
     return -EINVAL;
   if (count_get(s->stats.pushing))
     return -EBUSY;
   pc_source_scan(s);
-  struct look l = {.source = s, .arm = arm};
+  struct look l = {.source = s, .how = (enum pc_look)how};
   look_everywhere(s, &l);
   /* Asked last: what is found in an address space that ends meanwhile is too little. */
   int failed = track_failed(s, "looking for what the guest has written", l.region, l.failed);
@@ -417,14 +420,15 @@ int64_t pc_source_look(struct pc_source *s, int arm) {
 int64_t pc_source_stale(struct pc_source *s, unsigned region, uint64_t first, uint64_t count,
                         uint8_t *bits) {
   struct region *r = region < s->region_count ? &s->regions[region] : NULL;
-  if (!r || first > r->is.pages || count > r->is.pages - first)
+  if (!r || first % 64 || first > r->is.pages || count > r->is.pages - first)
     return -EINVAL;
   int64_t stale = 0;
-  memset(bits, 0, (count + 7) / 8);
-  for (uint64_t i = 0; i < count; i++) {
-    uint64_t slot = r->first + first + i;
-    if ((s->data[slot / 64] & ~s->sent[slot / 64]) >> slot % 64 & 1)
-      bits[i / 8] |= (uint8_t)(1 << i % 8), stale++;
+  for (uint64_t i = 0; i < count; i += 64) { /* a word is eight bytes of bits on x86-64 */
+    uint64_t slot = r->first + first + i, left = count - i;
+    uint64_t word = s->data[slot / 64] & ~s->sent[slot / 64];
+    word &= left < 64 ? (1ull << left) - 1 : ~0ull;
+    stale += __builtin_popcountll(word);
+    memcpy(bits + i / 8, &word, left < 64 ? (left + 7) / 8 : 8);
   }
   return stale;
 }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 
 import trio
 
@@ -11,6 +12,19 @@ from postcopyd._native import ffi, lib
 from postcopyd.errors import PostcopydError
 from postcopyd.native import Engine, native_regions
 from postcopyd.vmm import Region
+
+AT_ONCE_PAGES = 1 << 20
+"""A guest of so many pages is looked at in some milliseconds; to use a thread for that would take
+another one of the blackout."""
+
+
+class Look(Enum):
+    """enum pc_look of native.h: ARM has pages found written seen when they are written next, never
+    while direct I/O is in flight; STOPPED is for the blackout."""
+
+    ONLY = lib.PC_LOOK_ONLY
+    ARM = lib.PC_LOOK_ARM
+    STOPPED = lib.PC_LOOK_STOPPED
 
 
 class SourceEngine(Engine):
@@ -34,14 +48,14 @@ class SourceEngine(Engine):
         `untrack`. Raises PostcopydError where the kernel cannot."""
         self.must(lib.pc_source_track(self.handle, uffd), "tracking writes to guest RAM")
 
-    async def look(self, *, arm: bool) -> int:
-        """Finds what is to be sent (again) and returns its number of pages.
-
-        With `arm` pages found written are armed again, to be seen when they are written next: never
-        while direct I/O is in flight.
-        """
-        look = lib.pc_source_look
-        pages: int = await trio.to_thread.run_sync(look, self.handle, arm)
+    async def look(self, how: Look = Look.ONLY) -> int:
+        """Finds what is to be sent (again) and returns its number of pages."""
+        pages: int
+        if how is Look.STOPPED and self.stats.total_pages <= AT_ONCE_PAGES:
+            await trio.lowlevel.checkpoint()
+            pages = lib.pc_source_look(self.handle, how.value)
+        else:
+            pages = await trio.to_thread.run_sync(lib.pc_source_look, self.handle, how.value)
         self.must(pages, "looking for written pages")
         return pages
 

@@ -29,7 +29,7 @@ from postcopyd.handover import Happened, Machine, Source
 from postcopyd.hooks import run_hooks
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
-from postcopyd.source.engine import SourceEngine
+from postcopyd.source.engine import Look, SourceEngine
 from postcopyd.source.passes import Pass, why_now
 from postcopyd.source.tracking import Tracking
 from postcopyd.vm import Vm
@@ -57,8 +57,8 @@ MAX_DOWNTIME_MS = 300.0
 STOPPED_S = 0.1
 """How long passes may stop a guest that does direct I/O, all together, before no more are made."""
 
-STALE_PAGES = 1 << 16
-"""Pages of one Stale: 8 KiB of bits. Those without a written page are not sent."""
+STALE_PAGES = 8 * p.DEVICE_CHUNK
+"""Pages of one Stale: a bit each. One without a page to name is not sent."""
 
 PATIENCE_S = 10.0
 """How long a pause lasts before who waits for the migration is told that it is paused."""
@@ -377,7 +377,7 @@ class SourceSession:
         """What the destination has an old copy of; guest RAM is final."""
         engine = self._engine
         assert engine is not None and self._shape is not None and self._tracking is not None
-        await self._tracking.look()
+        await self._tracking.look(Look.STOPPED)
         for index, region in enumerate(self._shape.regions):
             for first in range(0, region.pages, STALE_PAGES):
                 count = min(STALE_PAGES, region.pages - first)

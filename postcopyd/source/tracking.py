@@ -22,7 +22,7 @@ import trio
 from postcopyd import procfs
 from postcopyd._native import lib
 from postcopyd.errors import PostcopydError
-from postcopyd.source.engine import SourceEngine
+from postcopyd.source.engine import Look, SourceEngine
 from postcopyd.vm import Vm
 from postcopyd.vmm import Shape
 
@@ -56,8 +56,10 @@ class Tracking:
         uffd = await vm.attached().track()
         try:
             engine.track(uffd)
-        except BaseException:
+        except BaseException as error:
             os.close(uffd)
+            if isinstance(error, PostcopydError):
+                await engine.disconnect()  # forgets it: postcopy needs no tracking
             raise
         return cls(vm, shape, engine, keep, uffd)
 
@@ -66,22 +68,19 @@ class Tracking:
         sent: the number of pages. Raises PostcopydError; the guest runs then, or the sentence says
         that it does not."""
         if not self._quiet:
-            return await self._look(arm=True)
+            return await self.look(Look.ARM)
         self._keep("intent")
         began = time.monotonic()
         async with self._vm.attached().still():
-            pages = await self._look(arm=True)
+            pages = await self.look(Look.ARM)
         self.stopped_s += time.monotonic() - began
         self._keep("held")
         return pages
 
-    async def look(self) -> int:
+    async def look(self, how: Look = Look.ONLY) -> int:
         """How many pages are to be sent (again)."""
-        return await self._look(arm=False)
-
-    async def _look(self, *, arm: bool) -> int:
         began = time.monotonic()
-        pages = await self._engine.look(arm=arm)
+        pages = await self._engine.look(how)
         self._looked_s += time.monotonic() - began
         return pages
 

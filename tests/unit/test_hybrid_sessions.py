@@ -42,7 +42,7 @@ from session_world import LONG_S, Fault, Instead, World
 
 from postcopyd import protocol as p
 from postcopyd.source import passes
-from postcopyd.source.engine import SourceEngine
+from postcopyd.source.engine import Look, SourceEngine
 from postcopyd.vmm import VmmError
 
 PASSES = [
@@ -89,13 +89,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     look = SourceEngine.look
     looks: dict[SourceEngine, int] = {}
 
-    async def look_and_write(engine: SourceEngine, *, arm: bool) -> int:
+    async def look_and_write(engine: SourceEngine, how: Look = Look.ONLY) -> int:
         looks[engine] = looks.get(engine, 0) + 1
         if looks[engine] in (2, 4):  # behind a pass
             for vmm in FakeVmm.at.values():
                 if vmm.role == "source" and vmm.state == "running":
                     vmm.write()
-        return await look(engine, arm=arm)
+        return await look(engine, how)
 
     monkeypatch.setattr(SourceEngine, "look", look_and_write)
     return made_clock(monkeypatch)
