@@ -67,10 +67,10 @@ static long page_tables_kb(int pid) {
   return kb;
 }
 
-static double look_ms(struct pc_source *s, int arm, uint64_t expected) {
+static double look_ms(struct pc_source *s, int how, uint64_t expected) {
   static uint8_t all[1 << 20];
   uint64_t before = pc_monotonic_ns();
-  int64_t found = pc_source_look(s, arm);
+  int64_t found = pc_source_look(s, how);
   double ms = (double)(pc_monotonic_ns() - before) / 1e6;
   if (found != (int64_t)expected) {
     fprintf(stderr, "%lld pages found, %llu written: %s\n", (long long)found,
@@ -80,7 +80,7 @@ static double look_ms(struct pc_source *s, int arm, uint64_t expected) {
   memset(all, 0xff, sizeof all); /* as if they had been sent */
   for (uint64_t page = 0, n; page < all_pages; page += n) {
     n = all_pages - page < 8 * sizeof all ? all_pages - page : 8 * sizeof all;
-    pc_source_have(s, PC_LOOK_STOPPED, page, n, all);
+    pc_source_have(s, 0, page, n, all);
   }
   return ms;
 }
@@ -89,7 +89,7 @@ static void looks(const char *name, struct pc_source *s, int orders, uint64_t pa
   printf("\"%s\": [", name);
   for (int i = 0; i < times; i++) {
     write_pages(orders, pages);
-    printf("%s%.4f", i ? ", " : "", look_ms(s, 1, pages));
+    printf("%s%.4f", i ? ", " : "", look_ms(s, PC_LOOK_ARM, pages));
   }
   printf("], ");
 }
@@ -122,7 +122,7 @@ int main(int argc, char **argv) {
   before = pc_monotonic_ns();
   must(!pc_source_track(s, uffd), pc_source_stats(s)->sentence);
   printf("\"track_ms\": %.3f, ", (double)(pc_monotonic_ns() - before) / 1e6);
-  printf("\"first_ms\": %.3f, ", look_ms(s, 1, data_pages));
+  printf("\"first_ms\": %.3f, ", look_ms(s, PC_LOOK_ARM, data_pages));
   looks("clean_ms", s, ends[0], 0, times);
   looks("few_ms", s, ends[0], data_pages * 1000 / (1 << 18), times);
   looks("tenth_ms", s, ends[0], data_pages / 10, times);
