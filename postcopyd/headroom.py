@@ -3,15 +3,17 @@
 
 At its memory limit a VMM is killed; a page that arrives does not wait (the kernel's memory
 controller documentation, "memory.max"). So every limit that a page could meet is looked at: each
-memory cgroup above the VMM, the size of the tmpfs, huge pages, MemAvailable. What other arrivals
+memory cgroup above the VMM (and, where pages come before the guest does, above this daemon, who is
+charged for those), the size of the tmpfs, huge pages, MemAvailable. What other arrivals
 have been promised is the caller's to say. Reads only; the answer is true for the moment.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from postcopyd import procfs
@@ -45,18 +47,18 @@ class Limit:
 
 
 def problems(
-    pid: int, regions: Sequence[Region], reserved: int = 0, host: Host | None = None
+    pids: Sequence[int], regions: Sequence[Region], reserved: int = 0, host: Host | None = None
 ) -> list[str]:
     """A sentence for each limit that the pages still to come would exceed; none when all fit.
 
-    `pid`: the VMM. `reserved`: bytes other arrivals on this host have been promised and do not
-    have yet. What a region's file has allocated already counts as had (it is punched first).
+    `pids`: the VMM, and whoever else may be charged for its pages. `reserved`: bytes other arrivals
+    on this host have been promised and do not have yet. What a region's file has allocated already counts as had (it is punched first).
     """
     host = host or Host()
     small = sum(_missing(region) for region in regions if region.page_size == SMALL_PAGE)
     found = []
     if small:
-        limits = [*cgroup_limits(pid, host), memory_limit(host)]
+        limits = [*_of_each(pids, partial(cgroup_limits, host=host)), memory_limit(host)]
         need = small + small // OVERHEAD + reserved
         found += [_sentence(limit, need) for limit in limits if limit.room < need]
     for files in _by_file_system(regions):
@@ -67,13 +69,18 @@ def problems(
     sizes = {region.page_size for region in regions} - {SMALL_PAGE}
     for size in sorted(sizes):
         huge = [region for region in regions if region.page_size == size]
-        limits = list(hugetlb_limits(pid, size, host))
+        limits = _of_each(pids, partial(hugetlb_limits, page_size=size, host=host))
         # A mapping made without MAP_NORESERVE holds a reservation for all that it lacks.
         need = sum(_missing(region) for region in huge)
-        if all(procfs.reserves_huge_pages(pid, region.address) for region in huge):
+        if all(procfs.reserves_huge_pages(pids[0], region.address) for region in huge):
             limits = [limit for limit in limits if limit.what.startswith("cgroup")]
         found += [_sentence(limit, need) for limit in limits if limit.room < need]
     return found
+
+
+def _of_each(pids: Sequence[int], limits: Callable[[int], Iterator[Limit]]) -> list[Limit]:
+    """Limits of several processes, each once."""
+    return list({limit.what: limit for pid in pids for limit in limits(pid)}.values())
 
 
 def needed(regions: Sequence[Region]) -> int:

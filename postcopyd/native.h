@@ -122,8 +122,8 @@ int pc_source_have(struct pc_source *s, unsigned region, uint64_t first, uint64_
  * new data, pages written since they were armed, and discarded ones; returns the number of all that
  * are to be sent. pc_source_copy sends them, like pc_source_push but without the holes. Look,
  * copy and push are -EBUSY while a pass is on (stats.pushing); before a look all that was sent must
- * have arrived, or a page may overtake itself. pc_source_stale: bit set for each page to be sent,
- * from a multiple of 64 on; returns their number. A failure to track, -EOPNOTSUPP before Linux 6.7, is forgotten by
+ * have arrived, or a page may overtake itself. pc_source_stale: bit set for each page to be sent;
+ * returns their number. A failure to track, -EOPNOTSUPP before Linux 6.7, is forgotten by
  * pc_source_disconnect, so that pure postcopy can go on. */
 int pc_source_track(struct pc_source *s, int uffd);
 enum pc_look {

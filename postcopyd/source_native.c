@@ -393,6 +393,12 @@ int pc_source_track(struct pc_source *s, int uffd) {
   return failed;
 }
 
+/* Data that the destination lacks, or has an old copy of. */
+static uint64_t lacking(struct pc_source *s, uint64_t word) {
+  return atomic_load_explicit(&s->data[word], memory_order_relaxed) &
+         ~atomic_load_explicit(&s->sent[word], memory_order_relaxed);
+}
+
 int64_t pc_source_look(struct pc_source *s, int how) {
   if (s->pagemap < 0)
     return -EINVAL;
@@ -410,9 +416,7 @@ int64_t pc_source_look(struct pc_source *s, int how) {
     s->hot[i] = s->warm[i] & s->found[i];
     s->warm[i] = s->found[i];
     s->found[i] = 0;
-    uint64_t unsent_here = s->data[i] & ~s->sent[i];
-    if (unsent_here)
-      left += __builtin_popcountll(unsent_here);
+    left += __builtin_popcountll(lacking(s, i));
   }
   return left;
 }
@@ -420,12 +424,14 @@ int64_t pc_source_look(struct pc_source *s, int how) {
 int64_t pc_source_stale(struct pc_source *s, unsigned region, uint64_t first, uint64_t count,
                         uint8_t *bits) {
   struct region *r = region < s->region_count ? &s->regions[region] : NULL;
-  if (!r || first % 64 || first > r->is.pages || count > r->is.pages - first)
+  if (!r || first > r->is.pages || count > r->is.pages - first)
     return -EINVAL;
   int64_t stale = 0;
   for (uint64_t i = 0; i < count; i += 64) { /* a word is eight bytes of bits on x86-64 */
     uint64_t slot = r->first + first + i, left = count - i;
-    uint64_t word = s->data[slot / 64] & ~s->sent[slot / 64];
+    uint64_t word = lacking(s, slot / 64) >> slot % 64;
+    if (slot % 64 && slot / 64 + 1 < s->slots / 64)
+      word |= lacking(s, slot / 64 + 1) << (64 - slot % 64);
     word &= left < 64 ? (1ull << left) - 1 : ~0ull;
     stale += __builtin_popcountll(word);
     memcpy(bits + i / 8, &word, left < 64 ? (left + 7) / 8 : 8);

@@ -342,7 +342,8 @@ class DestinationSession:
     def _lacks(self, shape: Shape) -> list[str]:
         """Memory that this host lacks. Past the handover the kernel would kill the VMM for it."""
         promised = sum(headroom.needed(other.regions) for other in self.settings.arriving.values())
-        return headroom.problems(shape.pid, shape.regions, promised)
+        pids = [shape.pid, os.getpid()] if self.offer.staged else [shape.pid]
+        return headroom.problems(pids, shape.regions, promised)
 
     async def _adopt(self, shape: Shape) -> None:
         """Guest RAM empty and registered: from here on each access waits for its page."""

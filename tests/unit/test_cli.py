@@ -156,8 +156,6 @@ def test_clients_load_nothing_heavy() -> None:
         (("migrate", "web1", "--to", "h", "--band", "5"), "--band"),
         (("migrate", "web1", "--to", "h", "--precopy-passes", "-1"), "'-1'"),
         (("migrate", "web1", "--to", "h", "--max-downtime", "nan"), "'nan'"),
-        (("migrate", "web1", "--to", "h", "--mode", "hybrid"), "postcopy only"),
-        (("migrate", "web1", "--to", "h", "--mode", "precopy"), "postcopy only"),
         (("resolve", "web1"), "--wait --poison --kill --take-back is required"),
         (("certs", "--dir", "d", "--host", "h"), "comes with TLS"),
         (("serve",), "say `--tls off`"),

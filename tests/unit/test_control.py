@@ -166,7 +166,6 @@ async def test_the_daemons_errors_keep_their_name(tmp_path: Path, name: str) -> 
         ("Attach", {"name": "x", "driver": "qemu", "socket": "s"}, "absolute"),
         ("Migrate", {"name": "x", "to": "::1"}, "brackets"),
         ("Migrate", {"name": "x", "to": "h:0"}, "HOST:PORT"),
-        ("Migrate", {"name": "x", "to": "h", "mode": "hybrid"}, "postcopy only"),
         ("Migrate", {"name": "x", "to": "h", "bandwidth": 0}, "bandwidth"),
         ("Migrate", {"name": "x", "to": "h", "maxDowntimeMs": -1}, "maxDowntimeMs"),
         ("Migrate", {"name": "x", "to": "h", "precopyPasses": -1}, "precopyPasses"),

@@ -64,13 +64,13 @@ def ram(fd: int | None = None, size: int = GIB) -> Region:
 
 def test_all_fits(fake: FakeHost, memfd: int) -> None:
     """A guest that fits everywhere has no problem."""
-    assert headroom.problems(PID, [ram(memfd)], host=fake.host) == []
+    assert headroom.problems([PID], [ram(memfd)], host=fake.host) == []
 
 
 def test_what_the_host_has_is_counted_less_what_others_were_promised(fake: FakeHost) -> None:
     """6 GiB promised to others leave no room for a guest of 2 GiB on a host with 8."""
-    assert headroom.problems(PID, [ram(size=2 * GIB)], 5 * GIB, fake.host) == []
-    (problem,) = headroom.problems(PID, [ram(size=2 * GIB)], 6 * GIB, fake.host)
+    assert headroom.problems([PID], [ram(size=2 * GIB)], 5 * GIB, fake.host) == []
+    (problem,) = headroom.problems([PID], [ram(size=2 * GIB)], 6 * GIB, fake.host)
     assert "needs 8.01 GiB more here and the host has 8.00 GiB left" in problem
 
 
@@ -83,8 +83,20 @@ def test_each_group_above_the_vmm_counts(fake: FakeHost, limited: str, file: str
     for group in ("", "/machine", "/machine/web1"):
         fake.unified(mount + group)
     fake.unified(mount + limited, **{file: GIB // 2}, current=0)
-    (problem,) = headroom.problems(PID, [ram()], host=fake.host)
+    (problem,) = headroom.problems([PID], [ram()], host=fake.host)
     assert f"memory cgroup {limited or '/'} has 0.50 GiB left" in problem
+
+
+def test_whoever_is_charged_counts(fake: FakeHost) -> None:
+    """Pages that come before the guest are charged to the daemon, whose limits count as well."""
+    mount = fake.mount("cgroup2", "rw")
+    for pid, group in ((PID, "/machine"), (PID + 1, "/daemon")):
+        fake.write(f"proc/{pid}/cgroup", f"0::{group}")
+        fake.unified(mount + group)
+    fake.unified(mount + "/daemon", max=GIB // 2, current=0)
+    assert headroom.problems([PID], [ram()], host=fake.host) == []
+    (problem,) = headroom.problems([PID, PID + 1], [ram()], host=fake.host)
+    assert "memory cgroup /daemon has 0.50 GiB left" in problem
 
 
 def test_page_cache_makes_way(fake: FakeHost) -> None:
@@ -92,9 +104,9 @@ def test_page_cache_makes_way(fake: FakeHost) -> None:
     mount = fake.mount("cgroup2", "rw")
     fake.write(f"proc/{PID}/cgroup", "0::/web1")
     fake.unified(f"{mount}/web1", max=2 * GIB, current=GIB + GIB // 2)
-    assert len(headroom.problems(PID, [ram()], host=fake.host)) == 1
+    assert len(headroom.problems([PID], [ram()], host=fake.host)) == 1
     fake.unified(f"{mount}/web1", max=2 * GIB, current=GIB + GIB // 2, stat=f"inactive_file {GIB}")
-    assert headroom.problems(PID, [ram()], host=fake.host) == []
+    assert headroom.problems([PID], [ram()], host=fake.host) == []
 
 
 def test_the_old_hierarchy_counts_too(fake: FakeHost) -> None:
@@ -106,17 +118,17 @@ def test_the_old_hierarchy_counts_too(fake: FakeHost) -> None:
     fake.write(f"{mount}/web1/memory.limit_in_bytes", GIB)
     fake.write(f"{mount}/web1/memory.usage_in_bytes", GIB // 4)
     fake.write(f"{mount}/web1/memory.stat", "total_inactive_file 0")
-    (problem,) = headroom.problems(PID, [ram()], host=fake.host)
+    (problem,) = headroom.problems([PID], [ram()], host=fake.host)
     assert "memory cgroup /web1 has 0.75 GiB left: raise its memory.limit_in_bytes" in problem
 
 
 def test_what_the_file_has_already_counts_as_had(fake: FakeHost, memfd: int) -> None:
     """A preallocated file needs nothing: its pages are given back before others come."""
     fake.write("proc/meminfo", f"MemAvailable: {GIB >> 11} kB")
-    assert len(headroom.problems(PID, [ram(memfd)], host=fake.host)) == 1
+    assert len(headroom.problems([PID], [ram(memfd)], host=fake.host)) == 1
     os.posix_fallocate(memfd, 0, GIB * 3 // 4)
     assert headroom.needed([ram(memfd)]) == GIB // 4
-    assert headroom.problems(PID, [ram(memfd)], host=fake.host) == []
+    assert headroom.problems([PID], [ram(memfd)], host=fake.host) == []
 
 
 def test_a_tmpfs_that_is_too_small_is_named(fake: FakeHost) -> None:
@@ -127,7 +139,7 @@ def test_a_tmpfs_that_is_too_small_is_named(fake: FakeHost) -> None:
     path = Path("/dev/shm") / f"headroom-{os.getpid()}"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        (problem,) = headroom.problems(PID, [ram(fd, too_much)], host=fake.host)
+        (problem,) = headroom.problems([PID], [ram(fd, too_much)], host=fake.host)
     finally:
         os.close(fd)
         path.unlink()

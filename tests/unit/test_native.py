@@ -123,7 +123,7 @@ async def engines(record: bytes) -> AsyncIterator[tuple[DestinationEngine, Sourc
     try:
         os.truncate(memory, region.size)
         os.write(record_fd, record)
-        destination = DestinationEngine([region], [-1], record_fd)
+        destination = DestinationEngine([region], [-1], record_fd, staged=False)
         opened.append(destination)
         source = SourceEngine([region], os.getpid())
         opened.append(source)
