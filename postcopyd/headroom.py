@@ -52,7 +52,8 @@ def problems(
     """A sentence for each limit that the pages still to come would exceed; none when all fit.
 
     `pids`: the VMM, and whoever else may be charged for its pages. `reserved`: bytes other arrivals
-    on this host have been promised and do not have yet. What a region's file has allocated already counts as had (it is punched first).
+    on this host have been promised and do not have yet. What a region's file has allocated already
+    counts as had (it is punched first).
     """
     host = host or Host()
     small = sum(_missing(region) for region in regions if region.page_size == SMALL_PAGE)
