@@ -39,7 +39,7 @@ demo: build
 test: build
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu
-	$(BIN)/pytest -q $(TESTS)
+	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile $(TESTS)
 
 # A guest that is moved again and again while everything around it breaks: tests/chaos/chaos.py.
 chaos: SEED := 1

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,31 @@ NEWEST = Path(__file__).parent.parent / ".build/qemu/root"
 
 
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
+HUGE_PAGES_WANTED = 192
+LOCK = "/run/lock/postcopyd-tests"
+
+
+@contextmanager
+def huge_pages() -> Iterator[None]:
+    """Enough of them for all processes of a test run, who hold one lock together; another one is
+    for coming and going. The last one gives back what was not there before, which a file says."""
+    with open(f"{LOCK}.turn", "w") as turn, open(LOCK, "a+") as held:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        held.seek(0)
+        before = held.read() or HUGE_PAGES.read_text()
+        held.truncate(0)
+        held.write(before)
+        held.flush()
+        if int(before) < HUGE_PAGES_WANTED:
+            HUGE_PAGES.write_text(str(HUGE_PAGES_WANTED))
+        fcntl.flock(held, fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        yield
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        with suppress(BlockingIOError):  # others still run
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.truncate(0)
+            HUGE_PAGES.write_text(before)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,17 +49,13 @@ def huge_pages_reserved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     if os.geteuid() != 0 or not os.access(HUGE_PAGES, os.W_OK):
         yield
         return
-    before = HUGE_PAGES.read_text()
-    if int(before) < 192:
-        HUGE_PAGES.write_text("192")
     folder = tmp_path_factory.mktemp("hugetlbfs")
-    mounted = (
-        subprocess.run(["mount", "-t", "hugetlbfs", "postcopyd-tests", folder]).returncode == 0
-    )
-    yield
-    if mounted:
-        subprocess.run(["umount", folder], check=True)
-    HUGE_PAGES.write_text(before)
+    with huge_pages():
+        mount = ["mount", "-t", "hugetlbfs", "postcopyd-tests", folder]
+        mounted = subprocess.run(mount).returncode == 0
+        yield
+        if mounted:
+            subprocess.run(["umount", folder], check=True)
 
 
 @pytest.hookimpl(tryfirst=True)

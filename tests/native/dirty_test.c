@@ -148,7 +148,7 @@ static void add_part(struct vmm *v, enum kind kind, uint64_t pages) {
   *m = (struct part){.pages = pages, .page_size = kind == HUGE_FILE ? HUGE : SMALL, .fd = -1};
   uint64_t bytes = pages * m->page_size;
   if (kind == HUGE_FILE)
-    reserve_huge_pages((int)pages);
+    want_huge_pages((int)pages);
   if (kind != ANONYMOUS)
     m->fd = new_file(bytes, m->page_size);
   m->at = map(bytes, m->fd);
@@ -202,7 +202,6 @@ static void vmm_end(struct vmm *v) {
   close(v->orders);
   if (v->uffd >= 0)
     close(v->uffd);
-  huge_pages_back();
 }
 
 /* What the VMM has, without changing it. */
@@ -346,7 +345,7 @@ static void exact(enum kind kind) {
   tell_vmm(&v, (struct order){FILL, 0, 0, m->pages, 7});
   check(look(&s, 1) == m->pages, "what was never armed counts as written");
   check(take_all(&s, true) == m->pages && look(&s, 1) == 0, " ");
-  for (unsigned round = 0; round < 1000; round++) {
+  for (unsigned round = 0; round < 1000 / RARELY; round++) {
     memset(written, 0, m->pages);
     for (uint64_t n = draw() % (kind == HUGE_FILE ? 3 : 8); n; n--) {
       uint64_t page = draw() % m->pages, count = kind == HUGE_FILE ? 1 : 1 + draw() % 5;
@@ -397,7 +396,7 @@ static void racing(enum kind kind) {
   add_part(&v, ANONYMOUS, 130);
   vmm_start(&v);
   struct tracker s = tracked(&v);
-  unsigned rounds = kind == HUGE_FILE ? 15 : 150;
+  unsigned rounds = kind == HUGE_FILE ? 15 / RARELY : 150 / RARELY;
   for (unsigned round = 0; round < rounds; round++) {
     run_free(&v);
     for (unsigned i = 0; i < 1 + round % 6; i++) {
@@ -635,7 +634,7 @@ static void passes(enum kind kind) {
     check(!pthread_create(&r[i]->thread, NULL, receiver_run, r[i]), "thread");
   }
   uint64_t sent = 0, total = 0;
-  for (unsigned round = 0; round < 12; round++) {
+  for (unsigned round = 0; round < 12 / RARELY; round++) {
     run_free(&v);
     for (unsigned pass = 0; pass < 3; pass++) {
       total += look(&s, 1);
@@ -789,7 +788,7 @@ static void pass_cut(void) {
   vmm_start(&v);
   struct tracker s = tracked(&v);
   tell_vmm(&v, (struct order){FILL, 0, 0, PAGES, 5});
-  for (unsigned round = 0; round < 40; round++) {
+  for (unsigned round = 0; round < 40 / RARELY; round++) {
     struct receiver *r = receiver_of(&s);
     check(look(&s, 1) == PAGES, "round %u", round);
     check(!pc_source_copy(s.source, 0), " ");
@@ -886,7 +885,7 @@ static void *killer_run(void *argument) {
 
 /* The VMM is killed at any time: a sentence, at the latest from the next look, and no hang. */
 static void killed(enum kind kind) {
-  for (unsigned round = 0; round < 30; round++) {
+  for (unsigned round = 0; round < 30 / RARELY; round++) {
     struct vmm v = {0};
     pthread_t killer;
     add_part(&v, kind, 2000);

@@ -32,7 +32,7 @@ enum { MISSING = 77, SMALL = 4096, HUGE = 2 << 20, MAX_REGIONS = 2, MAX_THREADS 
       fprintf(stderr, "%s:%d: not so: %s: ", __func__, __LINE__, #holds);                          \
       fprintf(stderr, __VA_ARGS__);                                                                \
       fprintf(stderr, "\n");                                                                       \
-      leave(1);                                                                                    \
+      _exit(1);                                                                                    \
     }                                                                                              \
   } while (0)
 #define get(field) __atomic_load_n(&(field), __ATOMIC_ACQUIRE)
@@ -44,25 +44,9 @@ enum { MISSING = 77, SMALL = 4096, HUGE = 2 << 20, MAX_REGIONS = 2, MAX_THREADS 
 
 static volatile int waiting_for;
 
-/* What the machine had of huge pages, while a subtest has reserved more. */
-static char huge_before[24];
-
-static void huge_pages_back(void) {
-  int fd = *huge_before ? open("/proc/sys/vm/nr_hugepages", O_WRONLY) : -1;
-  if (fd >= 0 && write(fd, huge_before, strlen(huge_before)) > 0)
-    *huge_before = 0;
-  if (fd >= 0)
-    close(fd);
-}
-
-static void leave(int status) {
-  huge_pages_back();
-  _exit(status);
-}
-
 static void missing(const char *what) {
   fprintf(stderr, "missing: %s\n", what);
-  leave(MISSING);
+  _exit(MISSING);
 }
 
 struct subtest {
@@ -73,7 +57,7 @@ struct subtest {
 static void stuck(int signal) {
   (void)signal;
   dprintf(2, "stuck: line %d waits for what does not come\n", waiting_for);
-  leave(2);
+  _exit(2);
 }
 
 /* Runs the subtest that is named, with other random numbers if a number follows; or names all. */
@@ -309,17 +293,12 @@ static void guest_free(struct guest *g) {
   }
 }
 
-/* More of them than the machine has, until huge_pages_back. */
-static void reserve_huge_pages(int count) {
-  FILE *f = fopen("/proc/sys/vm/nr_hugepages", "r+");
-  int before, now = 0;
-  if (!f || fscanf(f, "%d", &before) != 1)
-    missing("hugetlbfs");
-  snprintf(huge_before, sizeof huge_before, "%d\n", before);
-  rewind(f), fprintf(f, "%d", before + count), fflush(f);
-  rewind(f);
-  if (fscanf(f, "%d", &now) != 1 || now < before + count)
-    missing("huge pages of 2 MiB");
+/* conftest.py has reserved them. */
+static void want_huge_pages(int count) {
+  FILE *f = fopen("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "r");
+  int free = 0;
+  if (!f || fscanf(f, "%d", &free) != 1 || free < count)
+    missing("free huge pages of 2 MiB");
   fclose(f);
 }
 

@@ -78,7 +78,7 @@ static void two_regions(void) {
 
 static void huge_pages(void) {
   enum { PAGES = 12 };
-  reserve_huge_pages(2 * PAGES);
+  want_huge_pages(2 * PAGES);
   struct guest g = {0};
   add_ram(&g, 1024, SMALL, mixed);
   add_ram(&g, PAGES, HUGE, mixed);
@@ -97,7 +97,6 @@ static void huge_pages(void) {
   wait_until(get(p.at->discarded_pages) == discarded + PAGES);
   finish(&p);
   guest_free(&g);
-  huge_pages_back();
 }
 
 static void anonymous(void) {
@@ -985,9 +984,8 @@ static void poison_anonymous(void) {
 }
 
 static void poison_huge(void) {
-  reserve_huge_pages(24);
+  want_huge_pages(24);
   poison(12, HUGE, false);
-  huge_pages_back();
 }
 
 static void *late_run(void *argument) {

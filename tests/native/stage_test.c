@@ -20,7 +20,7 @@ static struct small_tmpfs huge_tmpfs;
 /* Regions of this kind of memory; the guest's threads visit the first. */
 static void make(struct guest *g, enum memory memory, uint64_t pages, unsigned regions) {
   if (memory == HUGETLB)
-    reserve_huge_pages((int)(pages * regions));
+    want_huge_pages((int)(pages * regions));
   if (memory == HUGE_TMPFS)
     huge_tmpfs = new_tmpfs("size=256m,huge=always");
   for (unsigned i = 0; i < regions; i++) {
@@ -43,8 +43,6 @@ static void make(struct guest *g, enum memory memory, uint64_t pages, unsigned r
 
 static void unmake(struct guest *g, enum memory memory) {
   guest_free(g);
-  if (memory == HUGETLB)
-    huge_pages_back();
   if (memory == HUGE_TMPFS)
     free_tmpfs(&huge_tmpfs);
 }

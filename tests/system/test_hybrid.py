@@ -20,7 +20,7 @@ __all__ = ["boot"]  # a fixture
 # Write rates, operations a second on 4 KiB pages at random: from idle to beyond what the bandwidth
 # carries, and then as fast as the guest can.
 RATES = (0, 500, 4000, 20_000, -1)
-BANDWIDTH = 64 * MIB  # 16,384 pages a second
+BANDWIDTH = 96 * MIB  # 24,576 pages a second
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ async def test_ten_moves_at_every_write_rate(
     folder: Path, boot: tuple[Path, Path], vcpus: int, record_property: Any
 ) -> None:
     """Idle, and writing less, as much and far more than the link carries: never a bad page."""
-    work = q.Workload(test_mb=192, rate=0)
-    options = {"qemu": QEMUS[-1], "memory": 320 * MIB, "vcpus": vcpus, "workload": work}
+    work = q.Workload(test_mb=96, rate=0)
+    options = {"qemu": QEMUS[-1], "memory": 224 * MIB, "vcpus": vcpus, "workload": work}
     downtimes = []
     async with pair(folder, boot, **options) as it:
         await it.boot()
@@ -97,8 +97,8 @@ async def test_a_slow_disk_read_by_direct_io(
 
 async def test_precopy_of_a_quiet_guest(folder: Path, boot: tuple[Path, Path]) -> None:
     """All of its memory is there before it is."""
-    work = q.Workload(test_mb=192, rate=200)
-    async with pair(folder, boot, qemu=QEMUS[-1], memory=320 * MIB, workload=work) as it:
+    work = q.Workload(test_mb=96, rate=200)
+    async with pair(folder, boot, qemu=QEMUS[-1], memory=224 * MIB, workload=work) as it:
         await it.boot()
         await it.wait_for_it()
         result = await move(it, mode="precopy")
@@ -108,8 +108,8 @@ async def test_precopy_of_a_quiet_guest(folder: Path, boot: tuple[Path, Path]) -
 async def test_precopy_of_a_busy_guest_is_given_up(folder: Path, boot: tuple[Path, Path]) -> None:
     """A guest that writes more than the link carries stays, nothing is left in either QEMU, and the
     same QEMU at the destination takes it by another mode."""
-    work = q.Workload(test_mb=192, rate=-1)
-    async with pair(folder, boot, qemu=QEMUS[-1], memory=320 * MIB, workload=work) as it:
+    work = q.Workload(test_mb=96, rate=-1)
+    async with pair(folder, boot, qemu=QEMUS[-1], memory=224 * MIB, workload=work) as it:
         here = await it.boot()
         there = await it.wait_for_it()
         result = await it.here.migrate(
@@ -125,8 +125,8 @@ async def test_precopy_of_a_busy_guest_is_given_up(folder: Path, boot: tuple[Pat
 
 async def test_cancelled_in_a_pass(folder: Path, boot: tuple[Path, Path]) -> None:
     """Cancelled in the middle of a pass: the guest runs on, and nothing is left of it."""
-    work = q.Workload(test_mb=192, rate=4000)
-    async with pair(folder, boot, qemu=QEMUS[-1], memory=320 * MIB, workload=work) as it:
+    work = q.Workload(test_mb=96, rate=4000)
+    async with pair(folder, boot, qemu=QEMUS[-1], memory=224 * MIB, workload=work) as it:
         here = await it.boot()
         there = await it.wait_for_it()
         started = await it.here.call("Migrate", name=VM, to=it.there.address, mode="hybrid",

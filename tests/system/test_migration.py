@@ -34,7 +34,6 @@ from pair import (
 from postcopyd.errors import PostcopydError
 
 ROOT = Path(__file__).parents[2]
-HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 PLACED = 4  # in the record of pages: uffd_native.c
 
@@ -46,17 +45,12 @@ def tmpfs() -> Iterator[Path]:
 
 
 @pytest.fixture
-def huge_pages() -> Iterator[int]:
+def huge_pages() -> int:
     """Bytes of huge pages for each of two VMMs."""
-    count, free = 12, int(FREE_HUGE_PAGES.read_text())
-    before = int(HUGE_PAGES.read_text())
-    if os.geteuid() == 0:
-        HUGE_PAGES.write_text(str(before + 2 * count))
-    added = int(HUGE_PAGES.read_text()) - before
-    if free + added < 2 * count:
+    count = 12
+    if int(FREE_HUGE_PAGES.read_text()) < 2 * count:
         missing(f"{2 * count} free huge pages of 2 MiB")
-    yield count * 2 * MIB
-    HUGE_PAGES.write_text(str(int(HUGE_PAGES.read_text()) - added))
+    return count * 2 * MIB
 
 
 @pytest.mark.parametrize(
