@@ -44,6 +44,7 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         monkeypatch.setattr(procfs, name, partial(_of_this_process, getattr(procfs, name)))
     monkeypatch.setattr(arriving, "DestinationEngine", ToldEngine)
     monkeypatch.setattr(arriving, "PROGRESS_S", 1.0)
+    monkeypatch.setattr(arriving, "COUNT_S", 0.1)
     monkeypatch.setattr(daemon, "accepted_kind", accepted_at_once)
     for module in (leaving, daemon):
         monkeypatch.setattr(module, "receive_object", received_at_once)
