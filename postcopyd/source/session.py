@@ -111,6 +111,8 @@ class SourceSession:
         session._committed = True
         session._downtime_ms, session._downtime_parts = about["downtime"]
         session._recoveries = about["recoveries"]
+        session._passes = [Pass(**one) for one in about["passes"]]
+        session._why_now = about["why_now"]
         session._touched = True
         vm.attached().before = "running" if about["run"] else "paused"
         shape = session._shape = await vm.attached().inspect("source")
@@ -322,7 +324,7 @@ class SourceSession:
         mode, most = self.request.mode, self.request.precopy_passes
         downtime_s = (self.request.max_downtime_ms or MAX_DOWNTIME_MS) / 1e3
         assert mode != "postcopy"
-        while not self._why_now and most != 0:
+        while not self._why_now and (most != 0 or mode == "precopy"):
             pages = await tracking.arm()
             self.vm.show(
                 phase="precopy",
@@ -331,22 +333,23 @@ class SourceSession:
                 f"{len(self._passes) + 1}",
             )
             stats, began = engine.stats, time.monotonic()
-            pages, moved = stats.passed_pages, stats.transferred_bytes
+            before, moved = stats.passed_pages, stats.transferred_bytes
             async with open_nursery() as nursery:
                 nursery.start_soon(self._pass, channel)
-                nursery.start_soon(self._show_progress)
+                nursery.start_soon(self._show_progress, before + pages)
                 await channel.expect(p.Passed)
                 nursery.cancel_scope.cancel()
             seconds = time.monotonic() - began
             self._passes.append(
                 Pass(
-                    pages=stats.passed_pages - pages,
+                    pages=stats.passed_pages - before,
                     bytes=stats.transferred_bytes - moved,
                     seconds=seconds,
                     left=await tracking.look(),
                 )
             )
             self.log.info("pass", **self._passes[-1].json())
+            self.vm.show(passes=[one.json() for one in self._passes])
             self._why_now = why_now(mode, self._passes, most, downtime_s) or ""
             if not self._why_now and mode == "hybrid" and tracking.stopped_s > STOPPED_S:
                 self._why_now = (
@@ -628,6 +631,8 @@ class SourceSession:
             "run": self._shape.state == "running",
             "downtime": [self._downtime_ms, self._downtime_parts],
             "recoveries": self._recoveries,
+            "passes": [asdict(one) for one in self._passes],
+            "why_now": self._why_now,
         }
 
     # --- when it goes wrong ----------------------------------------------------------------------
@@ -751,7 +756,8 @@ class SourceSession:
         assert self._engine is not None
         await self._engine.watch()
 
-    async def _show_progress(self) -> None:
+    async def _show_progress(self, until: int | None = None) -> None:
+        """`until`: how many pages will have been sent in passes at the end of this one."""
         assert self._engine is not None
         stats, before, at = self._engine.stats, 0, time.monotonic()
         while True:
@@ -765,6 +771,8 @@ class SourceSession:
                 elapsedMs=round((now - self._began) * 1e3),
                 downtimeMs=self._downtime_ms,
             )
+            if until is not None:
+                self.vm.show(remaining=max(until - stats.passed_pages, 0) * self._page_size)
             before, at = moved, now
 
     @property
