@@ -137,7 +137,7 @@ def moves(seed: int) -> Iterator[Move]:
             # So few passes that something is left for postcopy, mostly.
             words = ("--precopy-passes", dice.choice("11123"))
         elif mode == "precopy":
-            share = dice.choice((1.0, 0.5))
+            share = dice.choice((1.0, 1.0, 0.5))
             fails = ("--max-downtime", "1", "--precopy-passes", "1")
             words = ("--max-downtime", "5000") if share == 1 else fails
         yield Move(mode, share, words)
