@@ -80,8 +80,8 @@ def test_a_schedule_can_be_narrowed() -> None:
 
 def test_every_mode_is_used() -> None:
     """Hybrid most of the time, and precopies both ways."""
-    some = list(islice(s.moves(1), 60))
-    assert some == list(islice(s.moves(1), 60)) != list(islice(s.moves(2), 60))
+    some = list(islice(s.moves(1), 200))
+    assert some == list(islice(s.moves(1), 200)) != list(islice(s.moves(2), 200))
     modes = [move.mode for move in some]
     assert modes.count("hybrid") > modes.count("postcopy") > modes.count("precopy") > 0
     assert {move.share for move in some if move.mode == "precopy"} == {1.0, 0.5}
