@@ -38,7 +38,7 @@ int stage_open(struct stage *s, const struct pc_region *region) {
 int stage_write(struct stage *s, uint64_t to, const uint8_t *from, uint64_t bytes) {
   for (uint64_t done = 0; done < bytes;) {
     struct iovec here = {(void *)(from + done), bytes - done};
-    struct iovec there = {s->at + to + done, bytes - done};
+    struct iovec there = {s->huge ? s->at + to + done : NULL, bytes - done};
     /* To a mapping of our own, but by the kernel: no huge page is EFAULT then, and not SIGBUS. */
     ssize_t n = s->huge ? process_vm_writev(getpid(), &here, 1, &there, 1, 0)
                         : pwrite(s->fd, here.iov_base, here.iov_len,

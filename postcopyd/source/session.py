@@ -395,7 +395,11 @@ class SourceSession:
         async with open_nursery() as nursery:
             nursery.start_soon(self._watch_engine)
             nursery.start_soon(self._save, channel)
-            while not isinstance(await channel.receive(), p.Loaded):  # Serving
+            while not isinstance(answer := await channel.receive(), p.Loaded):  # Serving
+                if self.request.mode != "precopy":
+                    raise RemoteProtocolError(
+                        f"{self.request.to} sent {type(answer).__name__} where Loaded was due"
+                    )
                 self._engine.push(self._bandwidth)
             self._loaded_at = time.monotonic()
             self._commit()

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -49,7 +50,7 @@ QUIT_S = 10.0
 """How long the source's QEMU may take to end by itself after drained."""
 
 LONG_S = 300.0
-"""A run of so many seconds shall have met each phase, and a fault every 3 s."""
+"""A run of so many seconds shall have met each phase, and a fault every 4 s."""
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ class Options:
     memory: int = 256 * MIB
     """Bytes of guest RAM."""
     bandwidth: int = 96 * MIB
-    """Bytes per second pushed, so that postcopy lasts long enough to be met by faults."""
+    """Bytes per second copied and pushed, so that both last long enough to be met by faults."""
     rate: int = 4000
     """Pages that the guest checks and writes in a second: some are asked for, others pushed."""
     phases: tuple[str, ...] = s.PHASES
@@ -79,14 +80,18 @@ class Chaos:
         self.runs = e.Runs()
         self.faults: Counter[tuple[str, str]] = Counter()
         """By kind, and by the phase in which it really was."""
+        self.moves: Counter[tuple[str, str]] = Counter()
+        """Attempts by mode, and by where the guest was after them."""
+        self._moves = s.moves(options.seed)
         self.migrations = self.attempts = self.recoveries = self.left_behind = 0
         self.durations: list[float] = []
         self.migrating = False
+        self._move_now = next(self._moves)
         self._began = trio.current_time()
         self._at = 0  # the host that has the guest
         self._launched = 0
         self._quiet = 0.0  # when the last fault is over
-        self._granted = False
+        self._granted = self._copying = False
         self._news = trio.Event()
         self._awaited = ""
         self._reached = self._injected = trio.Event()
@@ -126,7 +131,7 @@ class Chaos:
         missed = [phase for phase in self.options.phases if phase not in met]
         if missed:
             return f"no fault came while the migration was in {', '.join(missed)}"
-        wanted = self.options.seconds // 3
+        wanted = self.options.seconds // 4
         return f"{count} faults are fewer than {wanted:.0f}" if count < wanted else ""
 
     async def _run(self) -> None:
@@ -174,7 +179,8 @@ class Chaos:
     async def _move(self) -> None:
         """One migration, tried once: it ends with the guest at either host, verified there."""
         await self._patient(self._wait_at_destination, "a QEMU could not be attached")
-        self._granted = False
+        self._granted = self._copying = False
+        self._move_now = next(self._moves)
         self.migrating = True
         self._tell()
         self.attempts += 1
@@ -184,7 +190,9 @@ class Chaos:
         self.migrating = False
         self._tell()
         said = str(result.get("error") or result.get("event"))
-        self.say(f"migrate ended with {status}, guest at the {where}: {said}")
+        mode = " ".join((self._move_now.mode, *self._move_now.words))
+        self.moves[self._move_now.mode, where] += 1
+        self.say(f"{mode} ended with {status}, guest at the {where}: {said}")
         # Without a migration's id it is the command that has lost its daemon.
         if status == 0 and where != "destination":
             raise Lost("exit status 0, and the guest is at the source")
@@ -196,15 +204,18 @@ class Chaos:
             await self._moved(trio.current_time() - began)
         else:
             await self._patient(self._runs_here, "the guest did not run at the source")
+        await self._patient(self._untracked, "something of tracking was left in a QEMU")
         self._in_one_place()
 
     async def _command(self) -> tuple[int, dict[str, Any]]:
         """The command line's exit status, and the last object that it printed."""
+        move = self._move_now
         done = await trio.run_process(
             [
                 *(sys.executable, "-m", "postcopyd", "migrate", VM, "--json"),
                 *("--control", self.source.host.control, "--to", self.destination.proxy.address),
-                *("--bandwidth", str(self.options.bandwidth)),
+                *("--bandwidth", str(round(self.options.bandwidth * move.share))),
+                *("--mode", move.mode, *move.words),
             ],
             cwd=PACKAGE.parent,
             capture_stdout=True,
@@ -259,6 +270,11 @@ class Chaos:
         if arriving is not None and not arriving.ended and await arriving.state() == "running":
             raise Lost(f"{arriving.name} runs, and the migration to it has failed")
         await self._works()
+
+    async def _untracked(self) -> None:
+        """Neither QEMU has a userfaultfd, nor are its mappings tracked."""
+        while any(e.tracked(vmm.process.pid) for vmm in (self._here, self._arriving) if vmm):
+            await trio.sleep(0.1)
 
     async def _works(self) -> None:
         """The guest does something, and it is this QEMU's guest that does it."""
@@ -368,6 +384,8 @@ class Chaos:
         if message == "grant":
             self._granted = True
             self._tell()
+        elif message in ("serving", "handover"):
+            self._copying = message == "serving" and self._move_now.mode != "postcopy"
         if message == self._awaited:
             self._awaited = ""
             self._reached.set()
@@ -388,7 +406,7 @@ class Chaos:
         proxy = self.destination.proxy
         disturbed = any(node.proxy.disturbed for node in self.nodes)
         source, destination = self.source.side, self.destination.side
-        phase = e.phase(source, destination, self.migrating, disturbed)
+        phase = e.phase(source, destination, self.migrating, disturbed, self._copying)
         did = True
         match fault.kind:
             case "kill" | "terminate":
@@ -412,12 +430,20 @@ class Chaos:
             case "refuse":
                 proxy.refuse(fault.seconds)
                 proxy.cut()
+            case "cancel":
+                did = await self._cancel()
         self._quiet = max(self._quiet, trio.current_time() + fault.seconds)
         self.say(
             f"{fault} ({fault.moment}+{fault.delay * 1e3:.0f} ms) in {phase}: "
             f"source {source}; destination {destination}{'' if did else ': nothing to break'}"
         )
         self.faults[fault.kind, phase] += did
+
+    async def _cancel(self) -> bool:
+        with trio.move_on_after(2.0), suppress(PostcopydError, ConnectionLost):
+            await self.source.host.call("Cancel", name=VM)
+            return True
+        return False
 
     async def _destroy(self, victim: str) -> bool:
         """One side's sockets, by the kernel, as when a firewall or a route forgets them."""
@@ -508,10 +534,16 @@ class Chaos:
         reports = self.guest.reports
         silent = max(b.at - a.at for a, b in pairwise(reports))
         waited = max(report.gap_us for report in reports) / 1e6
+        modes = [
+            f"{mode} {self.moves[mode, 'destination']} of {sum(counts)}"
+            for mode in ("hybrid", "postcopy", "precopy")
+            if sum(counts := [self.moves[mode, where] for where in ("source", "destination")])
+        ]
         middle = sorted(self.durations)[len(self.durations) // 2]
         rows += [
             f"migrations  {self.migrations} of {self.attempts} attempts, median {middle:.1f} s, "
             f"longest {max(self.durations):.1f} s",
+            f"modes       {', '.join(modes)}",
             f"recoveries  {self.recoveries}",
             f"the guest   waited {waited:.1f} s for a page at most, was silent {silent:.1f} s at "
             f"most; 0 bad pages in {len(reports)} reports and {self.migrations + 1} sweeps",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is judged by: where the guest ran and when, and what both sides say of a migration.
 
-Pure, except for `follow`, which reads a QEMU's own monitor. Nothing here trusts the daemons for
-where the guest runs.
+Pure, except for `follow`, which reads a QEMU's own monitor, and `tracked`, which reads /proc.
+Nothing here trusts the daemons for where the guest runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import schedule as s
 import trio
 
+from postcopyd import procfs
 from postcopyd.errors import PostcopydError
 from postcopyd.vmm.qmp import Qmp
 
@@ -80,6 +81,16 @@ async def follow(
         runs.stopped(qemu, time.time())
 
 
+def tracked(pid: int) -> list[str]:
+    """What a process has of userfaultfd: descriptors, and mappings that are tracked for writes."""
+    try:
+        found = [link for link in procfs.descriptors(pid).values() if "userfaultfd" in link]
+        flags = Path(f"/proc/{pid}/smaps").read_text().split("VmFlags:")[1:]
+    except OSError:  # it has ended
+        return []
+    return found + [line for line in flags if "uw" in line.splitlines()[0].split()]
+
+
 def returned(reporters: Iterable[str]) -> str:
     """The QEMU whose guest was heard again after another's, or "". Takes one name per report."""
     seen: set[str] = set()
@@ -112,8 +123,9 @@ def side(daemon: str, record: Path) -> Side:
     return Side(daemon, found["ownership"], found["status"]["phase"])
 
 
-def phase(source: Side, destination: Side, migrating: bool, disturbed: bool) -> str:
-    """What is under way, as schedule.py names it. `disturbed`: a fault of the network lasts."""
+def phase(source: Side, destination: Side, migrating: bool, disturbed: bool, copying: bool) -> str:
+    """What is under way, as schedule.py names it. `disturbed`: a fault of the network lasts.
+    `copying`: of what was sent between the daemons the last is of passes."""
     if not migrating:
         return s.IDLE
     if source.ownership == "granted":
@@ -125,7 +137,9 @@ def phase(source: Side, destination: Side, migrating: bool, disturbed: bool) -> 
         return s.POSTCOPY if destination.ownership == "owned" else s.GRANTED
     if source.ownership == "intent" or destination.ownership == "loading":
         return s.HANDOVER
-    return s.ADOPTION if destination.ownership == "arriving" else s.PREPARE
+    if destination.ownership != "arriving":
+        return s.PREPARE
+    return s.PRECOPY if copying else s.ADOPTION
 
 
 def where(source: Status, destination: Status) -> str:

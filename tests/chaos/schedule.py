@@ -12,14 +12,15 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 
-IDLE, PREPARE, ADOPTION, HANDOVER = "idle", "prepare", "adoption", "handover"
+IDLE, PREPARE, ADOPTION = "idle", "prepare", "adoption"
+PRECOPY, HANDOVER = "precopy", "handover"
 GRANTED, POSTCOPY, RECOVERY, DRAINED = "granted", "postcopy", "recovery", "drained"
-PHASES = (IDLE, PREPARE, ADOPTION, HANDOVER, GRANTED, POSTCOPY, RECOVERY, DRAINED)
+PHASES = (IDLE, PREPARE, ADOPTION, PRECOPY, HANDOVER, GRANTED, POSTCOPY, RECOVERY, DRAINED)
 
 # A round comes to each phase in this order, so that one migration can meet several of its faults.
 # What fails before the grant is tried again, what fails after it recovers: most faults go there.
 ROUND = (
-    IDLE, PREPARE, ADOPTION, HANDOVER,
+    IDLE, PREPARE, ADOPTION, PRECOPY, PRECOPY, HANDOVER,
     GRANTED, RECOVERY, RECOVERY, POSTCOPY, RECOVERY, RECOVERY, DRAINED,
 )  # fmt: skip
 LEFT_OUT = 0.1
@@ -37,6 +38,7 @@ MOMENTS: dict[str, tuple[tuple[str, ...], float]] = {
     IDLE: (("idle",), 0.3),
     PREPARE: (("hello", "offer"), 0.02),
     ADOPTION: (("offer", "ready", "serving"), 0.06),
+    PRECOPY: (("serving", "pass", "passed"), 1.0),
     HANDOVER: (("handover", "device", "deviceEnd", "loaded"), 0.01),
     GRANTED: (("grant",), 0.005),
     POSTCOPY: (("postcopy",), 1.5),
@@ -59,9 +61,18 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[Range, ...]]] = {
     "destroy": ((SOURCE, DESTINATION), ()),  # its sockets, by the kernel
     "stall": ((BOTH, SOURCE, DESTINATION), ((0.2, 2), (9, 12))),  # what goes to these
     "refuse": ((ALL,), ((1, 3),)),  # cuts, and takes no new connections
+    "cancel": ((SOURCE,), ()),  # by a person
 }
-# Without a connection there is none to break.
+# Without a connection there is none to break; what was granted cannot be cancelled.
 IDLE_KINDS = ("kill", "terminate", "stop", "refuse")
+LATE = (GRANTED, POSTCOPY, RECOVERY, DRAINED)
+
+
+def possible(phase: str) -> tuple[str, ...]:
+    """The kinds of faults that can be met in a phase."""
+    if phase == IDLE:
+        return IDLE_KINDS
+    return tuple(kind for kind in KINDS if kind != "cancel" or phase not in LATE)
 
 
 @dataclass(frozen=True)
@@ -90,22 +101,46 @@ def schedule(
     """
     if not (phases and kinds and set(phases) <= set(PHASES) and set(kinds) <= set(KINDS)):
         raise ValueError(f"no faults of the kinds {[*kinds]} in the phases {[*phases]}")
-    if not set(phases) - {IDLE} and not set(kinds) & set(IDLE_KINDS):
-        raise ValueError(f"no fault of the kinds {[*kinds]} can meet an idle daemon")
+    if not any(set(possible(phase)) & set(kinds) for phase in phases):
+        raise ValueError(f"no fault of the kinds {[*kinds]} can come in the phases {[*phases]}")
     dice = random.Random(seed)
     decks: dict[str, list[str]] = {phase: [] for phase in PHASES}
     for phase in cycle(ROUND):
         left_out = dice.random() < LEFT_OUT
-        possible = [kind for kind in KINDS if kind in kinds]
-        if phase == IDLE:
-            possible = [kind for kind in possible if kind in IDLE_KINDS]
-        if left_out or phase not in phases or not possible:
+        here = [kind for kind in possible(phase) if kind in kinds]
+        if left_out or phase not in phases or not here:
             continue
         deck = decks[phase]
         if not deck:
-            deck += possible
+            deck += here
             dice.shuffle(deck)
         yield _fault(dice, phase, deck.pop())
+
+
+@dataclass(frozen=True)
+class Move:
+    """How one migration is made: with this share of the run's bandwidth, and these words more."""
+
+    mode: str
+    share: float
+    words: tuple[str, ...]
+
+
+def moves(seed: int) -> Iterator[Move]:
+    """The migrations of a seed, without end: most of them hybrid, now and then a precopy that is
+    bound to fail or one that is not."""
+    dice = random.Random(f"moves of {seed}")
+    while True:
+        mode = dice.choice((*["hybrid"] * 7, *["postcopy"] * 3, "precopy"))
+        share, words = 1.0, tuple[str, ...]()
+        if mode == "hybrid":
+            # So few passes that something is left for postcopy, mostly.
+            words = ("--precopy-passes", dice.choice("11123"))
+        elif mode == "precopy":
+            share = dice.choice((1.0, 1.0, 0.5))
+            fails = ("--max-downtime", "1", "--precopy-passes", "1")
+            words = ("--max-downtime", "5000") if share == 1 else fails
+        yield Move(mode, share, words)
 
 
 def _fault(dice: random.Random, phase: str, kind: str) -> Fault:

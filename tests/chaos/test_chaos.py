@@ -34,8 +34,8 @@ def test_a_guest_survives_a_short_run() -> None:
         seconds=10,
         memory=128 << 20,
         bandwidth=48 << 20,
-        phases=(s.HANDOVER, s.GRANTED, s.POSTCOPY, s.RECOVERY),
-        kinds=("kill", "terminate", "stop", "cut", "reset", "destroy"),
+        phases=(s.PRECOPY, s.HANDOVER, s.GRANTED, s.POSTCOPY, s.RECOVERY),
+        kinds=("kill", "terminate", "stop", "cut", "reset", "destroy", "cancel"),
     )
     print(chaos.run(options))
 
@@ -55,8 +55,8 @@ def test_faults_are_spread(seed: int) -> None:
     """Within 200 faults every phase meets every kind that can be met there, and every victim."""
     faults = list(islice(s.schedule(seed), 200))
     for phase in s.PHASES:
-        kinds = s.IDLE_KINDS if phase == s.IDLE else tuple(s.KINDS)
-        assert {fault.kind for fault in faults if fault.phase == phase} == set(kinds)
+        kinds = {fault.kind for fault in faults if fault.phase == phase}
+        assert kinds == set(s.possible(phase))
     for kind, (victims, ranges) in s.KINDS.items():
         of_kind = [fault for fault in faults if fault.kind == kind]
         assert {fault.victim for fault in of_kind} == set(victims)
@@ -71,9 +71,20 @@ def test_a_schedule_can_be_narrowed() -> None:
     assert {(fault.phase, fault.kind) for fault in faults} == {
         (s.GRANTED, "cut"), (s.GRANTED, "kill"), (s.IDLE, "kill"),
     }  # fmt: skip
-    for phases, kinds in (((), ("cut",)), ((s.IDLE,), ("cut",)), (("nowhere",), ("cut",))):
+    never = (((), ("cut",)), ((s.IDLE,), ("cut",)), (("nowhere",), ("cut",)),
+             ((s.GRANTED, s.IDLE), ("cancel",)))  # fmt: skip
+    for phases, kinds in never:
         with pytest.raises(ValueError, match="no fault"):
             next(s.schedule(1, phases, kinds))
+
+
+def test_every_mode_is_used() -> None:
+    """Hybrid most of the time, and precopies both ways."""
+    some = list(islice(s.moves(1), 200))
+    assert some == list(islice(s.moves(1), 200)) != list(islice(s.moves(2), 200))
+    modes = [move.mode for move in some]
+    assert modes.count("hybrid") > modes.count("postcopy") > modes.count("precopy") > 0
+    assert {move.share for move in some if move.mode == "precopy"} == {1.0, 0.5}
 
 
 # --- what a run is judged by ---------------------------------------------------------------------
@@ -127,11 +138,13 @@ def test_what_is_under_way() -> None:
     def phase(here: str, there: str, **more: bool) -> str:
         source, destination = (e.Side("up", *side.split()) for side in (here, there))
         migrating, disturbed = more.get("migrating", True), more.get("disturbed", False)
-        return e.phase(source, destination, migrating, disturbed)
+        copying = more.get("copying", False)
+        return e.phase(source, destination, migrating, disturbed, copying)
 
     assert phase("held idle", "held idle", migrating=False) == s.IDLE
     assert phase("held idle", "held drained") == s.PREPARE
     assert phase("held idle", "arriving idle") == s.ADOPTION
+    assert phase("held idle", "arriving idle", copying=True) == s.PRECOPY
     assert phase("intent idle", "arriving idle") == s.HANDOVER
     assert phase("granted handover", "loading handover") == s.GRANTED
     assert phase("granted handover", "owned handover") == s.POSTCOPY

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What a peer may send to the native engines, for libFuzzer (llvm.org/docs/LibFuzzer.html): frames to
- * the destination, requests to the source, the numbers of a Have. Real engines on memory of this
+ * the destination, requests to the source, the numbers of a Have; and to a staged destination frames,
+ * numbers of a Stale, the seal and faults in any order. Real engines on memory of this
  * process, a real userfaultfd, real sockets; made once. A connection's thread function is called
  * here, without the thread, on a socket that has all of the input and then ends: thousands of
  * connections a second, and each run does the same again. (Threads: tests/native.)
@@ -27,11 +28,13 @@ static int kept_reader(struct frame_reader *r, int fd, size_t payload, size_t ah
 
 enum { PAGE = 4096, BEFORE = 1, FIRST = 12, SECOND = 21, ALL = FIRST + SECOND };
 enum { FILE_PAGES = BEFORE + ALL + 1 }; /* one at each end that belongs to nobody */
-enum role { PUSH, URGENT, REQUESTS, HAVE, ROLES, LONG = 0x80 };
+enum role { PUSH, URGENT, REQUESTS, HAVE, STAGED, ROLES, LONG = 0x80 };
+/* What befalls a staged engine: one byte, and behind it what the step needs. */
+enum step { FRAMES, STALE, FAULT, SEAL, SETTLE, HAVE_NOW, STEPS };
 /* What both ways of a unix socket take before they are read: 40 requests are answered by 40 pages. */
 enum { MOST_SENT = 150000, MOST_REQUESTED = 40 * FRAME_BYTES };
 
-static struct pc_dest *dest;
+static struct pc_dest *dest, *staged;
 static struct pc_source *source;
 static int guest_file, source_file, record_file, wake;
 static uint8_t is[FILE_PAGES * PAGE];   /* the guest's memory as it is */
@@ -65,6 +68,14 @@ static uint8_t *page_at(uint8_t *memory, unsigned page) {
 static _Atomic uint8_t *state_of(unsigned page) {
   return &dest->record[page < FIRST ? page : dest->regions[1].first + page - FIRST];
 }
+
+/* A staged engine's pages: the first region is a file, the second anonymous memory. */
+static struct {
+  uint8_t state, content, guest; /* content of the stage; what the guest sees, if it is mapped */
+  bool mapped;
+} shadow[ALL];
+static uint8_t *staged_memory[2];
+static int staged_file, staged_record;
 
 /* --- once ------------------------------------------------------------------------------------- */
 
@@ -110,6 +121,24 @@ static void make_engines(void) {
   must(source && !pc_source_scan(source));
 }
 
+static void make_staged(void) {
+  char error[200];
+  staged_file = memfd_create("guest", MFD_CLOEXEC), staged_record = memfd_create("r", MFD_CLOEXEC);
+  must(!ftruncate(staged_file, FIRST * PAGE));
+  staged_memory[0] = mmap(NULL, FIRST * PAGE, PROT_READ, MAP_SHARED, staged_file, 0);
+  staged_memory[1] = mmap(NULL, SECOND * PAGE, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  must(staged_memory[0] != MAP_FAILED && staged_memory[1] != MAP_FAILED);
+  int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+  struct pc_region regions[2] = {
+      {.address = (uintptr_t)staged_memory[0], .pages = FIRST, .page_size = PAGE, .uffd = uffd,
+       .fd = staged_file},
+      {.address = (uintptr_t)staged_memory[1], .pages = SECOND, .page_size = PAGE, .uffd = uffd,
+       .fd = -1}};
+  staged = pc_dest_new(regions, 2, staged_record, wake, 1, error);
+  must(staged && !pc_dest_register(staged, 0));
+}
+
 static int connected(const uint8_t *data, size_t size, int *peer) {
   int fd[2], bytes = 1 << 20;
   must(!socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd));
@@ -125,7 +154,7 @@ static int connected(const uint8_t *data, size_t size, int *peer) {
 
 /* What the model expects to be counted, and why the connection ended. */
 struct counts {
-  uint64_t confirmed, zero, carried, duplicate, existing, bytes;
+  uint64_t confirmed, zero, carried, duplicate, existing, bytes, passed, precopied;
   int64_t answered;
   int failure;
 };
@@ -185,7 +214,9 @@ static uint64_t number(const uint8_t *from, unsigned bytes) {
   return n;
 }
 
-static void model(struct counts *c, const uint8_t *at, size_t left) {
+typedef void page_model(struct counts *c, unsigned page, bool zero, const uint8_t *payload);
+
+static void model(struct counts *c, const uint8_t *at, size_t left, page_model *each) {
   for (;;) {
     c->failure = PC_CONNECTION;
     if (left < FRAME_BYTES)
@@ -210,7 +241,7 @@ static void model(struct counts *c, const uint8_t *at, size_t left) {
     c->bytes += FRAME_BYTES + bytes;
     c->answered += (int64_t)count;
     for (unsigned i = 0; i < count; i++)
-      model_page(c, first + i, kind == 3, kind == 2 ? at + FRAME_BYTES + i * PAGE : NULL);
+      each(c, first + i, kind == 3, kind == 2 ? at + FRAME_BYTES + i * PAGE : NULL);
     at += FRAME_BYTES + bytes, left -= FRAME_BYTES + bytes;
   }
 }
@@ -220,7 +251,7 @@ static void to_destination(const uint8_t *data, size_t size, bool urgent, unsign
   struct counts c = {0};
   begin(seed);
   struct pc_stats before = dest->stats, *s = &dest->stats;
-  model(&c, data, size);
+  model(&c, data, size, model_page);
   struct connection connection = {
       .engine = dest, .fd = connected(data, size, &peer), .urgent = urgent};
   receive_run(&connection);
@@ -237,6 +268,205 @@ static void to_destination(const uint8_t *data, size_t size, bool urgent, unsign
     must(*state_of(page) == states[page]);
   must(pread(guest_file, is, sizeof is, 0) == sizeof is);
   must(!memcmp(is, want, sizeof is));
+}
+
+/* --- a staged destination --------------------------------------------------------------------- */
+
+static bool is_sealed;
+
+static void place_as(unsigned page, uint8_t content) {
+  shadow[page].state = DONE, shadow[page].mapped = true, shadow[page].guest = content;
+}
+
+static void model_staged(struct counts *c, unsigned page, bool zero, const uint8_t *payload) {
+  uint8_t *state = &shadow[page].state;
+  c->passed += !is_sealed;
+  if (!is_sealed) {
+    *state = zero ? HERE : HERE | CACHED;
+    shadow[page].content = zero ? 0 : payload[0];
+  } else if (*state & (DONE | HERE)) {
+    c->duplicate++;
+  } else {
+    bool wanted = *state & WANTED, known = *state;
+    /* Zeros for which nobody waits need no page; known anonymous memory gets one. */
+    if (!zero || wanted || (page >= FIRST && known))
+      place_as(page, zero ? 0 : payload[0]);
+    *state = DONE;
+    c->confirmed++, c->zero += zero, c->carried += !zero;
+  }
+}
+
+/* The guest touches it, or nobody does and settle_run places it. */
+static void model_here(struct counts *c, unsigned page, bool touched) {
+  bool cached = shadow[page].state & CACHED;
+  shadow[page].state = DONE;
+  if (cached || touched)
+    place_as(page, cached ? shadow[page].content : 0);
+  c->confirmed++, c->precopied += cached, c->zero += !cached;
+}
+
+static void model_fault(struct counts *c, unsigned page) {
+  uint8_t *state = &shadow[page].state;
+  struct region *r = &staged->regions[page >= FIRST];
+  enum answer expected = is_sealed && !(*state & (DONE | HERE | WANTED)) ? ASK : ANSWERED;
+  must(fault(staged, r, page < FIRST ? page : page - FIRST, pc_monotonic_ns()) == expected);
+  if (!is_sealed)
+    return;
+  if (*state & HERE)
+    model_here(c, page, true);
+  else if (*state & DONE && !shadow[page].mapped)
+    place_as(page, 0);
+  else if (!(*state & DONE))
+    *state |= WANTED;
+}
+
+static bool all_of(const uint8_t *at, uint8_t content) {
+  return at[0] == content && !memcmp(at, at + 1, PAGE - 1);
+}
+
+/* All that can be seen of guest, file, record and counters. */
+static void look_at_staged(const struct counts *c) {
+  struct pc_stats *s = &staged->stats;
+  uint64_t present = 0;
+  for (unsigned page = 0; page < ALL; page++) {
+    unsigned second = page >= FIRST, at = second ? page - FIRST : page;
+    uint8_t state = atomic_load(&staged->record[staged->regions[second].first + at]), one[PAGE];
+    must(state == shadow[page].state);
+    present += (state & (DONE | HERE)) != 0;
+    uint64_t entry;
+    static int pagemap = -1;
+    if (pagemap < 0)
+      pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    uintptr_t address = (uintptr_t)staged_memory[second] + at * PAGE;
+    must(pread(pagemap, &entry, 8, (off_t)(address / PAGE * 8)) == 8);
+    bool mapped = entry >> 63;
+    must(mapped == shadow[page].mapped);
+    if (mapped)
+      must(all_of(staged_memory[second] + at * PAGE, shadow[page].guest));
+    if (!second && state & HERE) {
+      must(pread(staged_file, one, PAGE, at * PAGE) == PAGE);
+      must(all_of(one, shadow[page].content));
+    }
+    if (second && (state & (HERE | CACHED)) == (HERE | CACHED))
+      must(all_of(staged->stages[1].at + at * PAGE, shadow[page].content));
+  }
+  must(s->present_pages == present && s->confirmed_pages == c->confirmed);
+  must(s->zero_pages == c->zero && s->pushed_pages == c->carried && s->urgent_pages == 0);
+  must(s->duplicate_pages == c->duplicate && s->precopied_pages == c->precopied);
+  must(s->passed_pages == c->passed && s->transferred_bytes == c->bytes);
+  must(sealed(staged) == is_sealed);
+}
+
+static void begin_staged(void) {
+  must(!fallocate(staged_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, FIRST * PAGE));
+  must(!madvise(staged_memory[1], SECOND * PAGE, MADV_DONTNEED));
+  must(!stage_clear(&staged->stages[1], 0, SECOND * PAGE, staged->zeros));
+  memset(shadow, 0, sizeof shadow);
+  memset((void *)staged->record, 0, staged->slots + 1);
+  memset(&staged->stats, 0, sizeof staged->stats);
+  staged->stats.total_pages = ALL;
+  is_sealed = false;
+}
+
+/* The numbers of a Stale or a Have: region, first page, and as many pages as there are bits. */
+static size_t bits_of(const uint8_t *data, size_t size, unsigned *region, uint64_t *first,
+                      uint64_t *count) {
+  if (size < 10)
+    return 0;
+  *region = data[0], *first = number(data + 1, 8), *count = data[9];
+  size_t bytes = (*count + 7) / 8;
+  return size - 10 < bytes ? 0 : 10 + bytes;
+}
+
+static size_t stale_step(const uint8_t *data, size_t size) {
+  unsigned region;
+  uint64_t first, count;
+  size_t used = bits_of(data, size, &region, &first, &count);
+  if (!used)
+    return size;
+  uint8_t *bits = malloc((count + 7) / 8 + !count); /* of its very size, for the sanitizer */
+  memcpy(bits, data + 10, (count + 7) / 8);
+  bool fits = region < 2 && first <= pages_of(region) && count <= pages_of(region) - first;
+  int expected = !fits ? -EINVAL : is_sealed ? -EBUSY : 0;
+  must(pc_dest_stale(staged, region, first, count, bits) == expected);
+  for (uint64_t i = 0; !expected && i < count; i++)
+    if (bits[i / 8] >> i % 8 & 1)
+      shadow[first + i + (region ? FIRST : 0)].state &= (uint8_t)~HERE;
+  free(bits);
+  return used;
+}
+
+static size_t have_step(const uint8_t *data, size_t size) {
+  unsigned region;
+  uint64_t first, count;
+  size_t used = bits_of(data, size, &region, &first, &count);
+  if (!used)
+    return size;
+  uint8_t bits[32];
+  bool fits = region < 2 && first <= pages_of(region) && count <= pages_of(region) - first;
+  must(pc_dest_have(staged, region, first, count, bits) == (fits ? 0 : -EINVAL));
+  for (uint64_t i = 0; fits && i < count; i++)
+    must((bits[i / 8] >> i % 8 & 1) ==
+         !!(shadow[first + i + (region ? FIRST : 0)].state & (DONE | HERE)));
+  return used;
+}
+
+static void frames_step(struct counts *c, const uint8_t *data, size_t size) {
+  int peer;
+  model(c, data, size, model_staged);
+  struct connection connection = {.engine = staged, .fd = connected(data, size, &peer)};
+  receive_run(&connection);
+  close(connection.fd), close(peer);
+  must(staged->stats.failure == c->failure && staged->stats.sentence[0]);
+  engine_forget_connections(&staged->stats);
+  staged->stats.failure = PC_OK, staged->stats.sentence[0] = 0; /* a session would end here */
+}
+
+static size_t lengthened(const uint8_t *data, size_t size, unsigned n);
+
+static void to_staged(const uint8_t *data, size_t size, bool longer) {
+  struct counts c = {0};
+  begin_staged();
+  for (unsigned steps = 1; size; steps++) {
+    enum step step = *data % STEPS;
+    size_t used = 0;
+    data++, size--;
+    switch (step) {
+    case FRAMES:
+      if (size) {
+        used = data[0] < size ? data[0] + 1u : size;
+        if (longer)
+          frames_step(&c, stream, lengthened(data + 1, used - 1, 16 * steps));
+        else
+          frames_step(&c, data + 1, used - 1);
+      }
+      break;
+    case STALE:
+      used = stale_step(data, size);
+      break;
+    case FAULT:
+      if (size)
+        model_fault(&c, data[0] % ALL), used = 1;
+      break;
+    case SEAL:
+      must(!pc_dest_seal(staged));
+      is_sealed = true;
+      break;
+    case SETTLE:
+      must(pc_dest_settle(staged) == (is_sealed ? 0 : -EBUSY));
+      if (staged->settler_started)
+        must(!pthread_join(staged->settler, NULL));
+      staged->settler_started = false;
+      for (unsigned page = 0; is_sealed && page < ALL; page++)
+        if (shadow[page].state & HERE)
+          model_here(&c, page, false);
+      break;
+    default:
+      used = have_step(data, size);
+    }
+    data += used, size -= used;
+    look_at_staged(&c);
+  }
 }
 
 /* --- the source ------------------------------------------------------------------------------- */
@@ -310,10 +540,10 @@ static void have(const uint8_t *data, size_t size) {
 
 /* --- one input -------------------------------------------------------------------------------- */
 
-/* The payloads that the headers promise, made here: each page of another content. */
-static size_t lengthened(const uint8_t *data, size_t size) {
+/* The payloads that the headers promise, made here: each of another content, from the n-th on. */
+static size_t lengthened(const uint8_t *data, size_t size, unsigned n) {
   size_t to = 0;
-  for (unsigned n = 1; size >= FRAME_BYTES && to + FRAME_BYTES <= sizeof stream; n++) {
+  for (; size >= FRAME_BYTES && to + FRAME_BYTES <= sizeof stream; n++) {
     uint64_t bytes = number(data + 20, 4);
     memcpy(stream + to, data, FRAME_BYTES);
     to += FRAME_BYTES, data += FRAME_BYTES, size -= FRAME_BYTES;
@@ -329,7 +559,7 @@ static size_t lengthened(const uint8_t *data, size_t size) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   if (!dest)
-    make_engines();
+    make_engines(), make_staged();
   if (size < 2)
     return 0;
   enum role role = (data[0] & 0x7f) % ROLES;
@@ -340,9 +570,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     to_source(data, size < MOST_REQUESTED ? size : MOST_REQUESTED);
   } else if (role == HAVE) {
     have(data, size);
+  } else if (role == STAGED) {
+    to_staged(data, size, longer);
   } else {
     if (longer)
-      size = lengthened(data, size), data = stream;
+      size = lengthened(data, size, 1), data = stream;
     to_destination(data, size < MOST_SENT ? size : MOST_SENT, role == URGENT, seed);
   }
   return 0;

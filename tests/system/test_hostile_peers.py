@@ -43,6 +43,8 @@ from pair import (
     worked,
 )
 from test_cut_connections import in_one_place
+from test_hybrid import tracked
+from test_hybrid_process import copied, unoccupied
 
 from postcopyd import protocol as p
 from postcopyd.connection import receive_object
@@ -75,6 +77,9 @@ def memory(host: Host) -> int:
 
 @pytest.fixture
 def pair(daemons: Pair) -> Iterator[Pair]:
+    for host in daemons:  # it answers before it has all that it keeps
+        while "event=serving" not in host.log.read_text():
+            time.sleep(0.01)
     before = [(descriptors(host), memory(host)) for host in daemons]
     yield daemons
     daemons.end_guests()
@@ -176,13 +181,16 @@ async def listening(serve: Callable[[trio.SocketStream], Awaitable[None]]) -> As
 class FalseDestination:
     """Has everything handed over to it by hand, up to the grant, each time that it is asked.
 
-    `control` is the newest control connection, `data` the data connections, urgent ones first.
+    `control` is the newest control connection, `data` the data connections, urgent ones first,
+    read only with `reads`. It says what it likes in `before` the handover and `after` the grant.
     """
 
     def __init__(self) -> None:
         self.asked: p.Offer | p.Resume | None = None
         self.control: Peer
         self.data: list[trio.SocketStream] = []
+        self.reads = False
+        self.before: Callable[[Peer], Awaitable[None]] | None = None
         self.after: Callable[[Peer], Awaitable[None]] = self._nothing
 
     async def _nothing(self, _: Peer) -> None:
@@ -195,6 +203,8 @@ class FalseDestination:
                 hello: p.DataHello = await receive_object(stream, p.DataHello)
                 await stream.send_all(p.pack(p.DataWelcome(hello.migration)))
                 self.data.insert(0 if hello.urgent else len(self.data), stream)
+                while self.reads and await stream.receive_some(MIB):
+                    pass
                 await trio.sleep_forever()
             while first != KIND[p.CONTROL]:
                 first += await stream.receive_some(1)
@@ -216,6 +226,8 @@ class FalseDestination:
             await trio.sleep(0.01)
         if isinstance(asked, p.Offer):
             await peer.say(p.Serving())
+            if self.before is not None:
+                await self.before(peer)
             await peer.hear(p.Handover)
             while not isinstance(await peer.hear(p.Message), p.DeviceEnd):
                 pass
@@ -515,9 +527,11 @@ async def test_frames_that_do_not_fit(pair: Pair) -> None:
     offer = await offer_of(pair, name)
     async with beside(pair):
         for number, frame in enumerate(BAD_FRAMES.values()):
-            async with arriving(pair, offer, pair.name()) as (peer, there, data):
-                await data[number % 2].send_all(frame)
+            vm = pair.name()
+            async with arriving(pair, offer, vm) as (peer, there, data):
                 await peer.say(p.Handover())
+                await status_until(b, vm, lambda status: status["phase"] == "handover")
+                await data[number % 2].send_all(frame)
                 error = await peer.until_error()
                 assert error.name == "EngineFailed"
                 assert re.search("does not fit the guest|not a frame", error.message), error
@@ -648,6 +662,214 @@ async def test_destination_that_lies(pair: Pair) -> None:
             assert part in text, (part, messages)
         assert (await trio.to_thread.run_sync(here.report))["state"] == "paused"
     await taken_back(a, name, here)
+
+
+# --- passes
+
+
+def zeros(first: int, count: int) -> bytes:
+    return p.pack_frame(p.Frame(p.ZERO, 0, first, count, 0))
+
+
+def pass_of(pages: bytes) -> bytes:
+    """A Pass with these bytes for its number."""
+    return p.pack(p.Pass(0)).replace(b"pages\x00", b"pages" + pages)
+
+
+DATA = p.pack_frame(p.Frame(p.PAGES, 0, 7, 1, PAGE)) + b"\x5a" * PAGE
+HANDED = (p.Handover(), p.Device(b"state"))
+
+# What a source does: bytes go to the push connection, messages to the control connection, of a type
+# of message one is waited for. And what it is told then.
+Step = bytes | p.Message | type[p.Message]
+PASSED: tuple[Step, ...] = (zeros(0, 10) + DATA, p.Pass(11), p.Passed)
+BAD_PASSES: dict[str, tuple[tuple[Step, ...], str]] = {
+    "fewer": ((zeros(0, 10), p.Pass(5)), "sent 10 pages in passes and says 5"),
+    "backwards": ((*PASSED, p.Pass(10)), "sent 11 pages in passes and says 10"),
+    "not waited": ((p.Pass(2**63 - 1), p.Pass(2**63 - 1)), "'Pass', which is not possible"),
+    "hurried": ((p.Pass(1), p.Handover()), "'Handover', which is not possible"),
+    "stale early": ((*PASSED, p.Stale(0, 0, 8, b"\xff")), "'Stale', which is not possible"),
+    "stale in a pass": ((p.Pass(9), p.Stale(0, 0, 8, b"\xff")), "'Stale', which is not possible"),
+    "passed": ((*PASSED, p.Passed()), "'Passed', which is not possible"),
+    "serving": ((*PASSED, p.Serving()), "'Serving', which is not possible"),
+    "end": ((*PASSED, p.DeviceEnd(0)), "'DeviceEnd', which is not possible"),
+    "request": ((p.pack_frame(p.Frame(p.REQUEST, 0, 0, 1, 0)),), "does not fit the guest"),
+    "far page": ((zeros(4000, 97),), "does not fit the guest"),
+    "far stale": ((*PASSED, *HANDED, p.Stale(0, 4089, 8, b"\xff")), "4089 to 4097 of region 0"),
+    "farthest": ((*HANDED, p.Stale(0, 2**63 - 1, 8, b"\xff")), "of region 0"),
+    "region": ((*PASSED, *HANDED, p.Stale(1, 0, 8, b"\xff")), "pages 0 to 8 of region 1"),
+    "bits": ((*PASSED, *HANDED, p.Stale(0, 0, 9, b"\xff")), "written pages which this guest has n"),
+    "pass late": ((*PASSED, *HANDED, p.Pass(11)), "'Pass', which is not possible"),
+    "stale late": (
+        (*PASSED, *HANDED, p.DeviceEnd(5), p.Stale(0, 0, 8, b"\xff")), "'Stale', which is not poss"
+    ),
+    "serving late": ((*PASSED, *HANDED, p.DeviceEnd(5), p.Serving()), "'Serving', which is not"),
+    # Harm to nobody but its own guest, and what is refused is that guest's state.
+    "pages late": (
+        (*PASSED, DATA * 99, *HANDED, DATA, p.DeviceEnd(5), DATA + zeros(0, 4096)), "refused to"
+    ),
+}  # fmt: skip
+BAD_NUMBERS = {"negative": b"\xff", "too large": b"\xcf" + b"\xff" * 8, "none": b"\xc0"}
+
+
+async def test_source_that_passes_wrongly(pair: Pair) -> None:
+    """Whatever it does in the states that passes add: a named error; and where the VMM there was
+    to load nothing yet, it waits as before, its RAM empty, and takes the next guest."""
+    a, b = pair
+    name, here, _ = await pair.place()
+    offer = structs.replace(await offer_of(pair, name), staged=True)
+    waiting: list[tuple[str, ProcessGuest]] = []
+    at_once = trio.CapacityLimiter(4)
+
+    async def attempt(what: str, steps: tuple[Step, ...], number: bytes, words: str) -> None:
+        vm = pair.name()
+        async with at_once, arriving(pair, offer, vm) as (peer, there, data):
+            said = b""
+            for step in steps:
+                if isinstance(step, p.Message):
+                    said += p.pack(step)
+                    continue
+                await peer.say(said)
+                said = b""
+                if isinstance(step, bytes):
+                    await data[1].send_all(step)
+                else:
+                    await peer.hear(step)
+            await peer.say(said + number)
+            error = await peer.until_error()
+            assert re.search(words, error.message), (what, error)
+            status = await status_until(b, vm, lambda status: status["phase"] == "failed")
+            assert re.search(words, status["message"]), (what, status)
+            if HANDED[1] in steps:
+                await ended(there)
+            else:
+                await unoccupied(b, vm, there)
+                waiting.append((vm, there))
+
+    async with beside(pair), trio.open_nursery() as nursery:
+        for what, (steps, words) in BAD_PASSES.items():
+            nursery.start_soon(attempt, what, steps, b"", words)
+        for what, number in BAD_NUMBERS.items():
+            nursery.start_soon(attempt, what, PASSED, pass_of(number), "a bad 'pass' message")
+    assert len(waiting) == 14
+    vm, there = waiting[0]
+    await a.call("Detach", name=name)
+    await a.attach(vm, "process", here.path)
+    copied(await a.migrate(vm, b, mode="hybrid"))
+    await verified(there)
+
+
+async def test_stale_without_passes(pair: Pair) -> None:
+    """Of an offer that was not staged nothing can be stale."""
+    name, _, _ = await pair.place()
+    offer = await offer_of(pair, name)
+    async with arriving(pair, offer, pair.name()) as (peer, there, _):
+        await peer.say(p.Handover(), p.Stale(0, 0, 8, b"\xff"))
+        error = await peer.until_error()
+        assert (error.name, "made no passes" in error.message) == ("ProtocolError", True)
+        await ended(there)
+
+
+async def test_passes_without_end(pair: Pair) -> None:
+    """A source that only ever passes holds up nobody else, and when it goes all is as before."""
+    a, b = pair
+    name, here, _ = await pair.place()
+    offer = structs.replace(await offer_of(pair, name), staged=True)
+    vm, had = pair.name(), memory(b)
+    async with beside(pair):
+        async with arriving(pair, offer, vm) as (peer, there, data):
+            for number in range(1, 201):
+                await data[number % 2].send_all(DATA + zeros(0, 99))
+                await peer.say(p.Pass(100 * number))
+                await peer.hear(p.Passed)
+            assert memory(b) < had + 16 * MIB
+            assert (await b.status(vm))["phase"] == "precopy"
+        await status_until(b, vm, lambda status: status["phase"] == "failed")
+        await unoccupied(b, vm, there)
+    await a.call("Detach", name=name)
+    await a.attach(vm, "process", here.path)
+    copied(await a.migrate(vm, b, mode="hybrid"))
+    await verified(there)
+
+
+# What a destination says: at once while the first pass is on its way, behind it, and once it has
+# been given the device state. And how the source names it.
+BAD_ANSWERS: dict[str, tuple[str, tuple[p.Message, ...], str]] = {
+    "passed": ("at once", (p.Passed(),), "'Passed', which is not possible"),
+    "serving": ("at once", (p.Serving(),), "'Serving', which is not possible"),
+    "loaded": ("at once", (p.Loaded(),), "'Loaded', which is not possible"),
+    "have": ("at once", (p.Have(0, 0, 8, b"\xff"),), "'Have', which is not possible"),
+    "error": ("at once", (p.Error("NoRoom", "had enough of it"),), "had enough of it"),
+    "twice": ("behind", (p.Passed(), p.Passed()), "'Passed', which is not possible"),
+    "no answer": ("behind", (p.Serving(),), "'Serving', which is not possible"),
+    "ran": ("behind", (p.Ran(),), "'Ran', which is not possible"),
+    "not whole": ("given", (p.Serving(), p.Loaded(), p.Ran()), "sent Serving where Loaded was due"),
+    "passed late": ("given", (p.Passed(),), "'Passed', which is not possible"),
+}
+
+
+async def passes_to(pair: Pair, false: FalseDestination, words: str, **options: object) -> None:
+    """A hybrid migration to this destination, which fails; the guest runs on, and as before."""
+    a, _ = pair
+    name, here = pair.name(), pair.guest(*SMALL)
+    await pair.attach(a, name, here)
+    await worked(here)
+    async with listening(false.serve) as address:
+        started = await a.call("Migrate", name=name, to=address, mode="hybrid", **options)
+        if words == "cancelled":
+            await status_until(a, name, lambda status: status["phase"] == "precopy")
+            await trio.sleep(2 * p.KEEPALIVE_S)  # nothing else happens
+            assert (await a.status(name))["phase"] == "precopy"
+            await worked(here, 100)
+            await a.call("Cancel", name=name)
+        result = await a.result(name, started["migration"])
+    assert result["event"] == ("cancelled" if words == "cancelled" else "failed"), result
+    assert words in result["error"], (words, result)
+    assert (await a.status(name))["phase"] == "failed"
+    assert tracked(here.process.pid) == []
+    await worked(here, 100)
+    await verified(here)
+
+
+async def test_destination_that_answers_passes_wrongly(pair: Pair) -> None:
+    """Named, and the guest unharmed; one that only says that it is there is left by cancelling."""
+    at_once = trio.CapacityLimiter(4)
+
+    async def attempt(when: str, says: tuple[p.Message, ...], words: str) -> None:
+        false = FalseDestination()
+        false.reads = True
+
+        async def before(peer: Peer) -> None:
+            if when == "behind":
+                await peer.hear(p.Pass)
+            elif when == "given":
+                while not isinstance(message := await peer.hear(p.Message), p.DeviceEnd):
+                    if isinstance(message, p.Pass):
+                        await peer.say(p.Passed())
+            await peer.say(*says)
+            await trio.sleep_forever()
+
+        false.before = before
+        async with at_once:
+            await passes_to(pair, false, words, **({"bandwidth": MIB} if when == "at once" else {}))
+
+    async def silent(reads: bool) -> None:
+        false = FalseDestination()
+        false.reads = reads
+
+        async def before(peer: Peer) -> None:
+            while True:
+                await peer.say(p.Keepalive())
+                await trio.sleep(p.KEEPALIVE_S)
+
+        false.before = before
+        await passes_to(pair, false, "cancelled")
+
+    async with beside(pair), trio.open_nursery() as nursery:
+        for reads in (True, False):
+            nursery.start_soon(silent, reads)
+        for case in BAD_ANSWERS.values():
+            nursery.start_soon(attempt, *case)
 
 
 # --- who asks again
