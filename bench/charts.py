@@ -66,6 +66,8 @@ def speed(
                   f"{where(result)}; median and single runs", x, y)  # fmt: skip
     medians = []
     for way, look, words in ways:
+        if not runs[way]:
+            continue
         curves = [
             [point for point in smooth(run["curve"]) if x.low <= point[0] <= x.high]
             for run in runs[way]

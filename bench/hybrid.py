@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One QEMU guest that verifies its memory, moved by turns by hybrid migration, by postcopy, and by
-QEMU's own hybrid: a precopy for as long as our passes took, then its postcopy.
+"""One QEMU guest that verifies its memory, moved by turns by hybrid migration, by postcopy, by
+QEMU's own hybrid (a precopy for as long as our passes took, then its postcopy), and with nothing to
+move but the devices.
 
 `hybrid.py [--runs N] [--memory MiB] [--test-mb MiB] [--rate N] [--watch S] [--skip ...]`
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import table
 import trio
-from movers import MIB, Daemons, Mover, guest_config, newest_qemu, postcopy
+from movers import MIB, Daemons, Mover, devices_only, guest_config, newest_qemu, postcopy
 from qemu import REPORT_MS, Moving
 
 from postcopyd.demo import qemu_guest as q
@@ -39,7 +40,7 @@ async def run(folder: Path, options: argparse.Namespace) -> Runs:
     config = guest_config(
         folder, newest_qemu(), memory=options.memory * MIB, workload=work, accel=options.accel
     )
-    ways = ("unmoved", "hybrid", "postcopy", "qemu")
+    ways = ("unmoved", "hybrid", "postcopy", "qemu", "devices")
     runs: Runs = {guest: {way: [] for way in ways} for guest in ("quiet", "busy")}
     async with (
         open_hosts(folder) as hosts,
@@ -55,15 +56,16 @@ async def run(folder: Path, options: argparse.Namespace) -> Runs:
                     found["unmoved"].append(await moving.stay())
                 # QEMU leaves no holes behind: each comes after the one as often as after the other.
                 last = ("qemu", "postcopy") if turn % 2 == 0 else ("postcopy", "qemu")
-                for way in ("hybrid", *last):
-                    if f"{kind} {way}" in options.skip:
+                for way in ("hybrid", *last, "devices"):
+                    if any({*words.split()} <= {kind, way} for words in options.skip):
                         continue
                     mover: Mover = (
-                        postcopy(passes_s(found["hybrid"][-1]))
-                        if way == "qemu"
+                        devices_only() if way == "devices"
+                        else postcopy(passes_s(found["hybrid"][-1])) if way == "qemu"
                         else Daemons(hosts, mode=way)
-                    )
-                    found[way].append(await moving.move(f"{kind} {way}", mover))
+                    )  # fmt: skip
+                    same_ram = way == "devices"
+                    found[way].append(await moving.move(f"{kind} {way}", mover, same_ram=same_ram))
     return runs
 
 
@@ -103,6 +105,9 @@ def rows_of_guest(kind: str, runs: dict[str, list[Run]]) -> list[table.Row]:
     both("qemu", "longest gap of the guest", "ms", lambda one: one["gap_ms"])
     both("postcopy", "lost work from the stop on", "s", lost, 1.0 if busy else None)
     both("qemu", "lost work from the stop on", "s", lost, 1 / 3 if busy else None)
+    if least := runs["devices"]:
+        values = [lost(one) for one in least]
+        rows.append(table.single(f"{kind}: lost work, only devices moved", "s", values))
     both("postcopy", "lost work, passes and all", "s", lost_in_all)
     both("qemu", "lost work, passes and all", "s", lost_in_all)
     both("qemu", "request to stop", "s", lambda one: one["before_s"])
@@ -140,7 +145,7 @@ def main() -> int:
     parser.add_argument("--test-mb", type=int, default=512)
     parser.add_argument("--rate", type=int, default=2000, help="operations a second when quiet")
     parser.add_argument("--watch", type=float, default=5.0, help="s after the stop, at least")
-    parser.add_argument("--skip", action="append", default=[], help='such as "quiet postcopy"')
+    parser.add_argument("--skip", action="append", default=[], help='"devices", "quiet postcopy"')
     parser.add_argument("--accel", default="tcg,thread=multi")
     options = parser.parse_args()
     about = table.machine(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -111,7 +112,7 @@ def figures(
             break
     longest = max((r.gap_us for r in reports if move.stop <= r.at <= back), default=0)
     step, curve = 0.02, []
-    at = max(SHOWN_S[0], move.begin - USUAL_S - move.stop)
+    at = math.ceil(max(SHOWN_S[0], move.begin - USUAL_S - move.stop) / step) * step
     while at < min(SHOWN_S[1], times[-1] - move.stop):
         share = (done(move.stop + at + step) - done(move.stop + at)) / step / usual
         curve.append([round(at + step / 2, 3), round(share, 4)])
