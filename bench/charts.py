@@ -16,6 +16,7 @@ from svg import Axis, Chart, Look, Point
 
 OURS = Look("#1a5fb4", marker="circle")
 THEIRS = Look("#c64600", dash="7 4", marker="square")
+OTHER = Look("#2e7d32", dash="2 3", marker="circle")
 SMOOTH_S = 0.1
 
 
@@ -48,9 +49,15 @@ def thousands(value: float) -> str:
     return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
 
 
-def speed(result: dict[str, Any]) -> None:
+def speed(
+    result: dict[str, Any],
+    runs: dict[str, list[dict[str, Any]]],
+    ways: Sequence[tuple[str, Look, str]],
+    name: str,
+    first_s: int,
+) -> None:
     """Median of the runs' speeds at each moment, the single runs thin behind it."""
-    x = Axis("seconds from the stop at the source", -1, 5, [-1, 0, 1, 2, 3, 4, 5])
+    x = Axis("seconds from the stop at the source", first_s, 5, range(first_s, 6))
     ticks = (0, 25, 50, 75, 100)
     y = Axis("guest's speed, % of before", 0, 120, ticks)
     about = result["machine"]
@@ -58,11 +65,12 @@ def speed(result: dict[str, Any]) -> None:
     chart = Chart(f"{size} while it is moved",
                   f"{where(result)}; median and single runs", x, y)  # fmt: skip
     medians = []
-    for way, look, name in (("qemu", THEIRS, "QEMU's own postcopy (preempt)"),
-                            ("ours", OURS, "postcopyd")):  # fmt: skip
+    for way, look, words in ways:
+        if not runs[way]:
+            continue
         curves = [
-            [point for point in smooth(run["curve"]) if point[0] <= x.high]
-            for run in result["data"][way]
+            [point for point in smooth(run["curve"]) if x.low <= point[0] <= x.high]
+            for run in runs[way]
         ]
         plain = replace(look, marker="", dash="")
         for curve in curves:
@@ -71,12 +79,16 @@ def speed(result: dict[str, Any]) -> None:
         for curve in curves:
             for when, share in curve:
                 at[when].append(share)
-        medians.append(([(when, statistics.median(v)) for when, v in sorted(at.items())
-                         if len(v) * 2 > len(curves)], replace(look, marker=""), name))  # fmt: skip
-    for curve, look, name in medians:
-        chart.line(curve, look, name)
+        middle = [
+            (when, statistics.median(v))
+            for when, v in sorted(at.items())
+            if len(v) * 2 > len(curves)
+        ]
+        medians.append((middle, replace(look, marker=""), words))
+    for middle, look, words in medians:
+        chart.line(middle, look, words)
     chart.mark(0, "stop")
-    draw(chart, "guest-speed")
+    draw(chart, name)
 
 
 def smooth(curve: Sequence[Sequence[float]]) -> list[Point]:
@@ -202,7 +214,15 @@ def link(result: dict[str, Any]) -> None:
 
 def main() -> int:
     if result := table.load("qemu"):
-        speed(result)
+        ways = (("qemu", THEIRS, "QEMU's own postcopy (preempt)"), ("ours", OURS, "postcopyd"))
+        speed(result, result["data"], ways, "guest-speed", -1)
+    if result := table.load("hybrid"):
+        ways = (
+            ("postcopy", OTHER, "postcopyd, postcopy"),
+            ("qemu", THEIRS, "QEMU's own hybrid (preempt)"),
+            ("hybrid", OURS, "postcopyd, hybrid"),
+        )
+        speed(result, result["data"]["busy"], ways, "guest-speed-hybrid", -3)
     if result := table.load("engine"):
         latency(result)
         by_number(

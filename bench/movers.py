@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to move a running QEMU guest: by two daemons, by QEMU's own postcopy, and with nothing to
-move but the devices.
+"""Ways to move a running QEMU guest: by two daemons, by QEMU itself, and with nothing to move but
+the devices.
 
 Owns what is specific to each; all give the same `Move`. The guest's second monitor is ours: there
 STOP and RESUME are seen, by QEMU's own time stamps, for all ways alike.
@@ -34,6 +34,8 @@ SECONDS = 120.0
 class Move:
     """One migration. Times are seconds of `trio.current_time`."""
 
+    begin: float
+    """When it was asked for."""
     stop: float
     """QMP event STOP at the source, by QEMU's time stamp."""
     resume: float
@@ -117,38 +119,55 @@ async def _capabilities(monitor: Qmp, names: tuple[str, ...], state: bool) -> No
     await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
 
 
+ABOUT = ("downtimePartsMs", "memory", "faults", "brownoutMs", "passes", "handedOver", "tracking")
+"""What is kept of a result of ours."""
+
+
 class Daemons:
     """By two postcopyd: the daemons stay, each move attaches both QEMUs anew."""
 
-    def __init__(self, hosts: list[Host], name: str = "guest") -> None:
+    def __init__(self, hosts: list[Host], mode: str = "postcopy", name: str = "guest") -> None:
         self.source, self.destination = hosts
+        self.mode = mode
         self.name = name
 
     async def __call__(self, leaving: Qemu, arriving: Qemu) -> Move:
         await self.source.attach(self.name, "qemu", leaving.process.qmp_path)
         await self.destination.attach(self.name, "qemu", arriving.process.qmp_path)
         with leaving.monitor.events("STOP") as stops, arriving.monitor.events("RESUME") as resumes:
-            result = await self.source.migrate(self.name, self.destination, mode="postcopy")
+            begin = trio.current_time()
+            result = await self.source.migrate(self.name, self.destination, mode=self.mode)
             drained = trio.current_time()
             if result["event"] != "completed":
                 raise SystemExit(f"the migration ended as {result['event']}: {result.get('error')}")
+            if "warning" in result:  # it was not moved as it was to be
+                raise SystemExit(f"the migration by {self.mode}: {result['warning']}")
             move = Move(
-                await _at(stops), await _at(resumes), drained, result["transferredBytes"],
+                begin, await _at(stops), await _at(resumes), drained, result["transferredBytes"],
                 result["memory"]["pages"] - result["memory"]["zeroPages"],
-                {k: result[k] for k in ("downtimePartsMs", "memory", "faults", "brownoutMs")},
+                {k: result[k] for k in ABOUT if k in result},
             )  # fmt: skip
         for host in (self.source, self.destination):
             await host.call("Detach", name=self.name)
         return move
 
 
-class Own:
-    """By QEMU itself over loopback TCP, with these capabilities; `then` is sent right after
-    `migrate`."""
+async def unmoved(_: Qemu, __: Qemu) -> Move:
+    """Not at all: what a guest loses by itself, from a moment that is as good as any."""
+    now = trio.current_time()
+    return Move(now, now, now, now, 0, 0)
 
-    def __init__(self, capabilities: tuple[str, ...], then: str | None) -> None:
+
+class Own:
+    """By QEMU itself over loopback TCP, with these capabilities; `then` is sent `after_s` seconds
+    after `migrate`."""
+
+    def __init__(
+        self, capabilities: tuple[str, ...], then: str | None, after_s: float = 0.0
+    ) -> None:
         self.capabilities = capabilities
         self.then = then
+        self.after_s = after_s
 
     async def __call__(self, leaving: Qemu, arriving: Qemu) -> Move:
         parameters = {"max-bandwidth": UNLIMITED, "max-postcopy-bandwidth": 0}
@@ -166,12 +185,16 @@ class Own:
             back.events("MIGRATION") as steps,
         ):
             await back.execute("migrate-incoming", {"uri": uri})
+            begin = trio.current_time()
             await out.execute("migrate", {"uri": uri})
-            if self.then:
+            await trio.sleep(self.after_s)
+            if self.then:  # of no effect where all was moved before
                 await out.execute(self.then)
+            seen = ""
             with trio.fail_after(SECONDS):
-                while (step := await steps.next())["data"]["status"] != "completed":
-                    if step["data"]["status"] == "failed":
+                while (status := (await steps.next())["data"]["status"]) != "completed":
+                    seen = status
+                    if status == "failed":
                         raise SystemExit("QEMU's own migration failed")
             drained = trio.current_time()
             stop, resume = await _at(stops), await _at(resumes)
@@ -184,12 +207,13 @@ class Own:
         ram: Mapping[str, Any] = sent["ram"]
         about = {k: v for k, v in received.items() if k.startswith("postcopy-")}
         about |= {k: ram[k] for k in ("normal", "duplicate", "postcopy-requests") if k in ram}
-        return Move(stop, resume, drained, ram["transferred"], ram["normal"], about)
+        about["ended"] = seen  # its state before it was complete: "postcopy-active", "active"
+        return Move(begin, stop, resume, drained, ram["transferred"], ram["normal"], about)
 
 
-def postcopy() -> Own:
-    """QEMU's postcopy with preempt, switched to at once."""
-    return Own(("postcopy-ram", "postcopy-preempt"), "migrate-start-postcopy")
+def postcopy(after_s: float = 0.0) -> Own:
+    """QEMU's postcopy with preempt, switched to after so long a precopy."""
+    return Own(("postcopy-ram", "postcopy-preempt"), "migrate-start-postcopy", after_s)
 
 
 def devices_only() -> Own:

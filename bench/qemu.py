@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One QEMU guest that verifies its memory, moved by postcopyd and by QEMU's own postcopy in turns.
 
-`qemu.py [--runs N] [--memory MiB] [--test-mb MiB] [--accel A]`
+`qemu.py [--runs N] [--memory MiB] [--test-mb MiB] [--watch S] [--accel A]`
 
 The guest is the same all the time, and so are machine type, RAM size and RAM backend: it is moved
 from QEMU to QEMU, one way and then the other, and checks all of its memory after each move. A bad
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,25 +27,27 @@ from movers import (
     Daemons,
     Move,
     Mover,
+    Qemu,
     devices_only,
     guest_config,
     newest_qemu,
     postcopy,
     started,
+    unmoved,
 )
 
 from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import open_hosts
 
 USUAL_S = 2.0
-"""Its speed is compared with the mean of so long before the stop."""
+"""Its speed is compared with the mean of so long before the migration was asked for."""
 SETTLE_S = 1.0
 """After a check of its memory the guest works as usual again within less."""
 BACK, BACK_S = 0.95, 0.5
 """It is back when it has kept this share of its speed for so long."""
 MOST_S = 10.0
 REPORT_MS = 10
-SHOWN_S = (-1.0, 6.0)
+SHOWN_S = (-4.0, 6.0)
 
 
 @dataclass
@@ -58,8 +61,11 @@ class Figures:
     """Longest single operation, by the guest's own clock, which stands still in the blackout."""
     lost_s: float
     lost_fixed_s: float
-    """The same up to a fixed time, MOST_S / 2, back or not: shows the noise of a shared machine."""
+    """The same up to a fixed time, back or not: shows the noise of a shared machine."""
     back_s: float
+    before_s: float
+    """From the request to the stop; a hybrid's passes are in it."""
+    lost_before_s: float
     drained_s: float
     usual: float
     """Operations per second."""
@@ -79,7 +85,9 @@ def gap_ms(reports: list[q.Report], begin: float, end: float) -> float:
     return longest * 1e3
 
 
-def figures(reports: list[q.Report], move: Move) -> tuple[Figures, list[list[float]]]:
+def figures(
+    reports: list[q.Report], move: Move, watch_s: float
+) -> tuple[Figures, list[list[float]]]:
     """Figures, and the guest's speed over time as [seconds from the stop, share of the usual]."""
     times = [report.at for report in reports]
 
@@ -92,10 +100,10 @@ def figures(reports: list[q.Report], move: Move) -> tuple[Figures, list[list[flo
         share = (at - a.at) / (b.at - a.at) if b.at > a.at else 1.0
         return float(a.operations + share * (b.operations - a.operations))
 
-    usual = (done(move.stop) - done(move.stop - USUAL_S)) / USUAL_S
+    usual = (done(move.begin) - done(move.begin - USUAL_S)) / USUAL_S
 
-    def lost(until: float) -> float:
-        return until - move.stop - (done(until) - done(move.stop)) / usual
+    def lost(until: float, since: float = move.stop) -> float:
+        return until - since - (done(until) - done(since)) / usual
 
     back = move.stop + MOST_S
     for at in times:
@@ -104,30 +112,34 @@ def figures(reports: list[q.Report], move: Move) -> tuple[Figures, list[list[flo
             break
     longest = max((r.gap_us for r in reports if move.stop <= r.at <= back), default=0)
     step, curve = 0.02, []
-    at = SHOWN_S[0]
+    at = math.ceil(max(SHOWN_S[0], move.begin - USUAL_S - move.stop) / step) * step
     while at < min(SHOWN_S[1], times[-1] - move.stop):
         share = (done(move.stop + at + step) - done(move.stop + at)) / step / usual
         curve.append([round(at + step / 2, 3), round(share, 4)])
         at += step
     found = Figures(
         (move.resume - move.stop) * 1e3, gap_ms(reports, move.stop, back), longest / 1e3,
-        lost(back), lost(move.stop + MOST_S / 2), back - move.stop, move.drained - move.stop, usual,
+        lost(back), lost(move.stop + watch_s), back - move.stop, move.stop - move.begin,
+        lost(move.stop, move.begin), move.drained - move.stop, usual,
         (done(times[-1]) - done(times[-1] - SETTLE_S)) / SETTLE_S / usual,
     )  # fmt: skip
     return found, curve
 
 
-async def watched(guest: q.Guest, mover: Mover, leaving: Any, arriving: Any) -> dict[str, Any]:
-    """One move, and the guest followed until it works as usual again; its memory checked."""
+async def watched(
+    guest: q.Guest, mover: Mover, leaving: Qemu, arriving: Qemu, watch_s: float
+) -> dict[str, Any]:
+    """One move, and the guest followed until it works as usual again, for at least `watch_s`; its
+    memory checked."""
     await trio.sleep(SETTLE_S + USUAL_S)
     first = len(guest.reports) - int((USUAL_S + 1) * 1000 / REPORT_MS)
     move = await mover(leaving, arriving)
     while True:
         await trio.sleep(0.25)
         reports = guest.reports[max(first, 0) :]
-        found, curve = figures(reports, move)
+        found, curve = figures(reports, move, watch_s)
         since = trio.current_time() - move.stop
-        if since > MOST_S or since > max(found.back_s + 2 * BACK_S, MOST_S / 2 + BACK_S):
+        if since > MOST_S or since > max(found.back_s + 2 * BACK_S, watch_s + BACK_S):
             break
     sweep, report = await guest.sweep(), await guest.report()
     if sweep.bad or report.bad:
@@ -136,49 +148,81 @@ async def watched(guest: q.Guest, mover: Mover, leaving: Any, arriving: Any) -> 
             "pages": move.pages, "about": move.about, "curve": curve}  # fmt: skip
 
 
+class Moving:
+    """One guest on its way from QEMU to QEMU, each with a new RAM file. `start` it; close it."""
+
+    def __init__(self, folder: Path, guest: q.Guest, config: q.GuestConfig, watch_s: float) -> None:
+        self._folder, self._guest, self._config = folder, guest, config
+        self._watch_s = watch_s
+        self._number = 0
+        self._here = contextlib.AsyncExitStack()
+
+    async def start(self) -> None:
+        self._ram = self._folder / "ram0"
+        self._leaving = await self._launch(self._here, self._ram)
+        await self._guest.ready()
+
+    async def move(self, way: str, mover: Mover, *, same_ram: bool = False) -> dict[str, Any]:
+        """One move: its figures, and where the guest is then is where it leaves next."""
+        self._number += 1
+        ram = self._ram if same_ram else self._folder / f"ram{self._number}"
+        there = contextlib.AsyncExitStack()
+        arriving = await self._launch(there, ram, incoming=True)
+        found = await watched(self._guest, mover, self._leaving, arriving, self._watch_s)
+        await self._here.aclose()
+        if ram != self._ram:
+            self._ram.unlink()
+        self._here, self._leaving, self._ram = there, arriving, ram
+        show(way, found)
+        return found
+
+    async def stay(self) -> dict[str, Any]:
+        """The same figures of the guest unmoved."""
+        found = await watched(self._guest, unmoved, self._leaving, self._leaving, self._watch_s)
+        show("unmoved", found)
+        return found
+
+    async def aclose(self) -> None:
+        await self._here.aclose()
+
+    async def _launch(self, stack: contextlib.AsyncExitStack, ram: Path, **more: Any) -> Qemu:
+        return await stack.enter_async_context(
+            started(self._guest, self._config, f"q{self._number}", mem_paths=(str(ram),), **more)
+        )
+
+
+def show(way: str, found: dict[str, Any]) -> None:
+    print(
+        f"{way:7} blackout {found['blackout_ms']:.1f} ms, gap {found['gap_ms']:.0f} ms, operation "
+        f"{found['operation_ms']:.0f} ms, {found['before_s']:.2f} s before the stop (lost "
+        f"{found['lost_before_s']:.2f}), lost {found['lost_s']:.2f} s (in a fixed "
+        f"time {found['lost_fixed_s']:.2f}), back {found['back_s']:.2f} s, drained "
+        f"{found['drained_s']:.2f} s, usual {found['usual']:.0f}/s, after {found['after']:.2f}",
+        flush=True,
+    )
+
+
 async def run(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     work = q.Workload(test_mb=options.test_mb, report_ms=REPORT_MS)
     config = guest_config(
         folder, newest_qemu(), memory=options.memory * MIB, workload=work, accel=options.accel
     )
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "qemu": [], "devices": []}
-    async with open_hosts(folder) as hosts, q.open_guest(folder) as guest:
+    async with (
+        open_hosts(folder) as hosts,
+        q.open_guest(folder) as guest,
+        contextlib.aclosing(Moving(folder, guest, config, options.watch)) as moving,
+    ):
         movers: dict[str, Mover] = {
             "ours": Daemons(hosts), "qemu": postcopy(), "devices": devices_only(),
         }  # fmt: skip
-        number, ram = 0, folder / "ram0"
-        holding = contextlib.AsyncExitStack()
-        leaving = await holding.enter_async_context(
-            started(guest, config, "q0", mem_paths=(str(ram),))
-        )
-        try:
-            await guest.ready()
-            for turn in range(options.runs):
-                # Each as often after the one as after the other: QEMU leaves no holes behind.
-                ways = ("ours", "qemu") if turn % 2 == 0 else ("qemu", "ours", "devices")
-                for way in ways:
-                    number += 1
-                    there = ram if way == "devices" else folder / f"ram{number}"
-                    next_one = contextlib.AsyncExitStack()
-                    arriving = await next_one.enter_async_context(
-                        started(guest, config, f"q{number}", incoming=True, mem_paths=(str(there),))
-                    )
-                    found = await watched(guest, movers[way], leaving, arriving)
-                    await holding.aclose()
-                    if there != ram:
-                        ram.unlink()
-                    holding, leaving, ram = next_one, arriving, there
-                    runs[way].append(found)
-                    print(
-                        f"{way:7} blackout {found['blackout_ms']:.1f} ms, gap "
-                        f"{found['gap_ms']:.0f} ms, operation {found['operation_ms']:.0f} ms, "
-                        f"lost {found['lost_s']:.2f} s (in 5 s {found['lost_fixed_s']:.2f}), back "
-                        f"{found['back_s']:.2f} s, drained {found['drained_s']:.2f} s, usual "
-                        f"{found['usual']:.0f}/s, after {found['after']:.2f}",
-                        flush=True,
-                    )
-        finally:
-            await holding.aclose()
+        await moving.start()
+        for turn in range(options.runs):
+            # Each as often after the one as after the other: QEMU leaves no holes behind.
+            ways = ("ours", "qemu") if turn % 2 == 0 else ("qemu", "ours", "devices")
+            for way in ways:
+                found = await moving.move(way, movers[way], same_ram=way == "devices")
+                runs[way].append(found)
     return runs
 
 
@@ -197,7 +241,7 @@ def rows_of(runs: dict[str, list[dict[str, Any]]]) -> list[table.Row]:
         table.single("longest gap, only devices moved", "ms", [r["gap_ms"] for r in least]),
         both("longest operation", "ms", lambda run: run["operation_ms"]),
         both("lost guest work", "s", lambda run: run["lost_s"], 0.25),
-        both("lost in the first 5 s", "s", lambda run: run["lost_fixed_s"]),
+        both("lost in a fixed time", "s", lambda run: run["lost_fixed_s"]),
         table.single("lost guest work, only devices moved", "s", [r["lost_s"] for r in least]),
         table.single("speed after / before", "", [run["after"] for run in ours], 0.95,
                      more_is_better=True),
@@ -223,11 +267,12 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=8, help="an even number")
     parser.add_argument("--memory", type=int, default=1024)
     parser.add_argument("--test-mb", type=int, default=512)
+    parser.add_argument("--watch", type=float, default=5.0, help="s after the stop, at least")
     parser.add_argument("--accel", default="tcg,thread=multi")
     options = parser.parse_args()
     about = table.machine(
         qemu=str(newest_qemu()), accel=options.accel, runs=options.runs,
-        memory_mib=options.memory, writes_mib=options.test_mb,
+        memory_mib=options.memory, writes_mib=options.test_mb, watched_s=options.watch,
     )  # fmt: skip
     table.warm(4 * options.memory * MIB)
     with tempfile.TemporaryDirectory(prefix="pcb-", dir="/dev/shm") as folder:
