@@ -112,6 +112,7 @@ class DestinationSession:
                 regions, session._uffds, session._record, staged=offer.staged
             )
             session._engine.register(again=True)
+            session._engine.settle()
         except BaseException:
             with trio.CancelScope(shield=True):
                 if session._engine is not None:
@@ -153,6 +154,7 @@ class DestinationSession:
         """
         engine = self._engine
         assert engine is not None
+        engine.settle()
         try:
             pages = await trio.to_thread.run_sync(engine.poison)
         except PostcopydError:
@@ -449,11 +451,13 @@ class DestinationSession:
                 nursery.cancel_scope.cancel()
 
     async def _say_ran(self) -> None:
+        assert self._engine is not None
         self._ran = True
         self._ran_ns = self._ran_ns or lib.pc_monotonic_ns()
         try:
             await self.channel.send(p.Ran())
         finally:
+            self._engine.settle()
             self._note()
             self._record_settled(None)
         self.vm.show(
@@ -530,7 +534,6 @@ class DestinationSession:
     async def _drain(self) -> None:
         engine, channel = self._engine, self.channel
         assert engine is not None
-        engine.settle()
         try:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._watch_vmm)
