@@ -126,7 +126,7 @@ ABOUT = ("downtimePartsMs", "memory", "faults", "brownoutMs", "passes", "handedO
 class Daemons:
     """By two postcopyd: the daemons stay, each move attaches both QEMUs anew."""
 
-    def __init__(self, hosts: list[Host], mode: str = "postcopy", name: str = "guest") -> None:
+    def __init__(self, hosts: list[Host], name: str = "guest", mode: str = "postcopy") -> None:
         self.source, self.destination = hosts
         self.mode = mode
         self.name = name
