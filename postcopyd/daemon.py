@@ -251,13 +251,20 @@ class Daemon:
                     await source.roll_back(vm, self.settings)
                 elif owner in ("arriving", "loading"):
                     await destination.call_off(vm)
+                elif owner == "held" and vm.status["phase"] == "precopy":
+                    vm.settle(
+                        phase="failed",
+                        message=f"{name} was not moved and is at this host as it was: the daemon "
+                        f"ended while it was copied",
+                    )
+                    vm.record("held")
                 if vm.ownership != "owned":
                     self.settings.store.remove_pages(name)  # of an arrival that is over
             except Exception as raised:  # one VM's bug is not the others' end
                 error = shortage(raised) or raised
                 if not isinstance(error, PostcopydError):
                     log.exception("bug in restoring", vm=name)
-                    return
+                    error = PostcopydError(f"internal error: {error!r}", "InternalError")
                 vm.show(
                     **({} if drained or owner in ("held", "declined") else {"phase": "paused"}),
                     message=f"going on with {name} after a restart of the daemon "

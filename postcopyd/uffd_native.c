@@ -418,6 +418,9 @@ static bool claim_here(_Atomic uint8_t *state, int *cached) {
 /* Places what is HERE and no fault has asked for, from the first page to the last. */
 static void *settle_run(void *argument) {
   struct pc_dest *d = argument;
+  bool passed_by; /* a page that a fault thread has in hand, and may have to give back unplaced */
+again:
+  passed_by = false;
   for (struct region *r = d->regions; r < d->regions + d->region_count; r++) {
     uint64_t most = (stage_of(d, r)->huge ? SETTLE_HUGE_BYTES : SETTLE_BYTES) >> r->page_shift;
     most = most ? most : 1; /* huge pages of anonymous memory */
@@ -435,6 +438,7 @@ static void *settle_run(void *argument) {
         run++;
       if (cached == 0)
         placed = run;
+      passed_by |= !run && (atomic_load(state) & (HERE | CLAIMED)) == (HERE | CLAIMED);
       while (placed < run && !atomic_load(&d->stopping)) {
         uint64_t more, existing = 0;
         failed = place(d, r, page + placed, run - placed, staged_at(d, r, page + placed), &more,
@@ -454,6 +458,10 @@ static void *settle_run(void *argument) {
       }
       count_set(d->stats.beat_ns, pc_monotonic_ns());
     }
+  }
+  if (passed_by && !atomic_load(&d->stopping)) {
+    poll(NULL, 0, 1);
+    goto again;
   }
 end:
   atomic_store(&d->settling, false);

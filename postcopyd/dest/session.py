@@ -418,10 +418,31 @@ class DestinationSession:
         async with state:
             await self.vm.attached().load(state)
         assert self._engine is not None
-        while whole and not self._engine.whole:
-            await trio.sleep(COUNT_S)
+        if whole:
+            await self._all_here_first()
         self._engine.check()  # no use in a guest whose pages cannot come
         await self.channel.send(p.Loaded())
+
+    async def _all_here_first(self) -> None:
+        """Of a guest that may run only with all of its memory: while it stands still nobody waits
+        for memory that this host lacks, or for a source that sends nothing."""
+        assert self._engine is not None
+        stats, present, since = self._engine.stats, -1, trio.current_time()
+        while not self._engine.whole:
+            if stats.present_pages != present:
+                present, since = stats.present_pages, trio.current_time()
+            if stats.stalls:
+                raise PostcopydError(
+                    f"this host has no memory left for the last {stats.total_pages - present} "
+                    f"pages of {self.vm.name}: free some",
+                    "NoMemory",
+                )
+            if trio.current_time() - since > p.DEAD_S:
+                raise ConnectionLost(
+                    f"{self.channel.peer} has sent none of the last {stats.total_pages - present} "
+                    f"pages of {self.vm.name} for {p.DEAD_S:.0f} s"
+                )
+            await trio.sleep(COUNT_S)
 
     async def _receive(self) -> p.Message:
         message = await self.channel.receive()

@@ -33,7 +33,7 @@ from postcopyd.source.engine import Look, SourceEngine
 from postcopyd.source.passes import Pass, why_now
 from postcopyd.source.tracking import Tracking
 from postcopyd.vm import Vm
-from postcopyd.vmm import Shape
+from postcopyd.vmm import Region, Shape
 
 ROLLBACK_S = 30.0
 """How long a VMM may take to run its guest again before the operator is told that it did not."""
@@ -111,8 +111,8 @@ class SourceSession:
         session._committed = True
         session._downtime_ms, session._downtime_parts = about["downtime"]
         session._recoveries = about["recoveries"]
-        session._passes = [Pass(**one) for one in about["passes"]]
-        session._why_now = about["why_now"]
+        session._passes = [Pass(**one) for one in about.get("passes", [])]
+        session._why_now = about.get("why_now", "")
         session._touched = True
         vm.attached().before = "running" if about["run"] else "paused"
         shape = session._shape = await vm.attached().inspect("source")
@@ -227,13 +227,13 @@ class SourceSession:
         async with channel.alive():
             self._engine = SourceEngine(shape.regions, shape.pid)
             if self.request.mode != "postcopy":
+                self._touched = True
                 await self._track(shape)
             await channel.send(self._offer(shape))
             await self._connect((await channel.expect(p.Ready)).token)
             await channel.expect(p.Serving)
             if self._tracking is not None:
                 await self._copy(channel)
-                await self._still_seen()
             async with open_nursery() as nursery:  # nothing is due; but the destination may fail
                 nursery.start_soon(self._watch_engine)
                 nursery.start_soon(channel.receive)
@@ -303,7 +303,7 @@ class SourceSession:
         """Sees what the guest writes from here on, or notes why that cannot be."""
         assert self._engine is not None
         try:
-            self._tracking = await Tracking.of(self.vm, shape, self._engine, self._keep)
+            self._tracking = await Tracking.of(self.vm, shape, self._engine)
         except PostcopydError as error:
             if self.request.mode == "precopy":
                 raise PostcopydError(
@@ -312,10 +312,17 @@ class SourceSession:
             self._warning = f"handed over without a pass before: {error}"
             self.log.warning("no passes", error=str(error))
 
-    def _keep(self, ownership: str) -> None:
-        """Records it with what a daemon that is started again needs."""
+    async def _arm(self) -> int:
+        """Has what the guest writes from here on seen by the next look. With direct I/O it is held
+        still for that, and a daemon that is started again then runs it (`roll_back`)."""
+        assert self._tracking is not None and self._shape is not None
+        if not self._shape.direct_io:
+            return await self._tracking.arm()
         self._note()
-        self.vm.record(ownership)
+        self.vm.record("intent")
+        pages = await self._tracking.arm_still(self.vm)
+        self.vm.record("held")
+        return pages
 
     async def _copy(self, channel: Channel) -> None:
         """The guest's memory in passes, while it runs on here, until another would not pay."""
@@ -325,7 +332,7 @@ class SourceSession:
         downtime_s = (self.request.max_downtime_ms or MAX_DOWNTIME_MS) / 1e3
         assert mode != "postcopy"
         while not self._why_now and (most != 0 or mode == "precopy"):
-            pages = await tracking.arm()
+            pages = await self._arm()
             self.vm.show(
                 phase="precopy",
                 remaining=pages * self._page_size,
@@ -337,9 +344,12 @@ class SourceSession:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._pass, channel)
                 nursery.start_soon(self._show_progress, before + pages)
+                still_seen = trio.Event()
+                nursery.start_soon(self._still_seen, still_seen)  # takes longer than a short pass
                 await channel.expect(p.Passed)
+                seconds = time.monotonic() - began
+                await still_seen.wait()
                 nursery.cancel_scope.cancel()
-            seconds = time.monotonic() - began
             self._passes.append(
                 Pass(
                     pages=stats.passed_pages - before,
@@ -356,18 +366,24 @@ class SourceSession:
                     "each pass stops the guest, for its direct I/O, longer than it gains"
                 )
 
-    async def _still_seen(self) -> None:
-        """Whether all that writes to guest RAM was seen: a disk may have been plugged meanwhile."""
+    async def _still_seen(self, seen: trio.Event) -> None:
+        """Passes take their time: what writes to guest RAM must be what it was (a disk may have
+        been plugged), guest RAM too, and whether the guest runs may have changed."""
         assert self._shape is not None
-        now = await self.vm.attached().inspect("source")
+        was, now = self._shape, await self.vm.attached().inspect("source")
         now.close()
-        for sentence in (now.direct_io, now.untracked):
-            if sentence and sentence not in (self._shape.direct_io, self._shape.untracked):
-                raise PostcopydError(
-                    f"what writes to guest RAM has changed while it was copied ({sentence}): "
-                    f"migrate again",
-                    "NotTracked",
-                )
+        news = [one for one in (now.direct_io, now.untracked) if one]
+        news = [*now.problems, *(one for one in news if one not in (was.direct_io, was.untracked))]
+        if [_where(region) for region in was.regions] != [_where(region) for region in now.regions]:
+            news.append("its RAM is not what it was")
+        if news:
+            raise PostcopydError(
+                f"the VMM of {self.vm.name} has changed while it was copied: {'; '.join(news)}; "
+                f"migrate again",
+                "Refused",
+            )
+        self._shape = replace(was, state=now.state)
+        seen.set()
 
     async def _pass(self, channel: Channel) -> None:
         engine = self._engine
@@ -679,7 +695,6 @@ class SourceSession:
             self.machine.happened(Happened.FAILED)
         if self._engine is not None:
             await self._engine.disconnect()
-        await self._untrack()
         sentence = f"{name} was not moved and is at this host as it was: {error}"
         if self.machine.state in (Source.DECLINED, Source.TAKEN_BACK):
             # Ours again, recorded before it runs: a daemon that is started again runs it. What the
@@ -698,6 +713,7 @@ class SourceSession:
                     f"it is this host's, run it by the VMM's own means"
                 )
                 self.log.critical("rollback failed", error=why)
+        await self._untrack()
         if self._channel is not None and self.machine.state is Source.ROLLED_BACK:
             # After the guest runs again: a peer that hears nothing would hold it up.
             with suppress(PostcopydError):
@@ -726,7 +742,10 @@ class SourceSession:
     async def _untrack(self) -> None:
         tracking, self._tracking = self._tracking, None
         if tracking is not None:
-            await tracking.aclose()
+            try:
+                await tracking.aclose()
+            except Exception:  # a bug: the rest must happen, and tracking ends with the daemon
+                self.log.exception("bug in the end of tracking")
             self._tracked = tracking.json()
 
     async def _close(self) -> None:
@@ -832,6 +851,10 @@ class SourceSession:
             **({"warning": self._warning} if self._warning else {}),
             **({"error": error} if error else {}),
         }
+
+
+def _where(region: Region) -> tuple[object, ...]:
+    return (region.name, region.pages, region.page_size, region.address, region.offset)
 
 
 async def look(vm: str, intent: dict[str, Any]) -> str:

@@ -6,15 +6,14 @@ descriptor, also when the daemon is killed. The engine (dirty.c) does the lookin
 
 A page that is pinned for direct I/O is written by the device when it pleases, unseen once it is
 armed again. So with direct I/O in a VMM pages are armed only while it is stopped with all I/O
-drained, which costs the guest milliseconds for each pass. That it has to be run again is recorded
-before: a daemon that is started again then does so (`roll_back`).
+drained (`arm_still`), which costs the guest milliseconds for each pass.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Self
 
 import trio
@@ -26,55 +25,47 @@ from postcopyd.source.engine import Look, SourceEngine
 from postcopyd.vm import Vm
 from postcopyd.vmm import Shape
 
+Usage = tuple[int, float] | None
+
 
 class Tracking:
     """One guest's writes, from `of` to `aclose`. `stopped_s`: how long it was held still for it."""
 
-    def __init__(
-        self, vm: Vm, shape: Shape, engine: SourceEngine, keep: Callable[[str], None], uffd: int
-    ) -> None:
-        self._vm, self._pid, self._engine, self._keep, self._uffd = (
-            vm,
-            shape.pid,
-            engine,
-            keep,
-            uffd,
-        )
-        self._quiet = bool(shape.direct_io) and shape.state == "running"
-        self._usage = procfs.usage(self._pid)
-        self._fault_ns = lib.pc_track_cost_ns()
+    def __init__(self, pid: int, engine: SourceEngine, uffd: int, usage: Usage) -> None:
+        self._pid, self._engine, self._uffd, self._usage = pid, engine, uffd, usage
+        self._fault_ns = max(lib.pc_track_cost_ns(), 0)
         self._looked_s = self.stopped_s = 0.0
         self._cost: dict[str, float] = {}
 
     @classmethod
-    async def of(
-        cls, vm: Vm, shape: Shape, engine: SourceEngine, keep: Callable[[str], None]
-    ) -> Self:
-        """Begins; `keep` records an ownership. Raises PostcopydError when writes cannot be seen."""
+    async def of(cls, vm: Vm, shape: Shape, engine: SourceEngine) -> Self:
+        """Begins. Raises PostcopydError when writes cannot be seen, and nothing is left of it."""
         if shape.untracked:
             raise PostcopydError(shape.untracked, "NotTracked")
         uffd = await vm.attached().track()
         try:
             engine.track(uffd)
+            return cls(shape.pid, engine, uffd, procfs.usage(shape.pid))
         except BaseException as error:
-            os.close(uffd)
-            if isinstance(error, PostcopydError):
-                await engine.disconnect()  # forgets it: postcopy needs no tracking
+            with trio.CancelScope(shield=True):
+                await engine.untrack()
+                os.close(uffd)
+                if isinstance(error, PostcopydError):
+                    await engine.disconnect()  # forgets it: postcopy needs no tracking
             raise
-        return cls(vm, shape, engine, keep, uffd)
 
     async def arm(self) -> int:
         """What is written from here on is found by the next `look`; what was until now is to be
-        sent: the number of pages. Raises PostcopydError; the guest runs then, or the sentence says
-        that it does not."""
-        if not self._quiet:
-            return await self.look(Look.ARM)
-        self._keep("intent")
+        sent: the number of pages."""
+        return await self.look(Look.ARM)
+
+    async def arm_still(self, vm: Vm) -> int:
+        """The same, with the guest held still for it. Raises PostcopydError: the guest runs again,
+        or the sentence says that it does not and `rollback` is to be tried."""
         began = time.monotonic()
-        async with self._vm.attached().still():
+        async with vm.attached().still():
             pages = await self.look(Look.ARM)
         self.stopped_s += time.monotonic() - began
-        self._keep("held")
         return pages
 
     async def look(self, how: Look = Look.ONLY) -> int:
@@ -87,8 +78,9 @@ class Tracking:
     async def aclose(self) -> None:
         """The guest's writes cost nothing any more."""
         with trio.CancelScope(shield=True):
-            self._cost = self._measured()
             try:
+                with suppress(OSError):
+                    self._cost = self._measured()
                 await self._engine.untrack()
             finally:
                 os.close(self._uffd)

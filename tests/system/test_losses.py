@@ -118,7 +118,17 @@ async def test_exit_status_of_a_paused_migration(new_pair: Pair) -> None:
     ends: list[tuple[int, list[str], str]] = []
 
     async def migrate() -> None:
-        words = ("migrate", name, "--to", b.address, "--bandwidth", "1M", "--json")
+        words = (
+            "migrate",
+            name,
+            "--to",
+            b.address,
+            "--bandwidth",
+            "1M",
+            "--json",
+            "--mode",
+            "postcopy",
+        )
         ends.append(await cli(*words, "--control", a.control))
 
     async with trio.open_nursery() as nursery:

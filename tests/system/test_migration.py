@@ -277,7 +277,7 @@ async def test_command_line(pair: Pair) -> None:
     assert (await cli("check", name, *to, *control))[0] == 0
     for wrong in (
         ("migrate", name, *control),
-        ("migrate", name, *to, "--mode", "hybrid", *control),
+        ("migrate", name, *to, "--mode", "stopcopy", *control),
         ("migrate", name, *to, "--bandwidth", "fast", *control),
     ):
         status, lines, error = await cli(*wrong)
@@ -289,7 +289,7 @@ async def test_command_line(pair: Pair) -> None:
     await worked(here)
     status, lines, error = await cli("migrate", name, *to, "--json", POSTCOPYD_CONTROL=a.control)
     assert (status, error) == (0, "")
-    completed(last_json(lines))
+    completed(last_json(lines), mode="hybrid")
     await verified(there)
     status, lines, _ = await cli("status", name, "--json", "--control", b.control)
     assert status == 0
@@ -304,7 +304,7 @@ async def test_demo() -> None:
     status, lines, error = await cli("demo", "--memory", "24M", "--json")
     assert (status, error) == (0, "")
     result = last_json(lines)
-    completed(result, 24 * MIB)
+    completed(result, 24 * MIB, mode="hybrid")
     assert (result["guest"], result["verified"], result["daemons"]) == ("process", True, 2)
     assert all(json.loads(line)["event"] for line in lines[-1:])
 

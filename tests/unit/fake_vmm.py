@@ -232,15 +232,20 @@ class FakeDriver(Vmm):
     async def still(self) -> AsyncIterator[None]:
         await self._at("still")
         vmm = self.vmm
-        vmm.state = "stopped"
+        if vmm.state != "running":
+            yield
+            return
+        self.before, vmm.state = "running", "stopped"
         vmm.guest.stop("source")
         try:
             yield
             await self._at("still done")
         finally:
             if not self.life.over and vmm.state == "stopped":  # or rolled back by the next daemon
+                with trio.CancelScope(shield=True):
+                    await self._at("still over")  # may fail: then `rollback` is to be tried
                 vmm.guest.run("source")
-                vmm.state = "running"
+                self.before, vmm.state = None, "running"
 
     async def prepare(self) -> None:
         await self._at("prepare")

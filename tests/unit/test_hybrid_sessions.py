@@ -290,6 +290,47 @@ async def test_still_breaks(fault: Fault, point: str, tmp_path: Path, clock: Clo
         assert made.source.vmm.state == "running" or made.source.phase == "drained"
 
 
+@pytest.mark.parametrize("error", [VmmError("it does not run"), RuntimeError("a bug")])
+async def test_still_leaves_the_guest_stopped(
+    error: Exception, tmp_path: Path, clock: Clock
+) -> None:
+    """A guest that was not run again after a moment is run by what undoes the migration."""
+    made = await direct(tmp_path, {"source.still over": refusing(error)})
+    assert made.source.vmm.state == "running"
+    assert made.source.phase == "failed"
+
+
+async def test_a_guest_that_is_paused_meanwhile(tmp_path: Path, clock: Clock) -> None:
+    """Whether the guest is to run is as it was last seen, not as it was at the beginning."""
+
+    def pause(made: World, point: str) -> None:
+        made.source.vmm.state = made.before = "paused"
+        made.guest.stop("source")
+
+    made = await hybrid(tmp_path, {"-> pass": pause, "source.save stopped": kill_source})
+    assert made.guest.runs == set()
+    assert made.source.vmm.state == "paused"
+
+
+@pytest.mark.parametrize(
+    "news",
+    [{"problems": ("it has a new device",)}, {"direct_io": "a disk was plugged"}],
+    ids=lambda news: next(iter(news)),
+)
+async def test_what_writes_changes_meanwhile(
+    news: dict[str, object], tmp_path: Path, clock: Clock
+) -> None:
+    """A guest that something new writes to was not copied for certain: it stays."""
+
+    def plug(made: World, point: str) -> None:
+        for name, value in news.items():
+            setattr(made.source.vmm, name, value)
+
+    made = await hybrid(tmp_path, {"<- serving": plug})
+    assert made.source.vmm.state == "running"
+    assert "has changed while it was copied" in made.source.vm.status["message"]
+
+
 @pytest.mark.parametrize("point", ["source.record intent", "source.record held"])
 async def test_still_is_not_recorded(point: str, tmp_path: Path, clock: Clock) -> None:
     """A guest whose stop cannot be recorded is not stopped for a pass."""

@@ -320,6 +320,8 @@ async def test_result_of_a_pause(tmp_path: Path, clock: Clock) -> None:
     is refused."""
     async with network_is_down(tmp_path) as made:
         vm = made.source.vm
+        while vm.status["phase"] != "paused":
+            await trio.sleep(0.1)
         await trio.sleep(PATIENCE_S - 2)
         assert (vm.status["phase"], vm.status.get("result")) == ("paused", None)
         await trio.sleep(4)
