@@ -38,14 +38,14 @@ from postcopyd.connection import (
     tune,
 )
 from postcopyd.control import Decision, MigrateRequest
-from postcopyd.dest import session as destination
+from postcopyd.dest.restart import call_off
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import NoResources, PostcopydError, shortage
 from postcopyd.handover import Destination, Machine, Source
 from postcopyd.hooks import run_hooks
 from postcopyd.protocol import LOST, RemoteProtocolError
 from postcopyd.settings import Settings
-from postcopyd.source import session as source
+from postcopyd.source.restart import let_go, look, roll_back
 from postcopyd.source.session import SourceSession
 from postcopyd.store import Store
 from postcopyd.vm import Vm
@@ -222,7 +222,7 @@ class Daemon:
         """Shows what the other host says of a guest that may have gone there; decides nothing."""
         while self.vms.get(vm.name) is vm and vm.status["phase"] == "paused":
             try:
-                said = await source.look(vm.name, intent)
+                said = await look(vm.name, intent)
             except PostcopydError as error:
                 log.warning("destination not asked", vm=vm.name, error=str(error))
                 await trio.sleep(LOOK_S)
@@ -238,7 +238,7 @@ class Daemon:
             try:
                 await self._reach(vm, record)
                 if owner == "granted" and drained:
-                    await source.let_go(vm)
+                    await let_go(vm)
                 elif owner == "granted":
                     session = await SourceSession.restored(
                         vm, vm.about, self.settings, Machine(Source.GRANTED_LOST)
@@ -248,9 +248,9 @@ class Daemon:
                 elif owner == "owned":
                     await self._restore_arrival(vm)
                 elif owner == "intent":
-                    await source.roll_back(vm, self.settings)
+                    await roll_back(vm, self.settings)
                 elif owner in ("arriving", "loading"):
-                    await destination.call_off(vm)
+                    await call_off(vm)
                 elif owner == "held" and vm.status["phase"] == "precopy":
                     vm.settle(
                         phase="failed",

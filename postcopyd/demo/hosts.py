@@ -55,7 +55,6 @@ class Host:
         self.log = folder / f"{name}.log"
         self.address = f"127.0.0.1:{_free_port()}"
         self.options = options
-        self.mode = "hybrid"  # of a migration that names none
         self.process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
@@ -92,8 +91,6 @@ class Host:
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One call of the control socket's interface. Raises PostcopydError for its errors."""
-        if method == "Migrate":
-            parameters.setdefault("mode", self.mode)
 
         def call() -> dict[str, Any]:
             try:

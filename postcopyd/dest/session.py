@@ -29,6 +29,7 @@ from postcopyd import protocol as p
 from postcopyd._native import lib
 from postcopyd.connection import Channel, ConnectionLost, PeerError, detach, open_nursery
 from postcopyd.dest.engine import DestinationEngine
+from postcopyd.dest.restart import regions_again
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import DESTINATION_RUNS, Destination, Happened, Machine
 from postcopyd.hooks import run_hooks
@@ -37,7 +38,7 @@ from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.store import StateNotWritten
 from postcopyd.vm import Vm
-from postcopyd.vmm import Declined, Region, Shape
+from postcopyd.vmm import Declined, Shape
 
 PROGRESS_S = 0.1
 ACKNOWLEDGE_S = 10.0
@@ -97,7 +98,7 @@ class DestinationSession:
         session._ran_ns = about["ran_ns"]
         driver = vm.attached()
         try:
-            regions = _regions_again(driver.pid, about["ram"], files=offer.staged)
+            regions = regions_again(driver.pid, about["ram"], files=offer.staged)
             session._shape = Shape("paused", driver.pid, regions, {}, ())
             session._uffds = await driver.adopted()
             if len(session._uffds) != about["userfaultfds"]:
@@ -529,7 +530,7 @@ class DestinationSession:
         """What `restored` needs, or what a source is told that asks later, for the next record."""
         ram = [
             {"name": r.name, "pages": r.pages, "page_size": r.page_size, "address": r.address,
-             "offset": r.offset}
+             "offset": r.offset, "file": r.fd is not None}
             for r in (self._shape.regions if self._shape else ())
         ]  # fmt: skip
         self.vm.about = {
@@ -769,46 +770,6 @@ class DestinationSession:
             peer=self.channel.peer,
             **about,
         )
-
-
-async def call_off(vm: Vm) -> None:
-    """Ends an arrival that was not granted when the daemon ended: no vCPU has run here."""
-    driver, loading = vm.driver, vm.ownership == "loading"
-    message = f"{vm.name} did not come here: the daemon ended before it was granted"
-    if driver is not None and not loading:
-        await driver.release()
-        if vm.about["offer"]["staged"]:
-            shape = await driver.inspect("destination")
-            try:
-                await driver.discard(shape)
-            finally:
-                shape.close()
-    else:
-        if driver is not None:
-            await driver.end()  # before its RAM is let go: it must not go on with zeros
-        message += "; its VMM here has ended, start it anew for another attempt"
-    vm.settle(phase="failed", remaining=0, message=message)
-    vm.about["answer"] = to_builtins(p.Declined(p.sentence(message)))
-    vm.record("declined")
-    structlog.get_logger().warning("arrival called off", vm=vm.name)
-
-
-def _regions_again(pid: int, ram: list[dict[str, Any]], *, files: bool) -> tuple[Region, ...]:
-    """The regions of a record; with the files behind them, where they are needed, found by address
-    as the VMM may not be able to answer. Raises PostcopydError."""
-    regions: list[Region] = []
-    try:
-        mappings = list(procfs.mappings(pid)) if files else []
-        for about in ram:
-            at = [m for m in mappings if m.start <= about["address"] < m.end and m.shared]
-            fd = procfs.open_file(pid, at[0].file) if at else None
-            regions.append(Region(**about, fd=fd))
-    except OSError as error:
-        for region in regions:
-            if region.fd is not None:
-                os.close(region.fd)
-        raise PostcopydError(f"opening guest RAM of process {pid} again: {error}") from None
-    return tuple(regions)
 
 
 def _regions(regions: list[tuple[str, int, int]]) -> str:

@@ -390,6 +390,7 @@ class SourceSession:
         assert engine is not None
         engine.copy(self._bandwidth)
         await engine.watch(lambda: engine.stats.pushing == 0)
+        engine.check()  # threads that have failed push no more either
         await channel.send(p.Pass(engine.stats.passed_pages))
 
     async def _name_stale(self, channel: Channel) -> None:
@@ -855,45 +856,6 @@ class SourceSession:
 
 def _where(region: Region) -> tuple[object, ...]:
     return (region.name, region.pages, region.page_size, region.address, region.offset)
-
-
-async def look(vm: str, intent: dict[str, Any]) -> str:
-    """What the destination of a handover says of it, which this host only knows to have intended.
-    Nothing goes on by that. Raises PostcopydError."""
-    address = parse_address(intent["peer"])
-    stream = await dial(address.host, address.port, p.CONTROL)
-    async with Channel(stream, Machine(Source.GREETING), f"postcopyd at {address}") as channel:
-        await channel.greet()
-        await channel.send(p.Resume(intent["migration"], vm, intent["epoch"], look=True))
-        return " ".join((await channel.expect(p.Checked)).problems)
-
-
-async def let_go(vm: Vm) -> None:
-    """Ends the VMM of a guest that was drained, if that was left to do when the daemon ended."""
-    driver, vm.driver = vm.driver, None
-    if driver is not None:
-        try:
-            await driver.finish(vm.about["request"]["keep_source"])
-        finally:
-            await driver.aclose()
-
-
-async def roll_back(vm: Vm, settings: Settings) -> None:
-    """Runs the guest again whose handover was under way, and not granted, when the daemon ended."""
-    driver, run = vm.attached(), vm.about["run"]
-    driver.before = "running" if run else "paused"
-    sentence = f"{vm.name} was not moved and is at this host as it was: the daemon ended before it"
-    try:
-        with trio.fail_after(ROLLBACK_S):
-            await driver.rollback()
-    except trio.TooSlowError:
-        raise PostcopydError(f"its VMM did not run it again within {ROLLBACK_S:.0f} s") from None
-    sentence += " was granted"
-    result = {"event": "failed", "vm": vm.name, "migration": vm.about["migration"]}
-    vm.settle(phase="failed", remaining=0, message=sentence, result={**result, "error": sentence})
-    vm.record("held")
-    settings.store.forget_intent(vm.name)
-    structlog.get_logger().warning("guest runs here again", vm=vm.name)
 
 
 def faults_json(faults: p.Faults) -> dict[str, Any]:

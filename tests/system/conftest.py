@@ -14,6 +14,8 @@ from needs import missing
 from pair import Pair, open_pair
 from qemu_lab import QEMUS, Lab
 
+from postcopyd.demo import qemu_guest as q
+
 
 @pytest.fixture(scope="module")
 def daemons() -> Iterator[Pair]:
@@ -52,6 +54,17 @@ async def lab() -> AsyncIterator[Lab]:
         for machine in made.machines:
             machine.end()
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def boot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Kernel and initramfs of the verifying guest."""
+    kernel = q.find_kernel()
+    if kernel is None or not q.find_qemu():
+        missing("QEMU and a guest kernel: qemu-system-x86 and linux-image-cloud-amd64")
+    initramfs = tmp_path_factory.mktemp("guest") / "initramfs"
+    q.write_initramfs(initramfs, kernel, q.find_init())
+    return kernel.image, initramfs
 
 
 @pytest.fixture(params=range(len(QEMUS)), ids=lambda number: f"qemu{number}")

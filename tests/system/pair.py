@@ -37,6 +37,15 @@ HELLO = p.pack(p.Hello(version=p.VERSION, software="a test", host="test"))
 KIND = {kind: bytes([0xA0 | len(kind)]) + kind.encode() for kind in (p.CONTROL, p.DATA)}
 
 
+class PostcopyHost(Host):
+    """Migrates in the mode in which most can go wrong after the handover, unless told otherwise."""
+
+    async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        if method == "Migrate":
+            parameters.setdefault("mode", "postcopy")
+        return await super().call(method, **parameters)
+
+
 class Pair:
     """Two daemons (or more) and the guests that were started beside them."""
 
@@ -48,9 +57,7 @@ class Pair:
         hook.write_text(HOOK)
         hook.chmod(hook.stat().st_mode | stat.S_IXUSR)
         options = ("--hooks-dir", str(self.hooks), *options)
-        self.hosts = [Host(folder, f"host{i}", options) for i in range(hosts)]
-        for host in self.hosts:  # the one in which most can go wrong after the handover
-            host.mode = "postcopy"
+        self.hosts: list[Host] = [PostcopyHost(folder, f"host{i}", options) for i in range(hosts)]
         self.guests: list[ProcessGuest] = []
         self._names = 0
 

@@ -342,7 +342,9 @@ def test_a_thread_without_room_for_a_frame_is_refused(programs: Programs) -> Non
     """Nothing is written beyond the mapping that the stack pointer is in."""
     adoptee = Adoptee(programs, "small-stack")
     # It is on that stack once it is in read(2), the system call 0; it says that it is ready before.
+    deadline = time.monotonic() + 10
     while not Path(f"/proc/{adoptee.pid}/syscall").read_text().startswith("0 "):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     result = programs.call("--timeout", 200, adoptee.pid, "call", SYS_GETPID)
     assert_refused(result, EBUSY, "no room for a signal frame", "larger stacks")

@@ -34,17 +34,6 @@ REGISTER_WP, WRITTEN, ARM = 2, 2, 3
 RANGES = 4096
 
 
-@pytest.fixture(scope="module")
-def boot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Kernel and initramfs of the verifying guest."""
-    kernel = q.find_kernel()
-    if kernel is None or not QEMUS:
-        missing("QEMU and a guest kernel: qemu-system-x86 and linux-image-cloud-amd64")
-    initramfs = tmp_path_factory.mktemp("guest") / "initramfs"
-    q.write_initramfs(initramfs, kernel, q.find_init())
-    return kernel.image, initramfs
-
-
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """Not pytest's own: the name of a socket has to be short."""

@@ -77,8 +77,10 @@ def memory(host: Host) -> int:
 
 @pytest.fixture
 def pair(daemons: Pair) -> Iterator[Pair]:
+    deadline = time.monotonic() + 10
     for host in daemons:  # it answers before it has all that it keeps
         while "event=serving" not in host.log.read_text():
+            assert time.monotonic() < deadline
             time.sleep(0.01)
     before = [(descriptors(host), memory(host)) for host in daemons]
     yield daemons

@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 from slow_disk import slow_disk
-from test_qemu_migration import EACH_QEMU, MIB, QEMUS, VM, Pair, boot, pair
+from test_qemu_migration import EACH_QEMU, MIB, QEMUS, VM, Pair, pair
 
 from postcopyd import procfs
 from postcopyd.demo import qemu_guest as q
-
-__all__ = ["boot"]  # a fixture
 
 # Write rates, operations a second on 4 KiB pages at random: from idle to beyond what the bandwidth
 # carries, and then as fast as the guest can.

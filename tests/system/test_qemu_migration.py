@@ -31,17 +31,6 @@ QEMUS = q.find_qemu()
 EACH_QEMU = pytest.mark.parametrize("qemu", QEMUS or [None], ids=str)
 
 
-@pytest.fixture(scope="session")
-def boot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Kernel and initramfs of the verifying guest."""
-    kernel = q.find_kernel()
-    if kernel is None or not QEMUS:
-        missing("QEMU and a guest kernel: qemu-system-x86 and linux-image-cloud-amd64")
-    initramfs = tmp_path_factory.mktemp("guest") / "initramfs"
-    q.write_initramfs(initramfs, kernel, q.find_init())
-    return kernel.image, initramfs
-
-
 class Pair:
     """Two daemons and one guest; the guest's QEMUs are named by where they run."""
 
@@ -78,7 +67,7 @@ class Pair:
     async def move(self, **options: Any) -> dict[str, Any]:
         """Moves the guest and has it check all of its memory. Returns the result."""
         before = await self.guest.report()
-        result = await self.here.migrate(VM, self.there, **options)
+        result = await self.here.migrate(VM, self.there, **{"mode": "postcopy", **options})
         assert result["event"] == "completed", result
         self.moves += 1
         after = await self.guest.report()
@@ -100,8 +89,6 @@ async def pair(folder: Path, boot: tuple[Path, Path], **config: Any) -> AsyncIte
     kernel, initramfs = boot
     made = q.GuestConfig(kernel=kernel, initramfs=initramfs, **config)
     async with open_hosts(folder) as hosts, q.open_guest(folder) as guest:
-        for host in hosts:
-            host.mode = "postcopy"
         yield Pair(hosts, guest, made)
 
 
@@ -209,7 +196,7 @@ async def test_a_disk_locked_at_the_destination_leaves_the_guest_at_the_source(
             )
         destination = await it.wait_for_it(disk=other)
         before = await it.guest.report()
-        result = await it.here.migrate(VM, it.there)
+        result = await it.here.migrate(VM, it.there, mode="postcopy")
         assert result["event"] == "failed"
         assert "lock" in result["error"]
         assert (await it.here.status(VM))["phase"] == "failed"
@@ -236,7 +223,7 @@ async def test_a_paused_guest_stays_paused(folder: Path, boot: tuple[Path, Path]
             await qmp.execute("stop")
         monitor = folder / "third"
         await it.wait_for_it(second_qmp=monitor)
-        result = await it.here.migrate(VM, it.there)
+        result = await it.here.migrate(VM, it.there, mode="postcopy")
         assert result["event"] == "completed", result
         async with own_monitor(monitor) as qmp:
             assert (await qmp.execute("query-status"))["status"] == "paused"
@@ -277,7 +264,9 @@ async def test_pages_given_up_end_an_emulated_guest(
     async with pair(folder, boot, qemu=qemu, memory=256 * MIB) as it:
         await it.boot()
         arriving = await it.wait_for_it()
-        await it.here.call("Migrate", name=VM, to=it.there.address, bandwidth=4 * MIB)
+        await it.here.call(
+            "Migrate", name=VM, to=it.there.address, mode="postcopy", bandwidth=4 * MIB
+        )
         while (await it.there.status(VM))["phase"] != "postcopy":
             await trio.sleep(0.01)
         it.here.end(signal.SIGKILL)

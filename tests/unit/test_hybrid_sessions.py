@@ -5,6 +5,7 @@ migration (test_sessions.py), and the others with a guest that was copied while 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_vmm import PAGE, PAGES, FakeVmm
@@ -14,7 +15,6 @@ from session_faults import (
     cancel,
     cut,
     cut_data,
-    destination_dies,
     destination_says_error,
     error,
     grant,
@@ -32,15 +32,15 @@ from session_faults import (
     silence,
     source_dies,
     source_says_error,
-    stop_destination,
     stop_here,
-    stop_source,
     torn,
     world,
     wrong,
 )
 from session_world import LONG_S, Fault, Instead, World
+from test_sessions import ANYWHERE
 
+from postcopyd import procfs
 from postcopyd import protocol as p
 from postcopyd.source import passes
 from postcopyd.source.engine import Look, SourceEngine
@@ -77,11 +77,6 @@ LATER = [
     "<- drained",
 ]
 
-ANYWHERE = [
-    cut, cut_data, silence, stop_source, stop_destination, kill_source, kill_destination, kill_both,
-    source_dies, destination_dies,
-]  # fmt: skip
-
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -102,8 +97,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made_clock(monkeypatch)
 
 
-async def hybrid(folder: Path, faults: dict[str, Fault], **options: object) -> World:
-    return await migrated(folder, faults, mode="hybrid", precopy_passes=2, **options)  # type: ignore[arg-type]
+async def hybrid(folder: Path, faults: dict[str, Fault], **options: Any) -> World:
+    return await migrated(folder, faults, mode="hybrid", precopy_passes=2, **options)
 
 
 async def test_clean(tmp_path: Path, clock: Clock) -> None:
@@ -255,6 +250,21 @@ async def test_recovery(fault: Fault, point: str, tmp_path: Path, clock: Clock) 
     """What came in passes counts as there, also for a daemon that was started again."""
     made = await hybrid(tmp_path, {"<- progress": cut, point: fault})
     assert made.destination.phase == "drained"
+
+
+async def test_guest_ram_is_not_found_again(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the file that pages were staged in nothing is placed: the guest waits, it does not
+    see what the file has of before."""
+
+    def kill(made: World, point: str) -> None:
+        monkeypatch.setattr(procfs, "mappings", lambda pid: [])
+        kill_destination(made, point)
+
+    made = await hybrid(tmp_path, {"<- progress": kill}, patience=40, sticks=True)
+    assert made.destination.phase == "paused"
+    assert "does not map the file of guest RAM ram0" in made.destination.vm.status["message"]
 
 
 # --- direct I/O ----------------------------------------------------------------------------------

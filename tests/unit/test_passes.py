@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -13,10 +14,11 @@ from postcopyd.errors import PostcopydError
 from postcopyd.source import passes
 from postcopyd.source.passes import Pass, why_now
 
+Mode = Literal["hybrid", "precopy"]
 GUEST = 262144  # pages: 1 GiB
 
 
-def moved(mode: str, rate: float, writes: float, hot: int, most: int | None = None) -> list[Pass]:
+def moved(mode: Mode, rate: float, writes: float, hot: int, most: int | None = None) -> list[Pass]:
     """The passes of a guest that writes at random to `hot` of its pages, `writes` pages a second,
     over a link of `rate` pages a second."""
     done: list[Pass] = []
@@ -27,7 +29,7 @@ def moved(mode: str, rate: float, writes: float, hot: int, most: int | None = No
         written = round(hot * (1 - (1 - 1 / hot) ** (writes * seconds))) if hot else 0
         done.append(Pass(left, left * 4096, seconds, written))
         left = written
-        if why_now(mode, done, most, 0.3):  # type: ignore[arg-type]
+        if why_now(mode, done, most, 0.3):
             return done
         assert len(done) < 100
 

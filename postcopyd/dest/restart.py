@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a daemon that was started again does at the destination, besides the session's part: ends an
+arrival that was not granted, and finds guest RAM again for one that was."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import structlog
+from msgspec import to_builtins
+
+from postcopyd import procfs
+from postcopyd import protocol as p
+from postcopyd.errors import PostcopydError, shortage
+from postcopyd.vm import Vm
+from postcopyd.vmm import Region, Vmm
+
+
+async def call_off(vm: Vm) -> None:
+    """Ends an arrival that was not granted when the daemon ended: no vCPU has run here."""
+    driver, loading = vm.driver, vm.ownership == "loading"
+    message = f"{vm.name} did not come here: the daemon ended before it was granted"
+    if driver is not None and not loading:
+        await driver.release()
+        if vm.about["offer"].get("staged"):
+            try:
+                await _discard(driver)
+            except PostcopydError as error:  # the next arrival empties it anyway
+                message += f"; what had come of its memory still takes room here: {error}"
+    else:
+        if driver is not None:
+            await driver.end()  # before its RAM is let go: it must not go on with zeros
+        message += "; its VMM here has ended, start it anew for another attempt"
+    vm.settle(phase="failed", remaining=0, message=message)
+    vm.about["answer"] = to_builtins(p.Declined(p.sentence(message)))
+    vm.record("declined")
+    structlog.get_logger().warning("arrival called off", vm=vm.name)
+
+
+async def _discard(driver: Vmm) -> None:
+    shape = await driver.inspect("destination")
+    try:
+        await driver.discard(shape)
+    finally:
+        shape.close()
+
+
+def regions_again(pid: int, ram: list[dict[str, Any]], *, files: bool) -> tuple[Region, ...]:
+    """The regions of a record; with the files behind them, where they are needed, found by address
+    as the VMM may not be able to answer.
+
+    Raises PostcopydError, above all when a file is not found: an engine without it would take what
+    the file has, which may be old, for what belongs there.
+    """
+    regions: list[Region] = []
+    try:
+        mappings = list(procfs.mappings(pid)) if files else []
+        for recorded in ram:
+            about, fd = dict(recorded), None
+            if about.pop("file", True) and files:
+                at = [m for m in mappings if m.start <= about["address"] < m.end and m.shared]
+                if not at:
+                    raise PostcopydError(
+                        f"process {pid} does not map the file of guest RAM {about['name']} at "
+                        f"{about['address']:#x} any more: its guest cannot go on, end it"
+                    )
+                fd = procfs.open_file(pid, at[0].file)
+            regions.append(Region(**about, fd=fd))
+    except (PostcopydError, OSError) as error:
+        for region in regions:
+            if region.fd is not None:
+                os.close(region.fd)
+        if isinstance(error, PostcopydError):
+            raise
+        raise shortage(error) or PostcopydError(
+            f"opening guest RAM of process {pid} again: {error}"
+        ) from None
+    return tuple(regions)
