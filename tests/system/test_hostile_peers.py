@@ -47,7 +47,7 @@ from test_hybrid import tracked
 from test_hybrid_process import copied, unoccupied
 
 from postcopyd import protocol as p
-from postcopyd.connection import receive_object
+from postcopyd.connection import ConnectionLost, receive_object
 from postcopyd.errors import PostcopydError
 
 M = TypeVar("M", bound=p.Message)
@@ -267,7 +267,8 @@ class Middle:
 
     async def serve(self, source: trio.SocketStream) -> None:
         destination = await connected(self.to)
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError):
+        gone = (trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
+        with suppress(ConnectionLost, *gone):  # either side ends it where it likes
             async with destination, trio.open_nursery() as nursery:
                 kind = b""
                 while kind not in KIND.values():
@@ -1031,6 +1032,8 @@ async def test_peer_that_talks_without_end(pair: Pair) -> None:
             with trio.fail_after(5):
                 await b.call("List")
             await trio.sleep(0.05)
+        # What is cut off before it is read was never an offer.
+        await status_until(b, waiting, lambda status: status["phase"] != "idle")
         nursery.cancel_scope.cancel()
     await status_until(b, waiting, lambda status: status["phase"] == "failed")
 
