@@ -192,12 +192,12 @@ def _serve(args: argparse.Namespace) -> int:
     # structlog would take it for tracebacks in colour: a third of the time to start, and guests may
     # wait for a daemon that is started again.
     sys.modules["rich"] = None  # type: ignore[assignment]  # as the import system has it
-    from postcopyd import daemon
+    from postcopyd import service
 
     del sys.modules["rich"]
 
     try:
-        trio.run(daemon.serve, options)
+        trio.run(service.serve, options)
     except ExceptionGroup as group:
         ours, others = group.split(PostcopydError)
         if ours is None or others is not None:

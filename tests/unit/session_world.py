@@ -507,7 +507,8 @@ class World:
         }
         for host in self.hosts.values():
             if host.session is not None and host.phase != "idle":
-                assert host.session.machine.state in states[host.phase], host.role
+                state = host.session.machine.state
+                assert state in states[host.phase], (host.role, host.phase, state)
 
     def _check_left_behind(self) -> None:
         destination, there = self.destination, self.destination.vmm

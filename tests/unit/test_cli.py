@@ -277,7 +277,7 @@ def test_serve_runs_the_daemon(monkeypatch: pytest.MonkeyPatch, capsys: Any, wra
     """`serve` hands its options to the daemon, and says in a sentence why that could not start."""
     given: list[config.ServeOptions] = []
 
-    class Daemon:
+    class Service:
         @staticmethod
         async def serve(options: config.ServeOptions) -> None:
             given.append(options)
@@ -285,8 +285,8 @@ def test_serve_runs_the_daemon(monkeypatch: pytest.MonkeyPatch, capsys: Any, wra
             raise ExceptionGroup("", [ExceptionGroup("", [error])]) if wrapped else error
 
     monkeypatch.delenv("POSTCOPYD_CONTROL", raising=False)
-    monkeypatch.setitem(sys.modules, "postcopyd.daemon", Daemon)
-    monkeypatch.setattr(postcopyd, "daemon", Daemon, raising=False)
+    monkeypatch.setitem(sys.modules, "postcopyd.service", Service)
+    monkeypatch.setattr(postcopyd, "service", Service, raising=False)
     args = ["--tls", "off", "--listen", "127.0.0.1:7", "--state-dir", "/s", "--bandwidth", "1M"]
     assert cli.main(["serve", *args]) == 1
     assert capsys.readouterr().err == "postcopyd: cannot listen on port 7: it is taken\n"
