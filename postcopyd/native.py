@@ -14,6 +14,7 @@ from typing import Any
 
 import trio
 
+from postcopyd import counts
 from postcopyd._native import ffi, lib
 from postcopyd.errors import PostcopydError
 from postcopyd.protocol import Faults
@@ -46,6 +47,7 @@ class EngineError(PostcopydError):
 class Engine:
     """One native engine. Its functions are called by one task of its session, one at a time."""
 
+    role: str
     _free: Any
 
     def __init__(self, make: Any, stats: Any) -> None:
@@ -59,11 +61,14 @@ class Engine:
             os.close(self.wake)
             raise
         self.stats = stats(self.handle)
+        self._failed = False
+        counts.engines[self.role].began(self.stats)
 
     async def aclose(self) -> None:
         """Stops and joins all threads, closes all connections; milliseconds, and not cancelled."""
         if self.handle is not None:
             handle, self.handle = self.handle, None
+            counts.engines[self.role].ended(self.stats)
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._free, handle)
             trio.lowlevel.notify_closing(self.wake)
@@ -93,6 +98,9 @@ class Engine:
     def check(self) -> None:
         """Raises EngineError when the engine has failed."""
         failure = self.stats.failure
+        news, self._failed = failure > 0 and not self._failed, failure > 0
+        if news:
+            counts.failures[self.role, Failure(failure).name.lower()] += 1
         if failure > 0:
             raise EngineError(Failure(failure), ffi.string(self.stats.sentence).decode())
 

@@ -2,17 +2,14 @@
 """`postcopyd serve`: the daemon as a process of its host.
 
 Owns what is there once for a process: its two doors (the control socket and the migration port),
-signals, limits, and where its log goes.
+signals and limits. Where its log goes is journal.py's.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 import resource
 import signal
-import sys
-import time
 
 import structlog
 import trio
@@ -20,16 +17,14 @@ import trio
 from postcopyd import control
 from postcopyd.config import ServeOptions
 from postcopyd.daemon import Daemon
-from postcopyd.errors import PostcopydError, shortage
+from postcopyd.errors import PostcopydError
+from postcopyd.journal import configure_logging
 from postcopyd.settings import Settings
 from postcopyd.store import Store
 
 FEW_DESCRIPTORS = 1024
 """A migration takes some 20 for each guest; MAX_PEERS and the clients of the control socket may
 take more than 300 together."""
-
-SHORTAGE_S = 10.0
-"""How often it is said that connections have to wait."""
 
 log = structlog.get_logger()
 
@@ -73,22 +68,6 @@ def raise_limit() -> None:
         log.warning("few descriptors: migrations may have to wait for some", limit=hard)
 
 
-class Shortage(logging.Handler):
-    """What trio says of a listener that can take no connection, ten times a second with a
-    traceback: a sentence each ten seconds instead."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._next = 0.0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + SHORTAGE_S
-            error = record.exc_info[1] if record.exc_info else None
-            why = shortage(error) if isinstance(error, OSError) else None
-            log.error("no connection taken, those that come wait", error=str(why or error))
-
-
 async def _listen(options: ServeOptions) -> list[trio.SocketListener]:
     host, port = options.listen
     try:
@@ -112,20 +91,3 @@ async def _signals(
             for nursery in nurseries:
                 nursery.cancel_scope.cancel()
             return
-
-
-def configure_logging() -> None:
-    """To stderr: readable on a terminal, one key=value line otherwise."""
-    listeners = logging.getLogger("trio.serve_listeners")
-    listeners.handlers, listeners.propagate = [Shortage()], False
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer()
-            if sys.stderr.isatty()
-            else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
