@@ -25,6 +25,9 @@ _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 # The ways a guest may be moved.
 MODES = ("hybrid", "postcopy", "precopy")
 
+May = Literal["send", "receive", "control"]
+MAY: tuple[May, ...] = ("send", "receive", "control")
+
 
 class Address(NamedTuple):
     """A TCP address. An empty host, where one listens, means every address of the machine."""
@@ -36,9 +39,22 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+class Peer(NamedTuple):
+    """Another host by a name of its certificate, and what it may do: `send` guests to this host,
+    `receive` guests of this host, and `control`: ask (check without moving, look what became of a
+    guest). Without an `address` it is not dialled by its name."""
+
+    name: str
+    address: Address | None = None
+    may: frozenset[May] = frozenset(MAY)
+
+
 class ServeOptions(NamedTuple):
-    """How a daemon is to run. `bandwidth` is in bytes per second, None for no limit;
-    `connections` is the number of push connections of one migration."""
+    """How a daemon is to run. None is no limit, rates are bytes per second, and of these `bandwidth`
+    is that of one migration, `host_bandwidth` that of all that leave this host together;
+    `connections` is the number of push connections of one migration. An arrival beyond
+    `max_arrivals` or `max_arriving_memory` (bytes of guest RAM) waits. `metrics` is HOST:PORT or
+    the absolute path of a unix socket. Without any `peers` each certificate of the CA will do."""
 
     control: str = DEFAULT_CONTROL
     listen: Address = Address("", DEFAULT_PORT)
@@ -49,6 +65,13 @@ class ServeOptions(NamedTuple):
     bandwidth: int | None = None
     connections: int = 2
     durable_dir: Path | None = None
+    host_bandwidth: int | None = None
+    max_vms: int | None = None
+    max_arrivals: int | None = None
+    max_arriving_memory: int | None = None
+    max_peers: int = 256
+    metrics: str | None = None
+    peers: tuple[Peer, ...] = ()
 
     @property
     def durable(self) -> Path:
