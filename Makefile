@@ -15,7 +15,7 @@ GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
 DEB_PACKAGES := debhelper dh-python
 TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev
 
-.PHONY: all build demo test chaos fuzz bench bench-quick wheel sdist deb check gen fmt clean
+.PHONY: all build demo test chaos fuzz bench bench-quick wheel sdist man deb check gen fmt clean
 all: build
 
 build: $(VENV)/.built
@@ -101,7 +101,16 @@ $(VENV)/.wheel: $(VENV)/.tools $(SOURCES)
 sdist: $(VENV)/.tools
 	$(BIN)/python -c 'import mesonpy; print("dist/" + mesonpy.build_sdist("dist"))'
 
-deb: wheel
+# The man pages, in .build/man: `man -l .build/man/postcopyd.1`.
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+MAN := $(patsubst man/%.rst,.build/man/%,$(wildcard man/*.rst))
+man: $(MAN)
+
+.build/man/%: man/%.rst $(VENV)/.tools
+	@mkdir -p .build/man
+	sed 's/@VERSION@/$(VERSION)/' $< | $(BIN)/rst2man --strict - $@
+
+deb: wheel man
 	@tools/debian-packages $(DEB_PACKAGES)
 	tools/deb dist/*.whl
 

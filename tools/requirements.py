@@ -3,11 +3,11 @@
 
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-groups = project["dependency-groups"]
 wanted = project["project"]["dependencies"]
 if sys.argv[1:] != ["run"]:
-    wanted = [*wanted, *groups["build"], *groups["dev"]]
+    wanted = [*wanted, *chain(*project["dependency-groups"].values())]
 print("\n".join(wanted))
