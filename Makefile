@@ -12,9 +12,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 BUILD_PACKAGES := gcc libc6-dev libssl-dev make pkg-config python3-venv
 GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
+DEB_PACKAGES := debhelper dh-python
 TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev systemd-container iproute2
 
-.PHONY: all build demo test chaos fuzz bench bench-quick check gen fmt clean
+.PHONY: all build demo test chaos fuzz bench bench-quick wheel sdist man deb check gen fmt clean
 all: build
 
 build: $(VENV)/.built
@@ -87,6 +88,32 @@ bench-needs: build
 	@tools/debian-packages $(GUEST_PACKAGES) iproute2
 	@tools/newest-qemu
 
+# A wheel and an sdist in dist/, and a Debian package in .build/deb. The sdist is of what git has.
+wheel: $(VENV)/.wheel
+
+$(VENV)/.wheel: $(VENV)/.tools $(SOURCES)
+	@rm -rf dist/*.whl
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  --wheel-dir dist .
+	@touch $@
+	@ls dist/*.whl
+
+sdist: $(VENV)/.tools
+	$(BIN)/python -c 'import mesonpy; print("dist/" + mesonpy.build_sdist("dist"))'
+
+# The man pages, in .build/man: `man -l .build/man/postcopyd.1`.
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+MAN := $(patsubst man/%.rst,.build/man/%,$(wildcard man/*.rst))
+man: $(MAN)
+
+.build/man/%: man/%.rst $(VENV)/.tools
+	@mkdir -p .build/man
+	sed 's/@VERSION@/$(VERSION)/' $< | $(BIN)/rst2man --strict - $@
+
+deb: wheel man
+	@tools/debian-packages $(DEB_PACKAGES)
+	tools/deb dist/*.whl
+
 check: build
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -102,4 +129,4 @@ fmt: build
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .build .*_cache
+	rm -rf $(VENV) .build dist .*_cache
