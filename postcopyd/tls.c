@@ -64,8 +64,12 @@ static const char *words_for(int reason) {
     return "a TLS record was changed on its way";
   case SSL_R_BINDER_DOES_NOT_VERIFY:
     return "the two sides have different TLS keys for it";
+  case SSL_R_NO_SUITABLE_SIGNATURE_ALGORITHM: /* to prove who one is without a key */
+    return "the other side came without a TLS key";
+  case SSL_R_CERTIFICATE_VERIFY_FAILED:
+    return "the other side did not use the TLS key";
   case SSL_R_UNSUPPORTED_PROTOCOL:
-    return "TLS 1.3 is wanted, and one side has an older version";
+    return "the other side has an older version than TLS 1.3";
   case SSL_R_WRONG_VERSION_NUMBER:
   case SSL_R_BAD_RECORD_TYPE:
   case SSL_R_PACKET_LENGTH_TOO_LONG:
@@ -98,7 +102,7 @@ static int outcome(struct pc_tls *t, int returned) {
         SSL_alert_desc_string_long(reason - SSL_AD_REASON_OFFSET));
   else
     say(t, "TLS failed: ", ERR_reason_error_string(ERR_peek_error()));
-  return -EPROTO;
+  return -EBADMSG;
 }
 
 const char *tls_why(struct pc_tls *t) {
@@ -275,7 +279,7 @@ int pc_tls_handshake(struct pc_tls *t, char error[200]) {
     return 1;
   if (done == 1 && !SSL_session_reused(t->ssl)) { /* cannot be, as nobody has a certificate */
     say(t, "", "the other side did not use the TLS key");
-    now = -EPROTO;
+    now = -EBADMSG;
   } else if (done != 1 && now == 0) {
     say(t, "", "the other side ended it");
     now = -ECONNRESET;
@@ -323,7 +327,7 @@ static int encrypt(struct pc_tls *t, const void *from, size_t bytes) {
   if (SSL_write_ex(t->ssl, from, bytes, &n))
     return 0;
   int now = outcome(t, 0);
-  return now < 0 ? now : -EPROTO; /* there is room, so nothing else can be */
+  return now < 0 ? now : -EBADMSG; /* there is room, so nothing else can be */
 }
 
 static int flush_all(struct pc_tls *t) {
