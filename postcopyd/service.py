@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from ipaddress import ip_address
 
 import structlog
 import trio
@@ -23,6 +24,7 @@ from postcopyd.daemon import Daemon
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.settings import Settings
 from postcopyd.store import Store
+from postcopyd.tls import Tls
 
 FEW_DESCRIPTORS = 1024
 """A migration takes some 20 for each guest; MAX_PEERS and the clients of the control socket may
@@ -37,11 +39,7 @@ log = structlog.get_logger()
 async def serve(options: ServeOptions) -> None:
     """Runs the daemon until SIGTERM or SIGINT. Raises PostcopydError when it cannot start."""
     configure_logging()
-    if options.tls != "off":
-        raise PostcopydError(
-            "this version has no TLS yet: say `--tls off` where the network between the hosts is "
-            "trusted"
-        )
+    tls = None if options.tls == "off" else Tls.load(options.tls_dir, options.peers)
     # What has been imported is never garbage: no collection looks at it within a blackout.
     gc.collect()
     gc.freeze()
@@ -51,9 +49,13 @@ async def serve(options: ServeOptions) -> None:
         options.hooks_dir,
         options.bandwidth or 0,
         options.connections,
+        tls,
+        options.peers,
     )
     control_listener = control.listen(options.control)
     listeners = await _listen(options)
+    if tls is None:
+        warn_of_plaintext(listeners, options)
     async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
         daemon = Daemon(settings, migrations)
         await daemon.restore()
@@ -63,6 +65,20 @@ async def serve(options: ServeOptions) -> None:
         at = [listener.socket.getsockname()[:2] for listener in listeners]
         log.info("serving", control=options.control, listen=[f"{h}:{port}" for h, port in at])
         await trio.sleep_forever()
+
+
+def warn_of_plaintext(listeners: list[trio.SocketListener], options: ServeOptions) -> None:
+    """What `--tls off` means is said where others than this host can connect."""
+    hosts = [listener.socket.getsockname()[0] for listener in listeners]
+    beyond = [host for host in hosts if not ip_address(host.partition("%")[0]).is_loopback]
+    if beyond:
+        log.warning(
+            "no TLS: guests cross the network in the clear, and whoever reaches this port can send "
+            "and take them",
+            listen=beyond,
+        )
+    if options.peers:
+        log.warning("no TLS: what [peers] may do is not held to, nobody shows who it is")
 
 
 def raise_limit() -> None:
