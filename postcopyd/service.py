@@ -55,6 +55,10 @@ async def serve(options: ServeOptions) -> None:
         await nursery.start(_signals, nursery, migrations)
         await nursery.start(control.serve, daemon, control_listener)
         await nursery.start(trio.serve_listeners, daemon.serve_peer, listeners)
+        if options.metrics:
+            from postcopyd.metrics import Metrics  # takes a third of the time to start
+
+            await nursery.start(Metrics(daemon).serve, options.metrics)
         at = [listener.socket.getsockname()[:2] for listener in listeners]
         log.info("serving", control=options.control, listen=[f"{h}:{port}" for h, port in at])
         await trio.sleep_forever()
