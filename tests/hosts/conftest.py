@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +36,16 @@ def hosts() -> Iterator[tuple[Host, Host]]:
             host.run("printf 'tls = \"off\"\\n' > /etc/postcopyd/postcopyd.toml")
             host.run(["systemctl", "start", "postcopyd.socket"])
         yield made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure comes with what both daemons have said since the test began."""
+    report = yield
+    if report.failed:
+        for host in getattr(item, "funcargs", {}).get("hosts", ()):
+            said = host.journal("--unit=postcopyd", f"--since=@{call.start - 1:.0f}")
+            report.sections.append((f"journal of {host.name}", said))
+    return report
