@@ -454,7 +454,8 @@ class Daemon:
             if await accepted_kind(stream) == p.DATA:
                 await self._take_data(stream)
             else:
-                await self._take_control(stream, str(address[0]))
+                # A socket for both families has IPv4's addresses within IPv6's.
+                await self._take_control(stream, str(address[0]).removeprefix("::ffff:"))
         except (PostcopydError, trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
             log.warning("connection refused", error=str(error) or type(error).__name__)
         except Exception:  # one peer's bug is not the others' end

@@ -28,6 +28,9 @@ class DestinationEngine(Engine):
             lib.pc_dest_stats,
         )
 
+    def still_s(self) -> float:
+        return 0.0 if self.handle is None else lib.pc_dest_still_ns(self.handle) / 1e9
+
     def register(self, again: bool = False) -> None:
         """From here on every access to a page that is not there waits for this engine.
 
