@@ -81,6 +81,10 @@ async def _serve(options: ServeOptions, manager: Manager) -> None:
     async with trio.open_nursery() as process:
         async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
             daemon = Daemon(settings, migrations)
+            if options.metrics:
+                from postcopyd.metrics import Metrics  # takes a third of the time to start
+
+                await nursery.start(Metrics(daemon).serve, options.metrics)
             await daemon.restore()
             ending = trio.Event()
             await nursery.start(_signals, manager, settings, ending, nursery, migrations)
@@ -91,6 +95,7 @@ async def _serve(options: ServeOptions, manager: Manager) -> None:
             log.info("serving", control=control_at, listen=at)
             manager.tell("READY=1", f"STATUS={summary(daemon.list())}")
             process.start_soon(_tell, manager, daemon, ending)
+            await trio.sleep_forever()
         process.cancel_scope.cancel()
 
 
