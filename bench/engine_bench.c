@@ -37,7 +37,7 @@ static void source_run(struct sockaddr_in *name, const char *namespace, int push
   struct pc_source *s = pc_source_new(&region, 1, eventfd(0, EFD_CLOEXEC), error);
   must(s && !pc_source_scan(s), "source");
   for (int i = 0; i <= pushes; i++)
-    must(!pc_source_connect(s, accept(listener, NULL, NULL), i == 0), "accept");
+    must(!pc_source_connect(s, accept(listener, NULL, NULL), NULL, i == 0), "accept");
   must(!pc_source_serve(s) && write(ready, &byte, 1) == 1 && read(go, &byte, 1) == 1, "source");
   if (pushes)
     pc_source_push(s, 0);
@@ -86,7 +86,7 @@ int main(int argc, char **argv) {
   must(d && !pc_dest_register(d, 0), "destination");
   struct pc_stats *stats = pc_dest_stats(d);
   for (int i = 0; i <= pushes; i++)
-    must(!pc_dest_connect(d, connect_to(&peer), i == 0), "connect");
+    must(!pc_dest_connect(d, connect_to(&peer), NULL, i == 0), "connect");
   uint8_t byte;
   must(read(ready[0], &byte, 1) == 1, "source");
   uint64_t begin = now_ns();

@@ -32,7 +32,7 @@ SOURCES = [
     BENCH / "engine_bench.c",
     *(
         ENGINE / f"{name}.c"
-        for name in ("engine", "uffd_native", "stage", "source_native", "dirty")
+        for name in ("engine", "tls", "uffd_native", "stage", "source_native", "dirty")
     ),
 ]
 THREADS = (1, 2, 4, 8, 16, 32)
@@ -100,7 +100,7 @@ def workloads() -> list[Workload]:
 def compile_to(program: Path, sources: list[Path]) -> Path:
     """Compiles C sources; raises CalledProcessError."""
     words = [os.environ.get("CC", "cc"), "-O2", "-std=gnu11", "-w", "-pthread", f"-I{ENGINE}"]
-    subprocess.run([*words, *map(str, sources), "-o", str(program)], check=True)
+    subprocess.run([*words, *map(str, sources), "-lssl", "-lcrypto", "-o", str(program)], check=True)
     return program
 
 

@@ -423,6 +423,10 @@ static uint64_t tell(struct pair *p) {
   return told;
 }
 
+static struct stream plain(int fd) {
+  return (struct stream){.fd = fd};
+}
+
 static int buffer_bytes; /* of sockets made from now on; 0: as the system has it */
 
 static void tcp_pair(int fd[2]) {
@@ -446,8 +450,8 @@ static void tcp_pair(int fd[2]) {
 static void connect_engines(struct pair *p, bool urgent) {
   int fd[2];
   tcp_pair(fd);
-  check(!pc_dest_connect(p->dest, fd[0], urgent), "%s", p->at->sentence);
-  check(!pc_source_connect(p->source, fd[1], urgent), "%s", p->from->sentence);
+  check(!pc_dest_connect(p->dest, fd[0], NULL, urgent), "%s", p->at->sentence);
+  check(!pc_source_connect(p->source, fd[1], NULL, urgent), "%s", p->from->sentence);
 }
 
 /* Both engines with one urgent and some push connections, at work. */
@@ -484,7 +488,7 @@ static void send_frame(int fd, enum frame_kind kind, unsigned region, uint64_t p
   uint8_t header[FRAME_BYTES];
   pc_frame_encode(header, kind, (int)region, page, count, bytes);
   struct iovec iov[2] = {{header, sizeof header}, {(void *)payload, bytes}};
-  check(!write_all(fd, iov, bytes ? 2 : 1), "%m");
+  check(!write_all(plain(fd), iov, bytes ? 2 : 1), "%m");
 }
 
 static void send_page(int fd, struct ram *m, uint64_t page) {
@@ -504,7 +508,7 @@ static int bytes_waiting(int fd) {
 static int by_hand(struct pair *p, bool urgent) {
   int fd[2];
   tcp_pair(fd);
-  check(!pc_dest_connect(p->dest, fd[0], urgent), " ");
+  check(!pc_dest_connect(p->dest, fd[0], NULL, urgent), " ");
   fcntl(fd[1], F_SETFL, 0);
   return fd[1];
 }

@@ -520,7 +520,7 @@ static void *proxy_run(void *argument) {
     if (from == x->source)
       x->bytes -= n, n += x->bytes < 0 ? x->bytes : 0;
     struct iovec iov = {buffer, (size_t)n};
-    if (write_all(to, &iov, 1))
+    if (write_all(plain(to), &iov, 1))
       break;
   }
   close(x->dest), close(x->source);
@@ -532,8 +532,8 @@ static void connect_by_proxy(struct pair *p, struct proxy *x, bool urgent, int64
   tcp_pair(dest), tcp_pair(source);
   *x = (struct proxy){.dest = dest[1], .source = source[1], .bytes = bytes};
   fcntl(x->dest, F_SETFL, 0), fcntl(x->source, F_SETFL, 0);
-  check(!pc_dest_connect(p->dest, dest[0], urgent), "%s", p->at->sentence);
-  check(!pc_source_connect(p->source, source[0], urgent), "%s", p->from->sentence);
+  check(!pc_dest_connect(p->dest, dest[0], NULL, urgent), "%s", p->at->sentence);
+  check(!pc_source_connect(p->source, source[0], NULL, urgent), "%s", p->from->sentence);
   pthread_create(&x->thread, NULL, proxy_run, x);
 }
 
@@ -635,7 +635,7 @@ static void killed(bool anonymous_memory) {
       dest_on(&p, record, life > 0);
       check(write(ready[1], "", 1) == 1, "%m");
       for (unsigned i = 0; i < 3; i++)
-        check(!pc_dest_connect(p.dest, ends[life][i][0], i == 0), " ");
+        check(!pc_dest_connect(p.dest, ends[life][i][0], NULL, i == 0), " ");
       for (;;)
         pause();
     }
@@ -649,7 +649,7 @@ static void killed(bool anonymous_memory) {
     check(write(go[life][1], "", 1) == 1 && read(ready[0], &byte, 1) == 1, "%m");
     t = t ? t : guest_start(&g, 4, 0);
     for (unsigned i = 0; i < 3; i++)
-      check(!pc_source_connect(p.source, ends[life][i][1], i == 0), " ");
+      check(!pc_source_connect(p.source, ends[life][i][1], NULL, i == 0), " ");
     check(!pc_source_serve(p.source) && !pc_source_push(p.source, 10 << 20), " ");
     wait_until(count_done(record, m->pages) > before + 600);
     kill(child[life], SIGKILL), waitpid(child[life], NULL, 0);
@@ -842,8 +842,8 @@ static void have_marks(void) {
         "nothing is not outside");
   int urgent[2], push[2];
   tcp_pair(urgent), tcp_pair(push);
-  check(!pc_source_connect(p.source, urgent[1], true), " ");
-  check(!pc_source_connect(p.source, push[1], false), " ");
+  check(!pc_source_connect(p.source, urgent[1], NULL, true), " ");
+  check(!pc_source_connect(p.source, push[1], NULL, false), " ");
   check(!pc_source_serve(p.source) && !pc_source_push(p.source, 0), " ");
   struct frame_reader reader;
   struct frame f;
@@ -851,7 +851,7 @@ static void have_marks(void) {
   uint64_t lacks = 0;
   for (uint64_t page = 0; page < m->pages; page++)
     lacks += !has[page];
-  check(!frame_reader_init(&reader, push[0], FRAME_MAX_PAYLOAD, 0), " ");
+  check(!frame_reader_init(&reader, plain(push[0]), FRAME_MAX_PAYLOAD, 0), " ");
   while (lacks) {
     check(frame_read(&reader, &f, &payload) == 1, " ");
     for (uint64_t page = f.page; page < f.page + f.count; page++, lacks--) {
@@ -862,7 +862,7 @@ static void have_marks(void) {
   wait_until(get(p.from->pushing) == 0);
   check(bytes_waiting(push[0]) == 0, "more was pushed");
   frame_reader_free(&reader);
-  check(!frame_reader_init(&reader, urgent[0], FRAME_MAX_PAYLOAD, 0), " ");
+  check(!frame_reader_init(&reader, plain(urgent[0]), FRAME_MAX_PAYLOAD, 0), " ");
   for (uint64_t page = 0; page < m->pages; page += 97) { /* and every request is answered */
     send_frame(urgent[0], FRAME_REQUEST, 0, page, 1, NULL, 0);
     check(frame_read(&reader, &f, &payload) == 1 && f.page == page && f.count == 1, " ");
@@ -1068,7 +1068,7 @@ static void overflow(enum connected connected) {
   tcp_pair(fd);
   fcntl(fd[1], F_SETFL, 0);
   if (connected != AWAY)
-    check(!pc_dest_connect(p.dest, fd[0], true), " ");
+    check(!pc_dest_connect(p.dest, fd[0], NULL, true), " ");
   want_all(&p);
   check(get(p.at->requests) < m->pages, "the socket took all");
   if (connected == CUT) { /* most likely within a request */
@@ -1078,7 +1078,7 @@ static void overflow(enum connected connected) {
     fcntl(fd[1], F_SETFL, 0);
   }
   if (connected != CONNECTED)
-    check(!pc_dest_connect(p.dest, fd[0], true), " ");
+    check(!pc_dest_connect(p.dest, fd[0], NULL, true), " ");
   uint8_t *asked = calloc(m->pages, 1);
   for (uint64_t page, n = 0; n < m->pages;) { /* from here on there is no fault to wake anybody */
     page = read_request(fd[1]);
@@ -1214,7 +1214,7 @@ static void hostile_destination(void) {
     uint8_t header[FRAME_BYTES], byte;
     int fd[2];
     tcp_pair(fd);
-    check(!pc_source_connect(p.source, fd[1], true) && !pc_source_serve(p.source), " ");
+    check(!pc_source_connect(p.source, fd[1], NULL, true) && !pc_source_serve(p.source), " ");
     uint32_t payload = bad_header(time, header, true);
     send_bad(fd[0], header, payload);
     shutdown(fd[0], SHUT_WR);

@@ -18,7 +18,7 @@ from needs import missing
 
 HERE = Path(__file__).parent
 ENGINE = HERE.parents[1] / "postcopyd"
-PARTS = ("engine", "uffd_native", "stage", "source_native", "dirty")
+PARTS = ("engine", "tls", "uffd_native", "stage", "source_native", "dirty")
 SOURCES = [path for path in (ENGINE / f"{part}.c" for part in PARTS) if path.exists()]
 PROGRAMS = [path for path in sorted(HERE.glob("*_test.c")) if path.name != "adopt_test.c"]
 SUBTESTS = [
@@ -50,6 +50,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
                 command = [*compiler, *flags, str(source), *options, "-o", str(output)]
                 if not suffix:
                     command += [str(folder / f"{part.stem}-{build}.o") for part in SOURCES]
+                    command += ["-lssl", "-lcrypto"]
                 jobs[output] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         for output, job in jobs.items():
             assert (job.communicate()[1], job.returncode) == ("", 0), f"compiling {output.name}"
