@@ -7,6 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find postcopyd examples -name '*.[ch]' -o -name '*.py' -o -name '*.varlink') \
   meson.build pyproject.toml README.md LICENSE
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+WHEEL := dist/postcopyd-$(VERSION)-cp311-abi3-linux_x86_64.whl
+MAN := $(patsubst man/%.rst,.build/man/%,$(wildcard man/*.rst))
+DEB := .build/deb/postcopyd_$(VERSION)_amd64.deb
 # meson and ninja are programs of the venv; the build looks for them by name.
 export PATH := $(abspath $(BIN)):$(PATH)
 
@@ -28,8 +32,15 @@ $(VENV)/.tools: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.tools $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps .
+$(VENV)/.built: $(WHEEL)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(WHEEL)
+	@touch $@
+
+wheel: $(WHEEL)
+
+$(WHEEL): $(VENV)/.tools $(SOURCES)
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  --wheel-dir dist .
 	@touch $@
 
 demo: build
@@ -37,7 +48,7 @@ demo: build
 	$(BIN)/postcopyd demo
 	$(BIN)/postcopyd demo --guest qemu
 
-test: build
+test: build deb
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu
 	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile $(TESTS)
@@ -88,31 +99,21 @@ bench-needs: build
 	@tools/debian-packages $(GUEST_PACKAGES) iproute2
 	@tools/newest-qemu
 
-# A wheel and an sdist in dist/, and a Debian package in .build/deb. The sdist is of what git has.
-wheel: $(VENV)/.wheel
-
-$(VENV)/.wheel: $(VENV)/.tools $(SOURCES)
-	@rm -rf dist/*.whl
-	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
-	  --wheel-dir dist .
-	@touch $@
-	@ls dist/*.whl
-
+# Of what git has.
 sdist: $(VENV)/.tools
 	$(BIN)/python -c 'import mesonpy; print("dist/" + mesonpy.build_sdist("dist"))'
 
-# The man pages, in .build/man: `man -l .build/man/postcopyd.1`.
-VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-MAN := $(patsubst man/%.rst,.build/man/%,$(wildcard man/*.rst))
 man: $(MAN)
 
 .build/man/%: man/%.rst $(VENV)/.tools
 	@mkdir -p .build/man
 	sed 's/@VERSION@/$(VERSION)/' $< | $(BIN)/rst2man --strict - $@
 
-deb: wheel man
+deb: $(DEB)
+
+$(DEB): $(WHEEL) $(MAN) $(wildcard tools/deb* tools/debian/* tools/completions.py docs/* systemd/*) CHANGELOG.md
 	@tools/debian-packages $(DEB_PACKAGES)
-	tools/deb dist/*.whl
+	tools/deb $(WHEEL)
 
 check: build
 	$(BIN)/ruff format --check .
