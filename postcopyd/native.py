@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 import trio
 
+from postcopyd import counts
 from postcopyd._native import ffi, lib
 from postcopyd.errors import PostcopydError
 from postcopyd.protocol import Faults
@@ -57,6 +58,7 @@ def longest_still_s() -> float:
 class Engine:
     """One native engine. Its functions are called by one task of its session, one at a time."""
 
+    role: str
     _free: Any
 
     def __init__(self, make: Any, stats: Any) -> None:
@@ -71,6 +73,8 @@ class Engine:
             raise
         self.stats = stats(self.handle)
         ALIVE.add(self)
+        self._failed = False
+        counts.engines[self.role].began(self.stats)
 
     def still_s(self) -> float:
         """For how long a thread of it stands still that should not. The threads of connections
@@ -82,6 +86,7 @@ class Engine:
         if self.handle is not None:
             handle, self.handle = self.handle, None
             ALIVE.discard(self)
+            counts.engines[self.role].ended(self.stats)
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._free, handle)
             trio.lowlevel.notify_closing(self.wake)
@@ -111,6 +116,9 @@ class Engine:
     def check(self) -> None:
         """Raises EngineError when the engine has failed."""
         failure = self.stats.failure
+        news, self._failed = failure > 0 and not self._failed, failure > 0
+        if news:
+            counts.failures[self.role, Failure(failure).name.lower()] += 1
         if failure > 0:
             raise EngineError(Failure(failure), ffi.string(self.stats.sentence).decode())
 

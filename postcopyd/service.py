@@ -2,18 +2,16 @@
 """`postcopyd serve`: the daemon as a process of its host.
 
 Owns what is there once for a process: its two doors (the control socket and the migration port),
-signals, limits, what the service manager hears, and where its log goes.
+signals, limits, and what the service manager hears. Where its log goes is journal.py's.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import resource
 import signal
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +22,8 @@ import trio
 from postcopyd import control
 from postcopyd.config import Address, ServeOptions
 from postcopyd.daemon import Daemon
-from postcopyd.errors import PostcopydError, shortage
+from postcopyd.errors import PostcopydError
+from postcopyd.journal import configure_logging
 from postcopyd.native import longest_still_s
 from postcopyd.progress import size
 from postcopyd.sd import Manager
@@ -34,9 +33,6 @@ from postcopyd.store import Store
 FEW_DESCRIPTORS = 1024
 """A migration takes some 20 for each guest; MAX_PEERS and the clients of the control socket may
 take more than 300 together."""
-
-SHORTAGE_S = 10.0
-"""How often it is said that connections have to wait."""
 
 TELL_S = 1.0
 """How often the service manager's picture of this daemon is brought up to date."""
@@ -93,6 +89,7 @@ async def _serve(options: ServeOptions, manager: Manager) -> None:
             log.info("serving", control=control_at, listen=at)
             manager.tell("READY=1", f"STATUS={summary(daemon.list())}")
             process.start_soon(_tell, manager, daemon, ending)
+            await trio.sleep_forever()
         process.cancel_scope.cancel()
 
 
@@ -146,22 +143,6 @@ def raise_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard != resource.RLIM_INFINITY and hard < FEW_DESCRIPTORS:
         log.warning("few descriptors: migrations may have to wait for some", limit=hard)
-
-
-class Shortage(logging.Handler):
-    """What trio says of a listener that can take no connection, ten times a second with a
-    traceback: a sentence each ten seconds instead."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._next = 0.0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + SHORTAGE_S
-            error = record.exc_info[1] if record.exc_info else None
-            why = shortage(error) if isinstance(error, OSError) else None
-            log.error("no connection taken, those that come wait", error=str(why or error))
 
 
 async def _doors(
@@ -239,20 +220,3 @@ def _reload(manager: Manager, settings: Settings) -> None:
         log.error("not reloaded, going on with the certificates as they were", error=str(error))
     finally:
         manager.tell("READY=1")
-
-
-def configure_logging() -> None:
-    """To stderr: readable on a terminal, one key=value line otherwise."""
-    listeners = logging.getLogger("trio.serve_listeners")
-    listeners.handlers, listeners.propagate = [Shortage()], False
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer()
-            if sys.stderr.isatty()
-            else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )

@@ -16,6 +16,7 @@ from postcopyd.vmm import Region
 class DestinationEngine(Engine):
     """Serves the guest's faults; borrows the userfaultfds and the record file until `close`."""
 
+    role = "destination"
     _free = lib.pc_dest_free
 
     def __init__(
