@@ -4,7 +4,8 @@
 A fenced block marked `console` has prompts (`host1# `, `host2# `, `# ` or `$ `), each with a command,
 which goes on over lines that end in a backslash and through a here document, and what it prints.
 Figures, addresses and ids may differ, as may how far a progress line comes; a line `...` stands for
-any lines. A comment before a block says why it is not run: `<!-- not run: WHY -->`.
+any lines. A comment before a block says why it is not run, or by whom: `<!-- not run: WHY -->`,
+`<!-- needs: WHAT -->`.
 
 Knows no document and no host: who runs one gives a function for each prompt.
 """
@@ -17,12 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+VERSION = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+assert VERSION
+DEB = f"postcopyd_{VERSION[1]}_amd64.deb"
+"""As documents name it."""
 
 Run = Callable[[str], tuple[int, str]]
 """A command's exit status and all that it printed."""
 
 _FENCE = re.compile(r"^( *)```(\w*)$")
-_NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
+_COMMENT = re.compile(r"<!-- (not run|needs): (.+) -->")
 _PROMPT = re.compile(r"((?:host\d)?[#$]) (.*)")
 _HERE = re.compile(r"<<-?'?(\w+)'?")
 
@@ -49,20 +54,21 @@ class Command:
 
 @dataclass
 class Block:
-    """One block of commands; `not_run` is the reason that is given."""
+    """One block of commands; `not_run` is the reason that is given, `needs` what few have."""
 
     line: int
     not_run: str
+    needs: str
     commands: list[Command]
 
 
 def blocks(document: Path) -> Iterator[Block]:
     """All blocks of commands. Raises AssertionError for one that cannot be read."""
     lines = iter(enumerate(document.read_text().splitlines(), 1))
-    not_run = ""
+    said: dict[str, str] = {}
     for number, line in lines:
-        if reason := _NOT_RUN.fullmatch(line.strip()):
-            not_run = reason[1]
+        if comment := _COMMENT.fullmatch(line.strip()):
+            said[comment[1]] = comment[2]
         if fence := _FENCE.match(line):
             inside = []
             for at, text in lines:
@@ -70,9 +76,10 @@ def blocks(document: Path) -> Iterator[Block]:
                     break
                 inside.append((at, text.removeprefix(fence[1])))
             if fence[2] == "console":
-                yield Block(number, not_run, list(_commands(document, inside)))
-        if line.strip() and not reason:
-            not_run = ""
+                commands = list(_commands(document, inside))
+                yield Block(number, said.get("not run", ""), said.get("needs", ""), commands)
+        if line.strip() and not comment:
+            said = {}
 
 
 def _commands(document: Path, inside: list[tuple[int, str]]) -> Iterator[Command]:
@@ -134,12 +141,14 @@ def _words(text: str) -> str:
     return re.sub(r"(?:\\ )+", " +", re.escape(text))
 
 
-def run(document: Path, prompts: Mapping[str, Run]) -> int:
-    """Runs all that is to be run; how many commands that was. Raises AssertionError where what was
+def run(document: Path, prompts: Mapping[str, Run], needs: str = "") -> int:
+    """Runs all blocks that need this, by default nothing; how many commands that was. Raises AssertionError where what was
     printed, or that it failed, is not what the document says."""
     count = 0
     for block in blocks(document):
-        for command in [] if block.not_run else block.commands:
+        if block.not_run or block.needs != needs:
+            continue
+        for command in block.commands:
             status, said = prompts[command.prompt](command.text)
             where = f"{document.name}:{command.line}: {command.text}"
             said = "".join(line.rstrip() + "\n" for line in said.splitlines())

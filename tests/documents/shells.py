@@ -69,8 +69,8 @@ class Shell:
         return int(status), text
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        with self.process:
+            self.process.kill()
 
 
 class Host:
@@ -100,8 +100,8 @@ class Host:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
-        self.process.kill()
-        self.process.wait()
+        with self.process:
+            self.process.kill()
 
 
 def _within(namespace: str, besides: int) -> Iterator[int]:
