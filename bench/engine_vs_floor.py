@@ -100,7 +100,9 @@ def workloads() -> list[Workload]:
 def compile_to(program: Path, sources: list[Path]) -> Path:
     """Compiles C sources; raises CalledProcessError."""
     words = [os.environ.get("CC", "cc"), "-O2", "-std=gnu11", "-w", "-pthread", f"-I{ENGINE}"]
-    subprocess.run([*words, *map(str, sources), "-lssl", "-lcrypto", "-o", str(program)], check=True)
+    subprocess.run(
+        [*words, *map(str, sources), "-lssl", "-lcrypto", "-o", str(program)], check=True
+    )
     return program
 
 
