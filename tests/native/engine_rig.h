@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -447,11 +448,50 @@ static void tcp_pair(int fd[2]) {
   close(listener);
 }
 
+/* Drives the handshake of both ends until both are done or one has failed; then the other is told,
+ * if by no alert then by the end. */
+static void shake(struct pc_tls *t[2], int fd[2], int result[2], char error[2][200]) {
+  result[0] = result[1] = 1;
+  while (result[0] > 0 || result[1] > 0) {
+    struct pollfd ready[2];
+    for (int i = 0; i < 2; i++) {
+      if (result[i] > 0)
+        result[i] = pc_tls_handshake(t[i], error[i]);
+      if (result[i] < 0)
+        shutdown(fd[i], SHUT_WR);
+      ready[i] = (struct pollfd){.fd = result[i] > 0 ? fd[i] : -1,
+                                 .events = result[i] == 2 ? POLLOUT : POLLIN};
+    }
+    if (result[0] > 0 || result[1] > 0)
+      poll(ready, 2, -1);
+  }
+}
+
+static bool with_tls; /* all connections made by these; frames by hand too */
+static const uint8_t KEY[32] = "of the tests";
+
+/* Both ends of a connection, the destination's first: TLS, or NULL without. */
+static void secure(int fd[2], struct pc_tls *t[2]) {
+  char error[2][200];
+  int result[2];
+  t[0] = t[1] = NULL;
+  if (!with_tls)
+    return;
+  for (int i = 0; i < 2; i++) {
+    t[i] = pc_tls_new(fd[i], i == 0, KEY, "m1 urgent", error[i]);
+    check(t[i], "%s", error[i]);
+  }
+  shake(t, fd, result, error);
+  for (int i = 0; i < 2; i++)
+    check(!result[i], "%s", error[i]);
+}
+
 static void connect_engines(struct pair *p, bool urgent) {
   int fd[2];
-  tcp_pair(fd);
-  check(!pc_dest_connect(p->dest, fd[0], NULL, urgent), "%s", p->at->sentence);
-  check(!pc_source_connect(p->source, fd[1], NULL, urgent), "%s", p->from->sentence);
+  struct pc_tls *t[2];
+  tcp_pair(fd), secure(fd, t);
+  check(!pc_dest_connect(p->dest, fd[0], t[0], urgent), "%s", p->at->sentence);
+  check(!pc_source_connect(p->source, fd[1], t[1], urgent), "%s", p->from->sentence);
 }
 
 /* Both engines with one urgent and some push connections, at work. */

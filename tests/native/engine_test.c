@@ -60,6 +60,8 @@ static void move(int pushes) {
 static void moved_1(void) { move(1); }
 static void moved_4(void) { move(4); }
 static void urgent_only(void) { move(0); }
+static void moved_tls(void) { with_tls = true, move(2); }
+static void urgent_tls(void) { with_tls = true, move(0); }
 
 static void two_regions(void) {
   struct guest g = {0};
@@ -98,6 +100,8 @@ static void huge_pages(void) {
   finish(&p);
   guest_free(&g);
 }
+
+static void huge_tls(void) { with_tls = true, huge_pages(); }
 
 static void anonymous(void) {
   struct guest g = {0};
@@ -529,12 +533,14 @@ static void *proxy_run(void *argument) {
 
 static void connect_by_proxy(struct pair *p, struct proxy *x, bool urgent, int64_t bytes) {
   int dest[2], source[2];
+  struct pc_tls *t[2];
   tcp_pair(dest), tcp_pair(source);
   *x = (struct proxy){.dest = dest[1], .source = source[1], .bytes = bytes};
   fcntl(x->dest, F_SETFL, 0), fcntl(x->source, F_SETFL, 0);
-  check(!pc_dest_connect(p->dest, dest[0], NULL, urgent), "%s", p->at->sentence);
-  check(!pc_source_connect(p->source, source[0], NULL, urgent), "%s", p->from->sentence);
   pthread_create(&x->thread, NULL, proxy_run, x);
+  secure((int[]){dest[0], source[0]}, t);
+  check(!pc_dest_connect(p->dest, dest[0], t[0], urgent), "%s", p->at->sentence);
+  check(!pc_source_connect(p->source, source[0], t[1], urgent), "%s", p->from->sentence);
 }
 
 static void cut(void) {
@@ -574,6 +580,8 @@ static void cut(void) {
   finish(&p);
   guest_free(&g);
 }
+
+static void cut_tls(void) { with_tls = true, cut(); }
 
 /* The same source engine may be connected again too: it sends again what may have been lost. */
 static void connect_again(void) {
@@ -1293,6 +1301,8 @@ static void stop_anytime(void) {
   }
 }
 
+static void stop_tls(void) { with_tls = true, stop_anytime(); }
+
 static void bandwidth(void) {
   enum { RATE = 8 << 20 };
   struct guest g = {0};
@@ -1344,6 +1354,9 @@ static const struct subtest SUBTESTS[] = {
     {"moved_1", moved_1},
     {"moved_4", moved_4},
     {"urgent_only", urgent_only},
+    {"huge_tls", huge_tls},
+    {"moved_tls", moved_tls},
+    {"urgent_tls", urgent_tls},
     {"two_regions", two_regions},
     {"huge_pages", huge_pages},
     {"anonymous", anonymous},
@@ -1360,6 +1373,7 @@ static const struct subtest SUBTESTS[] = {
     {"no_memory_for_zeros", no_memory_for_zeros},
     {"no_room_for_record", no_room_for_record},
     {"cut", cut},
+    {"cut_tls", cut_tls},
     {"connect_again", connect_again},
     {"killed_file", killed_file},
     {"killed_anonymous", killed_anonymous},
@@ -1377,6 +1391,7 @@ static const struct subtest SUBTESTS[] = {
     {"hostile_source", hostile_source},
     {"hostile_destination", hostile_destination},
     {"stop_anytime", stop_anytime},
+    {"stop_tls", stop_tls},
     {"bandwidth", bandwidth},
     {"slow_push", slow_push},
 };
