@@ -12,7 +12,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 BUILD_PACKAGES := gcc libc6-dev libssl-dev make pkg-config python3-venv
 GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
-TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev
+TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev systemd-container iproute2
 
 .PHONY: all build demo test chaos fuzz bench bench-quick check gen fmt clean
 all: build

@@ -182,8 +182,14 @@ def service(daemon: Daemon) -> varlink.Service:
         for name in shipped.methods
     }
     streaming = [f"{INTERFACE}.Watch"]
+    asking = [f"{INTERFACE}.{name}" for name in ("Check", "List", "Status", "Watch")]
     return varlink.Service(
-        [shipped], handlers, product="postcopyd", version=__version__, streaming=streaming
+        [shipped],
+        handlers,
+        product="postcopyd",
+        version=__version__,
+        streaming=streaming,
+        asking=asking,
     )
 
 

@@ -123,7 +123,7 @@ class Daemon:
             if vm.driver is driver:
                 vm.driver = None
                 await driver.aclose()
-                log.warning("VMM ended", vm=vm.name)
+                vm.log.warning("VMM ended")
                 waiting, vm.waiting = vm.waiting, None
                 if waiting is not None:
                     await waiting.close()
@@ -137,6 +137,11 @@ class Daemon:
                         f"and what its guest did here is lost; `postcopyd resolve {vm.name} "
                         f"--kill` here, then decide at {vm.status['peer']}"
                     )
+
+    @property
+    def peers(self) -> int:
+        """Connections from other daemons."""
+        return self._peers.borrowed_tokens
 
     async def detach(self, name: str) -> None:
         vm = self._vm(name)
@@ -185,7 +190,7 @@ class Daemon:
         for name, record in records.items():
             vm = self.vms[name] = Vm(name, store, None)
             vm.epoch, vm.ownership, vm.about = record["epoch"], record["ownership"], record["about"]
-            vm.show(**record["status"])
+            vm.known(record["status"])
             claimed = vm.claim(self)
             claimed.__enter__()
             self._nursery.start_soon(self._restore, vm, record, claimed)
@@ -207,11 +212,13 @@ class Daemon:
 
     async def _look(self, vm: Vm, intent: dict[str, Any], sentence: str) -> None:
         """Shows what the other host says of a guest that may have gone there; decides nothing."""
+        why = ""
         while self.vms.get(vm.name) is vm and vm.status["phase"] == "paused":
             try:
                 said = await look(vm.name, intent, self.settings)
             except PostcopydError as error:
-                log.warning("destination not asked", vm=vm.name, error=str(error))
+                if why != (why := str(error)):
+                    vm.log.warning("destination not asked", error=why)
                 await trio.sleep(LOOK_S)
             else:
                 vm.show(message=f"{sentence}; {intent['peer']} says: {said}")
@@ -257,7 +264,7 @@ class Daemon:
                     message=f"going on with {name} after a restart of the daemon "
                     f"(here: {owner}, with {vm.status['peer'] or 'nobody'}): {error}",
                 )
-                log.error("VM not restored", vm=name, ownership=owner, error=str(error))
+                vm.log.error("VM not restored", ownership=owner, error=str(error))
                 if isinstance(error, NoResources):
                     self._nursery.start_soon(self._restore_later, vm, record)
 
@@ -406,7 +413,7 @@ class Daemon:
                     f"{name}` there",
                 )
                 vm.record("declined")
-            log.warning("VMM ended by an operator", vm=name)
+            vm.log.warning("ownership changed by a person", decision=decision)
 
     def _certainly_ended(self, vm: Vm) -> bool:
         """Whether the VMM that the record names is no process any more."""
@@ -440,13 +447,15 @@ class Daemon:
         try:
             self._peers.acquire_on_behalf_of_nowait(stream)
         except trio.WouldBlock:
-            log.warning("connection refused, too many at a time", limit=MAX_PEERS)
+            log.warning("connection refused", error="too many at a time", limit=MAX_PEERS)
             await trio.aclose_forcefully(stream)
             return
         try:
             tune(stream.socket)
             address = stream.socket.getpeername()
-            kind, peer = await accepted_kind(stream), str(address[0])
+            # A socket for both families has IPv4's addresses within IPv6's.
+            peer = str(address[0]).removeprefix("::ffff:")
+            kind = await accepted_kind(stream)
             if kind.endswith(" tls") != (self.settings.tls is not None):
                 await self._refuse(stream, kind, peer)
             elif kind in (p.DATA, p.DATA_TLS):
@@ -454,7 +463,7 @@ class Daemon:
             else:
                 await self._take_control(await self._trusted(stream, peer))
         except (PostcopydError, trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
-            log.warning("connection ended", error=str(error) or type(error).__name__)
+            log.warning("connection refused", error=str(error) or type(error).__name__)
         except Exception:  # one peer's bug is not the others' end
             log.exception("bug in serving a peer")
         finally:
@@ -544,7 +553,7 @@ class Daemon:
                 await session.run()
             self._after_arrival(vm, session)
         except PostcopydError as error:
-            log.warning("offer refused", peer=channel.peer, error=str(error))
+            log.warning("connection refused", peer=channel.peer, error=str(error))
             await channel.tell_error(error)
         finally:
             await channel.aclose()

@@ -63,6 +63,7 @@ class Host:
     async def start(self) -> None:
         """Starts the daemon; returns once it answers. Raises DemoError with its words."""
         serve = ["serve", "--control", self.control, "--listen", self.address, *self.tls]
+        serve += ["--config", os.devnull]  # and not that of a daemon of this machine
         serve += ["--state-dir", str(self.state), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

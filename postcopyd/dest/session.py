@@ -20,11 +20,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-import structlog
 import trio
 from msgspec import structs, to_builtins
 
-from postcopyd import headroom, hugepages, procfs
+from postcopyd import counts, headroom, hugepages, procfs
 from postcopyd import protocol as p
 from postcopyd._native import lib
 from postcopyd.connection import (
@@ -75,9 +74,6 @@ class DestinationSession:
         self.settings = settings
         self.identity = channel.names
         self.token = secrets.token_bytes(32)
-        self.log = structlog.get_logger().bind(
-            vm=vm.name, migration=offer.migration, peer=channel.peer, role="destination"
-        )
         self._engine: DestinationEngine | None = None
         self._shape: Shape | None = None
         self._uffds: list[int] = []
@@ -137,6 +133,12 @@ class DestinationSession:
         return session
 
     @property
+    def log(self) -> Any:
+        return self.vm.log.bind(
+            migration=self.offer.migration, peer=self.channel.peer, role="destination"
+        )
+
+    @property
     def complete(self) -> bool:
         """Every page is here, and only the source does not know."""
         return self._engine is not None and self._engine.complete and not self.poisoned
@@ -188,7 +190,7 @@ class DestinationSession:
             f"you can, it cannot be moved",
         )
         self._record_settled(None)
-        self.log.critical("missing pages poisoned by an operator", pages=pages)
+        self.log.warning("ownership changed by a person", decision="poison", pages=pages)
 
     async def finish(self) -> None:
         """The end of an arrival that had everything when the daemon before this one died."""
@@ -288,9 +290,11 @@ class DestinationSession:
             phase="idle",
             migration=offer.migration,
             peer=channel.peer,
+            mode="hybrid" if offer.staged else "postcopy",
             result=None,
             message=f"preparing for {vm.name} from {channel.peer}",
         )
+        self.log.info("migration started", mode=vm.status["mode"])
         self.settings.arriving[vm.name] = shape
         await self._adopt(shape)
         await self._invite()
@@ -381,6 +385,7 @@ class DestinationSession:
         that state on, which is after the last page was named that is old here."""
         self.vm.show(
             phase="handover",
+            mode="precopy" if whole else self.vm.status.get("mode"),
             message=f"{self.vm.name} is being handed over from {self.channel.peer}",
         )
         self._note()
@@ -474,7 +479,7 @@ class DestinationSession:
             await self._decline(str(refused))
             raise
         await self._say_ran()
-        self.log.info("guest runs here")
+        self.log.info("guest handed over")
 
     async def _cont(self) -> None:
         """Runs the guest, unless it was paused; recorded first, also where the connection was lost
@@ -522,7 +527,8 @@ class DestinationSession:
                     await self._cont()
                 nursery.cancel_scope.cancel()
             await self._say_ran()
-            self.log.warning("migration goes on", pages=engine.stats.confirmed_pages)
+            counts.recoveries["destination"] += 1
+            self.log.info("migration recovered", pages=engine.stats.confirmed_pages)
             async with open_nursery() as nursery:
                 nursery.start_soon(self._watch_vmm)
                 nursery.start_soon(self._listen)
@@ -585,14 +591,14 @@ class DestinationSession:
         except (Exception, trio.Cancelled) as error:
             if not engine.complete:
                 raise
-            self.log.warning("all is here, and only the source not told", error=str(error))
+            self.log.info("all is here, and only the source not told", error=str(error))
         with trio.CancelScope(shield=True):  # a daemon that ends says this first
             await self._drained()
         try:
             with trio.move_on_after(ACKNOWLEDGE_S):
                 await channel.expect(p.Acknowledged)
         except PostcopydError as error:
-            self.log.warning("drained, but the source did not acknowledge it", error=str(error))
+            self.log.info("drained, but the source did not acknowledge it", error=str(error))
         self.machine.happened(Happened.LOST)  # acknowledged or not
         await self._hooks("drained")
 
@@ -629,7 +635,12 @@ class DestinationSession:
         except Exception as error:  # an unused descriptor stays in the VMM
             self.log.warning("the VMM keeps its userfaultfd", error=str(error) or "no answer")
         self.settings.store.forget_intent(self.vm.name)  # of a move from here, once: it is back
-        self.log.info("drained", pages=stats.confirmed_pages)
+        self.log.info(
+            "migration completed",
+            brownout_ms=round(drained.brownout_ms, 2),
+            pages=stats.confirmed_pages,
+            faults=stats.faults,
+        )
         with suppress(PostcopydError):  # who listens for the answer sees it too
             await self.channel.send(drained)
 
@@ -719,11 +730,15 @@ class DestinationSession:
             message += f"; cleaning up here: {trouble}"
             self.log.error("cleaning up failed", error=str(trouble))
         if self._accepted:  # or it may be a guest of this host that was named by mistake
-            vm.settle(phase="failed", remaining=0, message=message)
+            cancelled = error.name == "Cancelled"
+            vm.settle(phase="failed", cancelled=cancelled, remaining=0, message=message)
             # A source that has granted is told so only once the VMM here has certainly ended.
             self._note(p.Declined(p.sentence(message)) if clean or not self._loading else None)
             self._record_settled("declined" if clean or not self._loading else None)
-        self.log.warning("arrival called off", error=str(error))
+        if error.name == "Cancelled":
+            self.log.info("migration cancelled", error=str(error))
+        else:
+            self.log.warning("migration failed", error=str(error))
         await self.close()
         if self._loading and driver is not None:
             vm.driver = None
@@ -753,7 +768,8 @@ class DestinationSession:
                 vm.waiting = self
         vm.show(phase="paused", message=message)
         self._record_settled(None)
-        self.log.error("paused", error=str(error))
+        tell = self.log.error if vm.waiting is None else self.log.warning
+        tell("migration paused", error=str(error))
 
     def _record_settled(self, ownership: str | None) -> None:
         try:

@@ -31,6 +31,7 @@ class Look(Enum):
 class SourceEngine(Engine):
     """Reads the guest's regions; borrows their descriptors until `close`."""
 
+    role = "source"
     _free = lib.pc_source_free
 
     def __init__(self, regions: Sequence[Region], pid: int) -> None:

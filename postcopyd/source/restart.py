@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import structlog
 import trio
 
 from postcopyd import protocol as p
@@ -54,4 +53,4 @@ async def roll_back(vm: Vm, settings: Settings) -> None:
     vm.settle(phase="failed", remaining=0, message=sentence, result={**result, "error": sentence})
     vm.record("held")
     settings.store.forget_intent(vm.name)
-    structlog.get_logger().warning("guest runs here again", vm=vm.name)
+    vm.log.warning("migration failed", error=sentence)

@@ -17,9 +17,9 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-import structlog
 import trio
 
+from postcopyd import counts
 from postcopyd import protocol as p
 from postcopyd.connection import Channel, dial_control, dial_data, open_nursery
 from postcopyd.control import MigrateRequest
@@ -73,9 +73,6 @@ class SourceSession:
         self.settings = settings
         self.migration = migration
         self.machine = Machine(Source.GREETING)
-        self.log = structlog.get_logger().bind(
-            vm=vm.name, migration=migration, peer=request.to, role="source"
-        )
         self._cancelling = trio.CancelScope()
         self._committed = False
         self._channel: Channel | None = None
@@ -127,6 +124,10 @@ class SourceSession:
         session._engine = SourceEngine(shape.regions, shape.pid)
         return session
 
+    @property
+    def log(self) -> Any:
+        return self.vm.log.bind(migration=self.migration, peer=self.request.to, role="source")
+
     def cancel(self) -> None:
         """Takes the guest back; raises PostcopydError after the grant."""
         if self._committed:
@@ -170,7 +171,7 @@ class SourceSession:
             result=None,
             message=f"preparing to move {vm.name} to {to}",
         )
-        self.log.info("migration begins", bandwidth=self._bandwidth)
+        self.log.info("migration started", mode=self.request.mode, bandwidth=self._bandwidth)
         await self._whole(self._migrate)
 
     async def _whole(self, steps: Callable[[], Awaitable[None]]) -> None:
@@ -427,7 +428,7 @@ class SourceSession:
                 f"the destination could not run {self.vm.name}: {answer.reason}", "Declined"
             )
         self._ran()
-        self.log.info("guest runs at the destination", downtime_ms=self._downtime_ms)
+        self.log.info("guest handed over", downtime_ms=self._downtime_ms, **self._downtime_parts)
 
     async def _save(self, channel: Channel) -> None:
         size = 0
@@ -484,6 +485,7 @@ class SourceSession:
         assert engine is not None
         self.vm.show(
             phase="postcopy",
+            downtimeMs=self._downtime_ms or None,
             message=f"{self.vm.name} runs at {self.request.to}, its memory follows",
         )
         if not self._recoveries and self.request.mode != "precopy":
@@ -527,14 +529,23 @@ class SourceSession:
         # Who waits for the result is told last, and finds the VMM here as it shall be.
         self.vm.show(result=result, message=sentence + trouble)
         self._record_settled("granted")
-        self.log.info("drained", **{k: v for k, v in result.items() if k.endswith("Ms")})
+        self.log.info(
+            "migration completed",
+            downtime_ms=result["downtimeMs"],
+            brownout_ms=result["brownoutMs"],
+            total_ms=result["totalMs"],
+            bytes=result["transferredBytes"],
+            faults=result["faults"]["count"],
+            recoveries=self._recoveries,
+            phases=", ".join(f"{one['phase']} {one['ms']:.1f} ms" for one in result["phases"]),
+        )
         await self._hooks("drained")
 
     async def _acknowledge(self, channel: Channel) -> None:
         try:
             await channel.send(p.Acknowledged())
         except PostcopydError:  # the destination has all it needs
-            self.log.warning("the destination went before it was acknowledged")
+            self.log.info("the destination went before it was acknowledged")
 
     async def _let_go(self) -> str:
         """Ends the VMM here, or leaves it; returns what the operator has to be told."""
@@ -544,7 +555,7 @@ class SourceSession:
         try:
             await driver.finish(self.request.keep_source)
         except PostcopydError as error:
-            self.log.warning("the source VMM did not end as told", error=str(error))
+            self.log.error("the source VMM did not end as told", error=str(error))
             return f"; the VMM here: {error}"
         finally:
             if not self.request.keep_source:
@@ -575,6 +586,7 @@ class SourceSession:
                 lost = trouble.name == p.LOST
                 if (lost or now >= told) and self.vm.status["phase"] == "paused":
                     told = math.inf
+                    self.log.error("migration paused", error=str(trouble))
                     self.vm.show(result=self._result(None, event="paused", error=str(trouble)))
                 mends = trouble.name in MENDS and now - began < RESTLESS_S
                 with trio.move_on_after(AGAIN_S if mends else math.inf if lost else SELDOM_S):
@@ -589,6 +601,7 @@ class SourceSession:
         self.machine.happened(Happened.LOST)
         if self._decision == "take_back" and self.machine.state is Source.DRAINED:
             return  # it has just said that it has all of it
+        self.log.warning("ownership changed by a person", decision=self._decision)
         by = f"by an operator's decision, in the middle of the move to {self.request.to}"
         if self._decision == "take_back":
             self.machine.happened(Happened.TAKEN_BACK)
@@ -606,7 +619,6 @@ class SourceSession:
             result=self._result(None, event="paused", error=f"ended {by}"),
         )
         self._record_settled("declined")
-        self.log.warning("given up by an operator")
 
     async def _ask(self) -> None:
         """One attempt: what became of the guest, and the rest of its memory."""
@@ -637,8 +649,9 @@ class SourceSession:
             self._recoveries += 1
             if not self._downtime_ms and self._stopped_at:
                 self._ran()
+            counts.recoveries["source"] += 1
             self.vm.show(result=None)
-            self.log.warning("migration goes on", recoveries=self._recoveries)
+            self.log.info("migration recovered", recoveries=self._recoveries)
             await self._drain(channel)
 
     def _note(self) -> None:
@@ -686,7 +699,7 @@ class SourceSession:
         if news or self.vm.status["phase"] != "paused":
             self.vm.show(phase="paused", message=message)
             self._record_settled(None)
-            self.log.error("migration paused after the grant", error=str(error))
+            self.log.warning("migration paused", error=str(error))
 
     async def _rolled_back(self, error: PostcopydError) -> None:
         """Before the grant: the guest as it was, and the destination told."""
@@ -713,7 +726,7 @@ class SourceSession:
                     f"{name} was not moved ({error}) and its VMM here did not run it again: {why}; "
                     f"it is this host's, run it by the VMM's own means"
                 )
-                self.log.critical("rollback failed", error=why)
+                self.log.error("rollback failed", error=why)
         await self._untrack()
         if self._channel is not None and self.machine.state is Source.ROLLED_BACK:
             # After the guest runs again: a peer that hears nothing would hold it up.
@@ -724,13 +737,17 @@ class SourceSession:
                     await self._channel.tell_error(error)
         vm.settle(
             phase="failed",
+            cancelled=cancelled,
             remaining=0,
             message=sentence,
             result=self._result(None, event="cancelled" if cancelled else "failed", error=sentence),
         )
         self._record_settled("held")
         self.settings.store.forget_intent(name)
-        self.log.warning("migration ended before the grant", error=str(error))
+        if cancelled:
+            self.log.info("migration cancelled", error=str(error))
+        else:
+            self.log.warning("migration failed", error=str(error))
         await self._hooks("failed", message=str(error))
 
     def _record_settled(self, ownership: str | None) -> None:
@@ -846,6 +863,7 @@ class SourceSession:
             "transferredBytes": moved,
             "bytesPerSecond": round(moved / since) if since else 0,
             "recoveries": self._recoveries,
+            "phases": self.vm.phases(at),
             "passes": [one.json() for one in self._passes],
             **({"handedOver": self._why_now} if self._why_now else {}),
             **({"tracking": self._tracked} if self._tracked else {}),
