@@ -523,19 +523,28 @@ static void finish(struct pair *p) {
 }
 
 /* One end by hand. */
-static void send_frame(int fd, enum frame_kind kind, unsigned region, uint64_t page, uint32_t count,
-                       const void *payload, uint32_t bytes) {
+static void frame_to(struct stream s, enum frame_kind kind, unsigned region, uint64_t page,
+                     uint32_t count, const void *payload, uint32_t bytes) {
   uint8_t header[FRAME_BYTES];
   pc_frame_encode(header, kind, (int)region, page, count, bytes);
   struct iovec iov[2] = {{header, sizeof header}, {(void *)payload, bytes}};
-  check(!write_all(plain(fd), iov, bytes ? 2 : 1), "%m");
+  check(!write_all(s, iov, bytes ? 2 : 1), "%m");
+}
+
+static void page_to(struct stream s, struct ram *m, uint64_t page) {
+  uint8_t *bytes = malloc(m->page_size);
+  fill_page(m, page, bytes);
+  frame_to(s, FRAME_PAGES, 0, page, 1, bytes, m->page_size);
+  free(bytes);
+}
+
+static void send_frame(int fd, enum frame_kind kind, unsigned region, uint64_t page, uint32_t count,
+                       const void *payload, uint32_t bytes) {
+  frame_to(plain(fd), kind, region, page, count, payload, bytes);
 }
 
 static void send_page(int fd, struct ram *m, uint64_t page) {
-  uint8_t *bytes = malloc(m->page_size);
-  fill_page(m, page, bytes);
-  send_frame(fd, FRAME_PAGES, 0, page, 1, bytes, m->page_size);
-  free(bytes);
+  page_to(plain(fd), m, page);
 }
 
 static int bytes_waiting(int fd) {
@@ -553,12 +562,21 @@ static int by_hand(struct pair *p, bool urgent) {
   return fd[1];
 }
 
-static uint64_t read_request(int fd) {
+static uint64_t request_from(struct stream s) {
   uint8_t in[FRAME_BYTES];
   int64_t f[5];
-  check(recv(fd, in, sizeof in, MSG_WAITALL) == sizeof in && !pc_frame_decode(in, f), "%m");
+  ssize_t n = s.tls ? tls_read(s.tls, in, sizeof in) : recv(s.fd, in, sizeof in, MSG_WAITALL);
+  while (s.tls && n > 0 && n < FRAME_BYTES) { /* a record's end, in the middle of a frame */
+    ssize_t more = tls_read(s.tls, in + n, sizeof in - (size_t)n);
+    n = more > 0 ? n + more : more;
+  }
+  check(n == sizeof in && !pc_frame_decode(in, f), "%m");
   check(f[0] == FRAME_REQUEST && f[3] == 1 && f[4] == 0, "not a request");
   return (uint64_t)f[2];
+}
+
+static uint64_t read_request(int fd) {
+  return request_from(plain(fd));
 }
 
 struct reader {

@@ -1072,34 +1072,36 @@ static void overflow(enum connected connected) {
   struct ram *m = add_ram(&g, 5200, SMALL, all_data);
   struct pair p = new_dest(&g);
   int fd[2];
+  struct pc_tls *t[2];
   buffer_bytes = 4096;
-  tcp_pair(fd);
+  tcp_pair(fd), secure(fd, t);
   fcntl(fd[1], F_SETFL, 0);
   if (connected != AWAY)
-    check(!pc_dest_connect(p.dest, fd[0], NULL, true), " ");
+    check(!pc_dest_connect(p.dest, fd[0], t[0], true), " ");
   want_all(&p);
   check(get(p.at->requests) < m->pages, "the socket took all");
   if (connected == CUT) { /* most likely within a request */
     pc_dest_disconnect(p.dest);
-    close(fd[1]);
-    tcp_pair(fd);
+    engine_close((struct stream){.fd = fd[1], .tls = t[1]});
+    tcp_pair(fd), secure(fd, t);
     fcntl(fd[1], F_SETFL, 0);
   }
+  struct stream source = {.fd = fd[1], .tls = t[1]};
   if (connected != CONNECTED)
-    check(!pc_dest_connect(p.dest, fd[0], NULL, true), " ");
+    check(!pc_dest_connect(p.dest, fd[0], t[0], true), " ");
   uint8_t *asked = calloc(m->pages, 1);
   for (uint64_t page, n = 0; n < m->pages;) { /* from here on there is no fault to wake anybody */
-    page = read_request(fd[1]);
+    page = request_from(source);
     check(page < m->pages, " ");
     n += !asked[page];
     if (!asked[page]++)
-      send_page(fd[1], m, page);
+      page_to(source, m, page);
   }
   wait_until(drained(&p));
   check_counts(&p, false);
   check(get(p.at->faults) == m->pages, " ");
   check_guest(&g);
-  free(asked), close(fd[1]);
+  free(asked), engine_close(source);
   finish(&p);
   guest_free(&g);
 }
@@ -1107,6 +1109,8 @@ static void overflow(enum connected connected) {
 static void overflow_full(void) { overflow(CONNECTED); }
 static void overflow_away(void) { overflow(AWAY); }
 static void overflow_cut(void) { overflow(CUT); }
+static void overflow_tls(void) { with_tls = true, overflow(CONNECTED); }
+static void overflow_cut_tls(void) { with_tls = true, overflow(CUT); }
 
 /* --- hostile peers ---------------------------------------------------------------------------- */
 
@@ -1388,6 +1392,8 @@ static const struct subtest SUBTESTS[] = {
     {"overflow_full", overflow_full},
     {"overflow_away", overflow_away},
     {"overflow_cut", overflow_cut},
+    {"overflow_tls", overflow_tls},
+    {"overflow_cut_tls", overflow_cut_tls},
     {"hostile_source", hostile_source},
     {"hostile_destination", hostile_destination},
     {"stop_anytime", stop_anytime},

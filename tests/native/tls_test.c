@@ -204,6 +204,39 @@ static void unread(void) {
   guest_free(&g);
 }
 
+/* --- both ways at once ------------------------------------------------------------------------ */
+
+static void *requests_run(void *argument) {
+  struct stream *s = argument;
+  uint8_t in[64 * FRAME_BYTES];
+  while (tls_read(s->tls, in, sizeof in) > 0)
+    ;
+  return NULL;
+}
+
+/* Pages come on the urgent connection as fast as it takes them, asked for or not, while many threads
+ * ask on it: fault threads write what the receiving thread reads. */
+static void both_ways(void) {
+  struct guest g = {0};
+  struct ram *m = add_ram(&g, 8192 / RARELY, SMALL, all_data);
+  struct pair p = new_dest(&g);
+  struct stream s = by_hand_tls(&p, true);
+  pthread_t requests;
+  check(!pthread_create(&requests, NULL, requests_run, &s), "thread");
+  struct guest_thread *t = guest_start(&g, 8, 0);
+  wait_until(get(p.at->requests) >= 8);
+  for (uint64_t page = m->pages; page-- > 0;)
+    check(send_tls(s, m, page, 1), "%s", tls_why(s.tls));
+  guest_join(t, 8);
+  wait_until(drained(&p));
+  check(get(p.at->requests) > 8, " ");
+  check_guest(&g);
+  finish(&p);
+  pthread_join(requests, NULL);
+  engine_close(s);
+  guest_free(&g);
+}
+
 /* --- what is changed on the way --------------------------------------------------------------- */
 
 /* Passes on `bytes` from one socket to another, one of them changed if `spoil` lies among them. */
@@ -276,6 +309,7 @@ static const struct subtest SUBTESTS[] = {
     {"not_tls", not_tls},
     {"ends", ends},
     {"unread", unread},
+    {"both_ways", both_ways},
     {"tampered", tampered},
 };
 
