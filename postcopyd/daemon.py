@@ -454,7 +454,8 @@ class Daemon:
             tune(stream.socket)
             address = stream.socket.getpeername()
             # A socket for both families has IPv4's addresses within IPv6's.
-            kind, peer = await accepted_kind(stream), str(address[0]).removeprefix("::ffff:")
+            peer = str(address[0]).removeprefix("::ffff:")
+            kind = await accepted_kind(stream)
             if kind.endswith(" tls") != (self.settings.tls is not None):
                 await self._refuse(stream, kind, peer)
             elif kind in (p.DATA, p.DATA_TLS):

@@ -231,10 +231,9 @@ def _reload(manager: Manager, settings: Settings) -> None:
     """What cannot be used leaves things as they are: guests are on their way."""
     # CLOCK_MONOTONIC, as sd_notify(3) wants it of those who reload.
     manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    tls = getattr(settings, "tls", None)
     try:
-        if tls is not None:
-            tls.reload()
+        if settings.tls is not None:
+            settings.tls.reload()
         log.info("reloaded")
     except PostcopydError as error:
         log.error("not reloaded, going on with the certificates as they were", error=str(error))

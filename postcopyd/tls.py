@@ -75,15 +75,9 @@ class Tls:
         PostcopydError for what is missing, unsafe, or would be refused by each peer."""
         return cls(directory, peers)
 
-    def reload(self) -> bool:
-        """Reads the files again; whether it has. The old ones stay in use otherwise, logged."""
-        try:
-            self._client, self._server = self._contexts()
-        except PostcopydError as error:
-            log.error("certificates not reloaded, those before stay in use", error=str(error))
-            return False
-        log.info("certificates reloaded")
-        return True
+    def reload(self) -> None:
+        """Reads the files again. Raises PostcopydError, and the old ones stay in use then."""
+        self._client, self._server = self._contexts()
 
     def client(self, stream: trio.SocketStream, host: str) -> trio.SSLStream[trio.SocketStream]:
         """To a peer whose certificate must name `host`. Raises PostcopydError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,20 @@ def daemons() -> Iterator[Pair]:
 
 
 async def test_cut_and_goes_on(pair: Pair) -> None:
-    """A migration over TLS whose connections are cut at any byte goes on, with new keys."""
+    """A migration over TLS whose connections are cut goes on, with new keys, and with certificates
+    that both hosts got meanwhile and have read on SIGHUP."""
     name, here, there = await pair.place(*LARGE)
     a, b = pair
     await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages")
     async with wire(b) as one:
-        one.limit = {"push": 300_000}
         started = await a.call("Migrate", name=name, to=one.address, bandwidth=16 * MIB)
+        await status_until(b, name, lambda status: status["phase"] == "postcopy")
+        for host in (a, b):
+            certified(pair.folder, host.name)
+            assert host.process is not None
+            host.process.send_signal(signal.SIGHUP)
+            await until(lambda: " reloaded" in host.log.read_text(), "reloading")  # noqa: B023
+        one.cut()
         result = await a.result(name, started["migration"])
         assert (result["event"], result["recoveries"]) == ("completed", 1)
         assert one.sent["control"].count(b"postcopyd control tls") == 2

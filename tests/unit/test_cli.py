@@ -52,7 +52,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 def run(*args: str, **env: str) -> Ran:
     """Run a command that needs no daemon of this process."""
-    command = [sys.executable, "-m", "postcopyd", *args]
+    command = [sys.executable, "-P", "-m", "postcopyd", *args]
     done = subprocess.run(
         command, env=environment(**env), capture_output=True, text=True, timeout=30
     )
