@@ -21,11 +21,12 @@ from postcopyd import control
 from postcopyd.config import ServeOptions
 from postcopyd.daemon import Daemon
 from postcopyd.errors import PostcopydError, shortage
+from postcopyd.limits import Limits
 from postcopyd.settings import Settings
 from postcopyd.store import Store
 
 FEW_DESCRIPTORS = 1024
-"""A migration takes some 20 for each guest; MAX_PEERS and the clients of the control socket may
+"""A migration takes some 20 for each guest; `max_peers` and the clients of the control socket may
 take more than 300 together."""
 
 SHORTAGE_S = 10.0
@@ -51,6 +52,7 @@ async def serve(options: ServeOptions) -> None:
         options.hooks_dir,
         options.bandwidth or 0,
         options.connections,
+        limits=Limits(options),
     )
     control_listener = control.listen(options.control)
     listeners = await _listen(options)
