@@ -6,13 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from postcopyd.limits import Limits
 from postcopyd.store import Store
 from postcopyd.vmm import Shape
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`bandwidth` in bytes per second, 0 for no limit; `connections` are push connections."""
+    """`bandwidth` is that of one migration at most, in bytes per second, 0 for no limit;
+    `connections` are push connections."""
 
     store: Store
     hooks: Path | None = None
@@ -20,3 +22,4 @@ class Settings:
     connections: int = 2
     arriving: dict[str, Shape] = field(default_factory=dict)
     """Guests that are on their way here, by VM name: memory that they lack is theirs already."""
+    limits: Limits = field(default_factory=Limits)
