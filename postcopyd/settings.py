@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from postcopyd.config import Peer
 from postcopyd.limits import Limits
 from postcopyd.store import Store
+from postcopyd.tls import Tls
 from postcopyd.vmm import Shape
 
 
@@ -20,6 +22,9 @@ class Settings:
     hooks: Path | None = None
     bandwidth: int = 0
     connections: int = 2
+    tls: Tls | None = None
+    """None where `--tls off` was said."""
+    peers: tuple[Peer, ...] = ()
     arriving: dict[str, Shape] = field(default_factory=dict)
     """Guests that are on their way here, by VM name: memory that they lack is theirs already."""
     limits: Limits = field(default_factory=Limits)

@@ -26,7 +26,15 @@ from msgspec import structs, to_builtins
 from postcopyd import counts, headroom, hugepages, procfs
 from postcopyd import protocol as p
 from postcopyd._native import lib
-from postcopyd.connection import Channel, ConnectionLost, PeerError, detach, open_nursery
+from postcopyd.connection import (
+    Channel,
+    ConnectionLost,
+    PeerError,
+    Wire,
+    detach,
+    detach_keyed,
+    open_nursery,
+)
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.dest.restart import regions_again
 from postcopyd.errors import PostcopydError, shortage
@@ -65,6 +73,7 @@ class DestinationSession:
         self.channel = channel
         self.machine: Machine = channel.machine
         self.settings = settings
+        self.identity = channel.names
         self.token = secrets.token_bytes(32)
         self._engine: DestinationEngine | None = None
         self._shape: Shape | None = None
@@ -93,6 +102,7 @@ class DestinationSession:
         session._accepted = session._adopted = session._loading = True
         session._run, session._ran, session._told = about["run"], about["ran"], about["told"]
         session._ran_ns = about["ran_ns"]
+        session.identity = tuple(about.get("identity", ()))
         driver = vm.attached()
         try:
             regions = regions_again(driver.pid, about["ram"], files=offer.staged)
@@ -225,9 +235,9 @@ class DestinationSession:
         await self.channel.send(p.Checked([p.sentence(problem) for problem in problems][:256]))
 
     async def take_data(self, stream: trio.SocketStream, hello: p.DataHello) -> None:
-        """A data connection that names this migration. Raises RemoteProtocolError."""
-        token = self.token
-        if not hmac.compare_digest(hello.token, token):
+        """A data connection that names this migration. Raises PostcopydError."""
+        token, secure = self.token, self.settings.tls is not None
+        if not hmac.compare_digest(hello.token, b"" if secure else token):
             raise RemoteProtocolError(
                 f"a data connection named migration {hello.migration} with a wrong token"
             )
@@ -235,15 +245,21 @@ class DestinationSession:
             raise RemoteProtocolError(
                 f"a data connection too many came for migration {hello.migration}"
             )
-        self._lacking.remove(hello.urgent)
         await stream.send_all(p.pack(p.DataWelcome(hello.migration)))
-        if self._engine is None or self.token is not token:
-            return  # called off, or lost, meanwhile
         try:
-            self._engine.connect(detach(stream), urgent=hello.urgent)
+            if secure:  # its place stays free for the right one
+                wire = await detach_keyed(stream, token, hello, server=True)
+            else:
+                wire = Wire(detach(stream))
         except OSError:
             await self.drop()  # or each side would wait for the other
             raise
+        engine, here = self._engine, self.token is token and hello.urgent in self._lacking
+        if engine is None or not here:
+            wire.close()  # called off or lost meanwhile, or another was faster
+            return
+        self._lacking.remove(hello.urgent)
+        engine.connect(wire.fd, tls=wire.tls, urgent=hello.urgent)
         if not self._lacking:
             self._connected.set()
 
@@ -593,6 +609,7 @@ class DestinationSession:
             "ran": self._ran,
             "told": self._told,
             "ran_ns": self._ran_ns,  # the clock of this boot, as this record
+            "identity": self.identity,
             **({"answer": to_builtins(answer)} if answer else {}),
         }
 

@@ -21,8 +21,7 @@ import trio
 
 from postcopyd import counts
 from postcopyd import protocol as p
-from postcopyd.config import parse_address
-from postcopyd.connection import Channel, ConnectionLost, detach, dial, open_nursery, receive_object
+from postcopyd.connection import Channel, dial_control, dial_data, open_nursery
 from postcopyd.control import MigrateRequest
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Happened, Machine, Source
@@ -33,6 +32,7 @@ from postcopyd.settings import Settings
 from postcopyd.source.engine import Look, SourceEngine
 from postcopyd.source.passes import Pass, why_now
 from postcopyd.source.tracking import Tracking
+from postcopyd.tls import Names, same_peer
 from postcopyd.vm import Vm
 from postcopyd.vmm import Region, Shape
 
@@ -77,6 +77,7 @@ class SourceSession:
         self._cancelling = trio.CancelScope()
         self._committed = False
         self._channel: Channel | None = None
+        self._identity: Names = ()
         self._engine: SourceEngine | None = None
         self._shape: Shape | None = None
         self._touched = False
@@ -107,6 +108,7 @@ class SourceSession:
         session = cls(vm, MigrateRequest(**about["request"]), settings, about["migration"])
         session.machine = machine
         session._committed = True
+        session._identity = tuple(about.get("identity", ()))
         session._downtime_ms, session._downtime_parts = about["downtime"]
         session._recoveries = about["recoveries"]
         session._passes = [Pass(**one) for one in about.get("passes", [])]
@@ -263,6 +265,7 @@ class SourceSession:
             "epoch": self.vm.epoch + 1,
             "driver": driver.kind,
             "socket": driver.socket,
+            "identity": self._identity,
         }
         save = self.settings.store.save_intent
         await trio.to_thread.run_sync(save, self.vm.name, intent)  # a disk may take its time
@@ -270,11 +273,15 @@ class SourceSession:
         self.vm.record("intent")
 
     async def _greeted(self) -> Channel:
-        address = parse_address(self.request.to)
-        stream = await dial(address.host, address.port, p.CONTROL)
-        self._channel = Channel(stream, self.machine, f"postcopyd at {self.request.to}")
-        await self._channel.greet()
-        return self._channel
+        """The destination: one that guests may go to, and the same one ever after."""
+        channel = await dial_control(self.request.to, self.machine, self.settings)
+        self._channel = channel
+        if self.settings.tls is not None and not self._identity:
+            self.settings.tls.allow(channel.names, "receive")
+        same_peer(self._identity, channel.names, self.vm.name)
+        self._identity = self._identity or channel.names
+        await channel.greet()
+        return channel
 
     def _offer(self, shape: Shape, *, check: bool = False) -> p.Offer:
         return p.Offer(
@@ -317,19 +324,11 @@ class SourceSession:
     async def _connect(self, token: bytes) -> None:
         """The data connections: one urgent, the others for pushing."""
         assert self._engine is not None
-        address = parse_address(self.request.to)
         for urgent in (True, *[False] * self.settings.connections):
-            stream = await dial(address.host, address.port, p.DATA)
-            try:
-                await stream.send_all(p.pack(p.DataHello(self.migration, token, urgent)))
-                await receive_object(stream, p.DataWelcome)
-            except (trio.BrokenResourceError, trio.TooSlowError):
-                await trio.aclose_forcefully(stream)
-                raise ConnectionLost(f"{self.request.to} refused a data connection") from None
-            except BaseException:
-                await trio.aclose_forcefully(stream)
-                raise
-            self._engine.connect(detach(stream), urgent=urgent)
+            wire = await dial_data(
+                self.request.to, self.settings, self.migration, token, urgent=urgent
+            )
+            self._engine.connect(wire.fd, tls=wire.tls, urgent=urgent)
 
     async def _track(self, shape: Shape) -> None:
         """Sees what the guest writes from here on, or notes why that cannot be."""
@@ -700,6 +699,7 @@ class SourceSession:
             "recoveries": self._recoveries,
             "passes": [asdict(one) for one in self._passes],
             "why_now": self._why_now,
+            "identity": self._identity,
         }
 
     # --- when it goes wrong ----------------------------------------------------------------------
