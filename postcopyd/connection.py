@@ -263,6 +263,7 @@ class Channel:
         self._stream = stream
         self.machine = machine
         self.peer = peer
+        self.features: frozenset[str] = frozenset()  # those of both sides
         self.names = names
         self._codec = Codec()
         self._sending = trio.Lock()
@@ -353,6 +354,7 @@ class Channel:
         )
         hello = await self.expect(p.Hello, CONNECT_S)
         p.check_hello(hello)
+        self.features = p.FEATURES.intersection(hello.features)
         return hello
 
     async def tell_error(self, error: Exception) -> None:
