@@ -89,6 +89,7 @@ async def _serve(options: ServeOptions, manager: Manager) -> None:
             log.info("serving", control=control_at, listen=at)
             manager.tell("READY=1", f"STATUS={summary(daemon.list())}")
             process.start_soon(_tell, manager, daemon, ending)
+            await trio.sleep_forever()
         process.cancel_scope.cancel()
 
 

@@ -207,16 +207,16 @@ def _boot(
         # More than one container of a name at a time: each test run has its own.
         "SYSTEMD_NSPAWN_LOCK": "0",
     }
-    log = (place / "console").open("wb")
-    process = subprocess.Popen(
-        # The container ends with this process, even when that is killed.
-        ["sh", "-c", f'{enter}exec setpriv --pdeathsig KILL "$@"', "sh", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        env=environment,
-        start_new_session=True,
-    )
+    with (place / "console").open("wb") as console:
+        process = subprocess.Popen(
+            # The container ends with this process, even when that is killed.
+            ["sh", "-c", f'{enter}exec setpriv --pdeathsig KILL "$@"', "sh", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=console,
+            env=environment,
+            start_new_session=True,
+        )
     stack.callback(_end, process)
     return process, place / "console"
 
