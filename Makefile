@@ -17,7 +17,8 @@ export PATH := $(abspath $(BIN)):$(PATH)
 BUILD_PACKAGES := gcc libc6-dev libssl-dev make pkg-config python3-venv
 GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
 DEB_PACKAGES := debhelper dh-python
-TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev systemd-container iproute2
+TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev systemd-container iproute2 \
+  busybox-static
 
 .PHONY: all build demo test chaos fuzz bench bench-quick wheel sdist man deb check gen fmt clean
 all: build
@@ -52,6 +53,13 @@ test: build deb
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu
 	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile $(TESTS)
+
+# docs/LIBVIRT.md, with a libvirt that this installs, and that starts nothing on this machine where
+# systemd is not process 1.
+.PHONY: test-libvirt
+test-libvirt: build deb
+	@tools/debian-packages $(TEST_PACKAGES) libvirt-daemon-system libvirt-clients
+	POSTCOPYD_LIBVIRT=1 $(BIN)/pytest -q tests/hosts/test_documents.py
 
 # A guest that is moved again and again while everything around it breaks: tests/chaos/chaos.py.
 chaos: SEED := 1
