@@ -264,6 +264,7 @@ class Channel:
         self.machine = machine
         self.peer = peer
         self.names = names
+        self.features: frozenset[str] = frozenset()  # those of both sides
         self._codec = Codec()
         self._sending = trio.Lock()
         self._last_sent = trio.current_time()
@@ -353,6 +354,7 @@ class Channel:
         )
         hello = await self.expect(p.Hello, CONNECT_S)
         p.check_hello(hello)
+        self.features = p.FEATURES.intersection(hello.features)
         return hello
 
     async def tell_error(self, error: Exception) -> None:

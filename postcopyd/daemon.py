@@ -54,9 +54,6 @@ ANSWER_S = 10.0
 LOOK_S = 5.0
 """How long until a host that did not answer is asked again."""
 
-MAX_PEERS = 256
-"""Connections from other daemons at a time; a migration has one and those for its pages."""
-
 log = structlog.get_logger()
 
 Status = dict[str, Any]
@@ -70,7 +67,7 @@ class Daemon:
         self.vms: dict[str, Vm] = {}
         self._nursery = nursery
         self._arrivals: dict[str, DestinationSession] = {}
-        self._peers = trio.CapacityLimiter(MAX_PEERS)
+        self._peers = settings.limits.peers
 
     # --- VMs -----------------------------------------------------------------------------------
 
@@ -93,6 +90,7 @@ class Daemon:
                 f"if that is the wrong one, `postcopyd detach {name}` lets go of it first",
                 "AlreadyAttached",
             )
+        self.settings.limits.one_more_vm(name, [*self.vms])
         connected = await DRIVERS[driver].connect(name, socket)
         vm = known or Vm(name, self.settings.store, None)
         if vm.driver is not None or self.vms.get(name, vm) is not vm:
@@ -104,6 +102,7 @@ class Daemon:
             )
         vm.driver = connected
         try:
+            self.settings.limits.one_more_vm(name, [*self.vms])  # others may have been faster
             vm.record("held")
         except PostcopydError:
             vm.driver = None
@@ -447,7 +446,8 @@ class Daemon:
         try:
             self._peers.acquire_on_behalf_of_nowait(stream)
         except trio.WouldBlock:
-            log.warning("connection refused", error="too many at a time", limit=MAX_PEERS)
+            limit = self._peers.total_tokens
+            log.warning("connection refused", error="too many at a time", limit=limit)
             await trio.aclose_forcefully(stream)
             return
         try:
@@ -625,6 +625,7 @@ class Daemon:
                 yield
             finally:
                 del self._arrivals[migration]
+                self.settings.limits.arrivals.leave(session)
         tidy()
 
     def _after_arrival(self, vm: Vm, session: DestinationSession) -> None:

@@ -29,7 +29,10 @@ from postcopyd.errors import PostcopydError
 VERSION = 1
 """Protocol version. A peer of another version is refused with a sentence."""
 
-FEATURES: frozenset[str] = frozenset()
+QUEUE = "queue"
+"""A source that understands Queued."""
+
+FEATURES: frozenset[str] = frozenset({QUEUE})
 """What this daemon offers beyond the version; only what both sides name is used."""
 
 CONTROL = "postcopyd control"
@@ -138,6 +141,14 @@ class Checked(Message, frozen=True, tag="checked"):
     """Answer to an offer with `check`: why the migration would be refused; empty: it would go."""
 
     problems: Annotated[list[Sentence], Meta(max_length=256)]
+
+
+class Queued(Message, frozen=True, tag="queued"):
+    """The offer fits, and waits for its turn: the destination takes so many guests at a time. Said
+    again whenever `ahead`, how many others are taken before it, has changed; `Ready` follows. Only
+    to a source with the feature "queue"."""
+
+    ahead: Count
 
 
 class Ready(Message, frozen=True, tag="ready"):
@@ -305,7 +316,7 @@ class Keepalive(Message, frozen=True, tag="keepalive"):
 
 
 AnyMessage = (
-    Hello | Offer | Checked | Ready | Serving | Pass | Passed | Handover | Device | Stale
+    Hello | Offer | Checked | Queued | Ready | Serving | Pass | Passed | Handover | Device | Stale
     | DeviceEnd | Loaded | Grant | Ran | Declined | Progress | Drained | Acknowledged | Resume
     | Have | Cancel | Error | Keepalive
 )  # fmt: skip

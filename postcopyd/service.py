@@ -25,6 +25,7 @@ from postcopyd.config import Address, ServeOptions
 from postcopyd.daemon import Daemon
 from postcopyd.errors import PostcopydError
 from postcopyd.journal import configure_logging
+from postcopyd.limits import Limits
 from postcopyd.native import longest_still_s
 from postcopyd.progress import size
 from postcopyd.sd import Manager
@@ -33,7 +34,7 @@ from postcopyd.store import Store
 from postcopyd.tls import Tls
 
 FEW_DESCRIPTORS = 1024
-"""A migration takes some 20 for each guest; MAX_PEERS and the clients of the control socket may
+"""A migration takes some 20 for each guest; `max_peers` and the clients of the control socket may
 take more than 300 together."""
 
 TELL_S = 1.0
@@ -74,6 +75,7 @@ async def _serve(options: ServeOptions, manager: Manager) -> None:
         options.connections,
         tls,
         options.peers,
+        limits=Limits(options),
     )
     control_listener, listeners = await _doors(options, manager.sockets)
     if tls is None:

@@ -40,6 +40,7 @@ from postcopyd.dest.restart import regions_again
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import DESTINATION_RUNS, Destination, Happened, Machine
 from postcopyd.hooks import run_hooks
+from postcopyd.limits import in_line
 from postcopyd.native import faults
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
@@ -156,6 +157,7 @@ class DestinationSession:
         """The rest of it on a new connection, whose epoch the daemon has compared."""
         self.channel = channel
         channel.machine = self.machine
+        self.settings.limits.arrivals.take(self, self._ram_bytes)
         await self._whole(lambda: self._go_on(asked))
 
     async def poison(self) -> None:
@@ -225,7 +227,7 @@ class DestinationSession:
         try:
             async with self.channel.alive():
                 shape = self._shape = await self.vm.attached().inspect("destination")
-            problems = [*shape.problems, *self._differences(shape), *self._lacks(shape)]
+            problems = self._unfit(shape) + self._lacks(shape)
         except PostcopydError as error:
             problems = [str(error)]
         finally:
@@ -279,21 +281,16 @@ class DestinationSession:
 
     async def _prepare(self) -> None:
         """Everything up to *serving*."""
-        vm, offer, channel = self.vm, self.offer, self.channel
+        vm, channel = self.vm, self.channel
         shape = self._shape = await vm.attached().inspect("destination")
-        problems = [*shape.problems, *self._differences(shape), *self._lacks(shape)]
+        problems = self._unfit(shape)
+        if not problems and await self._wait_for_turn():
+            shape = self._shape = await vm.attached().inspect("destination")
+            problems = self._unfit(shape)
+        problems += self._lacks(shape)
         if problems:
             raise PostcopydError("; ".join(problems), "Refused")
-        self._accepted = True
-        vm.settle(
-            role="destination",
-            phase="idle",
-            migration=offer.migration,
-            peer=channel.peer,
-            mode="hybrid" if offer.staged else "postcopy",
-            result=None,
-            message=f"preparing for {vm.name} from {channel.peer}",
-        )
+        self._accept(f"preparing for {vm.name} from {channel.peer}")
         self.log.info("migration started", mode=vm.status["mode"])
         self.settings.arriving[vm.name] = shape
         await self._adopt(shape)
@@ -301,6 +298,44 @@ class DestinationSession:
         await self._all_connected()
         await channel.send(p.Serving())
         await self._watch_engine()
+
+    def _accept(self, message: str) -> None:
+        """It is this VM that the source means: its status tells of the arrival."""
+        self._accepted = True
+        self.vm.settle(
+            role="destination",
+            phase="idle",
+            migration=self.offer.migration,
+            peer=self.channel.peer,
+            mode="hybrid" if self.offer.staged else "postcopy",
+            result=None,
+            message=message,
+        )
+
+    async def _wait_for_turn(self) -> bool:
+        """Returns when this host may take so many guests and so much memory; whether that was not
+        at once. Who waits holds nothing here and has changed nothing."""
+        limits = self.settings.limits
+        limits.arrivals.join(self, self._ram_bytes)
+        if (ahead := limits.arrivals.ahead(self)) is None:
+            return False
+        self._ram.close()
+        self._shape = None
+        self.log.info("arrival waits for its turn", ahead=ahead)
+        told = -1
+        with limits.aside():
+            while (ahead := limits.arrivals.ahead(self)) is not None:
+                changed = limits.arrivals.changed
+                if ahead != told:
+                    self._accept(
+                        f"{self.vm.name} waits for its turn to come here from "
+                        f"{self.channel.peer}: {in_line(ahead)}"
+                    )
+                    if p.QUEUE in self.channel.features:
+                        await self.channel.send(p.Queued(ahead))
+                    told = ahead
+                await changed.wait()
+        return True
 
     async def _count(self, pages: int) -> None:
         """Answers a pass once as many pages have arrived in all."""
@@ -331,6 +366,12 @@ class DestinationSession:
                 f"{self.channel.peer} made no data connections within {CONNECTIONS_S:.0f} s",
                 "ConnectionLost",
             ) from None
+
+    def _unfit(self, shape: Shape) -> list[str]:
+        """What time does not change: why this VMM, or this host, cannot take what is offered."""
+        size = sum(region.size for region in shape.regions)
+        too_large = self.settings.limits.arrivals.too_large(size)
+        return [*shape.problems, *self._differences(shape), *too_large]
 
     def _differences(self, shape: Shape) -> list[str]:
         """What differs between the VMM that offers and the one that waits here."""
@@ -547,6 +588,10 @@ class DestinationSession:
     def _ram(self) -> Shape:
         assert self._shape is not None
         return self._shape
+
+    @property
+    def _ram_bytes(self) -> int:
+        return sum(region.size for region in self._ram.regions)
 
     def _note(self, answer: p.Message | None = None) -> None:
         """What `restored` needs, or what a source is told that asks later, for the next record."""
