@@ -181,3 +181,54 @@ async def test_a_guest_of_another_user_goes_there_and_back(
             result = await postcopyd(it.here, "migrate", VM, "--to", to, "--json", *options)
             assert json.loads(result.splitlines()[-1])["event"] == "completed"
             await it.moved()
+
+
+RESTART = ["systemctl", "restart", "postcopyd"]
+KILL = ["systemctl", "kill", "-s", "KILL", "postcopyd"]
+
+
+async def started(it: Machine, *options: str) -> tuple[subprocess.Popen[str], list[dict[str, Any]]]:
+    """A migration that has handed over and is far from its end."""
+    slow = ["--mode", "postcopy", "--bandwidth", "24M", "--json"]
+    command = ["postcopyd", "migrate", VM, "--to", it.there.name, *slow, *options]
+    client = it.here.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert client.stdout
+    said = []
+    while line := await in_thread(client.stdout.readline):
+        said.append(line)
+        if json.loads(line).get("phase") == "postcopy":
+            return client, said
+    pytest.fail(f"the migration came to nothing: {said}")
+
+
+async def again(host: Host, command: list[str]) -> None:
+    """Ends the daemon in this way, until another one serves."""
+    before = shows(host, "MainPID")
+    await in_thread(host.run, command)
+    serves = ("active", "running")
+    await until(
+        lambda: (
+            shows(host, "MainPID") not in ("0", before)
+            and (shows(host, "ActiveState"), shows(host, "SubState")) == serves
+        ),
+        f"{host.name} has another daemon after {command}",
+    )
+
+
+async def test_the_daemons_are_restarted_and_killed_in_the_middle(
+    hosts: tuple[Host, Host], boot: tuple[Path, Path]
+) -> None:
+    """On either host, while most of the guest's memory is still at the other: the guest arrives
+    whole each time, and its VMM is never signalled."""
+    async with machine(hosts, boot) as it:
+        for command in (RESTART, KILL):
+            for victim in ("here", "there"):
+                await it.prepare()
+                client, _ = await started(it)
+                arriving = f"1 VM; {VM} arriving from {it.here.name} ({it.here.address}): postcopy,"
+                there = it.there
+                await until(lambda: shows(there, "StatusText").startswith(arriving), arriving)  # noqa: B023
+                assert (await status(it.there))["remaining"] > 16 * MIB
+                await again(getattr(it, victim), command)
+                await it.moved()
+                await in_thread(client.communicate, timeout=WAIT_S)
