@@ -4,8 +4,8 @@
 A fenced block marked `console` has prompts (`host1# `, `host2# `, `# ` or `$ `), each with a
 command, which goes on over lines that end in a backslash and through a here document, and what it
 prints. Figures, addresses and ids may differ, as may which progress lines come; `...` stands for
-any lines, in a line for any words. A comment before a block says why it is not run, or by whom: `<!-- not run: WHY -->`,
-`<!-- needs: WHAT -->`.
+any lines, within a line for any words. A comment before a block says why it is not run, or what it
+needs that others do without: `<!-- not run: WHY -->`, `<!-- needs: WHAT -->`.
 
 Knows no document and no host: who runs one gives a function for each prompt.
 """
