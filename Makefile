@@ -10,7 +10,7 @@ SOURCES := $(shell find postcopyd examples -name '*.[ch]' -o -name '*.py' -o -na
 # meson and ninja are programs of the venv; the build looks for them by name.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-BUILD_PACKAGES := gcc libc6-dev make python3-venv
+BUILD_PACKAGES := gcc libc6-dev libssl-dev make pkg-config python3-venv
 GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
 TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev systemd-container iproute2
 

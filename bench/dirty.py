@@ -22,7 +22,7 @@ from engine_vs_floor import BENCH, ENGINE, compile_to
 
 SOURCES = [
     BENCH / "dirty.c",
-    *(ENGINE / f"{name}.c" for name in ("engine", "source_native", "dirty")),
+    *(ENGINE / f"{name}.c" for name in ("engine", "tls", "source_native", "dirty")),
 ]
 SPARSE_DATA_MB = 256
 Run = dict[str, Any]

@@ -48,15 +48,18 @@ void engine_fail(struct pc_stats *stats, int wake, int failure, const char *form
 void engine_end_connections(struct connection *connections) {
   /* All are shut down before the first is joined: their peer may wait for the last. */
   for (struct connection *c = connections; c < connections + PC_MAX_CONNECTIONS; c++)
-    if (c->fd >= 0)
-      shutdown(c->fd, SHUT_RDWR);
+    if (c->stream.fd >= 0) {
+      if (c->stream.tls)
+        tls_end(c->stream.tls);
+      shutdown(c->stream.fd, SHUT_RDWR);
+    }
   for (struct connection *c = connections; c < connections + PC_MAX_CONNECTIONS; c++) {
-    if (c->fd < 0)
+    if (c->stream.fd < 0)
       continue;
     if (c->running)
       pthread_join(c->thread, NULL);
-    close(c->fd);
-    c->fd = -1, c->running = false;
+    engine_close(c->stream);
+    c->stream = (struct stream){.fd = -1}, c->running = false;
   }
 }
 
@@ -78,9 +81,15 @@ int engine_thread(pthread_t *thread, const char *name, void *(*run)(void *), voi
   return 0;
 }
 
-void engine_socket(int fd, bool urgent) {
+void engine_close(struct stream s) {
+  if (s.tls)
+    pc_tls_free(s.tls);
+  close(s.fd);
+}
+
+void engine_socket(struct stream s, bool urgent) {
   /* A data connection may also be a unix socket in tests, where these do not apply. */
-  int on = 1, unsent = PUSH_UNSENT_BYTES;
+  int fd = s.fd, on = 1, unsent = PUSH_UNSENT_BYTES;
   fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK); /* an event loop may have made it */
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   if (!urgent)
@@ -133,8 +142,8 @@ uint64_t engine_regions(struct region *to, const struct pc_region *from, unsigne
   return pages;
 }
 
-int frame_reader_init(struct frame_reader *r, int fd, size_t payload, size_t ahead) {
-  *r = (struct frame_reader){.fd = fd, .ahead = ahead};
+int frame_reader_init(struct frame_reader *r, struct stream s, size_t payload, size_t ahead) {
+  *r = (struct frame_reader){.stream = s, .ahead = ahead};
   r->capacity = FRAME_BYTES + payload + ahead;
   r->buffer = malloc(r->capacity);
   return r->buffer ? 0 : -ENOMEM;
@@ -142,6 +151,17 @@ int frame_reader_init(struct frame_reader *r, int fd, size_t payload, size_t ahe
 
 void frame_reader_free(struct frame_reader *r) {
   free(r->buffer);
+}
+
+/* As recv, but -errno. */
+static ssize_t read_some(struct stream s, void *to, size_t bytes) {
+  if (s.tls)
+    return tls_read(s.tls, to, bytes);
+  ssize_t n;
+  do
+    n = recv(s.fd, to, bytes, 0);
+  while (n < 0 && errno == EINTR);
+  return n < 0 ? -errno : n;
 }
 
 /* Gets at least `need` bytes of the frame at `from` into the buffer. 0: ended before its first. */
@@ -154,13 +174,12 @@ static int frame_fill(struct frame_reader *r, size_t need) {
     return -EPROTO;
   while (r->to - r->from < need) {
     size_t limit = need + r->ahead < r->capacity ? need + r->ahead : r->capacity;
-    ssize_t n = recv(r->fd, r->buffer + r->to, limit - r->to, 0);
+    ssize_t n = read_some(r->stream, r->buffer + r->to, limit - r->to);
     if (n == 0)
       return r->to == r->from ? 0 : -ECONNRESET;
-    if (n < 0 && errno != EINTR)
-      return -errno;
-    if (n > 0)
-      r->to += (size_t)n;
+    if (n < 0)
+      return (int)n;
+    r->to += (size_t)n;
   }
   return 1;
 }
@@ -179,10 +198,12 @@ int frame_read(struct frame_reader *r, struct frame *f, uint8_t **payload) {
   return 1;
 }
 
-int write_all(int fd, struct iovec *iov, int n) {
+int write_all(struct stream s, struct iovec *iov, int n) {
+  if (s.tls)
+    return tls_write_all(s.tls, iov, n);
   struct msghdr message = {.msg_iov = iov, .msg_iovlen = (size_t)n};
   while (message.msg_iovlen) {
-    ssize_t sent = sendmsg(fd, &message, MSG_NOSIGNAL);
+    ssize_t sent = sendmsg(s.fd, &message, MSG_NOSIGNAL);
     if (sent < 0) {
       if (errno == EINTR)
         continue;
@@ -201,12 +222,19 @@ int write_all(int fd, struct iovec *iov, int n) {
   return 0;
 }
 
-ssize_t write_now(int fd, const uint8_t *from, size_t bytes) {
+ssize_t write_now(struct stream s, const uint8_t *from, size_t bytes) {
+  if (s.tls)
+    return tls_write_now(s.tls, from, bytes);
   ssize_t n;
   do
-    n = send(fd, from, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+    n = send(s.fd, from, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
   while (n < 0 && errno == EINTR);
   return n >= 0 ? n : errno == EAGAIN ? 0 : -errno;
+}
+
+const char *stream_why(struct stream s, int failed) {
+  const char *why = s.tls ? tls_why(s.tls) : "";
+  return *why ? why : strerrordesc_np(-failed);
 }
 
 void pc_frame_encode(uint8_t out[24], int kind, int region, uint64_t page, uint32_t count,

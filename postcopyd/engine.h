@@ -13,6 +13,7 @@
 #include <sys/uio.h>
 
 #include "native.h"
+#include "tls.h"
 #include "wire.h"
 
 enum { PC_MAX_REGIONS = 256, PC_MAX_CONNECTIONS = 33 };
@@ -28,10 +29,16 @@ struct region {
   uint8_t page_shift;
 };
 
-/* One data connection: its socket and the thread that reads (or, pushing, writes) it. */
+/* What a data connection is read from and written to; tls NULL: as it is. */
+struct stream {
+  int fd; /* -1: none */
+  struct pc_tls *tls;
+};
+
+/* One data connection: its stream and the thread that reads (or, pushing, writes) it. */
 struct connection {
   void *engine;
-  int fd; /* -1: free */
+  struct stream stream;
   bool urgent, running;
   pthread_t thread;
 };
@@ -40,14 +47,17 @@ void engine_wake(int wake);
 /* Sets failure and sentence once and wakes Python. */
 void engine_fail(struct pc_stats *stats, int wake, int failure, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
-/* Ends all of the PC_MAX_CONNECTIONS connections: their threads are woken, joined, sockets closed. */
+/* Ends all of the PC_MAX_CONNECTIONS connections: their peers are told, their threads woken and
+ * joined, sockets closed. */
 void engine_end_connections(struct connection *connections);
 /* Once all connections are closed, what was wrong is over (and tried again with the next ones),
  * save that the VMM is gone. */
 void engine_forget_connections(struct pc_stats *stats);
 /* A thread with all signals blocked and a name that shows in top and perf. Returns -errno. */
 int engine_thread(pthread_t *thread, const char *name, void *(*run)(void *), void *argument);
-void engine_socket(int fd, bool urgent);
+/* Makes a socket that was given to an engine ready for it. */
+void engine_socket(struct stream s, bool urgent);
+void engine_close(struct stream s);
 void engine_latency(struct pc_stats *stats, uint64_t ns);
 /* Copies and checks a list of regions. Returns the number of pages of all, or 0 with a sentence. */
 uint64_t engine_regions(struct region *to, const struct pc_region *from, unsigned count,
@@ -57,11 +67,11 @@ uint64_t engine_regions(struct region *to, const struct pc_region *from, unsigne
  * on the urgent connection many small frames come by one call; on push connections only the next
  * header, so that payloads are not moved. The payload stays valid until the next call. */
 struct frame_reader {
-  int fd;
+  struct stream stream;
   uint8_t *buffer;
   size_t capacity, ahead, from, to;
 };
-int frame_reader_init(struct frame_reader *r, int fd, size_t payload, size_t ahead);
+int frame_reader_init(struct frame_reader *r, struct stream s, size_t payload, size_t ahead);
 void frame_reader_free(struct frame_reader *r);
 /* 1: a frame; 0: the stream ended between frames; -EPROTO: not a frame; -errno otherwise. */
 int frame_read(struct frame_reader *r, struct frame *f, uint8_t **payload);
@@ -71,8 +81,10 @@ static inline bool frame_waiting(const struct frame_reader *r) {
 }
 
 /* Writes everything, waiting as needed; changes iov. Returns 0 or -errno. */
-int write_all(int fd, struct iovec *iov, int n);
+int write_all(struct stream s, struct iovec *iov, int n);
 /* Writes what goes without waiting. Returns the number of bytes, 0 when none goes, or -errno. */
-ssize_t write_now(int fd, const uint8_t *from, size_t bytes);
+ssize_t write_now(struct stream s, const uint8_t *from, size_t bytes);
+/* Why one of these has failed, in words. */
+const char *stream_why(struct stream s, int failed);
 
 #endif

@@ -4,10 +4,11 @@
  *
  * Who owns what. An engine (pc_dest, pc_source) belongs to the one Python session that made it; its
  * functions are called by that session only, one at a time. An engine owns its threads, its buffers,
- * its own descriptors and every connection given to it by pc_*_connect (also when that fails). It
- * borrows the descriptors in its regions and the `wake` eventfd: these stay open until pc_*_free has
- * returned. Only the engine's own functions stop its threads: pc_*_disconnect those of the
- * connections, pc_dest_stop and pc_*_free all. Statistics may be read at any time by anybody.
+ * its own descriptors and every connection given to it by pc_*_connect, with its pc_tls (also when
+ * that fails). It borrows the descriptors in its regions and the `wake` eventfd: these stay open
+ * until pc_*_free has returned. Only the engine's own functions stop its threads: pc_*_disconnect
+ * those of the connections, pc_dest_stop and pc_*_free all. Statistics may be read at any time by
+ * anybody.
  *
  * Functions return 0 or -errno and leave a sentence in the engine's statistics. */
 
@@ -64,6 +65,17 @@ struct pc_stats {
 
 struct pc_dest;
 struct pc_source;
+struct pc_tls; /* TLS 1.3 with a pre-shared key on one data connection */
+
+/* `key` has 32 bytes; `identity` says what it is for, both sides must have the same; both are copied.
+ * `fd` is borrowed until pc_tls_free and made non-blocking. NULL with a sentence. */
+struct pc_tls *pc_tls_new(int fd, int server, const uint8_t *key, const char *identity,
+                          char error[200]);
+/* 0: done; 1, 2: to be called again when fd is readable, writable; -errno with a sentence. Never
+ * waits. What has arrived behind the handshake is kept for the engine. */
+int pc_tls_handshake(struct pc_tls *t, char error[200]);
+/* Wipes the keys; does not close fd. Not for one that an engine owns. */
+void pc_tls_free(struct pc_tls *t);
 
 /* Destination. `record` is a file of one byte for each page, made and kept by the caller so that it
  * outlives the process; the engine maps it. An empty one becomes a new record, one of an earlier
@@ -74,7 +86,8 @@ struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int
 /* UFFDIO_API, UFFDIO_REGISTER, fault threads start. `again`: an earlier engine has done so on the
  * same userfaultfds and left them registered; whoever waits for it faults again. */
 int pc_dest_register(struct pc_dest *d, int again);
-int pc_dest_connect(struct pc_dest *d, int fd, int urgent);
+/* With `tls`, its handshake done, or NULL: without. */
+int pc_dest_connect(struct pc_dest *d, int fd, struct pc_tls *tls, int urgent);
 /* A staged engine takes pages while the guest still runs at the source: they go to a stage (the RAM
  * file itself, or a memfd for anonymous memory), come again when they were written since, and are
  * placed only after pc_dest_seal. Until then a page is right as it came last, so nothing may be on
@@ -114,7 +127,7 @@ uint64_t pc_dest_still_ns(struct pc_dest *d);
 struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count, int wake,
                                 char error[200]);
 int pc_source_scan(struct pc_source *s);
-int pc_source_connect(struct pc_source *s, int fd, int urgent);
+int pc_source_connect(struct pc_source *s, int fd, struct pc_tls *tls, int urgent);
 /* These pages are at the destination (bits as pc_dest_have gives them) and are not pushed. Between
  * pc_source_connect and pc_source_push; forgotten by pc_source_disconnect. -EINVAL outside the
  * region. */
@@ -145,6 +158,9 @@ void pc_source_untrack(struct pc_source *s);
 int64_t pc_track_cost_ns(void);
 int pc_source_serve(struct pc_source *s);
 int pc_source_push(struct pc_source *s, uint64_t bytes_per_second); /* 0: no limit */
+/* Another rate for a pass or a push, at any time; a thread that waits by the old one sees it within
+ * 0.1 s. */
+void pc_source_limit(struct pc_source *s, uint64_t bytes_per_second);
 void pc_source_disconnect(struct pc_source *s);
 void pc_source_free(struct pc_source *s);
 struct pc_stats *pc_source_stats(struct pc_source *s);

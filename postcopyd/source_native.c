@@ -56,6 +56,8 @@ enum { RUN_BYTES = 64 << 10, RUN_PAGES = RUN_BYTES / 4096 };
 enum { URGENT_PAGES = 16 };
 /* How far a push that was held up may catch up above its bandwidth. */
 enum { BURST_NS = 10000000 };
+/* How long a push that is held up waits before it looks again: the rate may be another one. */
+enum { HOLD_NS = 100000000 };
 enum { NO_HINT = -1 };
 /* Extents of a file that are less apart than this are looked at together: arming the holes between
  * them takes no more page tables than the extents do. Not of anonymous memory, where an armed hole
@@ -83,7 +85,8 @@ struct pc_source {
   bool pass; /* else the push; changed when no push thread is at work */
   enum order { ANY, HOT, COLD } order;
   uint64_t cursor;
-  uint64_t rate, paid_until_ns;
+  _Atomic uint64_t rate; /* bytes per second; 0: no limit; changed under `choosing` */
+  uint64_t paid_until_ns;
 };
 
 /* --- reading guest RAM ------------------------------------------------------------------------ */
@@ -493,7 +496,7 @@ static int batch_write(struct pc_source *s, struct batch *b, struct connection *
     pages += f->count;
   }
   b->count = 0, b->used = 0, b->bytes = 0;
-  int failed = n ? write_all(c->fd, b->iov, n) : 0;
+  int failed = n ? write_all(c->stream, b->iov, n) : 0;
   if (failed)
     return failed;
   count_add(s->stats.transferred_bytes, bytes);
@@ -515,7 +518,7 @@ static void connection_failed(struct pc_source *s, struct connection *c, int fai
     return;
   engine_fail(&s->stats, s->wake, PC_CONNECTION, "the %s connection %s%s",
               c->urgent ? "urgent" : "push", failed ? "broke: " : "was closed by the destination",
-              failed ? strerrordesc_np(-failed) : "");
+              failed ? stream_why(c->stream, failed) : "");
 }
 
 static uint32_t largest_page(struct pc_source *s) {
@@ -535,7 +538,7 @@ static void *urgent_run(void *argument) {
   uint32_t largest = largest_page(s);
   size_t room = largest > URGENT_PAGES * 4096 ? largest : URGENT_PAGES * 4096;
   b.pages = aligned_alloc(4096, room);
-  int got = frame_reader_init(&reader, c->fd, 0, URGENT_PAGES * FRAME_BYTES);
+  int got = frame_reader_init(&reader, c->stream, 0, URGENT_PAGES * FRAME_BYTES);
   if (!b.pages)
     got = -ENOMEM;
   while (got >= 0 && (got = frame_read(&reader, &f, &payload)) == 1) {
@@ -638,8 +641,7 @@ static bool may_push(struct pc_source *s) {
     pthread_mutex_unlock(&s->choosing);
     if (until <= now)
       break;
-    struct timespec wait = {(time_t)((until - now) / 1000000000u),
-                            (long)((until - now) % 1000000000u)};
+    struct timespec wait = {0, (long)(until - now < HOLD_NS ? until - now : HOLD_NS)};
     struct pollfd stop = {.fd = s->stop, .events = POLLIN};
     ppoll(&stop, 1, &wait, NULL);
   }
@@ -650,10 +652,22 @@ static void pay(struct pc_source *s, uint64_t bytes) {
   if (!s->rate)
     return;
   pthread_mutex_lock(&s->choosing);
-  uint64_t now = pc_monotonic_ns();
+  uint64_t now = pc_monotonic_ns(), rate = s->rate;
   if (s->paid_until_ns + BURST_NS < now)
     s->paid_until_ns = now - BURST_NS;
-  s->paid_until_ns += (uint64_t)((double)bytes * 1e9 / (double)s->rate);
+  if (rate)
+    s->paid_until_ns += (uint64_t)((double)bytes * 1e9 / (double)rate);
+  pthread_mutex_unlock(&s->choosing);
+}
+
+/* What is not paid for yet is paid at the new rate. */
+void pc_source_limit(struct pc_source *s, uint64_t bytes_per_second) {
+  pthread_mutex_lock(&s->choosing);
+  uint64_t now = pc_monotonic_ns(), rate = s->rate;
+  double owed = s->paid_until_ns > now && rate ? (double)(s->paid_until_ns - now) * (double)rate : 0;
+  if (s->paid_until_ns > now)
+    s->paid_until_ns = now + (bytes_per_second ? (uint64_t)(owed / (double)bytes_per_second) : 0);
+  s->rate = bytes_per_second;
   pthread_mutex_unlock(&s->choosing);
 }
 
@@ -665,7 +679,7 @@ struct holes {
 };
 
 /* Ends the run and, when there are many frames or no more will come, sends them. */
-static int holes_end_run(struct pc_source *s, struct holes *h, int fd, bool all) {
+static int holes_end_run(struct pc_source *s, struct holes *h, struct stream to, bool all) {
   if (h->run.count) {
     frame_encode(h->frames[h->used++], &h->run);
     count_add(s->stats.zero_pages, h->run.count);
@@ -676,12 +690,12 @@ static int holes_end_run(struct pc_source *s, struct holes *h, int fd, bool all)
     return 0;
   count_add(s->stats.transferred_bytes, iov.iov_len);
   h->used = 0;
-  return write_all(fd, &iov, 1);
+  return write_all(to, &iov, 1);
 }
 
 /* Tells the destination of the holes, one frame for each extent. Takes their pages by words; those
  * that the urgent thread took it has answered. */
-static int send_holes(struct pc_source *s, int fd) {
+static int send_holes(struct pc_source *s, struct stream to) {
   struct holes h = {.run = {.kind = FRAME_ZERO}};
   int failed = 0;
   for (unsigned i = 0; i < s->region_count; i++) {
@@ -695,7 +709,7 @@ static int send_holes(struct pc_source *s, int fd) {
         uint64_t after = ~hole >> from;
         unsigned n = after ? (unsigned)__builtin_ctzll(after) : 64 - from;
         if (h.run.region != i || h.run.page + h.run.count != page + from || h.run.count >> 31)
-          failed = holes_end_run(s, &h, fd, false);
+          failed = holes_end_run(s, &h, to, false);
         if (!h.run.count)
           h.run.region = (uint16_t)i, h.run.page = page + from;
         h.run.count += n;
@@ -703,12 +717,12 @@ static int send_holes(struct pc_source *s, int fd) {
       }
     }
   }
-  return failed ? failed : holes_end_run(s, &h, fd, true);
+  return failed ? failed : holes_end_run(s, &h, to, true);
 }
 
 /* One push thread finds the holes and tells of them; the others wait for it, so that nobody reads
  * what need not be read. */
-static int holes_first(struct pc_source *s, int fd) {
+static int holes_first(struct pc_source *s, struct stream to) {
   pthread_mutex_lock(&s->choosing);
   while (s->holes == HOLES_SENDING)
     pthread_cond_wait(&s->holes_changed, &s->choosing);
@@ -718,7 +732,7 @@ static int holes_first(struct pc_source *s, int fd) {
   if (!mine)
     return 0;
   pc_source_scan(s);
-  int failed = send_holes(s, fd);
+  int failed = send_holes(s, to);
   pthread_mutex_lock(&s->choosing);
   s->holes = HOLES_SENT;
   pthread_cond_broadcast(&s->holes_changed);
@@ -734,7 +748,7 @@ static void *push_run(void *argument) {
   uint32_t largest = largest_page(s);
   struct batch b = {.count = 0};
   b.pages = aligned_alloc(4096, largest > RUN_BYTES ? largest : RUN_BYTES);
-  int failed = !b.pages ? -ENOMEM : s->pass ? 0 : holes_first(s, c->fd);
+  int failed = !b.pages ? -ENOMEM : s->pass ? 0 : holes_first(s, c->stream);
   while (!failed && may_push(s) && next_run(s, &r, &page, &count)) {
     count_set(s->stats.beat_ns, pc_monotonic_ns());
     if (read_pages(s, r, page, count, b.pages))
@@ -780,7 +794,7 @@ struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count,
   pthread_mutex_init(&s->choosing, NULL);
   pthread_cond_init(&s->holes_changed, NULL);
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
-    s->connections[i] = (struct connection){.engine = s, .fd = -1};
+    s->connections[i] = (struct connection){.engine = s, .stream = {.fd = -1}};
   s->slots = engine_regions(s->regions, regions, count, error);
   if (s->slots) {
     s->data = calloc(s->slots / 64, sizeof *s->data);
@@ -800,24 +814,25 @@ struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count,
   return s;
 }
 
-int pc_source_connect(struct pc_source *s, int fd, int urgent) {
+int pc_source_connect(struct pc_source *s, int fd, struct pc_tls *tls, int urgent) {
+  struct stream stream = {.fd = fd, .tls = tls};
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++) {
     struct connection *c = &s->connections[i];
-    if (c->fd >= 0)
+    if (c->stream.fd >= 0)
       continue;
-    engine_socket(fd, urgent);
-    c->fd = fd, c->urgent = urgent;
+    engine_socket(stream, urgent);
+    c->stream = stream, c->urgent = urgent;
     return 0;
   }
   engine_fail(&s->stats, s->wake, PC_CONNECTION, "more than %d connections", PC_MAX_CONNECTIONS);
-  close(fd);
+  engine_close(stream);
   return -EMFILE;
 }
 
 static int start(struct pc_source *s, bool urgent, const char *name, void *(*run)(void *)) {
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++) {
     struct connection *c = &s->connections[i];
-    if (c->fd < 0 || c->urgent != urgent || c->running)
+    if (c->stream.fd < 0 || c->urgent != urgent || c->running)
       continue;
     if (!urgent)
       count_add(s->stats.pushing, 1);
@@ -858,7 +873,7 @@ static int join_pushes(struct pc_source *s) {
   if (__atomic_load_n(&s->stats.pushing, __ATOMIC_ACQUIRE))
     return -EBUSY;
   for (struct connection *c = s->connections; c < s->connections + PC_MAX_CONNECTIONS; c++)
-    if (c->fd >= 0 && !c->urgent && c->running) {
+    if (c->stream.fd >= 0 && !c->urgent && c->running) {
       pthread_join(c->thread, NULL);
       c->running = false;
     }
@@ -869,7 +884,8 @@ int pc_source_copy(struct pc_source *s, uint64_t bytes_per_second) {
   int failed = join_pushes(s);
   if (failed)
     return failed;
-  s->pass = true, s->order = s->hot ? COLD : ANY, s->cursor = 0, s->rate = bytes_per_second;
+  s->pass = true, s->order = s->hot ? COLD : ANY, s->cursor = 0;
+  pc_source_limit(s, bytes_per_second);
   return start(s, false, "pc-push", push_run);
 }
 
@@ -877,7 +893,8 @@ int pc_source_push(struct pc_source *s, uint64_t bytes_per_second) {
   int failed = s->pass ? join_pushes(s) : 0;
   if (failed)
     return failed;
-  s->pass = false, s->rate = bytes_per_second;
+  s->pass = false;
+  pc_source_limit(s, bytes_per_second);
   if (s->hot)
     s->order = HOT;
   return start(s, false, "pc-push", push_run);

@@ -146,7 +146,7 @@ struct pc_dest {
   struct connection connections[PC_MAX_CONNECTIONS];
 
   pthread_mutex_t asking;
-  int urgent; /* -1 while there is none; owned by its struct connection */
+  struct stream urgent; /* none while there is none; owned by its struct connection */
   uint8_t waiting[REQUESTS_WAITING * FRAME_BYTES];
   size_t waiting_from, waiting_to;
   uint64_t look_again; /* slot from which on WANTED pages may not be in `waiting`; slots: none */
@@ -212,13 +212,13 @@ static void ask_wanted(struct pc_dest *d) {
 
 /* With `asking` held: sends what waits, as far as the socket takes it without waiting. */
 static void ask_flush(struct pc_dest *d) {
-  while (d->urgent >= 0) {
+  while (d->urgent.fd >= 0) {
     while (d->waiting_from < d->waiting_to) {
       ssize_t n = write_now(d->urgent, d->waiting + d->waiting_from,
                             d->waiting_to - d->waiting_from);
       if (n < 0) {
-        shutdown(d->urgent, SHUT_RDWR); /* the receiving thread sees it and reports */
-        d->urgent = -1;
+        shutdown(d->urgent.fd, SHUT_RDWR); /* the receiving thread sees it and reports */
+        d->urgent.fd = -1;
       }
       if (n <= 0)
         return;
@@ -673,7 +673,7 @@ static void *receive_run(void *argument) {
   struct frame_reader reader;
   struct frame f;
   uint8_t *payload;
-  int got = frame_reader_init(&reader, c->fd, FRAME_MAX_PAYLOAD,
+  int got = frame_reader_init(&reader, c->stream, FRAME_MAX_PAYLOAD,
                               c->urgent ? URGENT_AHEAD : FRAME_BYTES);
   while (got == 0 || got == 1) {
     got = frame_read(&reader, &f, &payload);
@@ -685,7 +685,7 @@ static void *receive_run(void *argument) {
   else if (got <= 0 && !called_off(d))
     engine_fail(&d->stats, d->wake, PC_CONNECTION, "the %s connection %s%s",
                 c->urgent ? "urgent" : "push", got ? "broke: " : "was closed by the source",
-                got ? strerrordesc_np(-got) : "");
+                got ? stream_why(c->stream, got) : "");
   frame_reader_free(&reader);
   return NULL;
 }
@@ -774,10 +774,10 @@ static void *faults_run(void *argument) {
   uint64_t later_ns = 0; /* when the guest's threads in `later` are to fault again */
   while (!atomic_load(&d->stopping)) {
     pthread_mutex_lock(&d->asking);
-    bool unsent = d->urgent >= 0 && (d->waiting_to > 0 || d->look_again < d->slots);
+    bool unsent = d->urgent.fd >= 0 && (d->waiting_to > 0 || d->look_again < d->slots);
     struct pollfd ready[3] = {{.fd = taker->uffd, .events = POLLIN},
                               {.fd = d->notice, .events = POLLIN},
-                              {.fd = unsent ? d->urgent : -1, .events = POLLOUT}};
+                              {.fd = unsent ? d->urgent.fd : -1, .events = POLLOUT}};
     pthread_mutex_unlock(&d->asking);
     poll(ready, 3, laters ? NO_MEMORY_WAIT_MS : TURN_MS);
     eventfd_t noticed;
@@ -816,7 +816,7 @@ static void *faults_run(void *argument) {
     if (!asks && !unsent)
       continue;
     pthread_mutex_lock(&d->asking);
-    for (unsigned i = 0; i < asks && d->urgent >= 0; i++) { /* or pc_dest_connect sees to it */
+    for (unsigned i = 0; i < asks && d->urgent.fd >= 0; i++) { /* or pc_dest_connect sees to it */
       uint64_t slot = ask[i].region->first + ask[i].page;
       if (slot < d->look_again && !ask_page(d, ask[i].region, ask[i].page))
         d->look_again = slot;
@@ -917,11 +917,11 @@ struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int
     snprintf(error, 200, "no memory for the engine");
     return NULL;
   }
-  d->wake = wake, d->urgent = -1, d->region_count = count, d->notice = -1;
+  d->wake = wake, d->urgent.fd = -1, d->region_count = count, d->notice = -1;
   d->record = MAP_FAILED, d->zeros = MAP_FAILED, d->staged = staged;
   pthread_mutex_init(&d->asking, NULL);
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
-    d->connections[i] = (struct connection){.engine = d, .fd = -1};
+    d->connections[i] = (struct connection){.engine = d, .stream = {.fd = -1}};
   d->slots = engine_regions(d->regions, regions, count, error);
   if (d->slots == 0 || record_map(d, record, error) || stages_open(d, error)) {
     pc_dest_free(d);
@@ -997,11 +997,12 @@ int pc_dest_register(struct pc_dest *d, int again) {
   return 0;
 }
 
-int pc_dest_connect(struct pc_dest *d, int fd, int urgent) {
+int pc_dest_connect(struct pc_dest *d, int fd, struct pc_tls *tls, int urgent) {
+  struct stream stream = {.fd = fd, .tls = tls};
   struct connection *c = NULL;
   bool second = false;
   for (unsigned i = PC_MAX_CONNECTIONS; i-- > 0;) {
-    if (d->connections[i].fd < 0)
+    if (d->connections[i].stream.fd < 0)
       c = &d->connections[i];
     else
       second |= urgent && d->connections[i].urgent;
@@ -1010,11 +1011,11 @@ int pc_dest_connect(struct pc_dest *d, int fd, int urgent) {
     engine_fail(&d->stats, d->wake, PC_CONNECTION,
                 "the source made more than %d connections, or more than one for urgent pages",
                 PC_MAX_CONNECTIONS);
-    close(fd);
+    engine_close(stream);
     return -EMFILE;
   }
-  engine_socket(fd, urgent);
-  c->fd = fd, c->urgent = urgent;
+  engine_socket(stream, urgent);
+  c->stream = stream, c->urgent = urgent;
   int failed = engine_thread(&c->thread, urgent ? "pc-urgent" : "pc-receive", receive_run, c);
   c->running = !failed;
   if (failed) {
@@ -1022,7 +1023,7 @@ int pc_dest_connect(struct pc_dest *d, int fd, int urgent) {
                 strerrordesc_np(-failed));
   } else if (urgent) { /* all that is wanted is asked for, again where it was asked for already */
     pthread_mutex_lock(&d->asking);
-    d->urgent = fd;
+    d->urgent = stream;
     d->waiting_from = d->waiting_to = 0;
     d->look_again = 0;
     count_set(d->stats.unanswered, 0);
@@ -1089,7 +1090,7 @@ int pc_dest_settle(struct pc_dest *d) {
 void pc_dest_disconnect(struct pc_dest *d) {
   atomic_store(&d->ending, true);
   pthread_mutex_lock(&d->asking);
-  d->urgent = -1;
+  d->urgent.fd = -1;
   pthread_mutex_unlock(&d->asking);
   engine_end_connections(d->connections);
   atomic_store(&d->ending, false);
@@ -1112,7 +1113,7 @@ int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t co
 int64_t pc_dest_poison(struct pc_dest *d) {
   int64_t poisoned = 0;
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
-    if (d->connections[i].fd >= 0)
+    if (d->connections[i].stream.fd >= 0)
       return -EBUSY;
   if (!sealed(d))
     return -EBUSY;

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import trio
 
@@ -41,9 +42,12 @@ class DestinationEngine(Engine):
             lib.pc_dest_register(self.handle, again), "registering guest RAM with userfaultfd"
         )
 
-    def connect(self, fd: int, *, urgent: bool) -> None:
-        """Takes over a connected socket, whatever happens."""
-        self.must(lib.pc_dest_connect(self.handle, fd, urgent), "taking a data connection")
+    def connect(self, fd: int, *, urgent: bool, tls: Any = None) -> None:
+        """Takes over a connected socket and its `struct pc_tls *`, whatever happens."""
+        self.must(
+            lib.pc_dest_connect(self.handle, fd, tls or ffi.NULL, urgent),
+            "taking a data connection",
+        )
 
     async def disconnect(self) -> None:
         """Ends all connections; faults go on being taken and wait for new ones."""

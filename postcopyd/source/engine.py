@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any
 
 import trio
 
@@ -77,9 +78,12 @@ class SourceEngine(Engine):
         """The guest's writes cost nothing any more. Idempotent."""
         await trio.to_thread.run_sync(lib.pc_source_untrack, self.handle)
 
-    def connect(self, fd: int, *, urgent: bool) -> None:
-        """Takes over a connected socket, whatever happens."""
-        self.must(lib.pc_source_connect(self.handle, fd, urgent), "taking a data connection")
+    def connect(self, fd: int, *, urgent: bool, tls: Any = None) -> None:
+        """Takes over a connected socket and its `struct pc_tls *`, whatever happens."""
+        self.must(
+            lib.pc_source_connect(self.handle, fd, tls or ffi.NULL, urgent),
+            "taking a data connection",
+        )
 
     def have(self, region: int, first: int, count: int, bits: bytes) -> None:
         """These pages are not pushed, the destination has them: bit i % 8 of byte i / 8.
@@ -102,6 +106,10 @@ class SourceEngine(Engine):
     def push(self, bandwidth: int) -> None:
         """Begins to push, at most `bandwidth` bytes a second (0: no limit)."""
         self.must(lib.pc_source_push(self.handle, bandwidth), "starting to push pages")
+
+    def limit(self, bandwidth: int) -> None:
+        """At most `bandwidth` bytes a second (0: no limit) from now on, in a pass or a push."""
+        lib.pc_source_limit(self.handle, bandwidth)
 
     async def disconnect(self) -> None:
         """Ends all connections and joins their threads."""

@@ -34,8 +34,13 @@ def build(folder: Path) -> Path:
     command = ["clang", "-std=gnu11", "-g", "-O1", "-pthread", "-Wall", "-Wextra", "-Wshadow"]
     command += ["-Werror", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
     command += [f"-I{ENGINE}", str(HERE / "frame_fuzz.c")]
-    command += [str(ENGINE / name) for name in ("engine.c", "stage.c", "dirty.c")]
-    subprocess.run([*command, "-o", str(program)], check=True, capture_output=True, text=True)
+    command += [str(ENGINE / name) for name in ("engine.c", "tls.c", "stage.c", "dirty.c")]
+    subprocess.run(
+        [*command, "-lssl", "-lcrypto", "-o", str(program)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return program
 
 

@@ -570,8 +570,8 @@ static struct receiver *receiver_of(struct tracker *s) {
   tcp_pair(fd);
   fcntl(fd[0], F_SETFL, 0);
   r->side = s;
-  check(!frame_reader_init(&r->reader, fd[0], HUGE, 0), " ");
-  check(!pc_source_connect(s->source, fd[1], 0), "%s", s->stats->sentence);
+  check(!frame_reader_init(&r->reader, plain(fd[0]), HUGE, 0), " ");
+  check(!pc_source_connect(s->source, fd[1], NULL, 0), "%s", s->stats->sentence);
   return r;
 }
 
@@ -726,7 +726,7 @@ static void hot_and_cold(void) {
   uint8_t answer[FRAME_BYTES + SMALL];
   tcp_pair(urgent);
   fcntl(urgent[0], F_SETFL, 0);
-  check(!pc_source_connect(s.source, urgent[1], 1) && !pc_source_serve(s.source), " ");
+  check(!pc_source_connect(s.source, urgent[1], NULL, 1) && !pc_source_serve(s.source), " ");
   send_frame(urgent[0], FRAME_REQUEST, 0, 300, 1, NULL, 0);
   check(recv(urgent[0], answer, sizeof answer, MSG_WAITALL) == sizeof answer, "%m");
   r->ordered = 0;

@@ -58,7 +58,7 @@ static bool try_frame(int fd, enum frame_kind kind, unsigned region, uint64_t pa
   uint8_t header[FRAME_BYTES];
   pc_frame_encode(header, kind, (int)region, page, count, bytes);
   struct iovec iov[2] = {{header, sizeof header}, {payload, bytes}};
-  return !write_all(fd, iov, bytes ? 2 : 1);
+  return !write_all(plain(fd), iov, bytes ? 2 : 1);
 }
 
 /* False: the connection has ended. */
@@ -682,7 +682,7 @@ static void daemon_run(struct pair *p, int record, struct shared *s, int go, int
   }
   check(write(ready, "", 1) == 1, "%m");
   for (unsigned i = 0; i < 1 + PUSHES; i++)
-    check(!pc_dest_connect(p->dest, ends[i], i == 0), " ");
+    check(!pc_dest_connect(p->dest, ends[i], NULL, i == 0), " ");
   if (first) {
     check(read(go, &byte, 1) == 1, "%m"); /* the passes were sent */
     wait_until(get(p->at->passed_pages) == get(s->passed));

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the subtests of the native programs as built for use and with the sanitizers.
 
-engine_test.c tries both engines, stage_test.c the staged destination, dirty_test.c tracking.
+engine_test.c tries both engines, stage_test.c the staged destination, dirty_test.c tracking,
+tls_test.c connections with TLS. Keys of TLS are replaced all the time in all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from needs import missing
 
 HERE = Path(__file__).parent
 ENGINE = HERE.parents[1] / "postcopyd"
-PARTS = ("engine", "uffd_native", "stage", "source_native", "dirty")
+PARTS = ("engine", "tls", "uffd_native", "stage", "source_native", "dirty")
 SOURCES = [path for path in (ENGINE / f"{part}.c" for part in PARTS) if path.exists()]
 PROGRAMS = [path for path in sorted(HERE.glob("*_test.c")) if path.name != "adopt_test.c"]
 SUBTESTS = [
@@ -27,6 +28,7 @@ SUBTESTS = [
     for name in re.findall(r'^    \{"(\w+)", \w+\},$', path.read_text(), re.MULTILINE)
 ]
 FLAGS = ["-std=gnu11", "-g", "-pthread", "-Wall", "-Wextra", "-Wshadow", f"-I{ENGINE}"]
+FLAGS += ["-DTLS_KEY_RECORDS=50"]
 BUILDS = {
     "plain": ["-O2", "-Werror"],
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
@@ -50,6 +52,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
                 command = [*compiler, *flags, str(source), *options, "-o", str(output)]
                 if not suffix:
                     command += [str(folder / f"{part.stem}-{build}.o") for part in SOURCES]
+                    command += ["-lssl", "-lcrypto"]
                 jobs[output] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         for output, job in jobs.items():
             assert (job.communicate()[1], job.returncode) == ("", 0), f"compiling {output.name}"
