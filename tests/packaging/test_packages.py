@@ -126,7 +126,10 @@ def test_the_deb_says_what_it_needs() -> None:
     # The group before the folders; the sockets stay as they are over an upgrade.
     assert after.index("systemd-sysusers") < after.index("systemd-tmpfiles")
     assert "start 'postcopyd.socket'" in after
-    assert "$_dh_action 'postcopyd.service'" in after
+    assert "$_dh_action 'postcopyd.service' >" in after
+    before = run("dpkg-deb", "--info", deb, "prerm")
+    # The socket first: whoever connects would start the daemon again.
+    assert before.index("stop 'postcopyd.socket'") < before.index("stop 'postcopyd.service'")
 
 
 INSTALLED = r"""
