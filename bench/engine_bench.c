@@ -2,17 +2,20 @@
 /* The two native engines in two processes, under the workload of the floor program and with its
  * arguments and JSON, so that both can be compared in one run.
  *
- *   engine_bench MB THREADS RUN SHM PUSH [SOURCE CONNECT NAMESPACE]     e.g. engine_bench 512 2 16 1 1
+ *   engine_bench [tls] MB THREADS RUN SHM PUSH [SOURCE CONNECT NAMESPACE]
+ *                                                                     e.g. engine_bench 512 2 16 1 1
  *
  * RUN, pages in a push frame, belongs to the floor only: the engine has its own. PUSH is the number
  * of push connections. The source listens on SOURCE, ADDRESS:PORT, in the network namespace of the
  * file NAMESPACE; the destination stays where it was started and connects to CONNECT. By default
- * both are on loopback. */
+ * both are on loopback. With the word `tls` the connections are encrypted, as between two daemons. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -20,6 +23,23 @@
 #include "guest_threads.h"
 
 #include "native.h"
+
+static bool with_tls;
+
+/* One end of a connection, once the other is doing the same. */
+static struct pc_tls *secured(int fd, int server) {
+  static const uint8_t key[32] = "of a benchmark";
+  char error[200];
+  int wants;
+  if (!with_tls)
+    return NULL;
+  struct pc_tls *tls = pc_tls_new(fd, server, key, "benchmark", error);
+  must(tls != NULL, error);
+  while ((wants = pc_tls_handshake(tls, error)) > 0)
+    poll(&(struct pollfd){.fd = fd, .events = wants == 1 ? POLLIN : POLLOUT}, 1, -1);
+  must(!wants, error);
+  return tls;
+}
 
 /* Connections arrive in the order in which the other end makes them: urgent, then push. The first
  * byte on the pipe says that the source listens, the second that it is ready, the byte back that
@@ -36,8 +56,10 @@ static void source_run(struct sockaddr_in *name, const char *namespace, int push
   char error[200];
   struct pc_source *s = pc_source_new(&region, 1, eventfd(0, EFD_CLOEXEC), error);
   must(s && !pc_source_scan(s), "source");
-  for (int i = 0; i <= pushes; i++)
-    must(!pc_source_connect(s, accept(listener, NULL, NULL), NULL, i == 0), "accept");
+  for (int i = 0; i <= pushes; i++) {
+    fd = accept(listener, NULL, NULL);
+    must(!pc_source_connect(s, fd, secured(fd, false), i == 0), "accept");
+  }
   must(!pc_source_serve(s) && write(ready, &byte, 1) == 1 && read(go, &byte, 1) == 1, "source");
   if (pushes)
     pc_source_push(s, 0);
@@ -58,6 +80,8 @@ static struct sockaddr_in address(char *text) {
 
 int main(int argc, char **argv) {
   uint64_t a[5] = {256, 1, 16, 1, 1};
+  if (argc > 1 && !strcmp(argv[1], "tls"))
+    with_tls = true, argc--, argv++;
   for (int i = 1; i < argc && i <= 5; i++)
     a[i - 1] = strtoul(argv[i], NULL, 10);
   pages = a[0] * 256, threads = a[1];
@@ -85,8 +109,10 @@ int main(int argc, char **argv) {
                                   error);
   must(d && !pc_dest_register(d, 0), "destination");
   struct pc_stats *stats = pc_dest_stats(d);
-  for (int i = 0; i <= pushes; i++)
-    must(!pc_dest_connect(d, connect_to(&peer), NULL, i == 0), "connect");
+  for (int i = 0; i <= pushes; i++) {
+    int fd = connect_to(&peer);
+    must(!pc_dest_connect(d, fd, secured(fd, true), i == 0), "connect");
+  }
   uint8_t byte;
   must(read(ready[0], &byte, 1) == 1, "source");
   uint64_t begin = now_ns();

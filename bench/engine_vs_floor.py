@@ -6,6 +6,8 @@
 --run is for the floor only: the engine's push frames are its own (RUN_BYTES in source_native.c, 16
 pages, which is also the default here). With --only, the result written has no other workloads.
 
+The rows of TLS have the engine without it beside them, not the floor.
+
 With --reference another floor program, with the same arguments and JSON, is measured beside ours
 and nothing else is: is ours as low as that one?
 """
@@ -61,6 +63,8 @@ class Workload:
     measures: tuple[Measure, ...]
     share: float = 1.0
     """Of --mb: with threads, each fault costs; without, time is needed to see a rate."""
+    tls: bool = False
+    """The engine with TLS, beside the engine without."""
 
 
 def workloads() -> list[Workload]:
@@ -94,20 +98,29 @@ def workloads() -> list[Workload]:
                      "GiB/s", "GB/s", 0.9 if n == 1 else None, True),), 2.0)
             for n in CONNECTIONS
         ),
+        Workload(
+            "TLS faults", 1, 0, (Measure("urgent p50 with TLS", "us", "p50_us", 1.3),), 0.25, True,
+        ),
+        Workload(
+            "TLS push", 0, 1,
+            (Measure("push rate with TLS, 1 connection", "GiB/s", "GB/s", 0.7, True),), 2.0, True,
+        ),
     ]  # fmt: skip
 
 
 def compile_to(program: Path, sources: list[Path]) -> Path:
     """Compiles C sources; raises CalledProcessError."""
     words = [os.environ.get("CC", "cc"), "-O2", "-std=gnu11", "-w", "-pthread", f"-I{ENGINE}"]
-    subprocess.run([*words, *map(str, sources), "-lssl", "-lcrypto", "-o", str(program)], check=True)
+    subprocess.run(
+        [*words, *map(str, sources), "-lssl", "-lcrypto", "-o", str(program)], check=True
+    )
     return program
 
 
-def measure(program: Path, mb: int, run: int, workload: Workload) -> Run:
+def measure(program: tuple[str, ...], mb: int, run: int, workload: Workload) -> Run:
     """One run: what the program printed, and its faults per second."""
     arguments = [int(mb * workload.share), workload.threads, run, 1, workload.push]
-    command = [str(program), *map(str, arguments)]
+    command = [*program, *map(str, arguments)]
     out = subprocess.run(command, check=True, capture_output=True, timeout=300)
     result: Run = json.loads(out.stdout)
     result["faults"] = result["stalls"] / result["guest_s"] if result["guest_s"] else 0.0
@@ -118,7 +131,7 @@ def rows_of(workload: Workload, pairs: list[list[Run]], against: str) -> list[ta
     return [
         table.paired(
             m.name, m.unit, [ours[m.field] for ours, _ in pairs],
-            [theirs[m.field] for _, theirs in pairs], against, m.goal,
+            [theirs[m.field] for _, theirs in pairs], "plain" if workload.tls else against, m.goal,
             more_is_better=m.more_is_better,
         )
         for m in workload.measures
@@ -162,7 +175,7 @@ def main() -> int:
     rows: list[table.Row] = []
     chosen = [w for w in workloads() if options.only in w.name]
     if options.reference:
-        chosen = [w for w in chosen if w.push <= 1]
+        chosen = [w for w in chosen if w.push <= 1 and not w.tls]
     table.warm(4 * options.mb << 20)
     with tempfile.TemporaryDirectory() as folder:
         ours = compile_to(Path(folder) / "ours", FLOOR if options.reference else SOURCES)
@@ -171,9 +184,12 @@ def main() -> int:
         )
         for turn in range(options.rounds):
             for workload in chosen:
-                pair = [ours, theirs] if turn % 2 else [theirs, ours]
-                found = {p: measure(p, options.mb, options.run, workload) for p in pair}
-                runs[workload.name].append([found[ours], found[theirs]])
+                pair = [(str(ours),), (str(theirs),)]
+                if workload.tls:
+                    pair = [(str(ours), "tls"), (str(ours),)]
+                turns = pair if turn % 2 else pair[::-1]
+                found = {p: measure(p, options.mb, options.run, workload) for p in turns}
+                runs[workload.name].append([found[p] for p in pair])
     for workload in chosen:
         rows += rows_of(workload, runs[workload.name], against)
     if options.reference:

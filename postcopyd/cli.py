@@ -143,9 +143,14 @@ def parser() -> argparse.ArgumentParser:
     may_run = client("may-run", verbs.may_run, "ask before you start a guest on this host")
     may_run.add_argument("--durable-dir", metavar="DIR", help="that of the daemon")
 
-    certs = verb("certs", _certs, "make certificates for a set of hosts")
-    certs.add_argument("--dir", metavar="DIR", required=True)
-    certs.add_argument("--host", metavar="NAME", action="append", required=True)
+    certs = verb("certs", _certs, "make the certificates of a host, and a CA where there is none")
+    certs.add_argument("--dir", metavar="DIR", required=True, help="where the five files go")
+    certs.add_argument("--host", metavar="NAME", action="append", required=True, help=(
+        "a DNS name or IP address by which others reach it; may be said several times"
+    ))  # fmt: skip
+    certs.add_argument(
+        "--ca", metavar="DIR", help="where the CA is, or shall be; as --dir if unsaid"
+    )
     demo = verb("demo", _demo, "two daemons, a guest, one real migration, verified")
     demo.add_argument("--guest", choices=("process", "qemu"), default="process")
     demo.add_argument("--memory", metavar="SIZE", type=size, help="guest RAM")
@@ -188,12 +193,6 @@ def _serve(args: argparse.Namespace) -> int:
     if args.check_config:
         print(*configured.lines(), "# good", sep="\n")
         return DONE
-    if options.tls != "off":
-        raise Failed(
-            "this version has no TLS, and guest memory does not cross a network in the clear "
-            "unasked: say `--tls off` where you trust the network",
-            USAGE,
-        )
     import trio
 
     # structlog would take it for tracebacks in colour: a third of the time to start, and guests may
@@ -217,7 +216,13 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _certs(args: argparse.Namespace) -> int:
-    raise Failed("certs comes with TLS, which this version does not have yet", USAGE)
+    from pathlib import Path
+
+    from postcopyd import certs
+
+    authority = Path(args.ca) if args.ca else None
+    print("\n".join(certs.make(Path(args.dir), args.host, authority)))
+    return DONE
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from postcopyd.connection import (
     Nobody,
     PeerError,
     accepted_kind,
+    hang_up,
     open_nursery,
     receive_object,
     tune,
@@ -40,6 +41,7 @@ from postcopyd.protocol import LOST, RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.source.restart import let_go, look, roll_back
 from postcopyd.source.session import SourceSession
+from postcopyd.tls import TlsFailed, handshake, same_peer
 from postcopyd.vm import Vm
 from postcopyd.vmm.process import ProcessVmm
 from postcopyd.vmm.qemu import QemuVmm
@@ -51,9 +53,6 @@ ANSWER_S = 10.0
 
 LOOK_S = 5.0
 """How long until a host that did not answer is asked again."""
-
-MAX_PEERS = 256
-"""Connections from other daemons at a time; a migration has one and those for its pages."""
 
 log = structlog.get_logger()
 
@@ -68,7 +67,7 @@ class Daemon:
         self.vms: dict[str, Vm] = {}
         self._nursery = nursery
         self._arrivals: dict[str, DestinationSession] = {}
-        self._peers = trio.CapacityLimiter(MAX_PEERS)
+        self._peers = settings.limits.peers
 
     # --- VMs -----------------------------------------------------------------------------------
 
@@ -91,6 +90,7 @@ class Daemon:
                 f"if that is the wrong one, `postcopyd detach {name}` lets go of it first",
                 "AlreadyAttached",
             )
+        self.settings.limits.one_more_vm(name, [*self.vms])
         connected = await DRIVERS[driver].connect(name, socket)
         vm = known or Vm(name, self.settings.store, None)
         if vm.driver is not None or self.vms.get(name, vm) is not vm:
@@ -102,6 +102,7 @@ class Daemon:
             )
         vm.driver = connected
         try:
+            self.settings.limits.one_more_vm(name, [*self.vms])  # others may have been faster
             vm.record("held")
         except PostcopydError:
             vm.driver = None
@@ -213,7 +214,7 @@ class Daemon:
         why = ""
         while self.vms.get(vm.name) is vm and vm.status["phase"] == "paused":
             try:
-                said = await look(vm.name, intent)
+                said = await look(vm.name, intent, self.settings)
             except PostcopydError as error:
                 if why != (why := str(error)):
                     vm.log.warning("destination not asked", error=why)
@@ -445,17 +446,22 @@ class Daemon:
         try:
             self._peers.acquire_on_behalf_of_nowait(stream)
         except trio.WouldBlock:
-            log.warning("connection refused", error="too many at a time", limit=MAX_PEERS)
+            limit = self._peers.total_tokens
+            log.warning("connection refused", error="too many at a time", limit=limit)
             await trio.aclose_forcefully(stream)
             return
         try:
             tune(stream.socket)
             address = stream.socket.getpeername()
-            if await accepted_kind(stream) == p.DATA:
+            # A socket for both families has IPv4's addresses within IPv6's.
+            peer = str(address[0]).removeprefix("::ffff:")
+            kind = await accepted_kind(stream)
+            if kind.endswith(" tls") != (self.settings.tls is not None):
+                await self._refuse(stream, kind, peer)
+            elif kind in (p.DATA, p.DATA_TLS):
                 await self._take_data(stream)
             else:
-                # A socket for both families has IPv4's addresses within IPv6's.
-                await self._take_control(stream, str(address[0]).removeprefix("::ffff:"))
+                await self._take_control(await self._trusted(stream, peer))
         except (PostcopydError, trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
             log.warning("connection refused", error=str(error) or type(error).__name__)
         except Exception:  # one peer's bug is not the others' end
@@ -463,6 +469,35 @@ class Daemon:
         finally:
             self._peers.release_on_behalf_of(stream)
             await trio.aclose_forcefully(stream)
+
+    async def _refuse(self, stream: trio.SocketStream, kind: str, peer: str) -> None:
+        """One side has TLS and the other has not. Raises PostcopydError, once the peer was told."""
+        which, other = ("with", "without") if self.settings.tls else ("without", "with")
+        sentence = (
+            f"the daemon at the destination was started {which} TLS, and the one at the source "
+            f"{other}: start both with TLS, or both with `--tls off`"
+        )
+        if kind in (p.CONTROL, p.CONTROL_TLS):
+            await stream.send_all(p.pack(p.Error(name="TlsFailed", message=sentence)))
+            await hang_up(stream)
+        raise TlsFailed(f"a connection from {peer} was refused: {sentence}")
+
+    async def _trusted(self, stream: trio.SocketStream, peer: str) -> Channel:
+        """A control connection whose source has shown who it is, where this daemon asks for it.
+        Raises PostcopydError."""
+        machine = Machine(Destination.GREETING)
+        if self.settings.tls is None:
+            return Channel(stream, machine, peer)
+        secure = self.settings.tls.server(stream)
+        try:
+            with trio.fail_after(CONNECT_S):
+                names = await handshake(secure, peer)
+        except TlsFailed:
+            await hang_up(stream)  # with what TLS says of it
+            raise
+        except trio.TooSlowError:
+            raise TlsFailed(f"{peer} did not finish TLS within {CONNECT_S:.0f} s") from None
+        return Channel(secure, machine, peer, names)
 
     async def _take_data(self, stream: trio.SocketStream) -> None:
         hello: p.DataHello = await receive_object(stream, p.DataHello)
@@ -473,8 +508,8 @@ class Daemon:
             )
         await session.take_data(stream, hello)
 
-    async def _take_control(self, stream: trio.SocketStream, address: str) -> None:
-        channel = Channel(stream, Machine(Destination.GREETING), address)
+    async def _take_control(self, channel: Channel) -> None:
+        address, tls = channel.peer, self.settings.tls
         try:
             hello = await channel.greet()
             channel.peer = f"{hello.host or address} ({address})"
@@ -484,6 +519,10 @@ class Daemon:
                 return
             if not isinstance(offer, p.Offer):
                 raise PeerError(f"{channel.peer} took its offer back", "Cancelled")
+            if tls is not None and offer.check:
+                tls.allow(channel.names, "control", "send")
+            elif tls is not None:
+                tls.allow(channel.names, "send")
             if not offer.check:
                 async with channel.alive(), open_nursery() as nursery:
                     nursery.start_soon(self._hear_end, channel)
@@ -516,13 +555,24 @@ class Daemon:
         except PostcopydError as error:
             log.warning("connection refused", peer=channel.peer, error=str(error))
             await channel.tell_error(error)
+        finally:
+            await channel.aclose()
 
     async def _resume(self, channel: Channel, asked: p.Resume) -> None:
         """A source asks what became of its guest: it is told, or goes on with the rest."""
+        tls, known = self.settings.tls, self.vms.get(asked.vm)
+        about = known.about if known else {}
+        identity = about.get("identity", ()) if about.get("migration") == asked.migration else ()
+        if tls is not None and asked.look:
+            tls.allow(channel.names, "control", "send")
+        elif tls is not None and not identity:
+            # Who has begun a move may end it, whatever [peers] has become: a guest waits for that.
+            tls.allow(channel.names, "send")
+        same_peer(identity, channel.names, asked.vm)
         vm = self._vm_here(asked.vm)
         if asked.look:
-            known = vm.about.get("migration") == asked.migration
-            said = vm.status["message"] if known else f"it knows {vm.name}, and not of this move"
+            same = about.get("migration") == asked.migration
+            said = vm.status["message"] if same else f"it knows {vm.name}, and not of this move"
             await channel.send(p.Checked([p.sentence(said)]))
             return
         self._same_move(vm, asked)  # or nobody is disturbed for it
@@ -575,6 +625,7 @@ class Daemon:
                 yield
             finally:
                 del self._arrivals[migration]
+                self.settings.limits.arrivals.leave(session)
         tidy()
 
     def _after_arrival(self, vm: Vm, session: DestinationSession) -> None:

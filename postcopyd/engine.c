@@ -90,8 +90,7 @@ void engine_close(struct stream s) {
 void engine_socket(struct stream s, bool urgent) {
   /* A data connection may also be a unix socket in tests, where these do not apply. */
   int fd = s.fd, on = 1, unsent = PUSH_UNSENT_BYTES;
-  if (!s.tls) /* an event loop may have made it */
-    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+  fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK); /* an event loop may have made it */
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   if (!urgent)
     setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);

@@ -158,6 +158,9 @@ void pc_source_untrack(struct pc_source *s);
 int64_t pc_track_cost_ns(void);
 int pc_source_serve(struct pc_source *s);
 int pc_source_push(struct pc_source *s, uint64_t bytes_per_second); /* 0: no limit */
+/* Another rate for a pass or a push, at any time; a thread that waits by the old one sees it within
+ * 0.1 s. */
+void pc_source_limit(struct pc_source *s, uint64_t bytes_per_second);
 void pc_source_disconnect(struct pc_source *s);
 void pc_source_free(struct pc_source *s);
 struct pc_stats *pc_source_stats(struct pc_source *s);

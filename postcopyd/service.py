@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import Any
 
 import structlog
@@ -24,14 +25,16 @@ from postcopyd.config import Address, ServeOptions
 from postcopyd.daemon import Daemon
 from postcopyd.errors import PostcopydError
 from postcopyd.journal import configure_logging
+from postcopyd.limits import Limits
 from postcopyd.native import longest_still_s
 from postcopyd.progress import size
 from postcopyd.sd import Manager
 from postcopyd.settings import Settings
 from postcopyd.store import Store
+from postcopyd.tls import Tls
 
 FEW_DESCRIPTORS = 1024
-"""A migration takes some 20 for each guest; MAX_PEERS and the clients of the control socket may
+"""A migration takes some 20 for each guest; `max_peers` and the clients of the control socket may
 take more than 300 together."""
 
 TELL_S = 1.0
@@ -60,11 +63,7 @@ async def serve(options: ServeOptions) -> None:
 
 
 async def _serve(options: ServeOptions, manager: Manager) -> None:
-    if options.tls != "off":
-        raise PostcopydError(
-            "this version has no TLS yet: say `--tls off` where the network between the hosts is "
-            "trusted"
-        )
+    tls = None if options.tls == "off" else Tls.load(options.tls_dir, options.peers)
     # What has been imported is never garbage: no collection looks at it within a blackout.
     gc.collect()
     gc.freeze()
@@ -74,8 +73,13 @@ async def _serve(options: ServeOptions, manager: Manager) -> None:
         options.hooks_dir,
         options.bandwidth or 0,
         options.connections,
+        tls,
+        options.peers,
+        limits=Limits(options),
     )
     control_listener, listeners = await _doors(options, manager.sockets)
+    if tls is None:
+        warn_of_plaintext(listeners, options)
     async with trio.open_nursery() as process:
         async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
             daemon = Daemon(settings, migrations)
@@ -139,6 +143,20 @@ def summary(vms: Sequence[dict[str, Any]]) -> str:
     if len(moving) > SHOWN_VMS:
         parts.append(f"and {len(moving) - SHOWN_VMS} more")
     return "; ".join(parts)
+
+
+def warn_of_plaintext(listeners: list[trio.SocketListener], options: ServeOptions) -> None:
+    """What `--tls off` means is said where others than this host can connect."""
+    hosts = [listener.socket.getsockname()[0] for listener in listeners]
+    beyond = [host for host in hosts if not ip_address(host.partition("%")[0]).is_loopback]
+    if beyond:
+        log.warning(
+            "no TLS: guests cross the network in the clear, and whoever reaches this port can send "
+            "and take them",
+            listen=beyond,
+        )
+    if options.peers:
+        log.warning("no TLS: what [peers] may do is not held to, nobody shows who it is")
 
 
 def raise_limit() -> None:
@@ -215,10 +233,9 @@ def _reload(manager: Manager, settings: Settings) -> None:
     """What cannot be used leaves things as they are: guests are on their way."""
     # CLOCK_MONOTONIC, as sd_notify(3) wants it of those who reload.
     manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    tls = getattr(settings, "tls", None)
     try:
-        if tls is not None:
-            tls.reload()
+        if settings.tls is not None:
+            settings.tls.reload()
         log.info("reloaded")
     except PostcopydError as error:
         log.error("not reloaded, going on with the certificates as they were", error=str(error))

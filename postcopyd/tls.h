@@ -1,19 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* TLS 1.3 with a pre-shared key on one data connection, by libssl. Knows nothing of frames or pages.
  *
- * Who owns what. Whoever has made a struct pc_tls drives its handshake, alone; then an engine owns
- * it with its descriptor, which stays non-blocking, and frees both once its threads are joined. One
- * thread may read while another writes: libssl's object is for one at a time, so each call of it is
- * made with `one` held, and none of them waits; who has to wait for the socket polls it without the
- * lock. All reading is by one thread. Writers take turns (the engine's `asking`), because of what
- * follows.
+ * libssl never touches the socket: it reads from `in` and writes to `out`, two buffers of a pc_tls,
+ * and these are filled and flushed around it, many records by one call. So a reader waits in recv, as
+ * it does without TLS.
  *
- * A record that was begun is finished before another begins. libssl keeps the rest of one that the
- * socket did not take; the caller's bytes do not count as written until it went, and the next call
- * must come with the same bytes first, wherever they are then. tls_write_all sees to it by itself.
- * After tls_write_now has returned less than it was given, the rest comes again at its next call,
- * with more behind it or not, once the socket is writable; so for as long as a record is half gone
- * its caller has something to write, and waits for POLLOUT. */
+ * Who owns what. Whoever has made a pc_tls drives its handshake, alone; then an engine owns it with
+ * its descriptor, and frees both once its threads are joined. One thread may read while another
+ * writes, as fault threads do on the urgent connection. libssl's object is for one at a time, so
+ * each call of it is made with `one` held, and so is each send from `out`; nobody waits with it:
+ * who must, in recv or for POLLOUT, does so without. `in` is the reader's, always the same thread.
+ * Writers take turns (the engine's `asking`).
+ *
+ * A record that was begun is finished before another begins, as all go through `out`. What
+ * tls_write_now has encrypted and the socket did not take does not count as written until it went.
+ * The caller comes again with the same bytes first, and more behind them or not, once the socket is
+ * writable: for as long as a record is half gone it has something to write, and waits for POLLOUT. */
 #ifndef POSTCOPYD_TLS_H
 #define POSTCOPYD_TLS_H
 

@@ -26,12 +26,21 @@ from msgspec import structs, to_builtins
 from postcopyd import counts, headroom, hugepages, procfs
 from postcopyd import protocol as p
 from postcopyd._native import lib
-from postcopyd.connection import Channel, ConnectionLost, PeerError, detach, open_nursery
+from postcopyd.connection import (
+    Channel,
+    ConnectionLost,
+    PeerError,
+    Wire,
+    detach,
+    detach_keyed,
+    open_nursery,
+)
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.dest.restart import regions_again
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import DESTINATION_RUNS, Destination, Happened, Machine
 from postcopyd.hooks import run_hooks
+from postcopyd.limits import in_line
 from postcopyd.native import faults
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
@@ -64,6 +73,7 @@ class DestinationSession:
         self.channel = channel
         self.machine: Machine = channel.machine
         self.settings = settings
+        self.identity = channel.names
         self.token = secrets.token_bytes(32)
         self._engine: DestinationEngine | None = None
         self._shape: Shape | None = None
@@ -92,6 +102,7 @@ class DestinationSession:
         session._accepted = session._adopted = session._loading = True
         session._run, session._ran, session._told = about["run"], about["ran"], about["told"]
         session._ran_ns = about["ran_ns"]
+        session.identity = tuple(about.get("identity", ()))
         driver = vm.attached()
         try:
             regions = regions_again(driver.pid, about["ram"], files=offer.staged)
@@ -146,6 +157,7 @@ class DestinationSession:
         """The rest of it on a new connection, whose epoch the daemon has compared."""
         self.channel = channel
         channel.machine = self.machine
+        self.settings.limits.arrivals.take(self, self._ram_bytes)
         await self._whole(lambda: self._go_on(asked))
 
     async def poison(self) -> None:
@@ -215,7 +227,7 @@ class DestinationSession:
         try:
             async with self.channel.alive():
                 shape = self._shape = await self.vm.attached().inspect("destination")
-            problems = [*shape.problems, *self._differences(shape), *self._lacks(shape)]
+            problems = self._unfit(shape) + self._lacks(shape)
         except PostcopydError as error:
             problems = [str(error)]
         finally:
@@ -223,9 +235,9 @@ class DestinationSession:
         await self.channel.send(p.Checked([p.sentence(problem) for problem in problems][:256]))
 
     async def take_data(self, stream: trio.SocketStream, hello: p.DataHello) -> None:
-        """A data connection that names this migration. Raises RemoteProtocolError."""
-        token = self.token
-        if not hmac.compare_digest(hello.token, token):
+        """A data connection that names this migration. Raises PostcopydError."""
+        token, secure = self.token, self.settings.tls is not None
+        if not hmac.compare_digest(hello.token, b"" if secure else token):
             raise RemoteProtocolError(
                 f"a data connection named migration {hello.migration} with a wrong token"
             )
@@ -233,15 +245,21 @@ class DestinationSession:
             raise RemoteProtocolError(
                 f"a data connection too many came for migration {hello.migration}"
             )
-        self._lacking.remove(hello.urgent)
         await stream.send_all(p.pack(p.DataWelcome(hello.migration)))
-        if self._engine is None or self.token is not token:
-            return  # called off, or lost, meanwhile
         try:
-            self._engine.connect(detach(stream), urgent=hello.urgent)
+            if secure:  # its place stays free for the right one
+                wire = await detach_keyed(stream, token, hello, server=True)
+            else:
+                wire = Wire(detach(stream))
         except OSError:
             await self.drop()  # or each side would wait for the other
             raise
+        engine, here = self._engine, self.token is token and hello.urgent in self._lacking
+        if engine is None or not here:
+            wire.close()  # called off or lost meanwhile, or another was faster
+            return
+        self._lacking.remove(hello.urgent)
+        engine.connect(wire.fd, tls=wire.tls, urgent=hello.urgent)
         if not self._lacking:
             self._connected.set()
 
@@ -263,21 +281,16 @@ class DestinationSession:
 
     async def _prepare(self) -> None:
         """Everything up to *serving*."""
-        vm, offer, channel = self.vm, self.offer, self.channel
+        vm, channel = self.vm, self.channel
         shape = self._shape = await vm.attached().inspect("destination")
-        problems = [*shape.problems, *self._differences(shape), *self._lacks(shape)]
+        problems = self._unfit(shape)
+        if not problems and await self._wait_for_turn():
+            shape = self._shape = await vm.attached().inspect("destination")
+            problems = self._unfit(shape)
+        problems += self._lacks(shape)
         if problems:
             raise PostcopydError("; ".join(problems), "Refused")
-        self._accepted = True
-        vm.settle(
-            role="destination",
-            phase="idle",
-            migration=offer.migration,
-            peer=channel.peer,
-            mode="hybrid" if offer.staged else "postcopy",
-            result=None,
-            message=f"preparing for {vm.name} from {channel.peer}",
-        )
+        self._accept(f"preparing for {vm.name} from {channel.peer}")
         self.log.info("migration started", mode=vm.status["mode"])
         self.settings.arriving[vm.name] = shape
         await self._adopt(shape)
@@ -285,6 +298,44 @@ class DestinationSession:
         await self._all_connected()
         await channel.send(p.Serving())
         await self._watch_engine()
+
+    def _accept(self, message: str) -> None:
+        """It is this VM that the source means: its status tells of the arrival."""
+        self._accepted = True
+        self.vm.settle(
+            role="destination",
+            phase="idle",
+            migration=self.offer.migration,
+            peer=self.channel.peer,
+            mode="hybrid" if self.offer.staged else "postcopy",
+            result=None,
+            message=message,
+        )
+
+    async def _wait_for_turn(self) -> bool:
+        """Returns when this host may take so many guests and so much memory; whether that was not
+        at once. Who waits holds nothing here and has changed nothing."""
+        limits = self.settings.limits
+        limits.arrivals.join(self, self._ram_bytes)
+        if (ahead := limits.arrivals.ahead(self)) is None:
+            return False
+        self._ram.close()
+        self._shape = None
+        self.log.info("arrival waits for its turn", ahead=ahead)
+        told = -1
+        with limits.aside():
+            while (ahead := limits.arrivals.ahead(self)) is not None:
+                changed = limits.arrivals.changed
+                if ahead != told:
+                    self._accept(
+                        f"{self.vm.name} waits for its turn to come here from "
+                        f"{self.channel.peer}: {in_line(ahead)}"
+                    )
+                    if p.QUEUE in self.channel.features:
+                        await self.channel.send(p.Queued(ahead))
+                    told = ahead
+                await changed.wait()
+        return True
 
     async def _count(self, pages: int) -> None:
         """Answers a pass once as many pages have arrived in all."""
@@ -315,6 +366,12 @@ class DestinationSession:
                 f"{self.channel.peer} made no data connections within {CONNECTIONS_S:.0f} s",
                 "ConnectionLost",
             ) from None
+
+    def _unfit(self, shape: Shape) -> list[str]:
+        """What time does not change: why this VMM, or this host, cannot take what is offered."""
+        size = sum(region.size for region in shape.regions)
+        too_large = self.settings.limits.arrivals.too_large(size)
+        return [*shape.problems, *self._differences(shape), *too_large]
 
     def _differences(self, shape: Shape) -> list[str]:
         """What differs between the VMM that offers and the one that waits here."""
@@ -532,6 +589,10 @@ class DestinationSession:
         assert self._shape is not None
         return self._shape
 
+    @property
+    def _ram_bytes(self) -> int:
+        return sum(region.size for region in self._ram.regions)
+
     def _note(self, answer: p.Message | None = None) -> None:
         """What `restored` needs, or what a source is told that asks later, for the next record."""
         ram = [
@@ -548,6 +609,7 @@ class DestinationSession:
             "ran": self._ran,
             "told": self._told,
             "ran_ns": self._ran_ns,  # the clock of this boot, as this record
+            "identity": self.identity,
             **({"answer": to_builtins(answer)} if answer else {}),
         }
 

@@ -107,6 +107,10 @@ class SourceEngine(Engine):
         """Begins to push, at most `bandwidth` bytes a second (0: no limit)."""
         self.must(lib.pc_source_push(self.handle, bandwidth), "starting to push pages")
 
+    def limit(self, bandwidth: int) -> None:
+        """At most `bandwidth` bytes a second (0: no limit) from now on, in a pass or a push."""
+        lib.pc_source_limit(self.handle, bandwidth)
+
     async def disconnect(self) -> None:
         """Ends all connections and joins their threads."""
         await trio.to_thread.run_sync(lib.pc_source_disconnect, self.handle)

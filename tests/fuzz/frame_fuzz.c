@@ -16,7 +16,7 @@
 #include "engine.h"
 
 /* The buffers of 2 MiB are kept: to make one under the sanitizer takes longer than all the rest. */
-static int kept_reader(struct frame_reader *r, int fd, size_t payload, size_t ahead);
+static int kept_reader(struct frame_reader *r, struct stream s, size_t payload, size_t ahead);
 #define frame_reader_init kept_reader
 #define frame_reader_free(reader) (void)(reader)
 /* For what is static in them. */
@@ -79,13 +79,13 @@ static int staged_file, staged_record;
 
 /* --- once ------------------------------------------------------------------------------------- */
 
-static int kept_reader(struct frame_reader *r, int fd, size_t payload, size_t ahead) {
+static int kept_reader(struct frame_reader *r, struct stream s, size_t payload, size_t ahead) {
   static struct frame_reader kept[3];
   struct frame_reader *one = &kept[payload == 0 ? 0 : ahead == FRAME_BYTES ? 1 : 2];
   if (!one->buffer)
-    must(!frame_reader_init(one, fd, payload, ahead));
+    must(!frame_reader_init(one, s, payload, ahead));
   *r = *one;
-  r->fd = fd;
+  r->stream = s;
   return 0;
 }
 
@@ -253,9 +253,9 @@ static void to_destination(const uint8_t *data, size_t size, bool urgent, unsign
   struct pc_stats before = dest->stats, *s = &dest->stats;
   model(&c, data, size, model_page);
   struct connection connection = {
-      .engine = dest, .fd = connected(data, size, &peer), .urgent = urgent};
+      .engine = dest, .stream = {connected(data, size, &peer), NULL}, .urgent = urgent};
   receive_run(&connection);
-  close(connection.fd), close(peer);
+  close(connection.stream.fd), close(peer);
 
   must(s->failure == c.failure && s->sentence[0]);
   must(s->confirmed_pages == before.confirmed_pages + c.confirmed);
@@ -414,9 +414,9 @@ static size_t have_step(const uint8_t *data, size_t size) {
 static void frames_step(struct counts *c, const uint8_t *data, size_t size) {
   int peer;
   model(c, data, size, model_staged);
-  struct connection connection = {.engine = staged, .fd = connected(data, size, &peer)};
+  struct connection connection = {.engine = staged, .stream = {connected(data, size, &peer), NULL}};
   receive_run(&connection);
-  close(connection.fd), close(peer);
+  close(connection.stream.fd), close(peer);
   must(staged->stats.failure == c->failure && staged->stats.sentence[0]);
   engine_forget_connections(&staged->stats);
   staged->stats.failure = PC_OK, staged->stats.sentence[0] = 0; /* a session would end here */
@@ -487,9 +487,9 @@ static void to_source(const uint8_t *data, size_t size) {
   source->stats = (struct pc_stats){.total_pages = total};
   int peer;
   struct connection connection = {
-      .engine = source, .fd = connected(data, size, &peer), .urgent = true};
+      .engine = source, .stream = {connected(data, size, &peer), NULL}, .urgent = true};
   urgent_run(&connection);
-  close(connection.fd);
+  close(connection.stream.fd);
 
   must(source->stats.requests == count);
   must(source->stats.failure == PC_BAD_FRAME || source->stats.failure == PC_CONNECTION);

@@ -35,7 +35,12 @@ def build(folder: Path) -> Path:
     command += ["-Werror", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
     command += [f"-I{ENGINE}", str(HERE / "frame_fuzz.c")]
     command += [str(ENGINE / name) for name in ("engine.c", "tls.c", "stage.c", "dirty.c")]
-    subprocess.run([*command, "-lssl", "-lcrypto", "-o", str(program)], check=True, capture_output=True, text=True)
+    subprocess.run(
+        [*command, "-lssl", "-lcrypto", "-o", str(program)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return program
 
 

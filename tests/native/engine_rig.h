@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -447,11 +448,50 @@ static void tcp_pair(int fd[2]) {
   close(listener);
 }
 
+/* Drives the handshake of both ends until both are done or one has failed; then the other is told,
+ * if by no alert then by the end. */
+static void shake(struct pc_tls *t[2], int fd[2], int result[2], char error[2][200]) {
+  result[0] = result[1] = 1;
+  while (result[0] > 0 || result[1] > 0) {
+    struct pollfd ready[2];
+    for (int i = 0; i < 2; i++) {
+      if (result[i] > 0)
+        result[i] = pc_tls_handshake(t[i], error[i]);
+      if (result[i] < 0)
+        shutdown(fd[i], SHUT_WR);
+      ready[i] = (struct pollfd){.fd = result[i] > 0 ? fd[i] : -1,
+                                 .events = result[i] == 2 ? POLLOUT : POLLIN};
+    }
+    if (result[0] > 0 || result[1] > 0)
+      poll(ready, 2, -1);
+  }
+}
+
+static bool with_tls; /* all connections made by these; frames by hand too */
+static const uint8_t KEY[32] = "of the tests";
+
+/* Both ends of a connection, the destination's first: TLS, or NULL without. */
+static void secure(int fd[2], struct pc_tls *t[2]) {
+  char error[2][200];
+  int result[2];
+  t[0] = t[1] = NULL;
+  if (!with_tls)
+    return;
+  for (int i = 0; i < 2; i++) {
+    t[i] = pc_tls_new(fd[i], i == 0, KEY, "m1 urgent", error[i]);
+    check(t[i], "%s", error[i]);
+  }
+  shake(t, fd, result, error);
+  for (int i = 0; i < 2; i++)
+    check(!result[i], "%s", error[i]);
+}
+
 static void connect_engines(struct pair *p, bool urgent) {
   int fd[2];
-  tcp_pair(fd);
-  check(!pc_dest_connect(p->dest, fd[0], NULL, urgent), "%s", p->at->sentence);
-  check(!pc_source_connect(p->source, fd[1], NULL, urgent), "%s", p->from->sentence);
+  struct pc_tls *t[2];
+  tcp_pair(fd), secure(fd, t);
+  check(!pc_dest_connect(p->dest, fd[0], t[0], urgent), "%s", p->at->sentence);
+  check(!pc_source_connect(p->source, fd[1], t[1], urgent), "%s", p->from->sentence);
 }
 
 /* Both engines with one urgent and some push connections, at work. */
@@ -483,19 +523,28 @@ static void finish(struct pair *p) {
 }
 
 /* One end by hand. */
-static void send_frame(int fd, enum frame_kind kind, unsigned region, uint64_t page, uint32_t count,
-                       const void *payload, uint32_t bytes) {
+static void frame_to(struct stream s, enum frame_kind kind, unsigned region, uint64_t page,
+                     uint32_t count, const void *payload, uint32_t bytes) {
   uint8_t header[FRAME_BYTES];
   pc_frame_encode(header, kind, (int)region, page, count, bytes);
   struct iovec iov[2] = {{header, sizeof header}, {(void *)payload, bytes}};
-  check(!write_all(plain(fd), iov, bytes ? 2 : 1), "%m");
+  check(!write_all(s, iov, bytes ? 2 : 1), "%m");
+}
+
+static void page_to(struct stream s, struct ram *m, uint64_t page) {
+  uint8_t *bytes = malloc(m->page_size);
+  fill_page(m, page, bytes);
+  frame_to(s, FRAME_PAGES, 0, page, 1, bytes, m->page_size);
+  free(bytes);
+}
+
+static void send_frame(int fd, enum frame_kind kind, unsigned region, uint64_t page, uint32_t count,
+                       const void *payload, uint32_t bytes) {
+  frame_to(plain(fd), kind, region, page, count, payload, bytes);
 }
 
 static void send_page(int fd, struct ram *m, uint64_t page) {
-  uint8_t *bytes = malloc(m->page_size);
-  fill_page(m, page, bytes);
-  send_frame(fd, FRAME_PAGES, 0, page, 1, bytes, m->page_size);
-  free(bytes);
+  page_to(plain(fd), m, page);
 }
 
 static int bytes_waiting(int fd) {
@@ -513,12 +562,21 @@ static int by_hand(struct pair *p, bool urgent) {
   return fd[1];
 }
 
-static uint64_t read_request(int fd) {
+static uint64_t request_from(struct stream s) {
   uint8_t in[FRAME_BYTES];
   int64_t f[5];
-  check(recv(fd, in, sizeof in, MSG_WAITALL) == sizeof in && !pc_frame_decode(in, f), "%m");
+  ssize_t n = s.tls ? tls_read(s.tls, in, sizeof in) : recv(s.fd, in, sizeof in, MSG_WAITALL);
+  while (s.tls && n > 0 && n < FRAME_BYTES) { /* a record's end, in the middle of a frame */
+    ssize_t more = tls_read(s.tls, in + n, sizeof in - (size_t)n);
+    n = more > 0 ? n + more : more;
+  }
+  check(n == sizeof in && !pc_frame_decode(in, f), "%m");
   check(f[0] == FRAME_REQUEST && f[3] == 1 && f[4] == 0, "not a request");
   return (uint64_t)f[2];
+}
+
+static uint64_t read_request(int fd) {
+  return request_from(plain(fd));
 }
 
 struct reader {

@@ -60,6 +60,8 @@ static void move(int pushes) {
 static void moved_1(void) { move(1); }
 static void moved_4(void) { move(4); }
 static void urgent_only(void) { move(0); }
+static void moved_tls(void) { with_tls = true, move(2); }
+static void urgent_tls(void) { with_tls = true, move(0); }
 
 static void two_regions(void) {
   struct guest g = {0};
@@ -98,6 +100,8 @@ static void huge_pages(void) {
   finish(&p);
   guest_free(&g);
 }
+
+static void huge_tls(void) { with_tls = true, huge_pages(); }
 
 static void anonymous(void) {
   struct guest g = {0};
@@ -529,12 +533,14 @@ static void *proxy_run(void *argument) {
 
 static void connect_by_proxy(struct pair *p, struct proxy *x, bool urgent, int64_t bytes) {
   int dest[2], source[2];
+  struct pc_tls *t[2];
   tcp_pair(dest), tcp_pair(source);
   *x = (struct proxy){.dest = dest[1], .source = source[1], .bytes = bytes};
   fcntl(x->dest, F_SETFL, 0), fcntl(x->source, F_SETFL, 0);
-  check(!pc_dest_connect(p->dest, dest[0], NULL, urgent), "%s", p->at->sentence);
-  check(!pc_source_connect(p->source, source[0], NULL, urgent), "%s", p->from->sentence);
   pthread_create(&x->thread, NULL, proxy_run, x);
+  secure((int[]){dest[0], source[0]}, t);
+  check(!pc_dest_connect(p->dest, dest[0], t[0], urgent), "%s", p->at->sentence);
+  check(!pc_source_connect(p->source, source[0], t[1], urgent), "%s", p->from->sentence);
 }
 
 static void cut(void) {
@@ -574,6 +580,8 @@ static void cut(void) {
   finish(&p);
   guest_free(&g);
 }
+
+static void cut_tls(void) { with_tls = true, cut(); }
 
 /* The same source engine may be connected again too: it sends again what may have been lost. */
 static void connect_again(void) {
@@ -1064,34 +1072,36 @@ static void overflow(enum connected connected) {
   struct ram *m = add_ram(&g, 5200, SMALL, all_data);
   struct pair p = new_dest(&g);
   int fd[2];
+  struct pc_tls *t[2];
   buffer_bytes = 4096;
-  tcp_pair(fd);
+  tcp_pair(fd), secure(fd, t);
   fcntl(fd[1], F_SETFL, 0);
   if (connected != AWAY)
-    check(!pc_dest_connect(p.dest, fd[0], NULL, true), " ");
+    check(!pc_dest_connect(p.dest, fd[0], t[0], true), " ");
   want_all(&p);
   check(get(p.at->requests) < m->pages, "the socket took all");
   if (connected == CUT) { /* most likely within a request */
     pc_dest_disconnect(p.dest);
-    close(fd[1]);
-    tcp_pair(fd);
+    engine_close((struct stream){.fd = fd[1], .tls = t[1]});
+    tcp_pair(fd), secure(fd, t);
     fcntl(fd[1], F_SETFL, 0);
   }
+  struct stream source = {.fd = fd[1], .tls = t[1]};
   if (connected != CONNECTED)
-    check(!pc_dest_connect(p.dest, fd[0], NULL, true), " ");
+    check(!pc_dest_connect(p.dest, fd[0], t[0], true), " ");
   uint8_t *asked = calloc(m->pages, 1);
   for (uint64_t page, n = 0; n < m->pages;) { /* from here on there is no fault to wake anybody */
-    page = read_request(fd[1]);
+    page = request_from(source);
     check(page < m->pages, " ");
     n += !asked[page];
     if (!asked[page]++)
-      send_page(fd[1], m, page);
+      page_to(source, m, page);
   }
   wait_until(drained(&p));
   check_counts(&p, false);
   check(get(p.at->faults) == m->pages, " ");
   check_guest(&g);
-  free(asked), close(fd[1]);
+  free(asked), engine_close(source);
   finish(&p);
   guest_free(&g);
 }
@@ -1099,6 +1109,8 @@ static void overflow(enum connected connected) {
 static void overflow_full(void) { overflow(CONNECTED); }
 static void overflow_away(void) { overflow(AWAY); }
 static void overflow_cut(void) { overflow(CUT); }
+static void overflow_tls(void) { with_tls = true, overflow(CONNECTED); }
+static void overflow_cut_tls(void) { with_tls = true, overflow(CUT); }
 
 /* --- hostile peers ---------------------------------------------------------------------------- */
 
@@ -1293,6 +1305,8 @@ static void stop_anytime(void) {
   }
 }
 
+static void stop_tls(void) { with_tls = true, stop_anytime(); }
+
 static void bandwidth(void) {
   enum { RATE = 8 << 20 };
   struct guest g = {0};
@@ -1344,6 +1358,9 @@ static const struct subtest SUBTESTS[] = {
     {"moved_1", moved_1},
     {"moved_4", moved_4},
     {"urgent_only", urgent_only},
+    {"huge_tls", huge_tls},
+    {"moved_tls", moved_tls},
+    {"urgent_tls", urgent_tls},
     {"two_regions", two_regions},
     {"huge_pages", huge_pages},
     {"anonymous", anonymous},
@@ -1360,6 +1377,7 @@ static const struct subtest SUBTESTS[] = {
     {"no_memory_for_zeros", no_memory_for_zeros},
     {"no_room_for_record", no_room_for_record},
     {"cut", cut},
+    {"cut_tls", cut_tls},
     {"connect_again", connect_again},
     {"killed_file", killed_file},
     {"killed_anonymous", killed_anonymous},
@@ -1374,9 +1392,12 @@ static const struct subtest SUBTESTS[] = {
     {"overflow_full", overflow_full},
     {"overflow_away", overflow_away},
     {"overflow_cut", overflow_cut},
+    {"overflow_tls", overflow_tls},
+    {"overflow_cut_tls", overflow_cut_tls},
     {"hostile_source", hostile_source},
     {"hostile_destination", hostile_destination},
     {"stop_anytime", stop_anytime},
+    {"stop_tls", stop_tls},
     {"bandwidth", bandwidth},
     {"slow_push", slow_push},
 };

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the subtests of the native programs as built for use and with the sanitizers.
 
-engine_test.c tries both engines, stage_test.c the staged destination, dirty_test.c tracking.
+engine_test.c tries both engines, stage_test.c the staged destination, dirty_test.c tracking,
+tls_test.c connections with TLS. Keys of TLS are replaced all the time in all of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ SUBTESTS = [
     for name in re.findall(r'^    \{"(\w+)", \w+\},$', path.read_text(), re.MULTILINE)
 ]
 FLAGS = ["-std=gnu11", "-g", "-pthread", "-Wall", "-Wextra", "-Wshadow", f"-I{ENGINE}"]
+FLAGS += ["-DTLS_KEY_RECORDS=50"]
 BUILDS = {
     "plain": ["-O2", "-Werror"],
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

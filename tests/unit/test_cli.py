@@ -52,7 +52,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 def run(*args: str, **env: str) -> Ran:
     """Run a command that needs no daemon of this process."""
-    command = [sys.executable, "-m", "postcopyd", *args]
+    command = [sys.executable, "-P", "-m", "postcopyd", *args]
     done = subprocess.run(
         command, env=environment(**env), capture_output=True, text=True, timeout=30
     )
@@ -157,9 +157,9 @@ def test_clients_load_nothing_heavy() -> None:
         (("migrate", "web1", "--to", "h", "--precopy-passes", "-1"), "'-1'"),
         (("migrate", "web1", "--to", "h", "--max-downtime", "nan"), "'nan'"),
         (("resolve", "web1"), "--wait --poison --kill --take-back is required"),
-        (("certs", "--dir", "d", "--host", "h"), "comes with TLS"),
-        (("serve",), "say `--tls off`"),
-        (("serve", "--tls", "require"), "say `--tls off`"),
+        (("certs", "--dir", "/nowhere", "--host", "h:1"), "'h:1' is no name of a host"),
+        (("serve", "--tls-dir", "/no/certificates"), "say `--tls off`"),
+        (("serve", "--tls", "require", "--tls-dir", "/no/certificates"), "postcopyd certs --dir"),
         (("serve", "--config", "/no/file"), "/no/file"),
         (("demo", "--memory", "much"), "'much'"),
     ],
