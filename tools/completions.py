@@ -16,7 +16,9 @@ from postcopyd import cli
 FILES = {"bash": "postcopyd", "zsh": "_postcopyd", "fish": "postcopyd.fish"}
 
 # Only what a name may have: shells read these words once more.
-NAMES = r"""postcopyd list --json 2>/dev/null | sed -n 's/.*"vm":"\([A-Za-z0-9_.@:+,-]*\)".*/\1/p'"""
+NAMES = (
+    r"""postcopyd list --json 2>/dev/null | sed -n 's/.*"vm":"\([A-Za-z0-9_.@:+,-]*\)".*/\1/p'"""
+)
 VMS = {
     "bash": "_postcopyd_vms",
     "zsh": "_postcopyd_vms",

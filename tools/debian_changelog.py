@@ -3,6 +3,7 @@
 
 import re
 import sys
+import textwrap
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
@@ -12,6 +13,9 @@ newest = re.search(r"^## (\d\S*).*?\n(.*?)(?=^## |\Z)", text, re.M | re.S)
 assert newest, "CHANGELOG.md has no version"
 version, changes = newest[1], re.findall(r"^- (.*)", newest[2], re.M)
 print(f"postcopyd ({version}) unstable; urgency=medium\n")
-print("\n".join(f"  * {change.replace('`', '')}" for change in changes))
+for change in changes:
+    print(
+        textwrap.fill(change.replace("`", ""), 80, initial_indent="  * ", subsequent_indent="    ")
+    )
 date = format_datetime(datetime.fromtimestamp(int(sys.argv[1]), UTC))
 print(f"\n -- The postcopyd maintainers <postcopyd@localhost>  {date}")
