@@ -86,6 +86,13 @@ def test_every_exit_status_is_in_the_manual() -> None:
     assert terms(sections(COMMAND, "=")["EXIT STATUS"]) == {str(status) for status in statuses}
 
 
+def test_every_variable_is_in_the_manual() -> None:
+    """postcopyd(1) has every environment variable of our own that the code looks at."""
+    code = "".join(file.read_text() for file in (ROOT / "postcopyd").rglob("*.py"))
+    told = terms(sections(COMMAND, "=")["ENVIRONMENT"])
+    assert told == set(re.findall(r"\bPOSTCOPYD_[A-Z_]+\b", code))
+
+
 def test_the_folders_in_the_manual_are_the_defaults() -> None:
     """FILES of postcopyd(1) has the places that are used when nothing else is said."""
     files = sections(COMMAND, "=")["FILES"]

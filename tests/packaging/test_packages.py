@@ -87,6 +87,7 @@ def test_the_sdist_makes_the_wheel(tmp_path: Path) -> None:
         (wheels / ".complete").touch()
     run(
         *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", tmp_path),
+        "--config-settings=setup-args=-Dbuildtype=plain",  # compiles sooner
         *("--no-index", "--find-links", wheels, tree / f"dist/postcopyd-{VERSION}.tar.gz"),
     )
     check_wheel(tmp_path / built("dist/*.whl").name)
@@ -126,7 +127,10 @@ def test_the_deb_says_what_it_needs() -> None:
     # The group before the folders; the sockets stay as they are over an upgrade.
     assert after.index("systemd-sysusers") < after.index("systemd-tmpfiles")
     assert "start 'postcopyd.socket'" in after
-    assert "$_dh_action 'postcopyd.service'" in after
+    assert "$_dh_action 'postcopyd.service' >" in after
+    before = run("dpkg-deb", "--info", deb, "prerm")
+    # The socket first: whoever connects would start the daemon again.
+    assert before.index("stop 'postcopyd.socket'") < before.index("stop 'postcopyd.service'")
 
 
 INSTALLED = r"""

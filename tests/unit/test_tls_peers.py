@@ -9,20 +9,20 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from postcopyd._native import lib
 from structlog.testing import capture_logs
 
 from postcopyd import certs, connection
 from postcopyd import protocol as p
-from postcopyd._native import lib
 from postcopyd.config import Address, Peer
 from postcopyd.connection import ConnectionLost, PeerError, dial_control, peer_of
 from postcopyd.daemon import Daemon
@@ -34,15 +34,22 @@ from postcopyd.tls import NotAllowed, Tls, TlsFailed, certificate_names, keyed, 
 
 HERE = "127.0.0.1"
 OURS, OTHERS = certs.new_authority(), certs.new_authority()
-PAST = datetime.now(timezone.utc) - timedelta(days=2)
+SERVERS = (ExtendedKeyUsageOID.SERVER_AUTH,)
+PAST = datetime.now(UTC) - timedelta(days=2)
 OFFER = p.Offer("m1", "web1", "process", [p.RegionOffer("ram", 512, 4096)], {}, 2, 1)
 
 
 def written(
-    folder: Path, *names: str, ca: certs.Authority = OURS, trusted: Any = None, **how: Any
+    folder: Path,
+    *names: str,
+    name: str = "localhost",
+    ca: certs.Authority = OURS,
+    trusted: certs.Authority | None = None,
+    **how: Any,
 ) -> Path:
-    """The five files of a host."""
-    certificate, key = certs.host(ca, list(names or (HERE, "localhost")), **how)
+    """The five files of a host; `name` instead of this host's address."""
+    here = [HERE] if name == "localhost" else []
+    certificate, key = certs.host(ca, list(names or (*here, name)), **how)
     folder.mkdir(parents=True, exist_ok=True)
     pem = serialization.Encoding.PEM
     (folder / "ca-cert.pem").write_bytes((trusted or ca).certificate.public_bytes(pem))
@@ -89,7 +96,7 @@ def of_another_ca(folder: Path) -> None:
 
 
 def for_servers_only(folder: Path) -> None:
-    written(folder, purposes=(ExtendedKeyUsageOID.SERVER_AUTH,))
+    written(folder, purposes=SERVERS)
 
 
 def spoilt(folder: Path) -> None:
@@ -140,7 +147,7 @@ def test_credentials_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_end_is_warned_of(tmp_path: Path) -> None:
     """A certificate that ends within a month is named in the log."""
-    soon = datetime.now(timezone.utc) + timedelta(days=9, hours=1)
+    soon = datetime.now(UTC) + timedelta(days=9, hours=1)
     with capture_logs() as logs:
         Tls.load(written(tmp_path, ends=soon))
     assert [(log["event"], log["days"]) for log in logs] == [("certificate ends soon", 9.0)] * 2
@@ -213,34 +220,35 @@ async def test_both_know_each_other(tmp_path: Path) -> None:
     assert (error.name, "no VM web1 is attached" in str(error)) == ("NoSuchVm", True)
 
 
+class Bad(NamedTuple):
+    """How the files of one side are made, and what each side says of them."""
+
+    theirs: dict[str, Any]
+    ours: dict[str, Any]
+    here: str
+    there: str
+
+
 @pytest.mark.parametrize(
-    ("theirs", "ours", "here", "there"),
+    "bad",
     [
-        ({}, {"ca": OTHERS, "trusted": OURS}, "make both hosts' with the same CA", "not of the CA"),
-        ({"ca": OTHERS}, {}, "not of the CA in ca-cert.pem here", "ca-cert.pem is not that of"),
-        ({}, {"ends": PAST}, "it has expired, renew client-cert.pem", "has expired"),
-        ({"ends": PAST}, {}, "has expired: renew it", "it has expired"),
-        ({"names": ("host9",)}, {}, "IP address mismatch", "has not the name that was dialled"),
-        (
-            {},
-            {"purposes": (ExtendedKeyUsageOID.SERVER_AUTH,)},
-            "it is not for clients",
-            "certificate purpose",
-        ),
+        Bad({}, {"ca": OTHERS, "trusted": OURS}, "hosts' with the same CA", "not of the CA"),
+        Bad({"ca": OTHERS}, {}, "not of the CA in ca-cert.pem here", "ca-cert.pem is not that of"),
+        Bad({}, {"ends": PAST}, "it has expired, renew client-cert.pem", "has expired"),
+        Bad({"ends": PAST}, {}, "has expired: renew it", "it has expired"),
+        Bad({"name": "host9"}, {}, "IP address mismatch", "has not the name that was dialled"),
+        Bad({}, {"purposes": SERVERS}, "it is not for clients", "certificate purpose"),
     ],
     ids=["our CA", "their CA", "ours expired", "theirs expired", "name", "purpose"],
 )
-async def test_certificates_are_checked(
-    theirs: Any, ours: Any, here: str, there: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+async def test_certificates_are_checked(bad: Bad, tmp_path: Path, monkeypatch: Any) -> None:
     """Both sides say whose certificate is refused, why, and what to do."""
-    names = theirs.pop("names", ())
-    there_tls = unchecked(written(tmp_path / "theirs", *names, **theirs), monkeypatch)
-    here_tls = unchecked(written(tmp_path / "ours", **ours), monkeypatch)
-    async with serving(tmp_path, there_tls) as server:
-        error = await refused(source(tmp_path, here_tls), server.to)
-        assert (error.name, here in str(error)) == ("TlsFailed", True), error
-        await server.said(there)
+    there = unchecked(written(tmp_path / "theirs", **bad.theirs), monkeypatch)
+    here = unchecked(written(tmp_path / "ours", **bad.ours), monkeypatch)
+    async with serving(tmp_path, there) as server:
+        error = await refused(source(tmp_path, here), server.to)
+        assert (error.name, bad.here in str(error)) == ("TlsFailed", True), error
+        await server.said(bad.there)
 
 
 async def test_revoked(tmp_path: Path) -> None:
@@ -248,7 +256,7 @@ async def test_revoked(tmp_path: Path) -> None:
     folder = written(tmp_path / "theirs")
     mine = written(tmp_path / "ours")
     mine_cert = x509.load_pem_x509_certificate((mine / "client-cert.pem").read_bytes())
-    now = datetime.now(timezone.utc)
+    now = datetime.now(UTC)
     revoked = x509.RevokedCertificateBuilder().serial_number(mine_cert.serial_number)
     crl = (
         x509.CertificateRevocationListBuilder()
@@ -387,7 +395,7 @@ def test_list_of_peers(tmp_path: Path) -> None:
     tls = Tls.load(folder, (Peer("host1", None, frozenset({"send"})), Peer("FD00::1")))
     tls.allow(("fd00::1",), "receive")
     tls.allow(("host1",), "control", "send")
-    with pytest.raises(NotAllowed, match='may not receive guests .* may = \\["receive"\\]'):
+    with pytest.raises(NotAllowed, match=r'may not receive guests .* may = \["receive"\]'):
         tls.allow(("host1",), "receive")
     with pytest.raises(NotAllowed, match="anybody may not ask"):
         tls.allow(("anybody",), "control")
@@ -441,7 +449,7 @@ async def test_cut_is_no_end(tmp_path: Path) -> None:
     async with talking(tmp_path, tls) as (channel, _):
         raw: Any = channel._stream
         raw.transport_stream.socket.shutdown(socket.SHUT_RD)
-        with pytest.raises(ConnectionLost, match="broke: .*EOF"):
+        with pytest.raises(ConnectionLost, match=r"broke: .*EOF"):
             await channel.receive()
 
 
@@ -463,7 +471,7 @@ async def test_reload(tmp_path: Path) -> None:
     async with talking(tmp_path, tls) as (channel, server):
         assert "old" in channel.names
         (folder / "client-cert.pem").write_text("half")
-        with pytest.raises(PostcopydError, match="client-cert.pem or"):
+        with pytest.raises(PostcopydError, match=r"client-cert.pem or"):
             tls.reload()
         again = await dial_control(server.to, Machine(Source.GREETING), source(tmp_path, tls))
         async with again:
@@ -482,7 +490,7 @@ async def test_reload(tmp_path: Path) -> None:
 
 
 async def both_keyed(*sides: tuple[bytes, str]) -> list[str]:
-    """TLS by keys and identities, the client's first: what each side says, empty when it is done."""
+    """TLS by keys and identities, the client's first: what each side says, empty when done."""
     ends = socket.socketpair()
     said = ["", ""]
 
