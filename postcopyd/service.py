@@ -83,6 +83,10 @@ async def _serve(options: ServeOptions, manager: Manager) -> None:
     async with trio.open_nursery() as process:
         async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
             daemon = Daemon(settings, migrations)
+            if options.metrics:
+                from postcopyd.metrics import Metrics  # takes a third of the time to start
+
+                await nursery.start(Metrics(daemon).serve, options.metrics)
             await daemon.restore()
             ending = trio.Event()
             await nursery.start(_signals, manager, settings, ending, nursery, migrations)

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         progress.emit(result)
     elif result["event"] == "completed":
-        print(progress.summary(result, "the second daemon"))
+        print(progress.summary(result, "the second daemon", progress.screen()))
         print(
             f"verified: {result['verifiedPages']} pages checked by the guest itself, "
             f"{result['badPages']} bad"
