@@ -47,7 +47,7 @@ class Ran:
 
 def environment(**changes: str) -> dict[str, str]:
     keep = {key: value for key, value in os.environ.items() if key != "POSTCOPYD_CONTROL"}
-    return {**keep, "PYTHONPATH": str(ROOT), **changes}
+    return {**keep, **changes}
 
 
 def run(*args: str, **env: str) -> Ran:
