@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+from conftest import certificates
 from lab import Host
 from needs import missing
 
@@ -309,6 +310,7 @@ async def test_certificates_are_read_again(hosts: tuple[Host, Host]) -> None:
     host = hosts[0]
     await postcopyd(host, "list")
     daemon = shows(host, "MainPID")
+    certificates(*hosts)
     host.run(["systemctl", "reload", "postcopyd"])
     await until(
         lambda: "reloaded" in host.journal("--unit=postcopyd", f"_PID={daemon}"), "reloaded"
