@@ -230,10 +230,13 @@ async def _signals(
 
 
 def _reload(manager: Manager, settings: Settings) -> None:
+    """What cannot be used leaves things as they are: guests are on their way."""
     # CLOCK_MONOTONIC, as sd_notify(3) wants it of those who reload.
     manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    if settings.tls is None:
-        log.info("nothing to be read again: there is no TLS")
-    else:
-        settings.tls.reload()  # says itself what came of it
+    try:
+        if settings.tls is not None:
+            settings.tls.reload()
+        log.info("certificates reloaded")
+    except PostcopydError as error:
+        log.error("certificates not reloaded, those before stay in use", error=str(error))
     manager.tell("READY=1")

@@ -182,6 +182,9 @@ def _boot(
     }.items():
         (root / "etc" / file).unlink(missing_ok=True)
         (root / "etc" / file).write_text(text)
+    # Installing a package has it index all manuals of this machine, for ten seconds.
+    (root / "usr/bin/mandb").unlink(missing_ok=True)
+    (root / "usr/bin/mandb").symlink_to("/bin/true")
     if (root / "var/lib/dpkg/info/postcopyd.list").exists():
         _must("chroot", root, "dpkg", "--purge", "postcopyd")
 
