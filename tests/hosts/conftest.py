@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,8 @@ def hosts() -> Iterator[tuple[Host, Host]]:
     if not packages:
         missing("the Debian package of postcopyd: `make deb`")
     for made in bare_hosts():
-        for host in made:
-            host.install(packages[-1])
-            host.run(["systemctl", "enable", "postcopyd.service", "postcopyd.socket"])
+        with ThreadPoolExecutor() as both:
+            list(both.map(lambda host: host.install(packages[-1]), made))
         certificates(*made)
         for host in made:
             host.run("systemctl stop postcopyd.service; systemctl start postcopyd.socket")
