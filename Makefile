@@ -7,14 +7,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find postcopyd examples -name '*.[ch]' -o -name '*.py' -o -name '*.varlink') \
   meson.build pyproject.toml README.md LICENSE
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+WHEEL := dist/postcopyd-$(VERSION)-cp311-abi3-linux_x86_64.whl
+MAN := $(patsubst man/%.rst,.build/man/%,$(wildcard man/*.rst))
+DEB := .build/deb/postcopyd_$(VERSION)_amd64.deb
 # meson and ninja are programs of the venv; the build looks for them by name.
 export PATH := $(abspath $(BIN)):$(PATH)
 
 BUILD_PACKAGES := gcc libc6-dev libssl-dev make pkg-config python3-venv
 GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
-TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev
+DEB_PACKAGES := debhelper dh-python
+TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev systemd-container iproute2 \
+  busybox-static
 
-.PHONY: all build demo test chaos fuzz bench bench-quick check gen fmt clean
+.PHONY: all build demo test chaos fuzz bench bench-quick wheel sdist man deb check gen fmt clean
 all: build
 
 build: $(VENV)/.built
@@ -27,8 +33,15 @@ $(VENV)/.tools: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.tools $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps .
+$(VENV)/.built: $(WHEEL)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --force-reinstall $(WHEEL)
+	@touch $@
+
+wheel: $(WHEEL)
+
+$(WHEEL): $(VENV)/.tools $(SOURCES)
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	  --wheel-dir dist .
 	@touch $@
 
 demo: build
@@ -36,10 +49,17 @@ demo: build
 	$(BIN)/postcopyd demo
 	$(BIN)/postcopyd demo --guest qemu
 
-test: build
+test: build deb
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu
 	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile $(TESTS)
+
+# docs/LIBVIRT.md, with a libvirt that this installs, and that starts nothing on this machine where
+# systemd is not process 1.
+.PHONY: test-libvirt
+test-libvirt: build deb
+	@tools/debian-packages $(TEST_PACKAGES) libvirt-daemon-system libvirt-clients
+	POSTCOPYD_LIBVIRT=1 $(BIN)/pytest -q tests/hosts/test_documents.py
 
 # A guest that is moved again and again while everything around it breaks: tests/chaos/chaos.py.
 chaos: SEED := 1
@@ -87,6 +107,22 @@ bench-needs: build
 	@tools/debian-packages $(GUEST_PACKAGES) iproute2
 	@tools/newest-qemu
 
+# Of what git has.
+sdist: $(VENV)/.tools
+	$(BIN)/python -c 'import mesonpy; print("dist/" + mesonpy.build_sdist("dist"))'
+
+man: $(MAN)
+
+.build/man/%: man/%.rst $(VENV)/.tools
+	@mkdir -p .build/man
+	sed 's/@VERSION@/$(VERSION)/' $< | $(BIN)/rst2man --strict - $@
+
+deb: $(DEB)
+
+$(DEB): $(WHEEL) $(MAN) $(wildcard tools/deb* tools/debian/* tools/completions.py docs/* systemd/*) CHANGELOG.md
+	@tools/debian-packages $(DEB_PACKAGES)
+	tools/deb $(WHEEL)
+
 check: build
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -102,4 +138,4 @@ fmt: build
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .build .*_cache
+	rm -rf $(VENV) .build dist .*_cache

@@ -58,7 +58,6 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="store_true", help="say the version and exit")
     subparsers = top.add_subparsers(metavar="VERB", title="verbs")
     address = _argument(config.parse_address)
-    listen = _argument(lambda text: config.parse_address(text, listening=True))
     size = _argument(config.parse_size)
     rate = _argument(config.parse_rate)
 
@@ -78,17 +77,25 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     serve = verb("serve", _serve, "run the daemon of this host")
-    serve.add_argument("--control", metavar="PATH", help="the control socket to open")
-    serve.add_argument("--listen", metavar="HOST:PORT", type=listen, help="where peers connect")
-    serve.add_argument("--state-dir", metavar="DIR", help="where migrations are recorded")
+    for name, key in config.KEYS.items():
+        serve.add_argument(
+            f"--{name}", metavar=key.metavar, type=_argument(key.parse), help=key.help,
+            default=argparse.SUPPRESS,
+        )  # fmt: skip
     serve.add_argument(
-        "--durable-dir", metavar="DIR", help="on disk: what must outlive a restart of this host"
+        "--peer", metavar="NAME[=ADDRESS][,may=send+receive+control]", action="append",
+        type=_argument(config.parse_peer), dest="peers", default=argparse.SUPPRESS, help=(
+            "a host by a name of its certificate, and what it may do; again for each. Without any, "
+            "whoever has a certificate of the CA may do all"
+        ),
+    )  # fmt: skip
+    serve.add_argument("--config", metavar="FILE", help=(
+        "TOML with these options, and FILE.d/*.toml; otherwise postcopyd.toml in /etc/postcopyd, "
+        "/run/postcopyd or /usr/lib/postcopyd, and postcopyd.toml.d/*.toml there"
+    ))  # fmt: skip
+    serve.add_argument(
+        "--check-config", action="store_true", help="say what all of this comes to, and exit"
     )
-    serve.add_argument("--tls", choices=("require", "off"), help="default: require")
-    serve.add_argument("--tls-dir", metavar="DIR", help="certificates and keys")
-    serve.add_argument("--hooks-dir", metavar="DIR", help="programs to run at a migration's turns")
-    serve.add_argument("--bandwidth", metavar="RATE", type=rate, help="limit for each migration")
-    serve.add_argument("--config", metavar="FILE", help="TOML with these options")
 
     attach = client("attach", verbs.attach, "take charge of a VM of this host")
     vmm = attach.add_mutually_exclusive_group(required=True)
@@ -136,9 +143,14 @@ def parser() -> argparse.ArgumentParser:
     may_run = client("may-run", verbs.may_run, "ask before you start a guest on this host")
     may_run.add_argument("--durable-dir", metavar="DIR", help="that of the daemon")
 
-    certs = verb("certs", _certs, "make certificates for a set of hosts")
-    certs.add_argument("--dir", metavar="DIR", required=True)
-    certs.add_argument("--host", metavar="NAME", action="append", required=True)
+    certs = verb("certs", _certs, "make the certificates of a host, and a CA where there is none")
+    certs.add_argument("--dir", metavar="DIR", required=True, help="where the five files go")
+    certs.add_argument("--host", metavar="NAME", action="append", required=True, help=(
+        "a DNS name or IP address by which others reach it; may be said several times"
+    ))  # fmt: skip
+    certs.add_argument(
+        "--ca", metavar="DIR", help="where the CA is, or shall be; as --dir if unsaid"
+    )
     demo = verb("demo", _demo, "two daemons, a guest, one real migration, verified")
     demo.add_argument("--guest", choices=("process", "qemu"), default="process")
     demo.add_argument("--memory", metavar="SIZE", type=size, help="guest RAM")
@@ -173,20 +185,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from pathlib import Path
+    from postcopyd import config_files
 
-    given = {"control": args.control, "listen": args.listen, "tls": args.tls}
-    given["bandwidth"] = args.bandwidth
-    for key in ("state_dir", "durable_dir", "tls_dir", "hooks_dir"):
-        folder = getattr(args, key)
-        given[key] = Path(folder) if folder else None
-    options = config.serve_options(given, args.config)
-    if options.tls != "off":
-        raise Failed(
-            "this version has no TLS, and guest memory does not cross a network in the clear "
-            "unasked: say `--tls off` where you trust the network",
-            USAGE,
-        )
+    given = {key: said for key, said in vars(args).items() if key in config.ServeOptions._fields}
+    configured = config_files.configuration(given, args.config)
+    options = configured.options
+    if args.check_config:
+        print(*configured.lines(), "# good", sep="\n")
+        return DONE
     import trio
 
     # structlog would take it for tracebacks in colour: a third of the time to start, and guests may
@@ -210,7 +216,13 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _certs(args: argparse.Namespace) -> int:
-    raise Failed("certs comes with TLS, which this version does not have yet", USAGE)
+    from pathlib import Path
+
+    from postcopyd import certs
+
+    authority = Path(args.ca) if args.ca else None
+    print("\n".join(certs.make(Path(args.dir), args.host, authority)))
+    return DONE
 
 
 def _demo(args: argparse.Namespace) -> int:

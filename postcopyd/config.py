@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an operator writes: addresses, sizes and rates, and the options of `postcopyd serve`.
+"""What an operator writes: addresses, sizes, rates and peers, and the options of `postcopyd serve`.
 
-Owns their spelling, defaults and where they come from: the command line, then the environment,
-then the file given with `--config`, then the defaults here. Opens nothing but that file.
+Owns their spelling, what is allowed, and the defaults: `KEYS` and `PEER_KEYS` have what a file and
+the command line may say. Opens nothing; where options come from is config_files.py's.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 from postcopyd.errors import PostcopydError
 
@@ -20,10 +19,18 @@ DEFAULT_STATE_DIR = Path("/run/postcopyd/state")
 DEFAULT_DURABLE_DIR = Path("/var/lib/postcopyd")
 # Beyond a few, more connections bring nothing but threads; the wire allows twice as many.
 MAX_CONNECTIONS = 16
+# Connections from other daemons at a time: each migration that comes has one. Its connections for
+# pages count until they are set up.
+MAX_PEERS = 256
+# What may stand in place of a value that has no limit, or is off.
+NONE = "none"
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 # The ways a guest may be moved.
 MODES = ("hybrid", "postcopy", "precopy")
+
+May = Literal["send", "receive", "control"]
+MAY: tuple[May, ...] = ("send", "receive", "control")
 
 
 class Address(NamedTuple):
@@ -36,9 +43,22 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+class Peer(NamedTuple):
+    """Another host by a name of its certificate, and what it may do: `send` guests to this host,
+    `receive` guests of this host, and `control`: ask (check without moving, look what became of a
+    guest). Without an `address` it is not dialled by its name."""
+
+    name: str
+    address: Address | None = None
+    may: frozenset[May] = frozenset(MAY)
+
+
 class ServeOptions(NamedTuple):
-    """How a daemon is to run. `bandwidth` is in bytes per second, None for no limit;
-    `connections` is the number of push connections of one migration."""
+    """How a daemon is to run. None is no limit. `bandwidth` is of one migration, `host_bandwidth`
+    of all that leave this host together, bytes per second; `connections` is the number of push
+    connections of one migration. An arrival beyond `max_arrivals` or `max_arriving_memory` (bytes
+    of guest RAM) waits. `metrics` is HOST:PORT or the absolute path of a unix socket. Without any
+    `peers` each certificate of the CA will do."""
 
     control: str = DEFAULT_CONTROL
     listen: Address = Address("", DEFAULT_PORT)
@@ -49,6 +69,13 @@ class ServeOptions(NamedTuple):
     bandwidth: int | None = None
     connections: int = 2
     durable_dir: Path | None = None
+    host_bandwidth: int | None = None
+    max_vms: int | None = None
+    max_arrivals: int | None = None
+    max_arriving_memory: int | None = None
+    max_peers: int = MAX_PEERS
+    metrics: str | None = None
+    peers: tuple[Peer, ...] = ()
 
     @property
     def durable(self) -> Path:
@@ -105,71 +132,197 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
     return Address(host, int(port))
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise _invalid("a text is wanted")
+def parse_peer(text: str) -> tuple[str, dict[str, Any]]:
+    """A name and what is said of it, by key: NAME[=ADDRESS][,may=send+receive+control], where
+    `may=none` is nothing. Raises PostcopydError."""
+    name, *more = text.split(",")
+    name, said, address = name.partition("=")
+    values: dict[str, Any] = {"address": address} if said else {}
+    for one in more:
+        key, _, value = one.partition("=")
+        if key != "may" or key in values:
+            raise _invalid(f"cannot read {text!r}: say NAME, NAME=ADDRESS or NAME,may=send+receive")
+        values["may"] = [] if value == NONE else value.split("+")
+    try:
+        return peer_name(name), {key: PEER_KEYS[key].read(value) for key, value in values.items()}
+    except PostcopydError as error:
+        raise _invalid(f"cannot read {text!r}: {error}") from None
+
+
+def peer_name(name: str) -> str:
+    """A name that a certificate may have. Raises PostcopydError."""
+    if not name or not name.isprintable() or any(c in " =,/" for c in name):
+        raise _invalid("a peer's name is a DNS name or an IP address of its certificate")
+    return name.lower()
+
+
+def near(word: object, words: Iterable[str]) -> str:
+    """What may have been meant, as the end of a sentence; nothing where no word is like it."""
+    import difflib  # only where somebody has made a mistake
+
+    alike = difflib.get_close_matches(str(word).replace("_", "-"), list(words), 1)
+    return f"; did you mean {alike[0]}?" if alike else ""
+
+
+# --- what values are read from: text, and in a file numbers and lists too ------------------------
+
+
+class Key(NamedTuple):
+    """One option. `read` makes its value of what was written, or raises PostcopydError with what is
+    allowed; `help` is for people, and `metavar` says what it takes. A `number` is written without
+    quotes in a file."""
+
+    metavar: str
+    read: Callable[[Any], Any]
+    help: str
+    number: bool = False
+
+    def parse(self, text: str) -> Any:
+        """The value of a word of the command line."""
+        return self.read(int(text) if self.number and text.isascii() and text.isdigit() else text)
+
+
+def _text(value: Any, wanted: str) -> str:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise _invalid(f"{wanted} is wanted, in quotes")
     return value
 
 
-def _tls(value: Any) -> Literal["require", "off"]:
-    if value not in ("require", "off"):
-        raise _invalid('"require" or "off" is wanted')
-    return cast(Literal["require", "off"], value)
+def _path(value: Any) -> str:
+    return _text(value, "a path")
+
+
+def _folder(value: Any) -> Path:
+    return Path(_text(value, "a folder"))
+
+
+def _listen(value: Any) -> Address:
+    return parse_address(_text(value, "HOST or HOST:PORT"), listening=True)
 
 
 def _rate(value: Any) -> int:
-    return parse_rate(str(value) if type(value) is int else _text(value))
+    if type(value) is int and abs(value) < 2**64:
+        value = str(value)
+    if not isinstance(value, str):
+        raise _invalid('a whole number of bytes is wanted, or one with K, M or G like "1.5G"')
+    return parse_rate(value)
 
 
-def _connections(value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MAX_CONNECTIONS:
-        raise _invalid(f"a number from 1 to {MAX_CONNECTIONS} is wanted")
-    return value
+def _number(least: int, most: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if type(value) is not int or not least <= value <= most:
+            raise _invalid(f"a number from {least} to {most} is wanted")
+        return value
+
+    return read
 
 
-_KEYS = {
-    "control": _text,
-    "listen": lambda value: parse_address(_text(value), listening=True),
-    "state-dir": lambda value: Path(_text(value)),
-    "durable-dir": lambda value: Path(_text(value)),
-    "tls": _tls,
-    "tls-dir": lambda value: Path(_text(value)),
-    "hooks-dir": lambda value: Path(_text(value)),
-    "bandwidth": _rate,
-    "connections": _connections,
-}
+def _one_of(*words: str) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if value not in words:
+            allowed = " or ".join(f'"{word}"' for word in words)
+            raise _invalid(f"{allowed} is wanted{near(value, words)}")
+        return str(value)
+
+    return read
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """The options in a TOML file, by ServeOptions field. Raises PostcopydError."""
-    import tomllib  # only `serve --config` needs it
+def _metrics(value: Any) -> str:
+    text = _text(value, "HOST:PORT or the absolute path of a unix socket")
+    if not text.startswith("/"):
+        parse_address(text, listening=True)
+        if not text.rpartition("]")[2].count(":"):
+            raise _invalid("a port is wanted, HOST:PORT, or the absolute path of a unix socket")
+    return text
 
-    try:
-        with open(path, "rb") as file:
-            content = tomllib.load(file)
-    except OSError as error:
-        raise _invalid(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise _invalid(f"cannot read the configuration {path}: {error}") from error
-    options = {}
-    for key, value in content.items():
-        if key not in _KEYS:
-            allowed = ", ".join(_KEYS)
-            raise _invalid(f"{path} has an unknown key {key!r}: the keys are {allowed}")
+
+def _or_none(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read_or_none(value: Any) -> Any:
         try:
-            options[key.replace("-", "_")] = _KEYS[key](value)
+            return None if value == NONE else read(value)
         except PostcopydError as error:
-            raise _invalid(f"{path}, key {key!r}: {error}") from error
-    return options
+            raise _invalid(f'{error}; or "{NONE}"') from None
+
+    return read_or_none
 
 
-def serve_options(given: Mapping[str, Any], config: str | None) -> ServeOptions:
-    """Put options together; None in `given`, the command line's, means that it was not said.
+def _may(value: Any) -> frozenset[May]:
+    wanted = 'a list of "send", "receive" and "control" is wanted, like ["send", "receive"]'
+    if not isinstance(value, list):
+        raise _invalid(wanted)
+    for one in value:
+        if one not in MAY:
+            raise _invalid(f"{wanted}, and not {one!r}{near(one, MAY)}")
+    return frozenset(value)
 
-    Raises PostcopydError.
-    """
-    options = read_config(config) if config else {}
-    if control := os.environ.get("POSTCOPYD_CONTROL"):
-        options["control"] = control
-    options.update({key: value for key, value in given.items() if value is not None})
-    return ServeOptions(**options)
+
+_SOME = 100_000  # of VMs, arrivals, peers: as good as no limit
+
+KEYS: Mapping[str, Key] = {
+    "control": Key("PATH", _path, "the control socket to open"),
+    "listen": Key(
+        "HOST:PORT", _listen, "where other daemons connect; * is every address of this host"
+    ),
+    "state-dir": Key("DIR", _folder, "where migrations are recorded, for a daemon that restarts"),
+    "durable-dir": Key("DIR", _folder, "on disk: what must outlive a restart of this host"),
+    "tls": Key(
+        "require|off", _one_of("require", "off"), "between hosts; off only on a trusted network"
+    ),
+    "tls-dir": Key("DIR", _folder, "certificates and keys"),
+    "hooks-dir": Key("DIR", _or_none(_folder), "programs to run at a migration's turns"),
+    "bandwidth": Key(
+        "RATE",
+        _or_none(_rate),
+        "the most that one migration from here sends, bytes per second; one may ask for less",
+    ),
+    "host-bandwidth": Key(
+        "RATE",
+        _or_none(_rate),
+        "the most that all migrations from here send together; they share it equally",
+    ),
+    "connections": Key(
+        "N",
+        _number(1, MAX_CONNECTIONS),
+        f"for the pages of one migration from here that nobody waits for, 1 to {MAX_CONNECTIONS}",
+        number=True,
+    ),
+    "max-vms": Key(
+        "N",
+        _or_none(_number(1, _SOME)),
+        "VMs that may be attached; one too many is refused",
+        number=True,
+    ),
+    "max-arrivals": Key(
+        "N",
+        _or_none(_number(1, _SOME)),
+        "guests that may arrive at a time; others wait for their turn",
+        number=True,
+    ),
+    "max-arriving-memory": Key(
+        "SIZE",
+        _or_none(_rate),
+        "of the guests that arrive at a time, all together; others wait, and a larger guest is "
+        "refused",
+    ),
+    "max-peers": Key(
+        "N",
+        _number(2, _SOME),
+        "connections from other daemons at a time; one too many is closed",
+        number=True,
+    ),
+    "metrics": Key(
+        "HOST:PORT|PATH", _or_none(_metrics), "where Prometheus may ask, or the path of a socket"
+    ),
+}
+"""What may be said of a daemon, by its name in a file and behind -- on the command line; its field
+of ServeOptions has _ for -."""
+
+PEER_KEYS: Mapping[str, Key] = {
+    "address": Key(
+        "HOST[:PORT]",
+        lambda value: parse_address(_text(value, "HOST or HOST:PORT")),
+        "where its daemon listens, for `--to NAME`",
+    ),
+    "may": Key("LIST", _may, "send guests here, receive guests from here, control: ask"),
+}
+"""What may be said of a peer, [peers.NAME] in a file."""

@@ -3,8 +3,8 @@
 
 Owns sockets until they are closed or, for data connections, given away to a native engine with
 `detach`. Knows the first bytes of a connection and how messages become bytes (protocol.py); knows
-nothing of migrations. This is the one place where TLS goes between the kind of a connection and its
-first message.
+nothing of migrations. TLS (tls.py) goes between the kind of a connection and its first message, or
+its first frame.
 """
 
 from __future__ import annotations
@@ -14,20 +14,29 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import trio
 
-from postcopyd import __version__
+from postcopyd import __version__, tls
 from postcopyd import protocol as p
+from postcopyd._native import lib
+from postcopyd.config import DEFAULT_PORT, Address, parse_address
 from postcopyd.errors import NoResources, PostcopydError, shortage
 from postcopyd.handover import Machine
 from postcopyd.protocol import Codec, RemoteProtocolError
+from postcopyd.settings import Settings
 
 M = TypeVar("M", bound=p.Message)
 
 CONNECT_S = 10.0
 """How long connecting and greeting may take: a host that is up answers within milliseconds."""
+
+FAREWELL_S = 1.0
+"""How long a peer may take to read why its connection was refused."""
+
+GOODBYE_S = 0.2
+"""How long the end of a connection may take to be said: close_notify, with TLS."""
 
 BUFFER = 256 << 10
 """Bytes taken from the control socket at a time: several pieces of device state."""
@@ -41,6 +50,110 @@ class ConnectionLost(PostcopydError):
 
 class PeerError(PostcopydError):
     """The peer said what went wrong on its side; `name` is the name it gave."""
+
+
+class NotTrusted(ConnectionLost):
+    """The peer ended TLS for a reason that time alone does not mend."""
+
+    name = "TlsFailed"
+
+
+def peer_of(to: str, settings: Settings) -> tuple[Address, str]:
+    """Where `to` (HOST[:PORT], or a name of [peers]) is dialled, and the name that its certificate
+    must have. Raises PostcopydError."""
+    said = parse_address(to)
+    for peer in settings.peers:
+        if tls.normal(peer.name) == tls.normal(said.host) and peer.address is not None:
+            port = said.port if said.port != DEFAULT_PORT else peer.address.port
+            return Address(peer.address.host, port), peer.name
+    return said, said.host
+
+
+async def dial_control(to: str, machine: Machine, settings: Settings) -> Channel:
+    """A control connection to a peer that has shown who it is, and is not greeted yet. Raises
+    PostcopydError."""
+    address, name = peer_of(to, settings)
+    kind = p.CONTROL if settings.tls is None else p.CONTROL_TLS
+    stream = await dial(address.host, address.port, kind)
+    peer = f"postcopyd at {to}"
+    if settings.tls is None:
+        return Channel(stream, machine, peer)
+    try:
+        secure = settings.tls.client(stream, name)
+        with trio.fail_after(CONNECT_S):
+            names = await tls.handshake(secure, peer)
+    except trio.TooSlowError:
+        await trio.aclose_forcefully(stream)
+        raise ConnectionLost(f"{peer} did not finish TLS within {CONNECT_S:.0f} s") from None
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return Channel(secure, machine, peer, names)
+
+
+class Wire(NamedTuple):
+    """A data connection for a native engine, which takes over both: a descriptor, and its TLS (a
+    struct pc_tls; None: without)."""
+
+    fd: int
+    tls: Any = None
+
+    def close(self) -> None:
+        if self.tls is not None:
+            lib.pc_tls_free(self.tls)
+        os.close(self.fd)
+
+
+async def dial_data(
+    to: str, settings: Settings, migration: str, token: bytes, *, urgent: bool
+) -> Wire:
+    """A data connection that its destination has taken. Raises PostcopydError."""
+    address, _ = peer_of(to, settings)
+    secure = settings.tls is not None
+    hello = p.DataHello(migration, b"" if secure else token, urgent)
+    stream = await dial(address.host, address.port, p.DATA_TLS if secure else p.DATA)
+    try:
+        await stream.send_all(p.pack(hello))
+        await receive_object(stream, p.DataWelcome)
+        if not secure:
+            return Wire(detach(stream))
+        return await detach_keyed(stream, token, hello, server=False)
+    except BaseException as error:  # and otherwise no await: a descriptor would be lost in it
+        await trio.aclose_forcefully(stream)
+        if isinstance(error, trio.BrokenResourceError | trio.TooSlowError):
+            raise ConnectionLost(f"{to} refused a data connection") from None
+        raise
+
+
+async def detach_keyed(
+    stream: trio.SocketStream, key: bytes, hello: p.DataHello, *, server: bool
+) -> Wire:
+    """As `detach`, once both sides have shown by TLS that they have the key. Raises PostcopydError;
+    OSError when no descriptors are left."""
+    fd = os.dup(stream.socket.fileno())  # from here on the engine's, whatever becomes of the stream
+    try:
+        with trio.fail_after(CONNECT_S):
+            made = await tls.keyed(fd, server=server, key=key, identity=hello.psk_identity)
+        stream.socket.close()
+        return Wire(fd, made)
+    except BaseException as error:
+        trio.lowlevel.notify_closing(fd)
+        os.close(fd)
+        if isinstance(error, trio.TooSlowError):
+            raise tls.TlsFailed(
+                f"TLS of a data connection: it was not finished within {CONNECT_S:.0f} s"
+            ) from None
+        raise
+
+
+async def hang_up(stream: trio.SocketStream) -> None:
+    """Ends a connection whose peer is to read what was said last: bytes of it that nobody reads
+    would have the kernel take that back."""
+    with trio.move_on_after(FAREWELL_S):
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await stream.send_eof()
+            while await stream.receive_some(BUFFER):
+                pass
 
 
 async def dial(host: str, port: int, kind: str) -> trio.SocketStream:
@@ -91,8 +204,10 @@ def _kind_bytes(kind: str) -> bytes:
 
 
 async def accepted_kind(stream: trio.SocketStream) -> str:
-    """What a connection that came in is for, CONTROL or DATA. Raises RemoteProtocolError."""
-    kinds = {_kind_bytes(kind): kind for kind in (p.CONTROL, p.DATA)}
+    """What a connection that came in is for, CONTROL or DATA, with TLS or not. Raises
+    RemoteProtocolError."""
+    known_kinds = (p.CONTROL, p.DATA, p.CONTROL_TLS, p.DATA_TLS)
+    kinds = {_kind_bytes(kind): kind for kind in known_kinds}
     longest = max(map(len, kinds))
     got = b""
     try:
@@ -139,13 +254,18 @@ class Channel:
 
     One task receives; any may send. `receive` raises ConnectionLost when the peer is gone or has
     been silent for DEAD_S, PeerError when it says Error, RemoteProtocolError when it breaks the
-    protocol. `alive` is the context in which keepalives are sent.
+    protocol. `alive` is the context in which keepalives are sent. `names` are those of the peer's
+    certificate.
     """
 
-    def __init__(self, stream: trio.abc.Stream, machine: Machine, peer: str) -> None:
+    def __init__(
+        self, stream: trio.abc.Stream, machine: Machine, peer: str, names: tls.Names = ()
+    ) -> None:
         self._stream = stream
         self.machine = machine
         self.peer = peer
+        self.names = names
+        self.features: frozenset[str] = frozenset()  # those of both sides
         self._codec = Codec()
         self._sending = trio.Lock()
         self._last_sent = trio.current_time()
@@ -212,6 +332,8 @@ class Channel:
             except trio.ClosedResourceError:
                 raise ConnectionLost(f"the connection to {self.peer} was closed here") from None
             except trio.BrokenResourceError as error:
+                if tls.refusal(error):
+                    raise NotTrusted(tls.explain(error, self.peer)) from None
                 raise ConnectionLost(
                     f"the connection to {self.peer} broke: {error.__cause__ or error}"
                 ) from None
@@ -233,6 +355,7 @@ class Channel:
         )
         hello = await self.expect(p.Hello, CONNECT_S)
         p.check_hello(hello)
+        self.features = p.FEATURES.intersection(hello.features)
         return hello
 
     async def tell_error(self, error: Exception) -> None:
@@ -264,7 +387,10 @@ class Channel:
                     return  # who receives sees it too
 
     async def aclose(self) -> None:
-        await trio.aclose_forcefully(self._stream)
+        """Says that it ends, where TLS has a word for that, and does not wait for anybody."""
+        with trio.move_on_after(GOODBYE_S) as scope:
+            scope.shield = True
+            await self._stream.aclose()
 
     async def __aenter__(self) -> Channel:
         return self

@@ -182,18 +182,26 @@ def service(daemon: Daemon) -> varlink.Service:
         for name in shipped.methods
     }
     streaming = [f"{INTERFACE}.Watch"]
+    asking = [f"{INTERFACE}.{name}" for name in ("Check", "List", "Status", "Watch")]
     return varlink.Service(
-        [shipped], handlers, product="postcopyd", version=__version__, streaming=streaming
+        [shipped],
+        handlers,
+        product="postcopyd",
+        version=__version__,
+        streaming=streaming,
+        asking=asking,
     )
 
 
-def listen(path: str, group: str = GROUP) -> socket.socket:
+def listen(
+    path: str, group: str = GROUP, *, what: str = "control socket", option: str = "--control"
+) -> socket.socket:
     """A socket that listens at `path`, mode 0660, for `group` where the host has one.
 
     Makes the folder, and takes the place of a socket that nobody answers on. Raises PostcopydError
     when somebody does, when something else is there, or when the folder cannot be written.
     """
-    what = f"cannot open the control socket {path}"
+    what = f"cannot open the {what} {path}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         folder = os.path.dirname(os.path.abspath(path))
@@ -212,7 +220,7 @@ def listen(path: str, group: str = GROUP) -> socket.socket:
     except OSError as error:
         listener.close()
         why = error.strerror or str(error)
-        raise PostcopydError(f"{what}: {why}; say another with --control") from error
+        raise PostcopydError(f"{what}: {why}; say another with {option}") from error
     return listener
 
 

@@ -26,6 +26,7 @@ from postcopyd.connection import (
     Nobody,
     PeerError,
     accepted_kind,
+    hang_up,
     open_nursery,
     receive_object,
     tune,
@@ -40,6 +41,7 @@ from postcopyd.protocol import LOST, RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.source.restart import let_go, look, roll_back
 from postcopyd.source.session import SourceSession
+from postcopyd.tls import TlsFailed, handshake, same_peer
 from postcopyd.vm import Vm
 from postcopyd.vmm.process import ProcessVmm
 from postcopyd.vmm.qemu import QemuVmm
@@ -51,9 +53,6 @@ ANSWER_S = 10.0
 
 LOOK_S = 5.0
 """How long until a host that did not answer is asked again."""
-
-MAX_PEERS = 256
-"""Connections from other daemons at a time; a migration has one and those for its pages."""
 
 log = structlog.get_logger()
 
@@ -68,7 +67,7 @@ class Daemon:
         self.vms: dict[str, Vm] = {}
         self._nursery = nursery
         self._arrivals: dict[str, DestinationSession] = {}
-        self._peers = trio.CapacityLimiter(MAX_PEERS)
+        self._peers = settings.limits.peers
 
     # --- VMs -----------------------------------------------------------------------------------
 
@@ -91,6 +90,7 @@ class Daemon:
                 f"if that is the wrong one, `postcopyd detach {name}` lets go of it first",
                 "AlreadyAttached",
             )
+        self.settings.limits.one_more_vm(name, [*self.vms])
         connected = await DRIVERS[driver].connect(name, socket)
         vm = known or Vm(name, self.settings.store, None)
         if vm.driver is not None or self.vms.get(name, vm) is not vm:
@@ -102,6 +102,7 @@ class Daemon:
             )
         vm.driver = connected
         try:
+            self.settings.limits.one_more_vm(name, [*self.vms])  # others may have been faster
             vm.record("held")
         except PostcopydError:
             vm.driver = None
@@ -121,7 +122,7 @@ class Daemon:
             if vm.driver is driver:
                 vm.driver = None
                 await driver.aclose()
-                log.warning("VMM ended", vm=vm.name)
+                vm.log.warning("VMM ended")
                 waiting, vm.waiting = vm.waiting, None
                 if waiting is not None:
                     await waiting.close()
@@ -135,6 +136,11 @@ class Daemon:
                         f"and what its guest did here is lost; `postcopyd resolve {vm.name} "
                         f"--kill` here, then decide at {vm.status['peer']}"
                     )
+
+    @property
+    def peers(self) -> int:
+        """Connections from other daemons."""
+        return self._peers.borrowed_tokens
 
     async def detach(self, name: str) -> None:
         vm = self._vm(name)
@@ -183,7 +189,7 @@ class Daemon:
         for name, record in records.items():
             vm = self.vms[name] = Vm(name, store, None)
             vm.epoch, vm.ownership, vm.about = record["epoch"], record["ownership"], record["about"]
-            vm.show(**record["status"])
+            vm.known(record["status"])
             claimed = vm.claim(self)
             claimed.__enter__()
             self._nursery.start_soon(self._restore, vm, record, claimed)
@@ -205,11 +211,13 @@ class Daemon:
 
     async def _look(self, vm: Vm, intent: dict[str, Any], sentence: str) -> None:
         """Shows what the other host says of a guest that may have gone there; decides nothing."""
+        why = ""
         while self.vms.get(vm.name) is vm and vm.status["phase"] == "paused":
             try:
-                said = await look(vm.name, intent)
+                said = await look(vm.name, intent, self.settings)
             except PostcopydError as error:
-                log.warning("destination not asked", vm=vm.name, error=str(error))
+                if why != (why := str(error)):
+                    vm.log.warning("destination not asked", error=why)
                 await trio.sleep(LOOK_S)
             else:
                 vm.show(message=f"{sentence}; {intent['peer']} says: {said}")
@@ -255,7 +263,7 @@ class Daemon:
                     message=f"going on with {name} after a restart of the daemon "
                     f"(here: {owner}, with {vm.status['peer'] or 'nobody'}): {error}",
                 )
-                log.error("VM not restored", vm=name, ownership=owner, error=str(error))
+                vm.log.error("VM not restored", ownership=owner, error=str(error))
                 if isinstance(error, NoResources):
                     self._nursery.start_soon(self._restore_later, vm, record)
 
@@ -404,7 +412,7 @@ class Daemon:
                     f"{name}` there",
                 )
                 vm.record("declined")
-            log.warning("VMM ended by an operator", vm=name)
+            vm.log.warning("ownership changed by a person", decision=decision)
 
     def _certainly_ended(self, vm: Vm) -> bool:
         """Whether the VMM that the record names is no process any more."""
@@ -438,23 +446,58 @@ class Daemon:
         try:
             self._peers.acquire_on_behalf_of_nowait(stream)
         except trio.WouldBlock:
-            log.warning("connection refused, too many at a time", limit=MAX_PEERS)
+            limit = self._peers.total_tokens
+            log.warning("connection refused", error="too many at a time", limit=limit)
             await trio.aclose_forcefully(stream)
             return
         try:
             tune(stream.socket)
             address = stream.socket.getpeername()
-            if await accepted_kind(stream) == p.DATA:
+            # A socket for both families has IPv4's addresses within IPv6's.
+            peer = str(address[0]).removeprefix("::ffff:")
+            kind = await accepted_kind(stream)
+            if kind.endswith(" tls") != (self.settings.tls is not None):
+                await self._refuse(stream, kind, peer)
+            elif kind in (p.DATA, p.DATA_TLS):
                 await self._take_data(stream)
             else:
-                await self._take_control(stream, str(address[0]))
+                await self._take_control(await self._trusted(stream, peer))
         except (PostcopydError, trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
-            log.warning("connection ended", error=str(error) or type(error).__name__)
+            log.warning("connection refused", error=str(error) or type(error).__name__)
         except Exception:  # one peer's bug is not the others' end
             log.exception("bug in serving a peer")
         finally:
             self._peers.release_on_behalf_of(stream)
             await trio.aclose_forcefully(stream)
+
+    async def _refuse(self, stream: trio.SocketStream, kind: str, peer: str) -> None:
+        """One side has TLS and the other has not. Raises PostcopydError, once the peer was told."""
+        which, other = ("with", "without") if self.settings.tls else ("without", "with")
+        sentence = (
+            f"the daemon at the destination was started {which} TLS, and the one at the source "
+            f"{other}: start both with TLS, or both with `--tls off`"
+        )
+        if kind in (p.CONTROL, p.CONTROL_TLS):
+            await stream.send_all(p.pack(p.Error(name="TlsFailed", message=sentence)))
+            await hang_up(stream)
+        raise TlsFailed(f"a connection from {peer} was refused: {sentence}")
+
+    async def _trusted(self, stream: trio.SocketStream, peer: str) -> Channel:
+        """A control connection whose source has shown who it is, where this daemon asks for it.
+        Raises PostcopydError."""
+        machine = Machine(Destination.GREETING)
+        if self.settings.tls is None:
+            return Channel(stream, machine, peer)
+        secure = self.settings.tls.server(stream)
+        try:
+            with trio.fail_after(CONNECT_S):
+                names = await handshake(secure, peer)
+        except TlsFailed:
+            await hang_up(stream)  # with what TLS says of it
+            raise
+        except trio.TooSlowError:
+            raise TlsFailed(f"{peer} did not finish TLS within {CONNECT_S:.0f} s") from None
+        return Channel(secure, machine, peer, names)
 
     async def _take_data(self, stream: trio.SocketStream) -> None:
         hello: p.DataHello = await receive_object(stream, p.DataHello)
@@ -465,8 +508,8 @@ class Daemon:
             )
         await session.take_data(stream, hello)
 
-    async def _take_control(self, stream: trio.SocketStream, address: str) -> None:
-        channel = Channel(stream, Machine(Destination.GREETING), address)
+    async def _take_control(self, channel: Channel) -> None:
+        address, tls = channel.peer, self.settings.tls
         try:
             hello = await channel.greet()
             channel.peer = f"{hello.host or address} ({address})"
@@ -476,6 +519,10 @@ class Daemon:
                 return
             if not isinstance(offer, p.Offer):
                 raise PeerError(f"{channel.peer} took its offer back", "Cancelled")
+            if tls is not None and offer.check:
+                tls.allow(channel.names, "control", "send")
+            elif tls is not None:
+                tls.allow(channel.names, "send")
             if not offer.check:
                 async with channel.alive(), open_nursery() as nursery:
                     nursery.start_soon(self._hear_end, channel)
@@ -506,15 +553,26 @@ class Daemon:
                 await session.run()
             self._after_arrival(vm, session)
         except PostcopydError as error:
-            log.warning("offer refused", peer=channel.peer, error=str(error))
+            log.warning("connection refused", peer=channel.peer, error=str(error))
             await channel.tell_error(error)
+        finally:
+            await channel.aclose()
 
     async def _resume(self, channel: Channel, asked: p.Resume) -> None:
         """A source asks what became of its guest: it is told, or goes on with the rest."""
+        tls, known = self.settings.tls, self.vms.get(asked.vm)
+        about = known.about if known else {}
+        identity = about.get("identity", ()) if about.get("migration") == asked.migration else ()
+        if tls is not None and asked.look:
+            tls.allow(channel.names, "control", "send")
+        elif tls is not None and not identity:
+            # Who has begun a move may end it, whatever [peers] has become: a guest waits for that.
+            tls.allow(channel.names, "send")
+        same_peer(identity, channel.names, asked.vm)
         vm = self._vm_here(asked.vm)
         if asked.look:
-            known = vm.about.get("migration") == asked.migration
-            said = vm.status["message"] if known else f"it knows {vm.name}, and not of this move"
+            same = about.get("migration") == asked.migration
+            said = vm.status["message"] if same else f"it knows {vm.name}, and not of this move"
             await channel.send(p.Checked([p.sentence(said)]))
             return
         self._same_move(vm, asked)  # or nobody is disturbed for it
@@ -567,6 +625,7 @@ class Daemon:
                 yield
             finally:
                 del self._arrivals[migration]
+                self.settings.limits.arrivals.leave(session)
         tidy()
 
     def _after_arrival(self, vm: Vm, session: DestinationSession) -> None:

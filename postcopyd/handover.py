@@ -131,6 +131,7 @@ SOURCE: Mapping[Source, Mapping[Event, Source]] = {
     },
     Source.ASKED: {
         Received(p.Checked): Source.CHECKED,
+        Received(p.Queued): Source.ASKED,
         Received(p.Ready): Source.CONNECTING,
         **_SOURCE_GIVES_UP,
     },
@@ -236,6 +237,7 @@ DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
     },
     Destination.OFFERED: {
         Sent(p.Checked): Destination.CHECKED,
+        Sent(p.Queued): Destination.OFFERED,
         Sent(p.Ready): Destination.CONNECTING,
         **_DESTINATION_LETS_GO,
     },

@@ -100,7 +100,7 @@ async def _attempt(vm: Vm, driver: Vmm, ram: Ram) -> bool:
     huge already costs next to nothing."""
     areas = await trio.to_thread.run_sync(find, ram)
     if not areas:
-        log.info("no huge pages wanted", vm=vm.name)
+        log.debug("no huge pages wanted", vm=vm.name)
         return True
     with Work(ram.pid, areas) as work:
         pause: float | None = 0.0

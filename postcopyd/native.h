@@ -118,6 +118,9 @@ int pc_dest_unregister(struct pc_dest *d, int called_off);
 void pc_dest_stop(struct pc_dest *d);
 void pc_dest_free(struct pc_dest *d);
 struct pc_stats *pc_dest_stats(struct pc_dest *d);
+/* For how long the fault thread that has turned longest ago stands still. They turn every second
+ * when there is nothing to do. Any time, by anybody. */
+uint64_t pc_dest_still_ns(struct pc_dest *d);
 
 /* Source. pc_source_scan finds data and may be called while the guest runs; pc_source_serve and
  * pc_source_push only once it is stopped for good or until pc_source_disconnect. */
@@ -155,6 +158,9 @@ void pc_source_untrack(struct pc_source *s);
 int64_t pc_track_cost_ns(void);
 int pc_source_serve(struct pc_source *s);
 int pc_source_push(struct pc_source *s, uint64_t bytes_per_second); /* 0: no limit */
+/* Another rate for a pass or a push, at any time; a thread that waits by the old one sees it within
+ * 0.1 s. */
+void pc_source_limit(struct pc_source *s, uint64_t bytes_per_second);
 void pc_source_disconnect(struct pc_source *s);
 void pc_source_free(struct pc_source *s);
 struct pc_stats *pc_source_stats(struct pc_source *s);

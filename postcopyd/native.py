@@ -11,9 +11,11 @@ import os
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any
+from weakref import WeakSet
 
 import trio
 
+from postcopyd import counts
 from postcopyd._native import ffi, lib
 from postcopyd.errors import PostcopydError
 from postcopyd.protocol import Faults
@@ -43,9 +45,20 @@ class EngineError(PostcopydError):
         self.failure = failure
 
 
+ALIVE: WeakSet[Engine] = WeakSet()
+"""All engines of this process that are not closed."""
+
+
+def longest_still_s() -> float:
+    """For how many seconds the thread that stands still for longest does, of those that always
+    have to turn; 0.0 when there are none."""
+    return max((engine.still_s() for engine in ALIVE), default=0.0)
+
+
 class Engine:
     """One native engine. Its functions are called by one task of its session, one at a time."""
 
+    role: str
     _free: Any
 
     def __init__(self, make: Any, stats: Any) -> None:
@@ -59,11 +72,21 @@ class Engine:
             os.close(self.wake)
             raise
         self.stats = stats(self.handle)
+        ALIVE.add(self)
+        self._failed = False
+        counts.engines[self.role].began(self.stats)
+
+    def still_s(self) -> float:
+        """For how long a thread of it stands still that should not. The threads of connections
+        wait for the peer, and nobody can tell that from being stuck."""
+        return 0.0
 
     async def aclose(self) -> None:
         """Stops and joins all threads, closes all connections; milliseconds, and not cancelled."""
         if self.handle is not None:
             handle, self.handle = self.handle, None
+            ALIVE.discard(self)
+            counts.engines[self.role].ended(self.stats)
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._free, handle)
             trio.lowlevel.notify_closing(self.wake)
@@ -93,6 +116,9 @@ class Engine:
     def check(self) -> None:
         """Raises EngineError when the engine has failed."""
         failure = self.stats.failure
+        news, self._failed = failure > 0 and not self._failed, failure > 0
+        if news:
+            counts.failures[self.role, Failure(failure).name.lower()] += 1
         if failure > 0:
             raise EngineError(Failure(failure), ffi.string(self.stats.sentence).decode())
 

@@ -2,8 +2,8 @@
 """The wire: every message between two daemons, its limits and its codec. No I/O, no roles.
 
 All connections of a migration are opened by the source to the destination's one TCP port. Each
-begins with one clear msgpack string that names its kind (`CONTROL` or `DATA`), so that one port
-serves both and TLS can begin behind it. Then:
+begins with one clear msgpack string that names its kind (`CONTROL`, `DATA`, or the same with TLS),
+so that one port serves all and each side can say in a sentence that the other has no TLS. Then:
 
   control   a stream of msgpack maps, each a message below with its name under "type", both ways
   data      one `DataHello` from the source, answered by `DataWelcome`; then page frames only
@@ -29,11 +29,18 @@ from postcopyd.errors import PostcopydError
 VERSION = 1
 """Protocol version. A peer of another version is refused with a sentence."""
 
-FEATURES: frozenset[str] = frozenset()
+QUEUE = "queue"
+"""A source that understands Queued."""
+
+FEATURES: frozenset[str] = frozenset({QUEUE})
 """What this daemon offers beyond the version; only what both sides name is used."""
 
 CONTROL = "postcopyd control"
 DATA = "postcopyd data"
+CONTROL_TLS = "postcopyd control tls"
+"""TLS with both certificates begins behind it, and the messages within that."""
+DATA_TLS = "postcopyd data tls"
+"""`DataHello` and `DataWelcome` follow in the clear; then TLS with a pre-shared key, and frames."""
 
 MAX_MESSAGE = 1 << 20
 """Bytes of one message: an offer with 256 regions and its facts has some 64 KiB."""
@@ -134,6 +141,14 @@ class Checked(Message, frozen=True, tag="checked"):
     """Answer to an offer with `check`: why the migration would be refused; empty: it would go."""
 
     problems: Annotated[list[Sentence], Meta(max_length=256)]
+
+
+class Queued(Message, frozen=True, tag="queued"):
+    """The offer fits, and waits for its turn: the destination takes so many guests at a time. Said
+    again whenever `ahead`, how many others are taken before it, has changed; `Ready` follows. Only
+    to a source with the feature "queue"."""
+
+    ahead: Count
 
 
 class Ready(Message, frozen=True, tag="ready"):
@@ -301,18 +316,24 @@ class Keepalive(Message, frozen=True, tag="keepalive"):
 
 
 AnyMessage = (
-    Hello | Offer | Checked | Ready | Serving | Pass | Passed | Handover | Device | Stale
+    Hello | Offer | Checked | Queued | Ready | Serving | Pass | Passed | Handover | Device | Stale
     | DeviceEnd | Loaded | Grant | Ran | Declined | Progress | Drained | Acknowledged | Resume
     | Have | Cancel | Error | Keepalive
 )  # fmt: skip
 
 
 class DataHello(Struct, frozen=True, rename="camel"):
-    """What a data connection begins with, behind its kind."""
+    """What a data connection begins with, behind its kind. With TLS `token` is empty: it is the
+    pre-shared key, and never on this connection."""
 
     migration: Name
-    token: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    token: Annotated[bytes, Meta(max_length=32)]
     urgent: bool
+
+    @property
+    def psk_identity(self) -> str:
+        """By which TLS names the key, and holds both sides to what is said here in the clear."""
+        return f"{self.migration} {'urgent' if self.urgent else 'push'}"
 
 
 class DataWelcome(Struct, frozen=True, rename="camel"):

@@ -2,34 +2,51 @@
 """`postcopyd serve`: the daemon as a process of its host.
 
 Owns what is there once for a process: its two doors (the control socket and the migration port),
-signals, limits, and where its log goes.
+signals, limits, and what the service manager hears. Where its log goes is journal.py's.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
+import math
 import resource
 import signal
-import sys
+import socket
 import time
+from collections.abc import Sequence
+from ipaddress import ip_address
+from typing import Any
 
 import structlog
 import trio
 
 from postcopyd import control
-from postcopyd.config import ServeOptions
+from postcopyd.config import Address, ServeOptions
 from postcopyd.daemon import Daemon
-from postcopyd.errors import PostcopydError, shortage
+from postcopyd.errors import PostcopydError
+from postcopyd.journal import configure_logging
+from postcopyd.limits import Limits
+from postcopyd.native import longest_still_s
+from postcopyd.progress import size
+from postcopyd.sd import Manager
 from postcopyd.settings import Settings
 from postcopyd.store import Store
+from postcopyd.tls import Tls
 
 FEW_DESCRIPTORS = 1024
-"""A migration takes some 20 for each guest; MAX_PEERS and the clients of the control socket may
+"""A migration takes some 20 for each guest; `max_peers` and the clients of the control socket may
 take more than 300 together."""
 
-SHORTAGE_S = 10.0
-"""How often it is said that connections have to wait."""
+TELL_S = 1.0
+"""How often the service manager's picture of this daemon is brought up to date."""
+
+STOP_S = 300.0
+"""For how long the service manager is asked to wait for the end of a daemon that is ending: guests
+before the grant go back first, each within source.session.ROLLBACK_S, several VMMs' disks at once.
+After that it may kill."""
+
+SHOWN_VMS = 4
+"""VMs that are named in the line which `systemctl status` shows."""
 
 log = structlog.get_logger()
 
@@ -37,11 +54,16 @@ log = structlog.get_logger()
 async def serve(options: ServeOptions) -> None:
     """Runs the daemon until SIGTERM or SIGINT. Raises PostcopydError when it cannot start."""
     configure_logging()
-    if options.tls != "off":
-        raise PostcopydError(
-            "this version has no TLS yet: say `--tls off` where the network between the hosts is "
-            "trusted"
-        )
+    manager = Manager()
+    try:
+        await _serve(options, manager)
+    except PostcopydError as error:
+        manager.tell(f"STATUS={error}")
+        raise
+
+
+async def _serve(options: ServeOptions, manager: Manager) -> None:
+    tls = None if options.tls == "off" else Tls.load(options.tls_dir, options.peers)
     # What has been imported is never garbage: no collection looks at it within a blackout.
     gc.collect()
     gc.freeze()
@@ -51,18 +73,90 @@ async def serve(options: ServeOptions) -> None:
         options.hooks_dir,
         options.bandwidth or 0,
         options.connections,
+        tls,
+        options.peers,
+        limits=Limits(options),
     )
-    control_listener = control.listen(options.control)
-    listeners = await _listen(options)
-    async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
-        daemon = Daemon(settings, migrations)
-        await daemon.restore()
-        await nursery.start(_signals, nursery, migrations)
-        await nursery.start(control.serve, daemon, control_listener)
-        await nursery.start(trio.serve_listeners, daemon.serve_peer, listeners)
-        at = [listener.socket.getsockname()[:2] for listener in listeners]
-        log.info("serving", control=options.control, listen=[f"{h}:{port}" for h, port in at])
-        await trio.sleep_forever()
+    control_listener, listeners = await _doors(options, manager.sockets)
+    if tls is None:
+        warn_of_plaintext(listeners, options)
+    async with trio.open_nursery() as process:
+        async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
+            daemon = Daemon(settings, migrations)
+            if options.metrics:
+                from postcopyd.metrics import Metrics  # takes a third of the time to start
+
+                await nursery.start(Metrics(daemon).serve, options.metrics)
+            await daemon.restore()
+            ending = trio.Event()
+            await nursery.start(_signals, manager, settings, ending, nursery, migrations)
+            control_at = control_listener.getsockname()
+            await nursery.start(control.serve, daemon, control_listener)
+            await nursery.start(trio.serve_listeners, daemon.serve_peer, listeners)
+            at = [str(Address(*listener.socket.getsockname()[:2])) for listener in listeners]
+            log.info("serving", control=control_at, listen=at)
+            manager.tell("READY=1", f"STATUS={summary(daemon.list())}")
+            process.start_soon(_tell, manager, daemon, ending)
+            await trio.sleep_forever()
+        process.cancel_scope.cancel()
+
+
+async def _tell(manager: Manager, daemon: Daemon, ending: trio.Event) -> None:
+    """Keeps the service manager's picture of the daemon up to date, and its watchdog fed.
+
+    That this runs says that trio's loop turns; the fault threads are asked. What it cannot see: a
+    thread of a connection that is stuck looks like one that waits for its peer, and a migration
+    that makes no progress like one whose network is slow.
+    """
+    shown = ""
+    fed = -math.inf
+    until = math.inf
+    while True:
+        now = trio.current_time()
+        if ending.is_set():
+            until = min(until, now + STOP_S)
+            text = f"ending; {summary(daemon.list())}"
+            if now < until:
+                manager.tell(f"EXTEND_TIMEOUT_USEC={int(10e6 * TELL_S)}")
+        else:
+            text = summary(daemon.list())
+        if text != shown:
+            manager.tell(f"STATUS={text}")
+            shown = text
+        patience = manager.watchdog_s
+        if patience and now - fed >= patience / 4 and longest_still_s() < patience / 2:
+            manager.tell("WATCHDOG=1")
+            fed = now
+        await trio.sleep(min(TELL_S, (patience or 4 * TELL_S) / 4))
+
+
+def summary(vms: Sequence[dict[str, Any]]) -> str:
+    """One line of what goes on, for status objects: `2 VMs; web1 leaving to host2: postcopy,
+    312.0 MiB remaining`."""
+    moving = [vm for vm in vms if vm["phase"] in ("precopy", "handover", "postcopy", "paused")]
+    moving.sort(key=lambda vm: vm["phase"] != "paused")  # a person may have to look at these
+    parts = [f"{len(vms)} VM{'' if len(vms) == 1 else 's'}"]
+    for vm in moving[:SHOWN_VMS]:
+        way = "leaving to" if vm["role"] == "source" else "arriving from"
+        left = f", {size(vm['remaining'])} remaining" if vm.get("remaining") else ""
+        parts.append(f"{vm['vm']} {way} {vm['peer']}: {vm['phase']}{left}")
+    if len(moving) > SHOWN_VMS:
+        parts.append(f"and {len(moving) - SHOWN_VMS} more")
+    return "; ".join(parts)
+
+
+def warn_of_plaintext(listeners: list[trio.SocketListener], options: ServeOptions) -> None:
+    """What `--tls off` means is said where others than this host can connect."""
+    hosts = [listener.socket.getsockname()[0] for listener in listeners]
+    beyond = [host for host in hosts if not ip_address(host.partition("%")[0]).is_loopback]
+    if beyond:
+        log.warning(
+            "no TLS: guests cross the network in the clear, and whoever reaches this port can send "
+            "and take them",
+            listen=beyond,
+        )
+    if options.peers:
+        log.warning("no TLS: what [peers] may do is not held to, nobody shows who it is")
 
 
 def raise_limit() -> None:
@@ -73,20 +167,31 @@ def raise_limit() -> None:
         log.warning("few descriptors: migrations may have to wait for some", limit=hard)
 
 
-class Shortage(logging.Handler):
-    """What trio says of a listener that can take no connection, ten times a second with a
-    traceback: a sentence each ten seconds instead."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._next = 0.0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + SHORTAGE_S
-            error = record.exc_info[1] if record.exc_info else None
-            why = shortage(error) if isinstance(error, OSError) else None
-            log.error("no connection taken, those that come wait", error=str(why or error))
+async def _doors(
+    options: ServeOptions, given: Sequence[socket.socket]
+) -> tuple[socket.socket, list[trio.SocketListener]]:
+    """The control socket and the listeners for other daemons: those that the service manager has
+    opened, told apart by family, and by the options what it has not."""
+    doors = [one for one in given if one.family == socket.AF_UNIX]
+    ports = [one for one in given if one.family in (socket.AF_INET, socket.AF_INET6)]
+    if len(doors) > 1 or len(doors) + len(ports) < len(given):
+        raise PostcopydError(
+            f"the service manager gives {len(given)} sockets, and this takes one of the family "
+            f"unix, for control, and some of TCP, for other daemons: mend postcopyd.socket"
+        )
+    if ports and options.listen != ServeOptions().listen:
+        log.warning(
+            "the sockets are the service manager's: `listen` is not used, change ListenStream= in "
+            "postcopyd.socket",
+            listen=str(options.listen),
+        )
+    for port in ports:
+        port.setblocking(False)
+    return (
+        doors[0] if doors else control.listen(options.control),
+        [trio.SocketListener(trio.socket.from_stdlib_socket(port)) for port in ports]
+        or await _listen(options),
+    )
 
 
 async def _listen(options: ServeOptions) -> list[trio.SocketListener]:
@@ -102,30 +207,37 @@ async def _listen(options: ServeOptions) -> list[trio.SocketListener]:
 
 
 async def _signals(
-    *nurseries: trio.Nursery, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    manager: Manager,
+    settings: Settings,
+    ending: trio.Event,
+    *nurseries: trio.Nursery,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """SIGTERM and SIGINT end the daemon: guests before the grant go back, others wait."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    """SIGTERM and SIGINT end the daemon: guests before the grant go back, others wait. SIGHUP has
+    it read its certificates again."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         async for number in signals:
+            if number == signal.SIGHUP:
+                _reload(manager, settings)
+                continue
             log.info("ending", signal=signal.Signals(number).name)
+            manager.tell("STOPPING=1")
+            ending.set()
             for nursery in nurseries:
                 nursery.cancel_scope.cancel()
             return
 
 
-def configure_logging() -> None:
-    """To stderr: readable on a terminal, one key=value line otherwise."""
-    listeners = logging.getLogger("trio.serve_listeners")
-    listeners.handlers, listeners.propagate = [Shortage()], False
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer()
-            if sys.stderr.isatty()
-            else structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+def _reload(manager: Manager, settings: Settings) -> None:
+    """What cannot be used leaves things as they are: guests are on their way."""
+    # CLOCK_MONOTONIC, as sd_notify(3) wants it of those who reload.
+    manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        if settings.tls is not None:
+            settings.tls.reload()
+        log.info("reloaded")
+    except PostcopydError as error:
+        log.error("not reloaded, going on with the certificates as they were", error=str(error))
+    finally:
+        manager.tell("READY=1")

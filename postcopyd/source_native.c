@@ -56,6 +56,8 @@ enum { RUN_BYTES = 64 << 10, RUN_PAGES = RUN_BYTES / 4096 };
 enum { URGENT_PAGES = 16 };
 /* How far a push that was held up may catch up above its bandwidth. */
 enum { BURST_NS = 10000000 };
+/* How long a push that is held up waits before it looks again: the rate may be another one. */
+enum { HOLD_NS = 100000000 };
 enum { NO_HINT = -1 };
 /* Extents of a file that are less apart than this are looked at together: arming the holes between
  * them takes no more page tables than the extents do. Not of anonymous memory, where an armed hole
@@ -83,7 +85,8 @@ struct pc_source {
   bool pass; /* else the push; changed when no push thread is at work */
   enum order { ANY, HOT, COLD } order;
   uint64_t cursor;
-  uint64_t rate, paid_until_ns;
+  _Atomic uint64_t rate; /* bytes per second; 0: no limit; changed under `choosing` */
+  uint64_t paid_until_ns;
 };
 
 /* --- reading guest RAM ------------------------------------------------------------------------ */
@@ -638,8 +641,7 @@ static bool may_push(struct pc_source *s) {
     pthread_mutex_unlock(&s->choosing);
     if (until <= now)
       break;
-    struct timespec wait = {(time_t)((until - now) / 1000000000u),
-                            (long)((until - now) % 1000000000u)};
+    struct timespec wait = {0, (long)(until - now < HOLD_NS ? until - now : HOLD_NS)};
     struct pollfd stop = {.fd = s->stop, .events = POLLIN};
     ppoll(&stop, 1, &wait, NULL);
   }
@@ -650,10 +652,22 @@ static void pay(struct pc_source *s, uint64_t bytes) {
   if (!s->rate)
     return;
   pthread_mutex_lock(&s->choosing);
-  uint64_t now = pc_monotonic_ns();
+  uint64_t now = pc_monotonic_ns(), rate = s->rate;
   if (s->paid_until_ns + BURST_NS < now)
     s->paid_until_ns = now - BURST_NS;
-  s->paid_until_ns += (uint64_t)((double)bytes * 1e9 / (double)s->rate);
+  if (rate)
+    s->paid_until_ns += (uint64_t)((double)bytes * 1e9 / (double)rate);
+  pthread_mutex_unlock(&s->choosing);
+}
+
+/* What is not paid for yet is paid at the new rate. */
+void pc_source_limit(struct pc_source *s, uint64_t bytes_per_second) {
+  pthread_mutex_lock(&s->choosing);
+  uint64_t now = pc_monotonic_ns(), rate = s->rate;
+  double owed = s->paid_until_ns > now && rate ? (double)(s->paid_until_ns - now) * (double)rate : 0;
+  if (s->paid_until_ns > now)
+    s->paid_until_ns = now + (bytes_per_second ? (uint64_t)(owed / (double)bytes_per_second) : 0);
+  s->rate = bytes_per_second;
   pthread_mutex_unlock(&s->choosing);
 }
 
@@ -870,7 +884,8 @@ int pc_source_copy(struct pc_source *s, uint64_t bytes_per_second) {
   int failed = join_pushes(s);
   if (failed)
     return failed;
-  s->pass = true, s->order = s->hot ? COLD : ANY, s->cursor = 0, s->rate = bytes_per_second;
+  s->pass = true, s->order = s->hot ? COLD : ANY, s->cursor = 0;
+  pc_source_limit(s, bytes_per_second);
   return start(s, false, "pc-push", push_run);
 }
 
@@ -878,7 +893,8 @@ int pc_source_push(struct pc_source *s, uint64_t bytes_per_second) {
   int failed = s->pass ? join_pushes(s) : 0;
   if (failed)
     return failed;
-  s->pass = false, s->rate = bytes_per_second;
+  s->pass = false;
+  pc_source_limit(s, bytes_per_second);
   if (s->hot)
     s->order = HOT;
   return start(s, false, "pc-push", push_run);

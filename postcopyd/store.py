@@ -80,7 +80,8 @@ class Store:
     def save_intent(self, name: str, intent: Record) -> None:
         """Returns once it is on disk that the guest may leave: before its VMM is stopped.
 
-        `intent` has `migration`, `peer` (HOST:PORT, whom to ask), `epoch`, `driver` and `socket`;
+        `intent` has `migration`, `peer` (HOST:PORT, whom to ask), `epoch`, `driver` and `socket`,
+        and `identity` (the names of its certificate; an older version wrote none);
         added are `vm`, `boot` (see `boot_id`) and `time` (for people). Takes as long as the disk
         takes to sync, so call it in a thread. Raises StateNotWritten.
         """

@@ -101,6 +101,8 @@ enum { URGENT_AHEAD = 16 * (4096 + FRAME_BYTES) };
 enum { ASKED_SLOTS = 4096 };
 /* How long it takes until placing is tried again when the destination has no memory. */
 enum { NO_MEMORY_WAIT_MS = 10 };
+/* A fault thread with nothing to do goes round as often as this, to show that it can. */
+enum { TURN_MS = 1000 };
 /* What place() takes for the address of data: memory errors are to be placed; what the file has. */
 static const uint8_t POISON[1], FILED[1];
 /* Bytes that settle_run places at a time; a fault on one of them waits for all. CONTINUE takes
@@ -118,6 +120,7 @@ struct fault_thread {
   int uffd;
   bool running;
   pthread_t thread;
+  _Atomic uint64_t turned_ns; /* when it last went round; never, once it has ended */
 };
 
 struct pc_dest {
@@ -776,7 +779,7 @@ static void *faults_run(void *argument) {
                               {.fd = d->notice, .events = POLLIN},
                               {.fd = unsent ? d->urgent.fd : -1, .events = POLLOUT}};
     pthread_mutex_unlock(&d->asking);
-    poll(ready, 3, laters ? NO_MEMORY_WAIT_MS : -1);
+    poll(ready, 3, laters ? NO_MEMORY_WAIT_MS : TURN_MS);
     eventfd_t noticed;
     if (ready[1].revents)
       eventfd_read(d->notice, &noticed);
@@ -788,6 +791,7 @@ static void *faults_run(void *argument) {
     }
     uint64_t now = pc_monotonic_ns();
     count_set(d->stats.beat_ns, now);
+    atomic_store_explicit(&taker->turned_ns, now, memory_order_relaxed);
     if (now >= later_ns)
       while (laters)
         laters--, wake_page(later[laters].region, later[laters].page);
@@ -820,6 +824,7 @@ static void *faults_run(void *argument) {
     ask_flush(d);
     pthread_mutex_unlock(&d->asking);
   }
+  atomic_store(&taker->turned_ns, UINT64_MAX);
   eventfd_write(d->notice, 1); /* for the next fault thread */
   return NULL;
 }
@@ -828,6 +833,16 @@ static void *faults_run(void *argument) {
 
 struct pc_stats *pc_dest_stats(struct pc_dest *d) {
   return &d->stats;
+}
+
+uint64_t pc_dest_still_ns(struct pc_dest *d) {
+  uint64_t now = pc_monotonic_ns(), longest = 0;
+  for (unsigned i = 0; i < d->taker_count; i++) {
+    uint64_t turned = atomic_load(&d->takers[i].turned_ns);
+    if (d->takers[i].running && turned < now && now - turned > longest)
+      longest = now - turned;
+  }
+  return longest;
 }
 
 /* What of a page's state outlives the engine that wrote it. */
@@ -965,6 +980,7 @@ int pc_dest_register(struct pc_dest *d, int again) {
     d->registered = i + 1;
   }
   for (unsigned i = 0; i < d->taker_count; i++) {
+    atomic_store(&d->takers[i].turned_ns, pc_monotonic_ns());
     int failed = engine_thread(&d->takers[i].thread, "pc-faults", faults_run, &d->takers[i]);
     if (failed) {
       engine_fail(&d->stats, d->wake, PC_MEMORY, "starting a fault thread: %s",

@@ -151,7 +151,8 @@ class Service:
 
     Methods in `streaming` send with `Call.send` and want `more`; they are cancelled when the
     client goes away, all others run to their end. Methods in `with_fds` may be given file
-    descriptors. A declared method without a handler is answered with MethodNotImplemented.
+    descriptors. Those in `asking` change nothing, and are not worth an entry in an operator's log.
+    A declared method without a handler is answered with MethodNotImplemented.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class Service:
         url: str = "",
         streaming: Iterable[str] = (),
         with_fds: Iterable[str] = (),
+        asking: Iterable[str] = (),
     ) -> None:
         own = parse_interface(_SERVICE_INTERFACE)
         self.interfaces = {interface.name: interface for interface in (own, *interfaces)}
@@ -174,6 +176,7 @@ class Service:
         }
         self.streaming = frozenset(streaming)
         self.with_fds = frozenset(with_fds)
+        self.asking = frozenset(asking)
         self._info = {"vendor": product, "product": product, "version": version, "url": url}
 
     async def _get_info(self, call: Call) -> dict[str, Any]:
@@ -340,9 +343,8 @@ class Connection:
         finally:
             # Before the reply: a client that does not read it must not hold them open here.
             _close_all(fds)
-        log.info(
-            "control call", method=method, error=failed, pid=self._peer.pid, uid=self._peer.uid
-        )
+        say = log.debug if method in self._service.asking else log.info
+        say("control call", method=method, error=failed, pid=self._peer.pid, uid=self._peer.uid)
         if not message.get("oneway"):
             await self._transmit(data)
 

@@ -156,7 +156,8 @@ def migrate(args: argparse.Namespace) -> int:
     if args.json:
         progress.emit(result)
     elif result["event"] == "completed":
-        print(progress.summary(result, result.get("peer") or str(args.to)), flush=True)
+        peer = result.get("peer") or str(args.to)
+        print(progress.summary(result, peer, progress.screen()), flush=True)
     if result["event"] == "completed":
         return DONE
     sentence = result.get("error") or f"the migration of {args.name} ended: {result['event']}"
@@ -218,7 +219,7 @@ def list(args: argparse.Namespace) -> int:
         for status in statuses:
             progress.emit(status)
     else:
-        print(progress.table(statuses), flush=True)
+        print(progress.table(statuses, progress.screen()), flush=True)
     return DONE
 
 
@@ -231,15 +232,15 @@ def status(args: argparse.Namespace) -> int:
         if args.json:
             progress.emit(status)
         else:
-            print(("\n" if at else "") + progress.block(status), flush=True)
+            block = progress.block(status, progress.screen())
+            print(("\n" if at else "") + block, flush=True)
     return DONE
 
 
 def watch(args: argparse.Namespace) -> int:
     ended = None
-    with _connect(args) as client:
+    with _connect(args) as client, progress.lines() as view:
         try:
-            view = progress.PlainView()
             for reply in client.stream(f"{INTERFACE}.Watch", name=args.name):
                 status = reply["status"]
                 if args.json:
@@ -248,7 +249,8 @@ def watch(args: argparse.Namespace) -> int:
                 view.show(status)
                 result = status.get("result") or {}
                 if result and result.get("migration") != ended and result["event"] == "completed":
-                    print(progress.summary(result, status.get("peer") or ""), flush=True)
+                    peer = status.get("peer") or ""
+                    view.say(progress.summary(result, peer, progress.screen()))
                 ended = result.get("migration")
         except ErrorReply as error:
             raise _refused(error) from None

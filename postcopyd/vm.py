@@ -8,13 +8,15 @@ Owns the driver's connection and the status object. At most one migration uses a
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
+import structlog
 import trio
 
-from postcopyd import procfs
+from postcopyd import counts, procfs
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.store import StateNotWritten, Store
 from postcopyd.vmm import Vmm
@@ -24,7 +26,7 @@ Status = dict[str, Any]
 ENDING_S = 10.0
 """How long a request waits for the last steps of a migration that is over."""
 
-PERMANENT = ("vm", "role", "phase", "migration", "peer", "remaining", "message", "result")
+PERMANENT = ("vm", "role", "phase", "migration", "peer", "mode", "remaining", "message", "result")
 """Fields of the status that stay when a migration is over, and outlive the daemon."""
 
 
@@ -63,22 +65,66 @@ class Vm:
         }
         self._changed = trio.Event()
         self._gone = False
+        self._spent: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    @property
+    def log(self) -> Any:
+        """A logger that knows the VM and where its migration is."""
+        known = {key: self.status.get(key) for key in ("migration", "peer", "role", "phase")}
+        return structlog.get_logger().bind(
+            vm=self.name, **{key: value for key, value in known.items() if value}
+        )
 
     def show(self, **changes: Any) -> None:
         """Changes the status and tells who watches. None removes a field."""
-        self.status = {k: v for k, v in (self.status | changes).items() if v is not None}
+        self._put(self.status | changes)
+
+    def known(self, status: Status) -> None:
+        """The status that the daemon before this one has left: nothing has happened here."""
+        self.status = self.status | status
+
+    def _put(self, status: Status, cancelled: bool = False) -> None:
+        before, self.status = self.status, {k: v for k, v in status.items() if v is not None}
+        if any(before.get(key) != self.status.get(key) for key in ("migration", "phase")):
+            self._turned(before, cancelled)
         self._changed.set()
         self._changed = trio.Event()
+
+    def _turned(self, before: Status, cancelled: bool) -> None:
+        """A new phase, or a new migration: notes when, says so, and counts what is over."""
+        now, phase, after = time.monotonic(), self.status["phase"], before["phase"]
+        if before.get("migration") != self.status.get("migration"):
+            self._spent = {}
+        else:
+            self._spent[after] = self._spent.get(after, 0.0) + now - self._since
+        self._since = now
+        if not self.status.get("migration") or phase == "idle":
+            return
+        self.log.info("phase", after=after, after_ms=round(self._spent.get(after, 0.0) * 1e3, 2))
+        if phase in ("drained", "failed"):
+            result = "completed" if phase == "drained" else "cancelled" if cancelled else "failed"
+            counts.ended[self.status["role"], self.status.get("mode", ""), result] += 1
+            if result == "completed" and (downtime_ms := before.get("downtimeMs")):
+                counts.downtimes.observe(downtime_ms / 1e3)
+
+    def phases(self, at: float) -> list[dict[str, Any]]:
+        """How long this daemon has seen the migration in each phase, until `at` on the monotonic
+        clock: each phase once, in the order they came, `ms` in all."""
+        phase = self.status["phase"]
+        last = self._spent.get(phase, 0.0) + max(at - self._since, 0.0)
+        spent = self._spent | {phase: last}
+        return [{"phase": phase, "ms": round(s * 1e3, 2)} for phase, s in spent.items()]
 
     def let_go(self) -> None:
         """Ends all watches: the VM is not this daemon's any more."""
         self._gone = True
         self._changed.set()
 
-    def settle(self, **changes: Any) -> None:
+    def settle(self, *, cancelled: bool = False, **changes: Any) -> None:
         """`show` for the end of a migration: what was only progress goes."""
-        self.status = {k: v for k, v in self.status.items() if k in PERMANENT}
-        self.show(**changes)
+        kept = {k: v for k, v in self.status.items() if k in PERMANENT}
+        self._put(kept | changes, cancelled)
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[AsyncIterator[Status]]:

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints what pyproject.toml asks for, to run, build and test, as a requirements file."""
+"""Prints what pyproject.toml asks for as a requirements file: all, or with `run` what runs it."""
 
+import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-groups = project["dependency-groups"]
-print("\n".join([*project["project"]["dependencies"], *groups["build"], *groups["dev"]]))
+wanted = project["project"]["dependencies"]
+if sys.argv[1:] != ["run"]:
+    wanted = [*wanted, *chain(*project["dependency-groups"].values())]
+print("\n".join(wanted))

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         progress.emit(result)
     elif result["event"] == "completed":
-        print(progress.summary(result, "the second daemon"))
+        print(progress.summary(result, "the second daemon", progress.screen()))
         print(
             f"verified: {result['verifiedPages']} pages checked by the guest itself, "
             f"{result['badPages']} bad"
@@ -64,7 +64,7 @@ async def _process(folder: Path, memory: int, as_json: bool) -> dict[str, Any]:
     leaving = ProcessGuest(folder / "source.vmm", *options)
     arriving = ProcessGuest(folder / "destination.vmm", *options, "--incoming")
     try:
-        async with open_hosts(folder) as (source, destination):
+        async with open_hosts(folder, tls=True) as (source, destination):
             await source.attach(NAME, "process", leaving.path)
             await destination.attach(NAME, "process", arriving.path)
             await trio.sleep(RUN_S)
@@ -91,7 +91,7 @@ async def _qemu(folder: Path, memory: int, as_json: bool) -> dict[str, Any]:
     config = q.GuestConfig(
         qemu=qemus[-1], kernel=kernel.image, initramfs=initramfs, memory=memory, name="source"
     )
-    async with open_hosts(folder) as (source, destination), q.open_guest(folder) as guest:
+    async with open_hosts(folder, tls=True) as (source, destination), q.open_guest(folder) as guest:
         leaving = await guest.launch(config)
         await guest.ready()
         arriving = await guest.launch(

@@ -47,7 +47,9 @@ def _free_port() -> int:
 class Host:
     """One daemon. `call` and `migrate` wait in a thread: guests can be followed meanwhile."""
 
-    def __init__(self, folder: Path, name: str, options: tuple[str, ...]) -> None:
+    def __init__(
+        self, folder: Path, name: str, options: tuple[str, ...], tls: Path | None = None
+    ) -> None:
         self.name = name
         folder = folder.absolute()
         self.control = str(folder / f"{name}.control")
@@ -55,11 +57,13 @@ class Host:
         self.log = folder / f"{name}.log"
         self.address = f"127.0.0.1:{_free_port()}"
         self.options = options
+        self.tls = ("--tls-dir", str(tls)) if tls else ("--tls", "off")
         self.process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
         """Starts the daemon; returns once it answers. Raises DemoError with its words."""
-        serve = ["serve", "--control", self.control, "--listen", self.address, "--tls", "off"]
+        serve = ["serve", "--control", self.control, "--listen", self.address, *self.tls]
+        serve += ["--config", os.devnull]  # and not that of a daemon of this machine
         serve += ["--state-dir", str(self.state), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -143,10 +147,17 @@ class Host:
 
 @asynccontextmanager
 async def open_hosts(
-    folder: Path, names: tuple[str, ...] = ("host1", "host2"), options: tuple[str, ...] = ()
+    folder: Path,
+    names: tuple[str, ...] = ("host1", "host2"),
+    options: tuple[str, ...] = (),
+    *,
+    tls: bool = False,
 ) -> AsyncIterator[list[Host]]:
-    """Daemons that run, ended when the block is left. `options` go to each `serve`."""
-    hosts = [Host(folder, name, options) for name in names]
+    """Daemons that run, ended when the block is left. `options` go to each `serve`; `tls` with
+    certificates made in `folder`."""
+    hosts = [
+        Host(folder, name, options, certified(folder, name) if tls else None) for name in names
+    ]
     try:
         async with trio.open_nursery() as nursery:
             for host in hosts:
@@ -155,6 +166,14 @@ async def open_hosts(
     finally:
         for host in hosts:
             host.end()
+
+
+def certified(folder: Path, name: str, address: str = "127.0.0.1") -> Path:
+    """The folder with the certificate of a host, by a CA that all of them in `folder` have."""
+    from postcopyd import certs  # only where there is TLS
+
+    certs.make(folder / f"{name}.tls", [name, address], folder / "ca")
+    return folder / f"{name}.tls"
 
 
 class ProcessGuest:

@@ -17,6 +17,7 @@ from postcopyd.vmm import Region
 class DestinationEngine(Engine):
     """Serves the guest's faults; borrows the userfaultfds and the record file until `close`."""
 
+    role = "destination"
     _free = lib.pc_dest_free
 
     def __init__(
@@ -27,6 +28,9 @@ class DestinationEngine(Engine):
             lambda wake, error: lib.pc_dest_new(native, len(regions), record, wake, staged, error),
             lib.pc_dest_stats,
         )
+
+    def still_s(self) -> float:
+        return 0.0 if self.handle is None else lib.pc_dest_still_ns(self.handle) / 1e9
 
     def register(self, again: bool = False) -> None:
         """From here on every access to a page that is not there waits for this engine.

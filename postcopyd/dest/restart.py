@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import structlog
 from msgspec import to_builtins
 
 from postcopyd import procfs
@@ -35,7 +34,7 @@ async def call_off(vm: Vm) -> None:
     vm.settle(phase="failed", remaining=0, message=message)
     vm.about["answer"] = to_builtins(p.Declined(p.sentence(message)))
     vm.record("declined")
-    structlog.get_logger().warning("arrival called off", vm=vm.name)
+    vm.log.warning("migration failed", error=message)
 
 
 async def _discard(driver: Vmm) -> None:

@@ -20,19 +20,27 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-import structlog
 import trio
 from msgspec import structs, to_builtins
 
-from postcopyd import headroom, hugepages, procfs
+from postcopyd import counts, headroom, hugepages, procfs
 from postcopyd import protocol as p
 from postcopyd._native import lib
-from postcopyd.connection import Channel, ConnectionLost, PeerError, detach, open_nursery
+from postcopyd.connection import (
+    Channel,
+    ConnectionLost,
+    PeerError,
+    Wire,
+    detach,
+    detach_keyed,
+    open_nursery,
+)
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.dest.restart import regions_again
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import DESTINATION_RUNS, Destination, Happened, Machine
 from postcopyd.hooks import run_hooks
+from postcopyd.limits import in_line
 from postcopyd.native import faults
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
@@ -65,10 +73,8 @@ class DestinationSession:
         self.channel = channel
         self.machine: Machine = channel.machine
         self.settings = settings
+        self.identity = channel.names
         self.token = secrets.token_bytes(32)
-        self.log = structlog.get_logger().bind(
-            vm=vm.name, migration=offer.migration, peer=channel.peer, role="destination"
-        )
         self._engine: DestinationEngine | None = None
         self._shape: Shape | None = None
         self._uffds: list[int] = []
@@ -96,6 +102,7 @@ class DestinationSession:
         session._accepted = session._adopted = session._loading = True
         session._run, session._ran, session._told = about["run"], about["ran"], about["told"]
         session._ran_ns = about["ran_ns"]
+        session.identity = tuple(about.get("identity", ()))
         driver = vm.attached()
         try:
             regions = regions_again(driver.pid, about["ram"], files=offer.staged)
@@ -127,6 +134,12 @@ class DestinationSession:
         return session
 
     @property
+    def log(self) -> Any:
+        return self.vm.log.bind(
+            migration=self.offer.migration, peer=self.channel.peer, role="destination"
+        )
+
+    @property
     def complete(self) -> bool:
         """Every page is here, and only the source does not know."""
         return self._engine is not None and self._engine.complete and not self.poisoned
@@ -144,6 +157,7 @@ class DestinationSession:
         """The rest of it on a new connection, whose epoch the daemon has compared."""
         self.channel = channel
         channel.machine = self.machine
+        self.settings.limits.arrivals.take(self, self._ram_bytes)
         await self._whole(lambda: self._go_on(asked))
 
     async def poison(self) -> None:
@@ -178,7 +192,7 @@ class DestinationSession:
             f"you can, it cannot be moved",
         )
         self._record_settled(None)
-        self.log.critical("missing pages poisoned by an operator", pages=pages)
+        self.log.warning("ownership changed by a person", decision="poison", pages=pages)
 
     async def finish(self) -> None:
         """The end of an arrival that had everything when the daemon before this one died."""
@@ -213,7 +227,7 @@ class DestinationSession:
         try:
             async with self.channel.alive():
                 shape = self._shape = await self.vm.attached().inspect("destination")
-            problems = [*shape.problems, *self._differences(shape), *self._lacks(shape)]
+            problems = self._unfit(shape) + self._lacks(shape)
         except PostcopydError as error:
             problems = [str(error)]
         finally:
@@ -221,9 +235,9 @@ class DestinationSession:
         await self.channel.send(p.Checked([p.sentence(problem) for problem in problems][:256]))
 
     async def take_data(self, stream: trio.SocketStream, hello: p.DataHello) -> None:
-        """A data connection that names this migration. Raises RemoteProtocolError."""
-        token = self.token
-        if not hmac.compare_digest(hello.token, token):
+        """A data connection that names this migration. Raises PostcopydError."""
+        token, secure = self.token, self.settings.tls is not None
+        if not hmac.compare_digest(hello.token, b"" if secure else token):
             raise RemoteProtocolError(
                 f"a data connection named migration {hello.migration} with a wrong token"
             )
@@ -231,15 +245,21 @@ class DestinationSession:
             raise RemoteProtocolError(
                 f"a data connection too many came for migration {hello.migration}"
             )
-        self._lacking.remove(hello.urgent)
         await stream.send_all(p.pack(p.DataWelcome(hello.migration)))
-        if self._engine is None or self.token is not token:
-            return  # called off, or lost, meanwhile
         try:
-            self._engine.connect(detach(stream), urgent=hello.urgent)
+            if secure:  # its place stays free for the right one
+                wire = await detach_keyed(stream, token, hello, server=True)
+            else:
+                wire = Wire(detach(stream))
         except OSError:
             await self.drop()  # or each side would wait for the other
             raise
+        engine, here = self._engine, self.token is token and hello.urgent in self._lacking
+        if engine is None or not here:
+            wire.close()  # called off or lost meanwhile, or another was faster
+            return
+        self._lacking.remove(hello.urgent)
+        engine.connect(wire.fd, tls=wire.tls, urgent=hello.urgent)
         if not self._lacking:
             self._connected.set()
 
@@ -261,26 +281,61 @@ class DestinationSession:
 
     async def _prepare(self) -> None:
         """Everything up to *serving*."""
-        vm, offer, channel = self.vm, self.offer, self.channel
+        vm, channel = self.vm, self.channel
         shape = self._shape = await vm.attached().inspect("destination")
-        problems = [*shape.problems, *self._differences(shape), *self._lacks(shape)]
+        problems = self._unfit(shape)
+        if not problems and await self._wait_for_turn():
+            shape = self._shape = await vm.attached().inspect("destination")
+            problems = self._unfit(shape)
+        problems += self._lacks(shape)
         if problems:
             raise PostcopydError("; ".join(problems), "Refused")
-        self._accepted = True
-        vm.settle(
-            role="destination",
-            phase="idle",
-            migration=offer.migration,
-            peer=channel.peer,
-            result=None,
-            message=f"preparing for {vm.name} from {channel.peer}",
-        )
+        self._accept(f"preparing for {vm.name} from {channel.peer}")
+        self.log.info("migration started", mode=vm.status["mode"])
         self.settings.arriving[vm.name] = shape
         await self._adopt(shape)
         await self._invite()
         await self._all_connected()
         await channel.send(p.Serving())
         await self._watch_engine()
+
+    def _accept(self, message: str) -> None:
+        """It is this VM that the source means: its status tells of the arrival."""
+        self._accepted = True
+        self.vm.settle(
+            role="destination",
+            phase="idle",
+            migration=self.offer.migration,
+            peer=self.channel.peer,
+            mode="hybrid" if self.offer.staged else "postcopy",
+            result=None,
+            message=message,
+        )
+
+    async def _wait_for_turn(self) -> bool:
+        """Returns when this host may take so many guests and so much memory; whether that was not
+        at once. Who waits holds nothing here and has changed nothing."""
+        limits = self.settings.limits
+        limits.arrivals.join(self, self._ram_bytes)
+        if (ahead := limits.arrivals.ahead(self)) is None:
+            return False
+        self._ram.close()
+        self._shape = None
+        self.log.info("arrival waits for its turn", ahead=ahead)
+        told = -1
+        with limits.aside():
+            while (ahead := limits.arrivals.ahead(self)) is not None:
+                changed = limits.arrivals.changed
+                if ahead != told:
+                    self._accept(
+                        f"{self.vm.name} waits for its turn to come here from "
+                        f"{self.channel.peer}: {in_line(ahead)}"
+                    )
+                    if p.QUEUE in self.channel.features:
+                        await self.channel.send(p.Queued(ahead))
+                    told = ahead
+                await changed.wait()
+        return True
 
     async def _count(self, pages: int) -> None:
         """Answers a pass once as many pages have arrived in all."""
@@ -311,6 +366,12 @@ class DestinationSession:
                 f"{self.channel.peer} made no data connections within {CONNECTIONS_S:.0f} s",
                 "ConnectionLost",
             ) from None
+
+    def _unfit(self, shape: Shape) -> list[str]:
+        """What time does not change: why this VMM, or this host, cannot take what is offered."""
+        size = sum(region.size for region in shape.regions)
+        too_large = self.settings.limits.arrivals.too_large(size)
+        return [*shape.problems, *self._differences(shape), *too_large]
 
     def _differences(self, shape: Shape) -> list[str]:
         """What differs between the VMM that offers and the one that waits here."""
@@ -365,6 +426,7 @@ class DestinationSession:
         that state on, which is after the last page was named that is old here."""
         self.vm.show(
             phase="handover",
+            mode="precopy" if whole else self.vm.status.get("mode"),
             message=f"{self.vm.name} is being handed over from {self.channel.peer}",
         )
         self._note()
@@ -458,7 +520,7 @@ class DestinationSession:
             await self._decline(str(refused))
             raise
         await self._say_ran()
-        self.log.info("guest runs here")
+        self.log.info("guest handed over")
 
     async def _cont(self) -> None:
         """Runs the guest, unless it was paused; recorded first, also where the connection was lost
@@ -506,7 +568,8 @@ class DestinationSession:
                     await self._cont()
                 nursery.cancel_scope.cancel()
             await self._say_ran()
-            self.log.warning("migration goes on", pages=engine.stats.confirmed_pages)
+            counts.recoveries["destination"] += 1
+            self.log.info("migration recovered", pages=engine.stats.confirmed_pages)
             async with open_nursery() as nursery:
                 nursery.start_soon(self._watch_vmm)
                 nursery.start_soon(self._listen)
@@ -526,6 +589,10 @@ class DestinationSession:
         assert self._shape is not None
         return self._shape
 
+    @property
+    def _ram_bytes(self) -> int:
+        return sum(region.size for region in self._ram.regions)
+
     def _note(self, answer: p.Message | None = None) -> None:
         """What `restored` needs, or what a source is told that asks later, for the next record."""
         ram = [
@@ -542,6 +609,7 @@ class DestinationSession:
             "ran": self._ran,
             "told": self._told,
             "ran_ns": self._ran_ns,  # the clock of this boot, as this record
+            "identity": self.identity,
             **({"answer": to_builtins(answer)} if answer else {}),
         }
 
@@ -568,14 +636,14 @@ class DestinationSession:
         except (Exception, trio.Cancelled) as error:
             if not engine.complete:
                 raise
-            self.log.warning("all is here, and only the source not told", error=str(error))
+            self.log.info("all is here, and only the source not told", error=str(error))
         with trio.CancelScope(shield=True):  # a daemon that ends says this first
             await self._drained()
         try:
             with trio.move_on_after(ACKNOWLEDGE_S):
                 await channel.expect(p.Acknowledged)
         except PostcopydError as error:
-            self.log.warning("drained, but the source did not acknowledge it", error=str(error))
+            self.log.info("drained, but the source did not acknowledge it", error=str(error))
         self.machine.happened(Happened.LOST)  # acknowledged or not
         await self._hooks("drained")
 
@@ -612,7 +680,12 @@ class DestinationSession:
         except Exception as error:  # an unused descriptor stays in the VMM
             self.log.warning("the VMM keeps its userfaultfd", error=str(error) or "no answer")
         self.settings.store.forget_intent(self.vm.name)  # of a move from here, once: it is back
-        self.log.info("drained", pages=stats.confirmed_pages)
+        self.log.info(
+            "migration completed",
+            brownout_ms=round(drained.brownout_ms, 2),
+            pages=stats.confirmed_pages,
+            faults=stats.faults,
+        )
         with suppress(PostcopydError):  # who listens for the answer sees it too
             await self.channel.send(drained)
 
@@ -702,11 +775,15 @@ class DestinationSession:
             message += f"; cleaning up here: {trouble}"
             self.log.error("cleaning up failed", error=str(trouble))
         if self._accepted:  # or it may be a guest of this host that was named by mistake
-            vm.settle(phase="failed", remaining=0, message=message)
+            cancelled = error.name == "Cancelled"
+            vm.settle(phase="failed", cancelled=cancelled, remaining=0, message=message)
             # A source that has granted is told so only once the VMM here has certainly ended.
             self._note(p.Declined(p.sentence(message)) if clean or not self._loading else None)
             self._record_settled("declined" if clean or not self._loading else None)
-        self.log.warning("arrival called off", error=str(error))
+        if error.name == "Cancelled":
+            self.log.info("migration cancelled", error=str(error))
+        else:
+            self.log.warning("migration failed", error=str(error))
         await self.close()
         if self._loading and driver is not None:
             vm.driver = None
@@ -736,7 +813,8 @@ class DestinationSession:
                 vm.waiting = self
         vm.show(phase="paused", message=message)
         self._record_settled(None)
-        self.log.error("paused", error=str(error))
+        tell = self.log.error if vm.waiting is None else self.log.warning
+        tell("migration paused", error=str(error))
 
     def _record_settled(self, ownership: str | None) -> None:
         try:

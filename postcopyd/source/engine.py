@@ -31,6 +31,7 @@ class Look(Enum):
 class SourceEngine(Engine):
     """Reads the guest's regions; borrows their descriptors until `close`."""
 
+    role = "source"
     _free = lib.pc_source_free
 
     def __init__(self, regions: Sequence[Region], pid: int) -> None:
@@ -105,6 +106,10 @@ class SourceEngine(Engine):
     def push(self, bandwidth: int) -> None:
         """Begins to push, at most `bandwidth` bytes a second (0: no limit)."""
         self.must(lib.pc_source_push(self.handle, bandwidth), "starting to push pages")
+
+    def limit(self, bandwidth: int) -> None:
+        """At most `bandwidth` bytes a second (0: no limit) from now on, in a pass or a push."""
+        lib.pc_source_limit(self.handle, bandwidth)
 
     async def disconnect(self) -> None:
         """Ends all connections and joins their threads."""

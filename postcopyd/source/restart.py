@@ -6,25 +6,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import structlog
 import trio
 
 from postcopyd import protocol as p
-from postcopyd.config import parse_address
-from postcopyd.connection import Channel, dial
+from postcopyd.connection import dial_control
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.settings import Settings
 from postcopyd.source.session import ROLLBACK_S
+from postcopyd.tls import same_peer
 from postcopyd.vm import Vm
 
 
-async def look(vm: str, intent: dict[str, Any]) -> str:
+async def look(vm: str, intent: dict[str, Any], settings: Settings) -> str:
     """What the destination of a handover says of it, which this host only knows to have intended.
     Nothing goes on by that. Raises PostcopydError."""
-    address = parse_address(intent["peer"])
-    stream = await dial(address.host, address.port, p.CONTROL)
-    async with Channel(stream, Machine(Source.GREETING), f"postcopyd at {address}") as channel:
+    async with await dial_control(intent["peer"], Machine(Source.GREETING), settings) as channel:
+        same_peer(intent.get("identity", ()), channel.names, vm)
         await channel.greet()
         await channel.send(p.Resume(intent["migration"], vm, intent["epoch"], look=True))
         return " ".join((await channel.expect(p.Checked)).problems)
@@ -55,4 +53,4 @@ async def roll_back(vm: Vm, settings: Settings) -> None:
     vm.settle(phase="failed", remaining=0, message=sentence, result={**result, "error": sentence})
     vm.record("held")
     settings.store.forget_intent(vm.name)
-    structlog.get_logger().warning("guest runs here again", vm=vm.name)
+    vm.log.warning("migration failed", error=sentence)

@@ -17,21 +17,22 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-import structlog
 import trio
 
+from postcopyd import counts
 from postcopyd import protocol as p
-from postcopyd.config import parse_address
-from postcopyd.connection import Channel, ConnectionLost, detach, dial, open_nursery, receive_object
+from postcopyd.connection import Channel, dial_control, dial_data, open_nursery
 from postcopyd.control import MigrateRequest
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Happened, Machine, Source
 from postcopyd.hooks import run_hooks
+from postcopyd.limits import Uplink, in_line
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.source.engine import Look, SourceEngine
 from postcopyd.source.passes import Pass, why_now
 from postcopyd.source.tracking import Tracking
+from postcopyd.tls import Names, same_peer
 from postcopyd.vm import Vm
 from postcopyd.vmm import Region, Shape
 
@@ -73,12 +74,10 @@ class SourceSession:
         self.settings = settings
         self.migration = migration
         self.machine = Machine(Source.GREETING)
-        self.log = structlog.get_logger().bind(
-            vm=vm.name, migration=migration, peer=request.to, role="source"
-        )
         self._cancelling = trio.CancelScope()
         self._committed = False
         self._channel: Channel | None = None
+        self._identity: Names = ()
         self._engine: SourceEngine | None = None
         self._shape: Shape | None = None
         self._touched = False
@@ -90,7 +89,7 @@ class SourceSession:
         self._tracking: Tracking | None = None
         self._passes: list[Pass] = []
         self._why_now = ""
-        self._warning = ""
+        self._warnings: list[str] = []
         self._tracked: dict[str, float] = {}
         self._completed: dict[str, Any] | None = None
         self._recoveries = 0
@@ -109,6 +108,7 @@ class SourceSession:
         session = cls(vm, MigrateRequest(**about["request"]), settings, about["migration"])
         session.machine = machine
         session._committed = True
+        session._identity = tuple(about.get("identity", ()))
         session._downtime_ms, session._downtime_parts = about["downtime"]
         session._recoveries = about["recoveries"]
         session._passes = [Pass(**one) for one in about.get("passes", [])]
@@ -124,6 +124,10 @@ class SourceSession:
             )
         session._engine = SourceEngine(shape.regions, shape.pid)
         return session
+
+    @property
+    def log(self) -> Any:
+        return self.vm.log.bind(migration=self.migration, peer=self.request.to, role="source")
 
     def cancel(self) -> None:
         """Takes the guest back; raises PostcopydError after the grant."""
@@ -168,7 +172,12 @@ class SourceSession:
             result=None,
             message=f"preparing to move {vm.name} to {to}",
         )
-        self.log.info("migration begins", bandwidth=self._bandwidth)
+        self.log.info("migration started", mode=self.request.mode, bandwidth=self._bandwidth)
+        if (self.request.bandwidth or 0) > self._bandwidth:
+            self._warnings.append(
+                f"sent {self._bandwidth} bytes a second at most, as the configuration of the "
+                f"source has it, and not {self.request.bandwidth} as asked for"
+            )
         await self._whole(self._migrate)
 
     async def _whole(self, steps: Callable[[], Awaitable[None]]) -> None:
@@ -230,7 +239,7 @@ class SourceSession:
                 self._touched = True
                 await self._track(shape)
             await channel.send(self._offer(shape))
-            await self._connect((await channel.expect(p.Ready)).token)
+            await self._connect(await self._turn(channel))
             await channel.expect(p.Serving)
             if self._tracking is not None:
                 await self._copy(channel)
@@ -256,6 +265,7 @@ class SourceSession:
             "epoch": self.vm.epoch + 1,
             "driver": driver.kind,
             "socket": driver.socket,
+            "identity": self._identity,
         }
         save = self.settings.store.save_intent
         await trio.to_thread.run_sync(save, self.vm.name, intent)  # a disk may take its time
@@ -263,11 +273,15 @@ class SourceSession:
         self.vm.record("intent")
 
     async def _greeted(self) -> Channel:
-        address = parse_address(self.request.to)
-        stream = await dial(address.host, address.port, p.CONTROL)
-        self._channel = Channel(stream, self.machine, f"postcopyd at {self.request.to}")
-        await self._channel.greet()
-        return self._channel
+        """The destination: one that guests may go to, and the same one ever after."""
+        channel = await dial_control(self.request.to, self.machine, self.settings)
+        self._channel = channel
+        if self.settings.tls is not None and not self._identity:
+            self.settings.tls.allow(channel.names, "receive")
+        same_peer(self._identity, channel.names, self.vm.name)
+        self._identity = self._identity or channel.names
+        await channel.greet()
+        return channel
 
     def _offer(self, shape: Shape, *, check: bool = False) -> p.Offer:
         return p.Offer(
@@ -282,22 +296,39 @@ class SourceSession:
             staged=self._tracking is not None,
         )
 
+    async def _turn(self, channel: Channel) -> bytes:
+        """Waits until the destination takes this guest; the token for data connections. Until then
+        it runs here as ever, and what was seen of its VMM may be old."""
+        queued = False
+        async with open_nursery() as nursery:
+            nursery.start_soon(self._watch_vmm)
+            while isinstance(answer := await channel.receive(), p.Queued):
+                queued = True
+                self.vm.show(
+                    message=f"{self.vm.name} runs on here and waits for its turn at "
+                    f"{self.request.to}: {in_line(answer.ahead)}"
+                )
+            nursery.cancel_scope.cancel()
+        if not isinstance(answer, p.Ready):
+            raise RemoteProtocolError(
+                f"{self.request.to} sent {type(answer).__name__} where Ready was due"
+            )
+        if queued:
+            await self._still_seen(trio.Event(), "waited for its turn")
+        return answer.token
+
+    async def _watch_vmm(self) -> None:
+        await self.vm.attached().gone()
+        raise PostcopydError(f"the VMM of {self.vm.name} here has ended by itself", "VmmGone")
+
     async def _connect(self, token: bytes) -> None:
         """The data connections: one urgent, the others for pushing."""
         assert self._engine is not None
-        address = parse_address(self.request.to)
         for urgent in (True, *[False] * self.settings.connections):
-            stream = await dial(address.host, address.port, p.DATA)
-            try:
-                await stream.send_all(p.pack(p.DataHello(self.migration, token, urgent)))
-                await receive_object(stream, p.DataWelcome)
-            except (trio.BrokenResourceError, trio.TooSlowError):
-                await trio.aclose_forcefully(stream)
-                raise ConnectionLost(f"{self.request.to} refused a data connection") from None
-            except BaseException:
-                await trio.aclose_forcefully(stream)
-                raise
-            self._engine.connect(detach(stream), urgent=urgent)
+            wire = await dial_data(
+                self.request.to, self.settings, self.migration, token, urgent=urgent
+            )
+            self._engine.connect(wire.fd, tls=wire.tls, urgent=urgent)
 
     async def _track(self, shape: Shape) -> None:
         """Sees what the guest writes from here on, or notes why that cannot be."""
@@ -309,7 +340,7 @@ class SourceSession:
                 raise PostcopydError(
                     f"{error}; --mode postcopy does not need it", error.name
                 ) from None
-            self._warning = f"handed over without a pass before: {error}"
+            self._warnings.append(f"handed over without a pass before: {error}")
             self.log.warning("no passes", error=str(error))
 
     async def _arm(self) -> int:
@@ -366,9 +397,10 @@ class SourceSession:
                     "each pass stops the guest, for its direct I/O, longer than it gains"
                 )
 
-    async def _still_seen(self, seen: trio.Event) -> None:
-        """Passes take their time: what writes to guest RAM must be what it was (a disk may have
-        been plugged), guest RAM too, and whether the guest runs may have changed."""
+    async def _still_seen(self, seen: trio.Event, meanwhile: str = "was copied") -> None:
+        """Passes take their time, and so does waiting: what writes to guest RAM must be what it was
+        (a disk may have been plugged), guest RAM too, and whether the guest runs may have
+        changed."""
         assert self._shape is not None
         was, now = self._shape, await self.vm.attached().inspect("source")
         now.close()
@@ -378,7 +410,7 @@ class SourceSession:
             news.append("its RAM is not what it was")
         if news:
             raise PostcopydError(
-                f"the VMM of {self.vm.name} has changed while it was copied: {'; '.join(news)}; "
+                f"the VMM of {self.vm.name} has changed while it {meanwhile}: {'; '.join(news)}; "
                 f"migrate again",
                 "Refused",
             )
@@ -388,7 +420,7 @@ class SourceSession:
     async def _pass(self, channel: Channel) -> None:
         engine = self._engine
         assert engine is not None
-        engine.copy(self._bandwidth)
+        engine.copy(self._rate())
         await engine.watch(lambda: engine.stats.pushing == 0)
         engine.check()  # threads that have failed push no more either
         await channel.send(p.Pass(engine.stats.passed_pages))
@@ -417,7 +449,7 @@ class SourceSession:
                     raise RemoteProtocolError(
                         f"{self.request.to} sent {type(answer).__name__} where Loaded was due"
                     )
-                self._engine.push(self._bandwidth)
+                self._engine.push(self._rate())
             self._loaded_at = time.monotonic()
             self._commit()
             await channel.send(p.Grant(self.vm.epoch))
@@ -428,7 +460,7 @@ class SourceSession:
                 f"the destination could not run {self.vm.name}: {answer.reason}", "Declined"
             )
         self._ran()
-        self.log.info("guest runs at the destination", downtime_ms=self._downtime_ms)
+        self.log.info("guest handed over", downtime_ms=self._downtime_ms, **self._downtime_parts)
 
     async def _save(self, channel: Channel) -> None:
         size = 0
@@ -485,10 +517,11 @@ class SourceSession:
         assert engine is not None
         self.vm.show(
             phase="postcopy",
+            downtimeMs=self._downtime_ms or None,
             message=f"{self.vm.name} runs at {self.request.to}, its memory follows",
         )
         if not self._recoveries and self.request.mode != "precopy":
-            engine.push(self._bandwidth)
+            engine.push(self._rate())
         self._note()
         self._record_settled(None)
         async with open_nursery() as nursery:
@@ -501,7 +534,7 @@ class SourceSession:
                 elif isinstance(message, p.Have):
                     engine.have(message.region, message.first, message.count, message.bits)
                 else:
-                    engine.push(self._bandwidth)
+                    engine.push(self._rate())
             nursery.cancel_scope.cancel()
         await self._drained(channel, message)
 
@@ -517,6 +550,7 @@ class SourceSession:
         self._faults = message.faults
         moved = time.monotonic()
         await engine.disconnect()  # its threads count what they have sent to the last
+        self._uplink.leave(self)
         await self._untrack()
         result = self._result(message, at=moved)
         self._completed = result
@@ -528,14 +562,23 @@ class SourceSession:
         # Who waits for the result is told last, and finds the VMM here as it shall be.
         self.vm.show(result=result, message=sentence + trouble)
         self._record_settled("granted")
-        self.log.info("drained", **{k: v for k, v in result.items() if k.endswith("Ms")})
+        self.log.info(
+            "migration completed",
+            downtime_ms=result["downtimeMs"],
+            brownout_ms=result["brownoutMs"],
+            total_ms=result["totalMs"],
+            bytes=result["transferredBytes"],
+            faults=result["faults"]["count"],
+            recoveries=self._recoveries,
+            phases=", ".join(f"{one['phase']} {one['ms']:.1f} ms" for one in result["phases"]),
+        )
         await self._hooks("drained")
 
     async def _acknowledge(self, channel: Channel) -> None:
         try:
             await channel.send(p.Acknowledged())
         except PostcopydError:  # the destination has all it needs
-            self.log.warning("the destination went before it was acknowledged")
+            self.log.info("the destination went before it was acknowledged")
 
     async def _let_go(self) -> str:
         """Ends the VMM here, or leaves it; returns what the operator has to be told."""
@@ -545,7 +588,7 @@ class SourceSession:
         try:
             await driver.finish(self.request.keep_source)
         except PostcopydError as error:
-            self.log.warning("the source VMM did not end as told", error=str(error))
+            self.log.error("the source VMM did not end as told", error=str(error))
             return f"; the VMM here: {error}"
         finally:
             if not self.request.keep_source:
@@ -576,6 +619,7 @@ class SourceSession:
                 lost = trouble.name == p.LOST
                 if (lost or now >= told) and self.vm.status["phase"] == "paused":
                     told = math.inf
+                    self.log.error("migration paused", error=str(trouble))
                     self.vm.show(result=self._result(None, event="paused", error=str(trouble)))
                 mends = trouble.name in MENDS and now - began < RESTLESS_S
                 with trio.move_on_after(AGAIN_S if mends else math.inf if lost else SELDOM_S):
@@ -590,6 +634,7 @@ class SourceSession:
         self.machine.happened(Happened.LOST)
         if self._decision == "take_back" and self.machine.state is Source.DRAINED:
             return  # it has just said that it has all of it
+        self.log.warning("ownership changed by a person", decision=self._decision)
         by = f"by an operator's decision, in the middle of the move to {self.request.to}"
         if self._decision == "take_back":
             self.machine.happened(Happened.TAKEN_BACK)
@@ -607,7 +652,6 @@ class SourceSession:
             result=self._result(None, event="paused", error=f"ended {by}"),
         )
         self._record_settled("declined")
-        self.log.warning("given up by an operator")
 
     async def _ask(self) -> None:
         """One attempt: what became of the guest, and the rest of its memory."""
@@ -638,8 +682,9 @@ class SourceSession:
             self._recoveries += 1
             if not self._downtime_ms and self._stopped_at:
                 self._ran()
+            counts.recoveries["source"] += 1
             self.vm.show(result=None)
-            self.log.warning("migration goes on", recoveries=self._recoveries)
+            self.log.info("migration recovered", recoveries=self._recoveries)
             await self._drain(channel)
 
     def _note(self) -> None:
@@ -654,11 +699,13 @@ class SourceSession:
             "recoveries": self._recoveries,
             "passes": [asdict(one) for one in self._passes],
             "why_now": self._why_now,
+            "identity": self._identity,
         }
 
     # --- when it goes wrong ----------------------------------------------------------------------
 
     async def _end_early(self, error: PostcopydError) -> None:
+        self._uplink.leave(self)
         with trio.CancelScope(shield=True):
             if self.machine.gave_away:
                 self._paused(error)
@@ -686,7 +733,7 @@ class SourceSession:
         if news or self.vm.status["phase"] != "paused":
             self.vm.show(phase="paused", message=message)
             self._record_settled(None)
-            self.log.error("migration paused after the grant", error=str(error))
+            self.log.warning("migration paused", error=str(error))
 
     async def _rolled_back(self, error: PostcopydError) -> None:
         """Before the grant: the guest as it was, and the destination told."""
@@ -713,7 +760,7 @@ class SourceSession:
                     f"{name} was not moved ({error}) and its VMM here did not run it again: {why}; "
                     f"it is this host's, run it by the VMM's own means"
                 )
-                self.log.critical("rollback failed", error=why)
+                self.log.error("rollback failed", error=why)
         await self._untrack()
         if self._channel is not None and self.machine.state is Source.ROLLED_BACK:
             # After the guest runs again: a peer that hears nothing would hold it up.
@@ -724,13 +771,17 @@ class SourceSession:
                     await self._channel.tell_error(error)
         vm.settle(
             phase="failed",
+            cancelled=cancelled,
             remaining=0,
             message=sentence,
             result=self._result(None, event="cancelled" if cancelled else "failed", error=sentence),
         )
         self._record_settled("held")
         self.settings.store.forget_intent(name)
-        self.log.warning("migration ended before the grant", error=str(error))
+        if cancelled:
+            self.log.info("migration cancelled", error=str(error))
+        else:
+            self.log.warning("migration failed", error=str(error))
         await self._hooks("failed", message=str(error))
 
     def _record_settled(self, ownership: str | None) -> None:
@@ -750,6 +801,7 @@ class SourceSession:
             self._tracked = tracking.json()
 
     async def _close(self) -> None:
+        self._uplink.leave(self)
         if self._channel is not None:
             await self._channel.aclose()
         await self._untrack()
@@ -763,7 +815,21 @@ class SourceSession:
 
     @property
     def _bandwidth(self) -> int:
-        return self.request.bandwidth or self.settings.bandwidth
+        """Of this migration: what was asked for, within what the configuration allows."""
+        asked, most = self.request.bandwidth or 0, self.settings.bandwidth
+        return min(asked, most) if asked and most else asked or most
+
+    @property
+    def _uplink(self) -> Uplink:
+        return self.settings.limits.uplink
+
+    def _rate(self) -> int:
+        """What it may send from now on; how much that is changes as others begin and end."""
+        return self._uplink.join(self, self._bandwidth, self._limit)
+
+    def _limit(self, rate: int) -> None:
+        if self._engine is not None:
+            self._engine.limit(rate)
 
     async def _hooks(self, phase: str, **about: Any) -> None:
         await run_hooks(
@@ -846,10 +912,11 @@ class SourceSession:
             "transferredBytes": moved,
             "bytesPerSecond": round(moved / since) if since else 0,
             "recoveries": self._recoveries,
+            "phases": self.vm.phases(at),
             "passes": [one.json() for one in self._passes],
             **({"handedOver": self._why_now} if self._why_now else {}),
             **({"tracking": self._tracked} if self._tracked else {}),
-            **({"warning": self._warning} if self._warning else {}),
+            **({"warning": "; ".join(self._warnings)} if self._warnings else {}),
             **({"error": error} if error else {}),
         }
 

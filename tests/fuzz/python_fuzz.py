@@ -155,6 +155,7 @@ def samples(target: str) -> Iterator[bytes]:
         p.Hello(1, ["a"], "b", "c"),
         p.Offer("m", "v", "process", [region, region], {"a": "b"}, 2, 1),
         p.Checked(["no"]),
+        p.Queued(3),
         p.Ready(bytes(32)),
         p.Device(b"state"),
         p.DeviceEnd(5),

@@ -18,7 +18,7 @@ from typing import Any
 import trio
 
 from postcopyd import protocol as p
-from postcopyd.demo.hosts import PACKAGE, Host, ProcessGuest
+from postcopyd.demo.hosts import PACKAGE, Host, ProcessGuest, certified
 
 SMALL = ("--memory", "16M", "--rate", "20000")
 # So much, and so slowly used, that it is not all there before a test has looked.
@@ -49,7 +49,7 @@ class PostcopyHost(Host):
 class Pair:
     """Two daemons (or more) and the guests that were started beside them."""
 
-    def __init__(self, folder: Path, hosts: int, options: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, hosts: int, options: tuple[str, ...], tls: bool) -> None:
         self.folder = folder
         self.hooks = folder / "hooks"
         (self.hooks / "scripts").mkdir(parents=True)
@@ -57,7 +57,10 @@ class Pair:
         hook.write_text(HOOK)
         hook.chmod(hook.stat().st_mode | stat.S_IXUSR)
         options = ("--hooks-dir", str(self.hooks), *options)
-        self.hosts: list[Host] = [PostcopyHost(folder, f"host{i}", options) for i in range(hosts)]
+        self.hosts: list[Host] = [
+            PostcopyHost(folder, name, options, certified(folder, name) if tls else None)
+            for name in (f"host{i}" for i in range(hosts))
+        ]
         self.guests: list[ProcessGuest] = []
         self._names = 0
 
@@ -120,10 +123,10 @@ class Pair:
 
 
 @contextmanager
-def open_pair(*options: str, hosts: int = 2) -> Iterator[Pair]:
+def open_pair(*options: str, hosts: int = 2, tls: bool = False) -> Iterator[Pair]:
     """Not an asynchronous one, so that a module's tests can share it."""
     with tempfile.TemporaryDirectory(prefix="pcm") as name:
-        pair = Pair(Path(name), hosts, options)
+        pair = Pair(Path(name), hosts, options, tls)
         try:
 
             async def start() -> None:

@@ -345,6 +345,8 @@ class Model:
         """Whether what has to be done first was done."""
         if _answering(w):
             return message in (p.Drained, p.Declined)
+        if message is p.Queued:
+            return w.destination_record == ""
         if message is p.Ready:
             return w.destination_record not in ("", "declined")
         if message is p.Loaded:
@@ -420,7 +422,7 @@ def _with(queue: Messages, message: type[p.Message], idle: bool) -> Messages:
 
 
 IDLE = frozenset(
-    {p.Device, p.Stale, p.Have, p.Serving, p.Progress, p.Ready, p.Acknowledged, p.Error}
+    {p.Queued, p.Device, p.Stale, p.Have, p.Serving, p.Progress, p.Ready, p.Acknowledged, p.Error}
 )
 LAST_WORDS = frozenset({p.Cancel, p.Error})
 

@@ -24,7 +24,7 @@ import trio.testing
 from fake_vmm import FakeDriver, FakeVmm
 from session_world import BUGS, LONG_S, Fault, FullStore, Host, Instead, ToldEngine, World
 
-from postcopyd import daemon, procfs
+from postcopyd import connection, daemon, procfs
 from postcopyd import protocol as p
 from postcopyd.connection import ConnectionLost
 from postcopyd.dest import session as arriving
@@ -46,7 +46,7 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(arriving, "PROGRESS_S", 1.0)
     monkeypatch.setattr(arriving, "COUNT_S", 0.1)
     monkeypatch.setattr(daemon, "accepted_kind", accepted_at_once)
-    for module in (leaving, daemon):
+    for module in (connection, daemon):
         monkeypatch.setattr(module, "receive_object", received_at_once)
     for kind in (leaving.SourceSession, arriving.DestinationSession):
         monkeypatch.setattr(kind, "__init__", noted(kind.__init__))

@@ -141,6 +141,15 @@ def test_clients_load_nothing_heavy() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_no_certificates() -> None:
+    """Without certificates no daemon starts unless it is told to do without."""
+    args = ("serve", "--config", os.devnull, "--tls-dir", "/no/certificates")
+    ran = run(*args, PYTHONPATH="", PYTHONSAFEPATH="1")  # as installed, with what is built
+    assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert "/no/certificates/ca-cert.pem: No such file" in ran.err
+    assert "postcopyd certs --dir /no/certificates" in ran.err and "say `--tls off`" in ran.err
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -157,9 +166,7 @@ def test_clients_load_nothing_heavy() -> None:
         (("migrate", "web1", "--to", "h", "--precopy-passes", "-1"), "'-1'"),
         (("migrate", "web1", "--to", "h", "--max-downtime", "nan"), "'nan'"),
         (("resolve", "web1"), "--wait --poison --kill --take-back is required"),
-        (("certs", "--dir", "d", "--host", "h"), "comes with TLS"),
-        (("serve",), "say `--tls off`"),
-        (("serve", "--tls", "require"), "say `--tls off`"),
+        (("certs", "--dir", "/nowhere", "--host", "h:1"), "'h:1' is no name of a host"),
         (("serve", "--config", "/no/file"), "/no/file"),
         (("demo", "--memory", "much"), "'much'"),
     ],
@@ -230,48 +237,6 @@ def test_bad_sizes(text: str) -> None:
         config.parse_size(text)
 
 
-def test_the_command_line_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An option comes from the command line, else the environment, the file, the default."""
-    monkeypatch.delenv("POSTCOPYD_CONTROL", raising=False)
-    file = tmp_path / "postcopyd.toml"
-    file.write_text(
-        'control = "/file"\nlisten = "*:7"\nstate-dir = "/state"\ntls = "off"\n'
-        'tls-dir = "/tls"\nhooks-dir = "/hooks"\nbandwidth = "1G"\nconnections = 4\n'
-    )
-    options = config.serve_options({"control": None}, str(file))
-    listen = config.Address("", 7)
-    assert options == config.ServeOptions(
-        "/file", listen, Path("/state"), "off", Path("/tls"), Path("/hooks"), 1 << 30, 4
-    )
-    monkeypatch.setenv("POSTCOPYD_CONTROL", "/env")
-    options = config.serve_options({"bandwidth": 5}, str(file))
-    assert (options.control, options.bandwidth) == ("/env", 5)
-    assert config.serve_options({"control": "/said"}, str(file)).control == "/said"
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ('listn = "x"', "unknown key 'listn': the keys are control, listen,"),
-        ("control = 1", "'control'"),
-        ('listen = "a:b"', "'listen'"),
-        ('tls = "maybe"', '"require" or "off"'),
-        ("connections = 0", "from 1 to"),
-        ("connections = true", "from 1 to"),
-        ("bandwidth = -1", "'bandwidth'"),
-        ("control =", "Invalid value"),
-    ],
-)
-def test_a_bad_configuration_names_file_and_key(tmp_path: Path, content: str, says: str) -> None:
-    """What is wrong in a configuration file is said with the file, the key and what is allowed."""
-    file = tmp_path / "bad.toml"
-    file.write_text(content)
-    ran = run("serve", "--tls", "off", "--config", str(file))
-    assert ran.status == 2
-    assert str(file) in ran.err
-    assert says in ran.err
-
-
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_serve_runs_the_daemon(monkeypatch: pytest.MonkeyPatch, capsys: Any, wrapped: bool) -> None:
     """`serve` hands its options to the daemon, and says in a sentence why that could not start."""
@@ -287,7 +252,18 @@ def test_serve_runs_the_daemon(monkeypatch: pytest.MonkeyPatch, capsys: Any, wra
     monkeypatch.delenv("POSTCOPYD_CONTROL", raising=False)
     monkeypatch.setitem(sys.modules, "postcopyd.service", Service)
     monkeypatch.setattr(postcopyd, "service", Service, raising=False)
-    args = ["--tls", "off", "--listen", "127.0.0.1:7", "--state-dir", "/s", "--bandwidth", "1M"]
+    args = [
+        "--config",
+        os.devnull,
+        "--tls",
+        "off",
+        "--listen",
+        "127.0.0.1:7",
+        "--state-dir",
+        "/s",
+        "--bandwidth",
+        "1M",
+    ]
     assert cli.main(["serve", *args]) == 1
     assert capsys.readouterr().err == "postcopyd: cannot listen on port 7: it is taken\n"
     listen = config.Address("127.0.0.1", 7)
@@ -754,18 +730,3 @@ def test_libvirt_hook(tmp_path: Path) -> None:
         assert hook("web1", operation) == Ran(0, "", "")
     program.unlink()
     assert hook("web2", "start", path="/usr/bin:/bin").status != 0
-
-
-def test_durable_folder(tmp_path: Path) -> None:
-    """It is on disk by default, and for a daemon with a state directory of its own within that."""
-    of = config.serve_options
-    assert of({}, None).durable == Path("/var/lib/postcopyd")
-    assert of({"state_dir": Path("/s")}, None).durable == Path("/s/durable")
-    said = {"state_dir": Path("/s"), "durable_dir": Path("/d")}
-    assert of(said, None).durable == Path("/d")
-    file = tmp_path / "postcopyd.toml"
-    file.write_text('durable-dir = "/file"\n')
-    assert of({}, str(file)).durable == Path("/file")
-    assert of(said, str(file)).durable == Path("/d")
-    file.write_text('state-dir = "/file"\n')
-    assert of({}, str(file)).durable == Path("/file/durable")

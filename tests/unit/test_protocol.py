@@ -83,6 +83,7 @@ samples: list[p.Message] = [
     p.Hello(1, ["a"], "postcopyd 1", "host1"),
     offer,
     p.Checked(["no"]),
+    p.Queued(3),
     p.Ready(bytes(32)),
     p.Serving(),
     p.Pass(7),

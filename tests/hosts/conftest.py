@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two hosts that run postcopyd as its package has it, made once for all tests of a worker."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+from lab import Host, open_lab
+from needs import missing
+
+NEEDED = ("systemd-nspawn", "ip", "nsenter", "setpriv", "systemd-run")
+
+
+def bare_hosts() -> Iterator[tuple[Host, Host]]:
+    """Both as a user has them who has just installed Debian and QEMU."""
+    if os.geteuid() != 0:
+        missing("root")
+    for program in NEEDED:
+        if shutil.which(program) is None:
+            missing(f"{program}: the Debian packages systemd-container and iproute2")
+    if not Path("/lib/systemd/systemd").exists():
+        missing("systemd")
+    with open_lab() as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="session")
+def hosts() -> Iterator[tuple[Host, Host]]:
+    for made in bare_hosts():
+        for host in made:
+            host.install(None)
+            host.run("printf 'tls = \"off\"\\n' > /etc/postcopyd/postcopyd.toml")
+            host.run(["systemctl", "start", "postcopyd.socket"])
+        yield made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failure comes with what both daemons have said since the test began."""
+    report = yield
+    if report.failed:
+        for host in getattr(item, "funcargs", {}).get("hosts", ()):
+            said = host.journal("--unit=postcopyd", f"--since=@{call.start - 1:.0f}")
+            report.sections.append((f"journal of {host.name}", said))
+    return report
