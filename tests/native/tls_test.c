@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* TLS on data connections: who gets in, what of a broken or spoilt connection shows, and reading
- * while others write. engine_test.c has whole moves with TLS as well; how to run one subtest is said
- * there. In the tests of a handshake end 0 is the server, as a destination is. */
+ * while others write. engine_test.c has whole moves with TLS as well, and says how to run one
+ * subtest. In the tests of a handshake end 0 is the server, as a destination is. */
 #include "engine_rig.h"
 
 #include <openssl/ssl.h>
@@ -214,8 +214,8 @@ static void *requests_run(void *argument) {
   return NULL;
 }
 
-/* Pages come on the urgent connection as fast as it takes them, asked for or not, while many threads
- * ask on it: fault threads write what the receiving thread reads. */
+/* Pages come on the urgent connection as fast as it takes them, asked for or not, while many
+ * threads ask on it: fault threads write what the receiving thread reads. */
 static void both_ways(void) {
   struct guest g = {0};
   struct ram *m = add_ram(&g, 8192 / RARELY, SMALL, all_data);
@@ -246,8 +246,11 @@ struct taker {
 static void *taker_run(void *argument) {
   struct taker *k = argument;
   static uint8_t in[100000];
-  for (ssize_t n; (n = tls_read(k->stream.tls, in, 1 + draw() % sizeof in)) > 0; k->got += (size_t)n)
+  ssize_t n;
+  while ((n = tls_read(k->stream.tls, in, 1 + draw() % sizeof in)) > 0) {
     check(!memcmp(in, k->expected + k->got, (size_t)n), "after %zu bytes", (size_t)k->got);
+    k->got += (size_t)n;
+  }
   return NULL;
 }
 
