@@ -3,12 +3,12 @@
  * arguments and JSON, so that both can be compared in one run.
  *
  *   engine_bench [tls] MB THREADS RUN SHM PUSH [SOURCE CONNECT NAMESPACE]
- *                                                                     e.g. engine_bench 512 2 16 1 1
+ *   e.g. engine_bench 512 2 16 1 1
  *
  * RUN, pages in a push frame, belongs to the floor only: the engine has its own. PUSH is the number
  * of push connections. The source listens on SOURCE, ADDRESS:PORT, in the network namespace of the
  * file NAMESPACE; the destination stays where it was started and connects to CONNECT. By default
- * both are on loopback. With the word `tls` the connections are encrypted, as between two daemons. */
+ * both are on loopback. With the word `tls` the connections are encrypted, as by two daemons. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <fcntl.h>

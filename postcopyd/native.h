@@ -67,8 +67,8 @@ struct pc_dest;
 struct pc_source;
 struct pc_tls; /* TLS 1.3 with a pre-shared key on one data connection */
 
-/* `key` has 32 bytes; `identity` says what it is for, both sides must have the same; both are copied.
- * `fd` is borrowed until pc_tls_free and made non-blocking. NULL with a sentence. */
+/* `key` has 32 bytes; `identity` says what it is for, both sides must have the same; both copied.
+ * `fd` is borrowed until pc_tls_free. NULL with a sentence. */
 struct pc_tls *pc_tls_new(int fd, int server, const uint8_t *key, const char *identity,
                           char error[200]);
 /* 0: done; 1, 2: to be called again when fd is readable, writable; -errno with a sentence. Never

@@ -236,8 +236,7 @@ def _reload(manager: Manager, settings: Settings) -> None:
     try:
         if settings.tls is not None:
             settings.tls.reload()
-        log.info("reloaded")
+        log.info("certificates reloaded")
     except PostcopydError as error:
-        log.error("not reloaded, going on with the certificates as they were", error=str(error))
-    finally:
-        manager.tell("READY=1")
+        log.error("certificates not reloaded, those before stay in use", error=str(error))
+    manager.tell("READY=1")

@@ -43,9 +43,9 @@ struct pc_tls {
   pthread_mutex_t one;
   char why[160];
   unsigned records; /* written with this key */
-  size_t owed; /* bytes of the caller of tls_write_now that are in `out` */
-  size_t in_from, in_to, out_from, out_to, small_used;
-  uint8_t in[IN_BYTES];        /* came from the socket; the reader's */
+  size_t owed;      /* bytes of the caller of tls_write_now that are in `out` */
+  size_t in_from, in_to, out_from, out_to;
+  uint8_t in[IN_BYTES]; /* came from the socket; the reader's */
   uint8_t out[SEND_BYTES + RECORD_BYTES + OUT_RECORDS * RECORD_MORE + OUT_MORE]; /* goes there */
   uint8_t small[RECORD_BYTES]; /* pieces that are to share a record; the writer's */
 };
@@ -86,8 +86,8 @@ static void say(struct pc_tls *t, const char *before, const char *words) {
     snprintf(t->why, sizeof t->why, "%s%s", before, words ? words : "for no known reason");
 }
 
-/* With `one` held, after a call of libssl that did not succeed: 1 if it wants more to read, 0 for the
- * end that the other side has announced, else -errno with `why`. */
+/* With `one` held, after a call of libssl that did not succeed: 1 if it wants more to read, 0 for
+ * the end that the other side has announced, else -errno with `why`. */
 static int outcome(struct pc_tls *t, int returned) {
   int kind = SSL_get_error(t->ssl, returned);
   if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_ZERO_RETURN)
@@ -160,7 +160,7 @@ static int flush(struct pc_tls *t) {
   return 0;
 }
 
-/* The reader's, when libssl has used all of `in`. 1, or -errno with `why`; -EAGAIN only if asked. */
+/* The reader's, when libssl has used all of `in`. 1, or -errno with `why`; -EAGAIN if asked to. */
 static int fill(struct pc_tls *t, int flags) {
   ssize_t n;
   do

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* TLS 1.3 with a pre-shared key on one data connection, by libssl. Knows nothing of frames or pages.
+/* TLS 1.3 with a pre-shared key on one data connection, by libssl. Knows no frames and no pages.
  *
  * libssl never touches the socket: it reads from `in` and writes to `out`, two buffers of a pc_tls,
- * and these are filled and flushed around it, many records by one call. So a reader waits in recv, as
- * it does without TLS.
+ * and these are filled and flushed around it, many records by one call. So a reader waits in recv,
+ * as it does without TLS.
  *
  * Who owns what. Whoever has made a pc_tls drives its handshake, alone; then an engine owns it with
  * its descriptor, and frees both once its threads are joined. One thread may read while another
@@ -15,7 +15,7 @@
  * A record that was begun is finished before another begins, as all go through `out`. What
  * tls_write_now has encrypted and the socket did not take does not count as written until it went.
  * The caller comes again with the same bytes first, and more behind them or not, once the socket is
- * writable: for as long as a record is half gone it has something to write, and waits for POLLOUT. */
+ * writable: while a record is half gone it has something to write, and waits for POLLOUT. */
 #ifndef POSTCOPYD_TLS_H
 #define POSTCOPYD_TLS_H
 
@@ -26,8 +26,8 @@
 
 struct pc_tls;
 
-/* Reads what there is, waiting for the first byte. 0: ended, and the other side said so; else -errno
- * and tls_why. */
+/* Reads what there is, waiting for the first byte. 0: ended, and the other side said so; else
+ * -errno and tls_why. */
 ssize_t tls_read(struct pc_tls *t, void *to, size_t bytes);
 /* Writes everything, waiting as needed; changes iov. Returns 0 or -errno. */
 int tls_write_all(struct pc_tls *t, struct iovec *iov, int n);

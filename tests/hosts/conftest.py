@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from lab import Host, open_lab
+from lab import REPOSITORY, Host, open_lab
 from needs import missing
 
+PKI = "/etc/pki/postcopyd"
 NEEDED = ("systemd-nspawn", "ip", "nsenter", "setpriv", "systemd-run")
 
 
@@ -30,12 +32,26 @@ def bare_hosts() -> Iterator[tuple[Host, Host]]:
 
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[tuple[Host, Host]]:
+    """The package is installed, each has a certificate of one CA, the sockets are open."""
+    packages = sorted((REPOSITORY / ".build/deb").glob("postcopyd_*.deb"))
+    if not packages:
+        missing("the Debian package of postcopyd: `make deb`")
     for made in bare_hosts():
+        with ThreadPoolExecutor() as both:
+            list(both.map(lambda host: host.install(packages[-1]), made))
+        certificates(*made)
         for host in made:
-            host.install(None)
-            host.run("printf 'tls = \"off\"\\n' > /etc/postcopyd/postcopyd.toml")
-            host.run(["systemctl", "start", "postcopyd.socket"])
+            host.run("systemctl stop postcopyd.service; systemctl start postcopyd.socket")
         yield made
+
+
+def certificates(one: Host, two: Host) -> None:
+    """New ones for both, by a CA that the first host has."""
+    for host, folder in ((one, PKI), (two, "/root/two")):
+        names = ["--host", host.name, "--host", host.address]
+        one.run(["postcopyd", "certs", "--dir", folder, "--ca", "/root/ca", *names])
+    for file in one.says("ls /root/two").splitlines():
+        two.run(f"umask 077 && cat > {PKI}/{file}", stdin=one.run(f"cat /root/two/{file}").stdout)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -103,24 +103,11 @@ class Host:
     def says(self, command: str | list[str]) -> str:
         return self.run(command).stdout.strip()
 
-    def install(self, package: Path | None) -> None:
-        """postcopyd, as a user would: the Debian package `make deb` makes, once for all; without
-        one the files of this repository, where a package would put them."""
-        if package is not None:
-            copy = self.shared / package.name
-            if not copy.exists():
-                shutil.copy(package, copy)
-            self.run(["dpkg", "--install", str(copy)], seconds=120)
-            return
-        units = REPOSITORY / "systemd"
-        self.run(
-            f"ln -sf {REPOSITORY}/.venv/bin/postcopyd /usr/bin/postcopyd &&"
-            f" install -m 644 -t /lib/systemd/system {units}/*.service {units}/*.socket &&"
-            f" install -m 644 {units}/postcopyd.sysusers /usr/lib/sysusers.d/postcopyd.conf &&"
-            f" install -m 644 {units}/postcopyd.tmpfiles /usr/lib/tmpfiles.d/postcopyd.conf &&"
-            " systemd-sysusers postcopyd.conf && systemd-tmpfiles --create postcopyd.conf &&"
-            " systemctl daemon-reload && systemctl enable postcopyd.socket postcopyd.service"
-        )
+    def install(self, package: Path) -> None:
+        """A Debian package, as a user would who has copied it here."""
+        copy = self.root / "root" / package.name
+        shutil.copy(package, copy)
+        self.run(["dpkg", "--install", f"/root/{package.name}"], seconds=120)
 
     def journal(self, *arguments: str) -> str:
         return self.says(["journalctl", "--no-pager", "--quiet", *arguments])
@@ -182,6 +169,9 @@ def _boot(
     }.items():
         (root / "etc" / file).unlink(missing_ok=True)
         (root / "etc" / file).write_text(text)
+    # Installing a package has it index all manuals of this machine, for ten seconds.
+    (root / "usr/bin/mandb").unlink(missing_ok=True)
+    (root / "usr/bin/mandb").symlink_to("/bin/true")
     if (root / "var/lib/dpkg/info/postcopyd.list").exists():
         _must("chroot", root, "dpkg", "--purge", "postcopyd")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+from conftest import PKI, certificates
 from lab import Host
 from needs import missing
 
@@ -305,15 +306,25 @@ async def test_what_a_hook_has_started_outlives_the_daemon(hosts: tuple[Host, Ho
 
 
 async def test_certificates_are_read_again(hosts: tuple[Host, Host]) -> None:
-    """`systemctl reload`: the same process, which says that it has done so."""
+    """`systemctl reload`: the same process, which says that it has done so; what it cannot use it
+    leaves, and says so too."""
     host = hosts[0]
     await postcopyd(host, "list")
     daemon = shows(host, "MainPID")
-    host.run(["systemctl", "reload", "postcopyd"])
-    await until(
-        lambda: "reloaded" in host.journal("--unit=postcopyd", f"_PID={daemon}"), "reloaded"
-    )
-    await until(lambda: shows(host, "SubState") == "running", "the service runs")
+
+    async def reloaded(said: str) -> None:
+        host.run(["systemctl", "reload", "postcopyd"])
+        of_it = ["--unit=postcopyd", f"_PID={daemon}"]
+        await until(lambda: said in host.journal(*of_it), said)
+        await until(lambda: shows(host, "SubState") == "running", "the service runs")
+
+    kept = f"{PKI}/server-cert.pem"
+    host.run(f"mv {kept} /root/kept")
+    await reloaded("certificates not reloaded")
+    host.run(f"mv /root/kept {kept}")
+    certificates(*hosts)
+    await reloaded("certificates reloaded")
+    hosts[1].run(["systemctl", "reload-or-restart", "postcopyd"])
     assert shows(host, "MainPID") == daemon
 
 

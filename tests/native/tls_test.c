@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* TLS on data connections: who gets in, what of a broken or spoilt connection shows, and reading
- * while others write. engine_test.c has whole moves with TLS as well; how to run one subtest is said
- * there. In the tests of a handshake end 0 is the server, as a destination is. */
+ * while others write. engine_test.c has whole moves with TLS as well, and says how to run one
+ * subtest. In the tests of a handshake end 0 is the server, as a destination is. */
 #include "engine_rig.h"
 
 #include <openssl/ssl.h>
@@ -214,8 +214,8 @@ static void *requests_run(void *argument) {
   return NULL;
 }
 
-/* Pages come on the urgent connection as fast as it takes them, asked for or not, while many threads
- * ask on it: fault threads write what the receiving thread reads. */
+/* Pages come on the urgent connection as fast as it takes them, asked for or not, while many
+ * threads ask on it: fault threads write what the receiving thread reads. */
 static void both_ways(void) {
   struct guest g = {0};
   struct ram *m = add_ram(&g, 8192 / RARELY, SMALL, all_data);
@@ -235,6 +235,52 @@ static void both_ways(void) {
   pthread_join(requests, NULL);
   engine_close(s);
   guest_free(&g);
+}
+
+struct taker {
+  struct stream stream;
+  uint8_t expected[1 << 19];
+  _Atomic size_t got;
+};
+
+static void *taker_run(void *argument) {
+  struct taker *k = argument;
+  static uint8_t in[100000];
+  ssize_t n;
+  while ((n = tls_read(k->stream.tls, in, 1 + draw() % sizeof in)) > 0) {
+    check(!memcmp(in, k->expected + k->got, (size_t)n), "after %zu bytes", (size_t)k->got);
+    k->got += (size_t)n;
+  }
+  return NULL;
+}
+
+/* What tls_write_now has counted arrives without another call, in a socket that is always full. */
+static void written_now(void) {
+  struct taker *k = malloc(sizeof *k);
+  int fd[2];
+  struct pc_tls *t[2];
+  pthread_t thread;
+  for (size_t i = 0; i < sizeof k->expected; i++)
+    k->expected[i] = (uint8_t)mix(i);
+  with_tls = true, buffer_bytes = 4096;
+  tcp_pair(fd), secure(fd, t), fcntl(fd[1], F_SETFL, 0);
+  k->stream = (struct stream){.fd = fd[1], .tls = t[1]}, k->got = 0;
+  check(!pthread_create(&thread, NULL, taker_run, k), "thread");
+  for (size_t from = 0, to = 0, full = 0; from < sizeof k->expected || !full;) {
+    size_t more = from + 1 + mix(from) % 40000;
+    to = more < to ? to : more < sizeof k->expected ? more : sizeof k->expected;
+    ssize_t n = tls_write_now(t[0], k->expected + from, to - from);
+    check(n >= 0, "%s", tls_why(t[0]));
+    from += (size_t)n, full += n == 0;
+    if (n == 0)
+      wait_until(k->got == from);
+    check(from < sizeof k->expected || full, "the socket took all");
+  }
+  wait_until(k->got == sizeof k->expected);
+  tls_end(t[0]);
+  pthread_join(thread, NULL);
+  engine_close((struct stream){.fd = fd[0], .tls = t[0]}), engine_close(k->stream);
+  free(k);
 }
 
 /* --- what is changed on the way --------------------------------------------------------------- */
@@ -310,6 +356,7 @@ static const struct subtest SUBTESTS[] = {
     {"ends", ends},
     {"unread", unread},
     {"both_ways", both_ways},
+    {"written_now", written_now},
     {"tampered", tampered},
 };
 
