@@ -263,8 +263,8 @@ class Channel:
         self._stream = stream
         self.machine = machine
         self.peer = peer
-        self.names = names
         self.features: frozenset[str] = frozenset()  # those of both sides
+        self.names = names
         self._codec = Codec()
         self._sending = trio.Lock()
         self._last_sent = trio.current_time()

@@ -176,7 +176,7 @@ class Service:
         }
         self.streaming = frozenset(streaming)
         self.with_fds = frozenset(with_fds)
-        self.asking = frozenset(asking)
+        self.asking = frozenset(asking) | {f"{own.name}.{method}" for method in own.methods}
         self._info = {"vendor": product, "product": product, "version": version, "url": url}
 
     async def _get_info(self, call: Call) -> dict[str, Any]:

@@ -45,13 +45,15 @@ class SlowDisk:
         """Under way: their pages are pinned."""
         self._content = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._device = device
+        self._over = os.eventfd(0, os.EFD_CLOEXEC)
         self._due: list[tuple[float, int, int, int]] = []  # reads: when, unique, offset, size
         os.set_blocking(device, False)
 
     def serve(self) -> None:
         while True:
             wait = max(0.0, self._due[0][0] - time.monotonic()) if self._due else None
-            select.select([self._device], [], [], wait)
+            if self._over in select.select([self._device, self._over], [], [], wait)[0]:
+                return
             while self._due and self._due[0][0] <= time.monotonic():
                 self._read(*heapq.heappop(self._due)[1:])
             try:
@@ -59,7 +61,7 @@ class SlowDisk:
             except BlockingIOError:
                 continue
             except OSError as error:
-                if error.errno == errno.ENODEV:  # unmounted
+                if error.errno == errno.ENODEV:  # unmounted, and nobody has it open
                     return
 
     def _take(self, request: bytes) -> None:
@@ -100,8 +102,13 @@ class SlowDisk:
         with suppress(OSError):  # ENOENT: interrupted meanwhile; ENODEV: unmounted
             os.write(self._device, struct.pack("<IiQ", 16 + len(data), -error, unique) + data)
 
+    def end(self) -> None:
+        """Whoever still reads gets an error."""
+        os.eventfd_write(self._over, 1)
+
     def close(self) -> None:
         os.close(self._content)
+        os.close(self._over)
 
 
 @contextmanager
@@ -125,6 +132,7 @@ def slow_disk(path: Path) -> Iterator[SlowDisk]:
         yield disk
     finally:
         libc.umount2(place, MNT_DETACH)
-        thread.join(10)
+        disk.end()
+        thread.join()
         disk.close()
         os.close(device)

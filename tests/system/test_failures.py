@@ -115,7 +115,7 @@ async def test_attach_and_detach(pair: Pair) -> None:
     await a.result(name, started["migration"])
     pair.unhook(name)
     there.kill()
-    await b.call("Detach", name=name)
+    await status_until(b, name, lambda status: status["phase"] == "failed")
     await again(pair, name)
 
 

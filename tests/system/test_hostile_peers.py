@@ -1033,7 +1033,7 @@ async def test_peer_that_talks_without_end(pair: Pair) -> None:
                 await b.call("List")
             await trio.sleep(0.05)
         # What is cut off before it is read was never an offer.
-        await status_until(b, waiting, lambda status: status["phase"] != "idle")
+        await status_until(b, waiting, lambda status: status["migration"] == "talk")
         nursery.cancel_scope.cancel()
     await status_until(b, waiting, lambda status: status["phase"] == "failed")
 
