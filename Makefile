@@ -54,8 +54,7 @@ test: build deb
 	@tools/newest-qemu
 	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile $(TESTS)
 
-# docs/LIBVIRT.md, with a libvirt that this installs, and that starts nothing on this machine where
-# systemd is not process 1.
+# docs/LIBVIRT.md, with the libvirt that this installs on this machine.
 .PHONY: test-libvirt
 test-libvirt: build deb
 	@tools/debian-packages $(TEST_PACKAGES) libvirt-daemon-system libvirt-clients

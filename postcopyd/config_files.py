@@ -215,6 +215,11 @@ def _take(where: Where, value: Any, said: dict[Where, Said], by: Said) -> None:
                     f"{key} is no key of the table [peers.{_shown(name)}] that it stands in: move "
                     f"it above the first table, [...], of this file"
                 )
+            if isinstance(value, dict) and key not in PEER_KEYS:
+                raise _wrong(
+                    f"[peers.{name}.{key}...] is a table within [peers.{_shown(name)}]: a name "
+                    f'that has dots stands in quotes, like [peers."host2.example.org"]'
+                )
             known = _known(key, PEER_KEYS, f"[peers.{_shown(name)}] has an unknown key")
             said["peers", name.lower(), key] = by._replace(value=_value(key, known, value))
         case (key,):

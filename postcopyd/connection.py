@@ -118,10 +118,11 @@ async def dial_data(
         if not secure:
             return Wire(detach(stream))
         return await detach_keyed(stream, token, hello, server=False)
-    except (trio.BrokenResourceError, trio.TooSlowError):
-        raise ConnectionLost(f"{to} refused a data connection") from None
-    finally:
+    except BaseException as error:  # and otherwise no await: a descriptor would be lost in it
         await trio.aclose_forcefully(stream)
+        if isinstance(error, trio.BrokenResourceError | trio.TooSlowError):
+            raise ConnectionLost(f"{to} refused a data connection") from None
+        raise
 
 
 async def detach_keyed(
@@ -263,8 +264,8 @@ class Channel:
         self._stream = stream
         self.machine = machine
         self.peer = peer
-        self.features: frozenset[str] = frozenset()  # those of both sides
         self.names = names
+        self.features: frozenset[str] = frozenset()  # those of both sides
         self._codec = Codec()
         self._sending = trio.Lock()
         self._last_sent = trio.current_time()

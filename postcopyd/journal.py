@@ -208,6 +208,8 @@ def datagram(entry: Mapping[str, str]) -> bytes:
 def _text(value: Any) -> str:
     if isinstance(value, bytes | bytearray | memoryview):
         return f"{len(value)} bytes"  # keys and tokens are bytes, and no reader's business
+    if isinstance(value, list | tuple):
+        return " ".join(map(_text, value))
     if isinstance(value, float):
         return f"{value:.2f}".rstrip("0").rstrip(".")
     return str(value)

@@ -88,6 +88,10 @@ class Arrivals:
         """How many are let in before it; None: it has its place."""
         return None if who in self._here else list(self._waiting).index(who)
 
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
     def _let_in(self) -> None:
         for who, size in list(self._waiting.items()):
             if self._most is not None and len(self._here) >= self._most:

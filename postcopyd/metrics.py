@@ -27,6 +27,7 @@ from prometheus_client.registry import Collector
 from postcopyd import __version__, control, counts, journal
 from postcopyd.config import MODES, parse_address
 from postcopyd.errors import PostcopydError
+from postcopyd.settings import Settings
 from postcopyd.vm import Vm
 
 CLIENTS = 8
@@ -54,6 +55,8 @@ class Daemon(Protocol):
     """What is looked at when somebody asks."""
 
     vms: dict[str, Vm]
+
+    settings: Settings
 
     @property
     def peers(self) -> int: ...
@@ -164,6 +167,17 @@ class Metrics(Collector):
         yield GaugeMetricFamily(
             "postcopyd_peer_connections", "Connections from other daemons", self._daemon.peers
         )
+        yield GaugeMetricFamily(
+            "postcopyd_arrivals_waiting",
+            "Guests that wait for their turn to come here",
+            self._daemon.settings.limits.arrivals.waiting,
+        )
+        if (tls := self._daemon.settings.tls) is not None:
+            yield GaugeMetricFamily(
+                "postcopyd_certificate_end_timestamp_seconds",
+                "When the first of this host's certificates is not valid any more",
+                tls.ends,
+            )
         yield _counter(
             "postcopyd_log_entries_dropped",
             "Log entries that nobody took in time",

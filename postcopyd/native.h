@@ -118,8 +118,8 @@ int pc_dest_unregister(struct pc_dest *d, int called_off);
 void pc_dest_stop(struct pc_dest *d);
 void pc_dest_free(struct pc_dest *d);
 struct pc_stats *pc_dest_stats(struct pc_dest *d);
-/* For how long the fault thread that has turned longest ago stands still. They turn every two
- * seconds with nothing to do. Any time, by anybody. */
+/* For how long the fault thread that has turned longest ago stands still. They turn every second
+ * when there is nothing to do. Any time, by anybody. */
 uint64_t pc_dest_still_ns(struct pc_dest *d);
 
 /* Source. pc_source_scan finds data and may be called while the guest runs; pc_source_serve and

@@ -138,7 +138,7 @@ def summary(vms: Sequence[dict[str, Any]]) -> str:
     parts = [f"{len(vms)} VM{'' if len(vms) == 1 else 's'}"]
     for vm in moving[:SHOWN_VMS]:
         way = "leaving to" if vm["role"] == "source" else "arriving from"
-        left = f", {size(vm['remaining'])} remaining" if vm["remaining"] else ""
+        left = f", {size(vm['remaining'])} remaining" if vm.get("remaining") else ""
         parts.append(f"{vm['vm']} {way} {vm['peer']}: {vm['phase']}{left}")
     if len(moving) > SHOWN_VMS:
         parts.append(f"and {len(moving) - SHOWN_VMS} more")

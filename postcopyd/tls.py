@@ -9,6 +9,7 @@ Knows nothing of migrations; what a peer may do is compared here and asked by da
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import ssl
@@ -62,7 +63,8 @@ class NotAllowed(PostcopydError):
 
 
 class Tls:
-    """The certificates in use; `reload` replaces them for connections that come after it."""
+    """The certificates in use; `reload` replaces them for connections that come after it. `ends`
+    is when the first of them is not valid any more, in seconds since 1970."""
 
     def __init__(self, directory: Path, peers: tuple[Peer, ...]) -> None:
         self._directory = directory
@@ -115,14 +117,17 @@ class Tls:
         server.num_tickets = 0  # each connection shows its certificate
         # What the peers will say of these files is said now: they are shown to each other.
         client.check_hostname = False
+        ends = math.inf
         for name, certificate in self._shown(client, server):
-            days = (ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time()) / 86400
+            end = ssl.cert_time_to_seconds(certificate["notAfter"])
+            ends, days = min(ends, end), (end - time.time()) / 86400
             if days < SOON_DAYS:
                 log.warning(
                     "certificate ends soon", file=str(self._path(name)), days=round(days, 1)
                 )
         client.check_hostname = True
         client.hostname_checks_common_name = False
+        self.ends = ends
         return client, server
 
     def _safe(self, name: str) -> None:

@@ -102,7 +102,7 @@ enum { ASKED_SLOTS = 4096 };
 /* How long it takes until placing is tried again when the destination has no memory. */
 enum { NO_MEMORY_WAIT_MS = 10 };
 /* A fault thread with nothing to do goes round as often as this, to show that it can. */
-enum { TURN_MS = 2000 };
+enum { TURN_MS = 1000 };
 /* What place() takes for the address of data: memory errors are to be placed; what the file has. */
 static const uint8_t POISON[1], FILED[1];
 /* Bytes that settle_run places at a time; a fault on one of them waits for all. CONTINUE takes

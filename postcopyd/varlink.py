@@ -344,7 +344,8 @@ class Connection:
             # Before the reply: a client that does not read it must not hold them open here.
             _close_all(fds)
         say = log.debug if method in self._service.asking else log.info
-        say("control call", method=method, error=failed, pid=self._peer.pid, uid=self._peer.uid)
+        why = {"error": failed} if failed else {}
+        say("control call", method=method, pid=self._peer.pid, uid=self._peer.uid, **why)
         if not message.get("oneway"):
             await self._transmit(data)
 

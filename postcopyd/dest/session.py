@@ -291,7 +291,7 @@ class DestinationSession:
         if problems:
             raise PostcopydError("; ".join(problems), "Refused")
         self._accept(f"preparing for {vm.name} from {channel.peer}")
-        self.log.info("migration started", mode=self.vm.status["mode"])
+        self.log.info("migration started", mode=vm.status["mode"])
         self.settings.arriving[vm.name] = shape
         await self._adopt(shape)
         await self._invite()

@@ -460,7 +460,8 @@ class SourceSession:
                 f"the destination could not run {self.vm.name}: {answer.reason}", "Declined"
             )
         self._ran()
-        self.log.info("guest handed over", downtime_ms=self._downtime_ms, **self._downtime_parts)
+        parts = {f"{name}_ms": ms for name, ms in self._downtime_parts.items()}
+        self.log.info("guest handed over", downtime_ms=self._downtime_ms, **parts)
 
     async def _save(self, channel: Channel) -> None:
         size = 0

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands that a document shows, run in order, and what they print held against it.
 
-A fenced block marked `console` has prompts (`host1# `, `host2# `, `# ` or `$ `), each with a command,
-which goes on over lines that end in a backslash and through a here document, and what it prints.
-Figures, addresses and ids may differ, as may how far a progress line comes; a line `...` stands for
-any lines. A comment before a block says why it is not run, or by whom: `<!-- not run: WHY -->`,
-`<!-- needs: WHAT -->`.
+A fenced block marked `console` has prompts (`host1# `, `host2# `, `# ` or `$ `), each with a
+command, which goes on over lines that end in a backslash and through a here document, and what it
+prints. Figures, addresses and ids may differ, as may which progress lines come; `...` stands for
+any lines, within a line for any words. A comment before a block says why it is not run, or what it
+needs that others do without: `<!-- not run: WHY -->`, `<!-- needs: WHAT -->`.
 
 Knows no document and no host: who runs one gives a function for each prompt.
 """
@@ -138,12 +138,12 @@ def _line(line: str) -> str:
 
 
 def _words(text: str) -> str:
-    return re.sub(r"(?:\\ )+", " +", re.escape(text))
+    return re.sub(r"(?:\\ )+", " +", re.escape(text)).replace(r"\.\.\.", ".*")
 
 
 def run(document: Path, prompts: Mapping[str, Run], needs: str = "") -> int:
-    """Runs all blocks that need this, by default nothing; how many commands that was. Raises AssertionError where what was
-    printed, or that it failed, is not what the document says."""
+    """Runs all blocks that need this, by default nothing; how many commands that was. Raises
+    AssertionError where what was printed, or that it failed, is not what the document says."""
     count = 0
     for block in blocks(document):
         if block.not_run or block.needs != needs:
@@ -151,7 +151,7 @@ def run(document: Path, prompts: Mapping[str, Run], needs: str = "") -> int:
         for command in block.commands:
             status, said = prompts[command.prompt](command.text)
             where = f"{document.name}:{command.line}: {command.text}"
-            said = "".join(line.rstrip() + "\n" for line in said.splitlines())
+            said = "".join(line.rstrip() + "\n" for line in said.rstrip().splitlines())
             if not expected(command.shown).fullmatch(said):
                 shown = "\n".join(command.shown)
                 raise AssertionError(f"{where}\nprinted:\n{said}\nthe document says:\n{shown}")

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts to try the documents on: namespaces of this machine, joined by a veth, without systemd.
+"""Two hosts to try documents on: namespaces of this machine, joined by a veth, without systemd.
 
-Each has its own name, network, /run, /dev/shm, and a layer over /etc and /var: a document's commands
-run as printed and leave nothing behind. Owns those and the shell of each; knows no document.
+Each has its own name, network, /run and /dev/shm, and a layer over /etc and /var: commands run as
+printed and leave nothing behind. Owns those and the shell of each; knows no document.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,9 +25,10 @@ from needs import missing
 SETUP = """
 hostname {name}
 mount -t tmpfs postcopyd-tests /mnt
+cd /mnt
 for folder in etc var; do
-  mkdir /mnt/$folder /mnt/$folder.work
-  mount -t overlay -o lowerdir=/$folder,upperdir=/mnt/$folder,workdir=/mnt/$folder.work none /$folder
+  mkdir $folder $folder.work
+  mount -t overlay -o lowerdir=/$folder,upperdir=$folder,workdir=$folder.work none /$folder
 done
 for folder in /run /dev/shm; do mount -t tmpfs postcopyd-tests $folder; done
 mkdir /run/lock /mnt/home
@@ -35,6 +37,7 @@ printf '127.0.0.1 localhost\\n192.0.2.1 host1\\n192.0.2.2 host2\\n' > /etc/hosts
 """
 
 DONE = "\x01done"
+HOME = "mnt/home"
 
 
 class Shell:
@@ -73,6 +76,20 @@ class Shell:
             self.process.kill()
 
 
+def scp(text: str, home: str, here: Path, roots: Mapping[str, Path]) -> tuple[int, str]:
+    """What scp(1) would do between hosts where nobody is there to log in. `here` and `roots`, by
+    name, are the `/` of hosts as this process reaches them, `home` is below that."""
+    *files, to = [word for word in shlex.split(text)[1:] if not word.startswith("-")]
+    name, _, folder = to.partition(":")
+    for pattern in files:
+        found = list((here / home).glob(pattern))
+        if not found:
+            return 1, f"scp: {pattern}: No such file or directory\n"
+        for file in found:
+            shutil.copy(file, roots[name] / (folder.lstrip("/") or home) / file.name)
+    return 0, ""
+
+
 class Host:
     """One of the two; `path` comes first in its shell's PATH."""
 
@@ -85,10 +102,11 @@ class Host:
         while os.readlink(f"/proc/{self.pid}/ns/ipc") == os.readlink("/proc/self/ns/ipc"):
             time.sleep(0.01)  # the last of them that unshare(2) makes; and all in one call
         self.shell = Shell([*self.inside, "bash"])
+        self.root = Path(f"/proc/{self.pid}/root")
         status, said = self.shell.run(SETUP.format(name=name))
         if status:
             missing(f"namespaces with overlayfs, to be {name}: {said}")
-        self.shell.run(f"export PATH={path}:$PATH; HOME=/mnt/home; cd")
+        self.shell.run(f"export PATH={path}:$PATH; HOME=/{HOME}; cd")
 
     def end(self) -> None:
         """Ends all that runs in here, with the namespaces."""

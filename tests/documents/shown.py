@@ -77,7 +77,7 @@ def _values(function: ast.AST) -> dict[str, list[ast.expr]]:
                 put.append(value)
             case ast.For(target=ast.Tuple(elts=[_, ast.Name(id=name)])):
                 loops.append(name)
-    return values | {name: put for name in loops}
+    return values | dict.fromkeys(loops, put)
 
 
 def _texts(node: ast.expr, values: dict[str, list[ast.expr]]) -> list[str]:

@@ -6,19 +6,23 @@ docs/FIRST-GUEST.md and docs/LIBVIRT.md want systemd: tests/hosts/test_documents
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import documents as d
 import pytest
-from shells import Host, two_hosts
+from shells import HOME, Host, scp, two_hosts
 
 from postcopyd import cli
 
 PAGES = sorted([d.ROOT / "README.md", *d.ROOT.glob("docs/*.md"), *d.ROOT.glob("examples/*.md")])
+# There these words are the first ones of a connection.
+COMMANDED = [page for page in PAGES if page.name != "PROTOCOL.md"]
 TRIED = {"README.md", "VMM-AUTHORS.md", "FIRST-GUEST.md", "LIBVIRT.md"}
 NEEDS = {"LIBVIRT.md": "libvirt"}
 
@@ -31,9 +35,21 @@ def hosts() -> Iterator[dict[str, d.Run]]:
 
 def prompts(both: list[Host]) -> dict[str, d.Run]:
     """A prompt without a name is the first host's."""
-    named = {f"{host.name}#": partial(host.shell.run, seconds=60) for host in both}
+    roots = {host.name: host.root for host in both}
+
+    def run(host: Host, text: str) -> tuple[int, str]:
+        if text.startswith("scp "):
+            return scp(text, HOME, host.root, roots)
+        status, said = host.shell.run(text)
+        if text.startswith("(postcopyd serve "):  # who types the next command takes longer
+            host.shell.run(
+                "until grep -q serving $(ls -t serve*.log | head -n 1); do sleep 0.05; done", 20
+            )
+        return status, said
+
     for host in both:
         host.shell.run(f"ln -s {d.ROOT}/examples")
+    named = {f"{host.name}#": partial(run, host) for host in both}
     return named | {"#": named["host1#"], "$": named["host1#"]}
 
 
@@ -57,7 +73,7 @@ def test_every_block_is_run(page: Path) -> None:
 _CAPITALS = {"HOST": "host", "DIR": "/tmp", "RATE": "1M", "N": "2", "SOCKET": "/tmp/s", "FILE": "f"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", COMMANDED, ids=lambda page: page.name)
 def test_every_command_is_known(page: Path) -> None:
     """Also those within sentences, which nobody runs: the command line takes each."""
     for said in re.findall(r"`(postcopyd [a-z][^`]*)`", page.read_text()):
@@ -65,10 +81,22 @@ def test_every_command_is_known(page: Path) -> None:
         if words[-1:] == ["..."] or len(words) == 1:
             assert words[0] in verbs(), f"{page.name}: {said}"
             continue
+        if words[-1].startswith("--") and re.search(f"{words[-1]} [A-Z]", usage(words[0])):
+            words.append("/tmp/1")  # a sentence may name an option without its value
         try:
             cli.parser().parse_args(words)
         except SystemExit as refused:
             pytest.fail(f"{page.name}: {said}: {refused}")
+
+
+def usage(verb: str) -> str:
+    """The options of a verb, those with a value with its name behind."""
+    with pytest.raises(SystemExit), io.StringIO() as said, redirect_stdout(said):
+        try:
+            cli.parser().parse_args([verb, "--help"])
+        finally:
+            text = said.getvalue()
+    return text.partition("\n\n")[0].replace("]", "\n")
 
 
 def verbs() -> set[str]:

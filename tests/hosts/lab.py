@@ -279,23 +279,27 @@ def _remove(name: str) -> None:
 
 
 def _remove_group(group: Path) -> None:
+    """With what may still be in it (Linux 5.14 and later)."""
+    with suppress(OSError):
+        (group / "cgroup.kill").write_text("1")
+    deadline = time.monotonic() + 5  # until the last process has been reaped
     for path, _, _ in os.walk(group, topdown=False):
-        for _ in range(100):  # until its last process has been reaped
+        while os.path.exists(path):
             try:
                 os.rmdir(path)
-            except FileNotFoundError:
-                break
             except OSError:
+                if time.monotonic() > deadline:
+                    return
                 time.sleep(0.02)
-            else:
-                break
 
 
 def _sweep() -> None:
     """What killed processes have left."""
-    for folder in Path("/run").glob(f"{PREFIX}*"):
-        if not Path("/proc", folder.name.removeprefix(PREFIX)).exists():
-            _remove(folder.name)
+    places = [Path("/run"), Path("/run/netns"), *_cgroup_mounts()]
+    found = {path.name.split("-")[2] for place in places for path in place.glob(f"{PREFIX}*")}
+    for pid in found:
+        if not Path("/proc", pid).exists():
+            _remove(f"{PREFIX}{pid}")
 
 
 def _must(*command: object) -> None:

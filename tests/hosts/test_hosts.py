@@ -7,8 +7,8 @@ import dataclasses
 import json
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Machine:
         self.user = user
         self.ram = ram
         self.moves = 0
+        self.clients: list[subprocess.Popen[str]] = []
 
     @property
     def here(self) -> Host:
@@ -78,6 +79,12 @@ class Machine:
         await in_thread(self.there.run, f"rm -f {self.ram}/{VM}-*")
         await self.launch(self.there, incoming=True)
 
+    def start(self, host: Host, command: list[str]) -> subprocess.Popen[str]:
+        """A program that is heard, and gone at the end."""
+        client = host.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.clients.append(client)
+        return client
+
     async def moved(self) -> None:
         """Drained on both hosts; the guest has all of its memory, and had all the time."""
         await until_phase(self.here, "drained")
@@ -96,7 +103,7 @@ async def machine(
     *,
     user: str = "nobody",
     ram: str = "/dev/shm",
-    memory: int = 192 * MIB,
+    memory: int = 160 * MIB,
     **config: Any,
 ) -> AsyncIterator[Machine]:
     """A guest that runs at the first host, attached there; all of it is gone at the end."""
@@ -105,16 +112,23 @@ async def machine(
         qemu=q.find_qemu()[0], kernel=boot[0], initramfs=boot[1], memory=memory, vcpus=1, **config
     )
     try:
-        async with q.open_guest(folder) as guest:
+        async with q.open_guest(folder) as guest, AsyncExitStack() as stack:
             it = Machine(hosts, guest, made, user, ram)
+            stack.callback(end, it.clients)
             await it.launch(it.here, incoming=False)
             await guest.ready()
             yield it
     finally:
         for host in hosts:
-            host.run(["postcopyd", "resolve", VM, "--kill"], check=False)
-            host.run(["postcopyd", "detach", VM], check=False)
+            for verb in ("resolve --kill", "detach"):
+                host.run(f"timeout 10 postcopyd {verb} {VM}", check=False)
             host.run(f"rm -f {ram}/{VM}-*")
+
+
+def end(clients: list[subprocess.Popen[str]]) -> None:
+    for client in clients:
+        client.kill()
+        client.communicate()
 
 
 async def in_thread(run: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -187,17 +201,16 @@ RESTART = ["systemctl", "restart", "postcopyd"]
 KILL = ["systemctl", "kill", "-s", "KILL", "postcopyd"]
 
 
-async def started(it: Machine, *options: str) -> tuple[subprocess.Popen[str], list[dict[str, Any]]]:
+async def started(it: Machine, bandwidth: str = "24M") -> None:
     """A migration that has handed over and is far from its end."""
-    slow = ["--mode", "postcopy", "--bandwidth", "24M", "--json"]
-    command = ["postcopyd", "migrate", VM, "--to", it.there.name, *slow, *options]
-    client = it.here.start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = ["postcopyd", "migrate", VM, "--to", it.there.name, "--mode", "postcopy"]
+    client = it.start(it.here, [*command, "--bandwidth", bandwidth, "--json"])
     assert client.stdout
     said = []
     while line := await in_thread(client.stdout.readline):
         said.append(line)
         if json.loads(line).get("phase") == "postcopy":
-            return client, said
+            return
     pytest.fail(f"the migration came to nothing: {said}")
 
 
@@ -215,20 +228,105 @@ async def again(host: Host, command: list[str]) -> None:
     )
 
 
-async def test_the_daemons_are_restarted_and_killed_in_the_middle(
+# Stops the threads of a process that take faults, until that ends.
+HOLD = """
+import contextlib, ctypes, glob, os, sys
+ptrace = ctypes.CDLL(None).ptrace
+for comm in glob.glob(f"/proc/{sys.argv[1]}/task/*/comm"):
+    if open(comm).read() == "pc-faults\\n":
+        tid = int(comm.split("/")[4])
+        assert ptrace(0x4206, tid, None, None) == 0  # PTRACE_SEIZE
+        assert ptrace(0x4207, tid, None, None) == 0  # PTRACE_INTERRUPT
+        print("held", flush=True)
+with contextlib.suppress(ChildProcessError):
+    while True:
+        os.waitpid(-1, 0x40000000)  # __WALL
+"""
+
+
+async def test_the_daemons_end_in_the_middle(
     hosts: tuple[Host, Host], boot: tuple[Path, Path]
 ) -> None:
-    """On either host, while most of the guest's memory is still at the other: the guest arrives
-    whole each time, and its VMM is never signalled."""
+    """Restarted, killed, and ended by the watchdog, while most of the guest's memory is still at
+    the other host: it arrives whole each time, and VMMs are never signalled."""
     async with machine(hosts, boot) as it:
-        for command in (RESTART, KILL):
-            for victim in ("here", "there"):
-                await it.prepare()
-                client, _ = await started(it)
-                arriving = f"1 VM; {VM} arriving from {it.here.name} ({it.here.address}): postcopy,"
-                there = it.there
-                await until(lambda: shows(there, "StatusText").startswith(arriving), arriving)  # noqa: B023
-                assert (await status(it.there))["remaining"] > 16 * MIB
-                await again(getattr(it, victim), command)
-                await it.moved()
-                await in_thread(client.communicate, timeout=WAIT_S)
+        for first, second in ((RESTART, KILL), (KILL, RESTART)):
+            await it.prepare()
+            await started(it)
+            await shown_arriving(it)
+            await again(it.here, first)
+            assert (await status(it.there))["remaining"] > 16 * MIB
+            await again(it.there, second)
+            await it.moved()
+
+        await it.prepare()
+        with watchdog_of(it.there, 4):
+            await started(it, "12M")  # or it is done before anybody has noticed
+            daemon = shows(it.there, "MainPID")
+            holder = it.start(it.there, ["python3", "-c", HOLD, daemon])
+            assert holder.stdout
+            assert await in_thread(holder.stdout.readline) == "held\n"
+            await until(lambda: shows(it.there, "MainPID") not in ("0", daemon), "another daemon")
+            await it.moved()
+        assert "Watchdog timeout" in it.here.journal("--unit=postcopyd")
+
+
+async def shown_arriving(it: Machine) -> None:
+    """What `systemctl status` shows of it."""
+    text = f"1 VM; {VM} arriving from {it.here.name} ({it.here.address}): postcopy, "
+    await until(lambda: shows(it.there, "StatusText").startswith(text), text)
+
+
+@contextmanager
+def watchdog_of(host: Host, seconds: int) -> Iterator[None]:
+    folder = "/run/systemd/system/postcopyd.service.d"
+    host.run(f"mkdir {folder}; printf '[Service]\nWatchdogSec={seconds}\n' > {folder}/test.conf")
+    host.run("systemctl daemon-reload; systemctl restart postcopyd")
+    yield
+    host.run(f"rm -r {folder}; systemctl daemon-reload; systemctl restart postcopyd")
+
+
+async def test_what_a_hook_has_started_outlives_the_daemon(hosts: tuple[Host, Host]) -> None:
+    """The daemon's kill path is the daemon. (That of `systemctl kill` without --kill-whom=main is
+    all that is in the service's group: hooks had better start VMMs by systemd-run.)"""
+    host = hosts[0]
+    await postcopyd(host, "list")
+    group = "/sys/fs/cgroup$(systemctl show --property ControlGroup --value postcopyd)"
+    child = host.start(f"echo $$ > {group}/cgroup.procs && exec sleep 1000")
+    try:
+        inside = f"grep -c . {group}/cgroup.procs"
+        await until(lambda: host.says(inside) == "2", "the child is in the service's group")
+        for command in (RESTART, [*KILL, "--kill-whom=main"]):
+            await again(host, command)
+            assert host.says(inside) == "2"
+    finally:
+        child.kill()
+        child.wait()
+
+
+async def test_certificates_are_read_again(hosts: tuple[Host, Host]) -> None:
+    """`systemctl reload`: the same process, which says that it has done so."""
+    host = hosts[0]
+    await postcopyd(host, "list")
+    daemon = shows(host, "MainPID")
+    host.run(["systemctl", "reload", "postcopyd"])
+    await until(
+        lambda: "reloaded" in host.journal("--unit=postcopyd", f"_PID={daemon}"), "reloaded"
+    )
+    await until(lambda: shows(host, "SubState") == "running", "the service runs")
+    assert shows(host, "MainPID") == daemon
+
+
+async def test_a_wrong_configuration_is_said_and_tried_again(hosts: tuple[Host, Host]) -> None:
+    """The service does not start, says why, and starts by itself once that is mended."""
+    host = hosts[0]
+    wrong = "/etc/postcopyd/postcopyd.toml.d/wrong.toml"
+    host.run(f"mkdir -p /etc/postcopyd/postcopyd.toml.d; echo 'tlss = 1' > {wrong}")
+    try:
+        assert host.run(["systemctl", "restart", "postcopyd"], check=False).returncode
+        assert "tlss" in host.journal("--unit=postcopyd", "--lines=20")
+        await until(lambda: int(shows(host, "NRestarts")) >= 2, "the service is tried again")
+    finally:
+        host.run(["rm", wrong])
+    await until(lambda: shows(host, "ActiveState") == "active", "the service serves again")
+    assert shows(host, "ActiveState", "postcopyd.socket") == "active"

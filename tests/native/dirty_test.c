@@ -610,11 +610,11 @@ static void receive_to(struct receiver *r, uint64_t pages) {
     check(receive(r), "the connection ended: %s", r->side->stats->sentence);
   check(r->pages == pages, "%lu pages, not %lu", r->pages, pages);
   wait_until(get(r->side->stats->pushing) == 0);
-  check(bytes_waiting(r->reader.fd) == 0, " ");
+  check(bytes_waiting(r->reader.stream.fd) == 0, " ");
 }
 
 static void receiver_end(struct receiver *r) {
-  close(r->reader.fd);
+  close(r->reader.stream.fd);
   frame_reader_free(&r->reader);
   free(r);
 }

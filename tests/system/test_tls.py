@@ -63,7 +63,7 @@ async def test_cut_and_goes_on(pair: Pair) -> None:
             certified(pair.folder, host.name)
             assert host.process is not None
             host.process.send_signal(signal.SIGHUP)
-            await until(lambda: " reloaded" in host.log.read_text(), "reloading")  # noqa: B023
+            await until(lambda: "event=reloaded" in host.log.read_text(), "reloading")  # noqa: B023
         one.cut()
         result = await a.result(name, started["migration"])
         assert (result["event"], result["recoveries"]) == ("completed", 1)
@@ -163,6 +163,7 @@ async def test_only_the_same_host_goes_on(pair: Pair) -> None:
         tls=Tls.load(certified(pair.folder, "host8", "127.0.0.8")),
     )
     await b.start()
+    await b.status(name)  # it listens
     machine = Machine(Source.RAN_LOST)
     async with await dial_control(b.address, machine, impostor) as channel:
         await channel.greet()

@@ -227,6 +227,7 @@ MISTAKES = [
     ("[peer.host2]\nmay = []", 'line 1: unknown key "peer"; did you mean peers?'),
     ("[limits]\nmax-vms = 1", 'line 1: unknown key "limits"'),
     ('[peers]\nhost2 = "h"', 'line 2: "host2" is no table: say [peers."host2"]'),
+    ('[peers.h.example.org]\nmay = []', "line 1: [peers.h.example...] is a table within"),
     ('peers = "x"', "peers is written in tables, [peers.NAME]"),
     ('[[peers]]\nname = "x"', "peers is written in tables, [peers.NAME]"),
     ('[peers."a b"]', "line 1: [peers.\"a b\"]: a peer's name is a DNS name"),

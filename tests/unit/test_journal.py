@@ -100,6 +100,8 @@ def test_fields(journald: Journald) -> None:
         "DOWNTIME_MS": "7.92",
         "ERROR": "no",
     }
+    log.info("serving", listen=["[::]:1", "192.0.2.1:1"])
+    assert journald.next()["LISTEN"] == "[::]:1 192.0.2.1:1"
     log.info("phase", after="precopy", after_ms=1200.0)
     entry = journald.next()
     assert entry["MESSAGE"] == "web1: phase handover, after precopy, after_ms 1200"

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h11
@@ -19,6 +20,7 @@ from session_faults import cut, made_clock, migrated
 from session_world import World
 
 from postcopyd import counts, journal, metrics
+from postcopyd.limits import Limits
 from postcopyd.metrics import Metrics
 from postcopyd.store import Store
 from postcopyd.vm import Vm
@@ -30,6 +32,8 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 class Daemon:
+    settings: Any = SimpleNamespace(limits=Limits(), tls=SimpleNamespace(ends=2e9))
+
     def __init__(self, *vms: Vm) -> None:
         self.vms = {vm.name: vm for vm in vms}
         self.peers = 3
@@ -107,6 +111,7 @@ async def test_a_scrape_before_anything(tmp_path: Path) -> None:
         labels = {"role": "source", "mode": "hybrid", "result": "failed"}
         assert of(samples, "postcopyd_migrations_total", **labels) == 0
         assert of(samples, "postcopyd_peer_connections") == 3
+        assert of(samples, "postcopyd_certificate_end_timestamp_seconds") == 2e9
         assert samples.keys() == (await scraped(path)).keys()
 
 
