@@ -28,6 +28,11 @@ def bare_hosts() -> Iterator[tuple[Host, Host]]:
         yield hosts
 
 
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[tuple[Host, Host]]:
+    yield from bare_hosts()
+
+
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[tuple[Host, Host]]:
     for made in bare_hosts():
