@@ -58,7 +58,7 @@ test: build deb
 .PHONY: test-libvirt
 test-libvirt: build deb
 	@tools/debian-packages $(TEST_PACKAGES) libvirt-daemon-system libvirt-clients
-	POSTCOPYD_LIBVIRT=1 $(BIN)/pytest -q tests/hosts/test_documents.py
+	POSTCOPYD_LIBVIRT=1 $(BIN)/pytest -q tests/hosts/test_first_guest.py
 
 # A guest that is moved again and again while everything around it breaks: tests/chaos/chaos.py.
 chaos: SEED := 1

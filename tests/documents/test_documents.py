@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documents do not rot: what they say to type works, and prints what they say.
 
-docs/FIRST-GUEST.md and docs/LIBVIRT.md want systemd: tests/hosts/test_documents.py runs them.
+docs/FIRST-GUEST.md and docs/LIBVIRT.md want systemd: tests/hosts/test_first_guest.py runs them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
-import documents as d
+import console as d
 import pytest
 from shells import HOME, Host, scp, two_hosts
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-from documents import ROOT
+from console import ROOT
 from shown import PLACE, Shown, sentences, shown
 
 PAGE = (ROOT / "docs/WHEN-IT-GOES-WRONG.md").read_text()

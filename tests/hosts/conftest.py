@@ -30,6 +30,11 @@ def bare_hosts() -> Iterator[tuple[Host, Host]]:
         yield hosts
 
 
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[tuple[Host, Host]]:
+    yield from bare_hosts()
+
+
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[tuple[Host, Host]]:
     """The package is installed, each has a certificate of one CA, the sockets are open."""

@@ -13,20 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import bare_hosts
 from lab import REPOSITORY, Host
 from needs import missing
 
 sys.path.append(str(Path(__file__).parent.parent / "documents"))
-import documents as d
+import console as d
 from shells import Shell, scp
 
 DOCS = REPOSITORY / "docs"
-
-
-@pytest.fixture(scope="module")
-def fresh() -> Iterator[tuple[Host, Host]]:
-    yield from bare_hosts()
 
 
 @pytest.fixture(scope="module")

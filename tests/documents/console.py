@@ -75,6 +75,8 @@ def blocks(document: Path) -> Iterator[Block]:
                 if text.strip() == "```":
                     break
                 inside.append((at, text.removeprefix(fence[1])))
+            prompts = [at for at, text in inside if _PROMPT.match(text)]
+            assert fence[2] or not prompts, f"{document.name}:{prompts[0]}: a block for `console`"
             if fence[2] == "console":
                 commands = list(_commands(document, inside))
                 yield Block(number, said.get("not run", ""), said.get("needs", ""), commands)
