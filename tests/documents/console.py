@@ -34,7 +34,7 @@ _HERE = re.compile(r"<<-?'?(\w+)'?")
 # What a migration shows on its way depends on when one looks, and how its pages travelled on who
 # was faster. The words in front are the document's promise.
 _ON_THE_WAY = re.compile(r"(\S+): (idle, preparing|precopy,|handover,|postcopy,) ?.*")
-_ROW = re.compile(r"  (pages|passes|handed over|faults) +\S.*")
+_ROW = re.compile(r"  (phases|pages|passes|handed over|faults) +\S.*")
 _BAR = re.compile(r"    from +[\d.]+ (us|ms|s) +\d+( +#+)?")
 # A number that stands for itself, with its unit: not the one in host1.
 _FIGURE = re.compile(
