@@ -301,7 +301,7 @@ KEYS: Mapping[str, Key] = {
     "max-arriving-memory": Key(
         "SIZE",
         _or_none(_rate),
-        "of the guests that arrive at a time, all together; others wait, and a larger guest is "
+        "RAM of the guests that arrive at a time, all together; others wait, a larger one is "
         "refused",
     ),
     "max-peers": Key(

@@ -302,7 +302,7 @@ class Lines:
         return ""
 
     def _scan(self) -> None:
-        text, table = self._text, ()  # type: tuple[str, Where]
+        text, table = self._text, Where()
         while self._at < len(text):
             self._skip_space()
             here = text[self._at]

@@ -115,7 +115,7 @@ def test_shares(total: int, limits: list[int]) -> None:
     assert sum(parts) <= max(total, len(parts))
     free = [part for part, limit in zip(parts, limits, strict=True) if part != limit]
     assert max(free, default=1) - min(free, default=1) <= 1
-    assert all(part <= max(free) for part in parts) if free else True
+    assert all(part <= max(free, default=part) for part in parts)
     if free and total >= len(parts):
         assert sum(parts) == total
 
