@@ -118,7 +118,7 @@ man: $(MAN)
 
 deb: $(DEB)
 
-$(DEB): $(WHEEL) $(MAN) $(wildcard tools/deb* tools/debian/* tools/completions.py docs/* systemd/*) CHANGELOG.md
+$(DEB): $(WHEEL) $(MAN) $(wildcard tools/deb* tools/debian/* tools/*.py docs/* examples/* systemd/*) CHANGELOG.md
 	@tools/debian-packages $(DEB_PACKAGES)
 	tools/deb $(WHEEL)
 
