@@ -211,9 +211,10 @@ class SourceSession:
         shape = self._shape = await self.vm.attached().inspect("source")
         problems = [*shape.problems]
         try:
-            channel = await self._greeted()
-            await channel.send(self._offer(shape, check=True))
-            problems += (await channel.expect(p.Checked)).problems
+            if shape.regions or not problems:  # without any, there is nothing to offer
+                channel = await self._greeted()
+                await channel.send(self._offer(shape, check=True))
+                problems += (await channel.expect(p.Checked)).problems
         except PostcopydError as error:
             problems.append(str(error))
         finally:
