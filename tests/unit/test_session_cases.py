@@ -324,7 +324,9 @@ async def test_result_of_a_pause(tmp_path: Path, clock: Clock) -> None:
             await trio.sleep(0.1)
         await trio.sleep(PATIENCE_S - 2)
         assert (vm.status["phase"], vm.status.get("result")) == ("paused", None)
-        await trio.sleep(4)
+        with trio.fail_after(PATIENCE_S):
+            while vm.status.get("result") is None:
+                await trio.sleep(1)
         assert vm.status["result"]["event"] == "paused"
         with pytest.raises(PostcopydError, match="it can only go on there"):
             await made.source.daemon.cancel("web1")
