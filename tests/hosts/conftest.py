@@ -33,7 +33,13 @@ def hosts() -> Iterator[tuple[Host, Host]]:
     for made in bare_hosts():
         for host in made:
             host.install(None)
-            host.run("printf 'tls = \"off\"\\n' > /etc/postcopyd/postcopyd.toml")
+            # With a hook, which would refuse each migration if the unit did not let it run.
+            host.run(
+                'printf \'tls = "off"\\nhooks-dir = "/etc/postcopyd/hooks"\\n\''
+                " > /etc/postcopyd/postcopyd.toml; mkdir -p /etc/postcopyd/hooks;"
+                " printf '#!/bin/sh\\ngrep -q web\\n' > /etc/postcopyd/hooks/10;"
+                " chmod +x /etc/postcopyd/hooks/10"
+            )
             host.run(["systemctl", "start", "postcopyd.socket"])
         yield made
 
