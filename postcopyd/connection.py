@@ -45,7 +45,7 @@ BUFFER = 256 << 10
 class ConnectionLost(PostcopydError):
     """The peer went away, or the way to it."""
 
-    name = "ConnectionLost"
+    name = tls.LOST
 
 
 class PeerError(PostcopydError):
@@ -141,7 +141,7 @@ async def detach_keyed(
         os.close(fd)
         if isinstance(error, trio.TooSlowError):
             raise tls.TlsFailed(
-                f"TLS of a data connection: it was not finished within {CONNECT_S:.0f} s"
+                f"TLS of a data connection: it was not finished within {CONNECT_S:.0f} s", tls.LOST
             ) from None
         raise
 

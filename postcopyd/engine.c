@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <signal.h>
@@ -140,6 +141,12 @@ uint64_t engine_regions(struct region *to, const struct pc_region *from, unsigne
     pages += (from[i].pages + 63) & ~63ull;
   }
   return pages;
+}
+
+/* A receiving buffer goes back to the system with its connection. glibc would keep as many as there
+ * ever were at a time: it raises this limit by itself once such a one was freed (mallopt(3)). */
+__attribute__((constructor)) static void large_buffers_are_mapped(void) {
+  mallopt(M_MMAP_THRESHOLD, 1 << 20);
 }
 
 int frame_reader_init(struct frame_reader *r, struct stream s, size_t payload, size_t ahead) {

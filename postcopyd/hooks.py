@@ -19,9 +19,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import structlog
 import trio
@@ -66,8 +65,9 @@ async def _run(hook: Path, vm: str, role: str, phase: str, about: dict[str, Any]
 
 
 async def _run_it(hook: Path, vm: str, role: str, phase: str, about: dict[str, Any]) -> str | None:
-    # Not pipes: a VMM that the hook has started would hold their other ends.
-    with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answered:
+    # Not pipes: a VMM that the hook has started would hold their other ends. Nor files of a folder:
+    # the daemon's unit lets it write to none that is for such.
+    with _memory() as asked, _memory() as answered:
         asked.write(json.dumps({"vm": vm, "role": role, "phase": phase, **about}).encode())
         asked.seek(0)
         try:
@@ -86,3 +86,8 @@ async def _run_it(hook: Path, vm: str, role: str, phase: str, about: dict[str, A
         answered.seek(0)
         said = answered.read().decode(errors="replace").strip()
         return said[-500:] or f"exit status {done.returncode}"
+
+
+def _memory() -> IO[bytes]:
+    """A file that has no name."""
+    return os.fdopen(os.memfd_create("hook"), "w+b")

@@ -9,6 +9,7 @@ Knows nothing of migrations; what a peer may do is compared here and asked by da
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import socket
@@ -35,6 +36,9 @@ ALPN = "postcopyd"
 """Both sides name it: certificates of this CA may serve other programs, to which nobody shall be
 able to redirect a connection (RFC 7301; the attack is ALPACA)."""
 
+LOST = "ConnectionLost"
+"""Name of an error that says nothing of the peer but that it is away."""
+
 SOON_DAYS = 30
 """A certificate that ends so soon is warned about."""
 
@@ -51,7 +55,8 @@ log = structlog.get_logger()
 
 
 class TlsFailed(PostcopydError):
-    """A connection was not made because one side does not trust the other."""
+    """A connection was not made because one side does not trust the other; or because it was cut
+    before that was known, and is called ConnectionLost then: it may be tried again at once."""
 
     name = "TlsFailed"
 
@@ -265,7 +270,7 @@ async def handshake(stream: trio.SSLStream[trio.SocketStream], peer: str) -> Nam
         # trio keeps the alert that tells the peer why to itself.
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await stream.transport_stream.send_all(stream._outgoing.read())
-        raise TlsFailed(explain(error, peer)) from None
+        raise TlsFailed(explain(error, peer), LOST if was_cut(error) else None) from None
     if stream.selected_alpn_protocol() != ALPN:
         raise TlsFailed(f"{peer} speaks TLS, but not for postcopyd: another program is there")
     names = certificate_names(stream.getpeercert() or {})
@@ -281,16 +286,23 @@ def refusal(error: trio.BrokenResourceError) -> bool:
     return isinstance(cause, ssl.SSLError) and "ALERT" in (cause.reason or "")
 
 
+def was_cut(error: trio.BrokenResourceError) -> bool:
+    """Whether the connection ended without a word of TLS on why."""
+    cause = error.__cause__
+    return isinstance(cause, ssl.SSLEOFError) or not isinstance(cause, ssl.SSLError)
+
+
 def explain(error: trio.BrokenResourceError, peer: str) -> str:
     """A sentence on why TLS with a peer failed or broke, and what to do."""
     cause = error.__cause__
     if isinstance(cause, ssl.SSLCertVerificationError):
         return f"the certificate of {peer} is refused here: {_verdict(cause)}"
-    if isinstance(cause, ssl.SSLEOFError) or not isinstance(cause, ssl.SSLError):
+    if was_cut(error):
         return (
             f"{peer} ended the connection without a word of TLS ({cause or error}): it was cut, "
             f"or the daemon there is of a version without TLS"
         )
+    assert isinstance(cause, ssl.SSLError)
     reason = cause.reason or str(cause)
     if "ALERT" in reason:
         why = _ALERTS.get(reason.rpartition("ALERT_")[2], f"it says {_words(reason)}")
@@ -357,7 +369,8 @@ async def keyed(fd: int, *, server: bool, key: bytes, identity: str) -> Any:
                 said = ffi.string(error).decode(errors="replace") or os.strerror(-wants)
                 raise TlsFailed(
                     f"TLS of a data connection: {said}; it was cut, or has the key of another "
-                    f"migration"
+                    f"migration",
+                    None if wants == -errno.EBADMSG else LOST,
                 )
             wait = trio.lowlevel.wait_readable if wants == 1 else trio.lowlevel.wait_writable
             await wait(fd)

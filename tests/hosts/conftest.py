@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from lab import REPOSITORY, Host, open_lab
+from containers import REPOSITORY, Host, open_lab
 from needs import missing
 
 PKI = "/etc/pki/postcopyd"
@@ -46,6 +46,14 @@ def hosts() -> Iterator[tuple[Host, Host]]:
             list(both.map(lambda host: host.install(packages[-1]), made))
         certificates(*made)
         for host in made:
+            # With a hook, which would refuse each migration if the unit did not let it run.
+            host.run(
+                "mkdir -p /etc/postcopyd/hooks /etc/postcopyd/postcopyd.toml.d;"
+                " printf 'hooks-dir = \"/etc/postcopyd/hooks\"\\n'"
+                " > /etc/postcopyd/postcopyd.toml.d/hooks.toml;"
+                " printf '#!/bin/sh\\ngrep -q web\\n' > /etc/postcopyd/hooks/10;"
+                " chmod +x /etc/postcopyd/hooks/10"
+            )
             host.run("systemctl stop postcopyd.service; systemctl start postcopyd.socket")
         yield made
 

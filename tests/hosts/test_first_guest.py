@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab import REPOSITORY, Host
+from containers import REPOSITORY, Host
 from needs import missing
 
 sys.path.append(str(Path(__file__).parent.parent / "documents"))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import trio
 from conftest import PKI, certificates
-from lab import Host
+from containers import Host
 from needs import missing
 
 from postcopyd.demo import qemu_guest as q

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 from needs import missing
-from pair import MIB, Host, Pair, completed, ended, until, verified, worked
+from pair import MIB, Host, Pair, completed, ended, open_pair, until, verified, worked
 from postcopyd._native import ffi, lib
 
 from postcopyd.demo import qemu_guest as q
@@ -24,6 +24,15 @@ SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MADVISE, MADV_HUGEPAGE = 28, 14  # x86-64
 MEMORY = 32 * MIB
 GUEST = ("--memory", str(MEMORY), "--threads", "2")
+
+
+@pytest.fixture(scope="module")
+def daemons() -> Iterator[Pair]:
+    """What is not done is no news to an operator."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POSTCOPYD_LOG_LEVEL", "debug")
+        with open_pair() as pair:
+            yield pair
 
 
 @pytest.fixture

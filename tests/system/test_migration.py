@@ -348,4 +348,5 @@ async def test_nothing_leaks(new_pair: Pair) -> None:
         as_before = partial(lambda host, fds: footprint(host)[0] <= fds, host, before[0])
         await until(as_before, "the descriptors of before", 10)
         assert after[1] <= before[1] + 2  # idle ones, kept for the next blocking call
+        print(host.name, before, after)
         assert after[2] < before[2] + 4096

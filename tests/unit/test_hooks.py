@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ async def test_hook_is_told_what_happens(tmp_path: Path) -> None:
         "peer": "host2:16525",
         "message": "it's done\n",
     }
+
+
+async def test_no_folder_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that may write to its own two folders only, as its unit has it, runs hooks too."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    make(tmp_path, "no", "read -r about; echo not today >&2; exit 1")
+    with pytest.raises(HookVeto, match="not today"):
+        await run(tmp_path)
 
 
 async def test_hooks_run_in_the_order_of_their_names(tmp_path: Path) -> None:

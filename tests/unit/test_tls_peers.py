@@ -29,6 +29,7 @@ from postcopyd.daemon import Daemon
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.settings import Settings
+from postcopyd.source.session import MENDS
 from postcopyd.store import Store
 from postcopyd.tls import NotAllowed, Tls, TlsFailed, certificate_names, keyed, same_peer
 
@@ -340,6 +341,7 @@ async def test_with_tls_to_an_older_version(tmp_path: Path) -> None:
         error = await refused(source(tmp_path, tls), to)
         nursery.cancel_scope.cancel()
     assert "of a version without TLS" in str(error)
+    assert error.name == "ConnectionLost"  # as for one that was cut: it is tried again at once
 
 
 async def test_older_version_to_us(tmp_path: Path) -> None:
@@ -524,6 +526,16 @@ async def test_key_of_a_migration() -> None:
         said = await both_keyed((key, "m1 push"), other)
         assert all("has the key of another migration" in one for one in said), said
         assert not any(key.hex() in one or repr(key)[2:-1] in one for one in said)
+
+
+async def test_handshake_is_cut() -> None:
+    """Says nothing of keys: a source that asks again after a pause does so at once."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.close()
+    with ours, pytest.raises(TlsFailed) as failed:
+        await keyed(ours.fileno(), server=True, key=bytes(32), identity="m1 push")
+    assert failed.value.name in MENDS
 
 
 async def test_handshake_may_be_called_off() -> None:
