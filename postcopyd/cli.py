@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from postcopyd import __version__, config, verbs
 from postcopyd.errors import PostcopydError
-from postcopyd.verbs import DONE, FAILED, INTERRUPTED, USAGE, Failed
+from postcopyd.verbs import CRASHED, DONE, FAILED, INTERRUPTED, USAGE, Failed
 
 _T = TypeVar("_T")
 
@@ -193,6 +193,8 @@ def _serve(args: argparse.Namespace) -> int:
     if args.check_config:
         print(*configured.lines(), "# good", sep="\n")
         return DONE
+    import traceback
+
     import trio
 
     # structlog would take it for tracebacks in colour: a third of the time to start, and guests may
@@ -207,7 +209,8 @@ def _serve(args: argparse.Namespace) -> int:
     except ExceptionGroup as group:
         ours, others = group.split(PostcopydError)
         if ours is None or others is not None:
-            raise
+            traceback.print_exc()
+            return CRASHED
         error: BaseException = ours
         while isinstance(error, ExceptionGroup):
             error = error.exceptions[0]

@@ -172,6 +172,8 @@ async def dial(host: str, port: int, kind: str) -> trio.SocketStream:
         raise _unreachable(host, port, f"no answer within {CONNECT_S:.0f} s") from None
     except trio.BrokenResourceError:
         raise _unreachable(host, port, "it was closed at once") from None
+    except UnicodeError as error:  # of the codec for names of hosts, IDNA
+        raise _unreachable(host, port, f"that cannot be the name of a host ({error})") from None
     except OSError as error:
         cause: BaseException = error.__cause__ or error
         while isinstance(cause, BaseExceptionGroup):

@@ -51,7 +51,7 @@ class Manager:
         kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         try:
             with socket.socket(socket.AF_UNIX, kind) as to:
-                to.sendto("\n".join(assignments).encode(), address)
+                to.sendto("\n".join(assignments).encode(errors="backslashreplace"), address)
         except OSError as error:
             log.warning("service manager not told", what=assignments[0], error=str(error))
 

@@ -17,6 +17,8 @@ from postcopyd.errors import PostcopydError
 from postcopyd.varlink_client import Client, ConnectionLost, ErrorReply, NoAnswer
 
 DONE, FAILED, USAGE, WAITS = 0, 1, 2, 3
+# EX_SOFTWARE of sysexits.h, for a daemon that ends by a bug: its unit starts it again at once.
+CRASHED = 70
 # The shell's number for what SIGINT ended.
 INTERRUPTED = 130
 

@@ -82,7 +82,14 @@ def test_every_field_is_in_the_manual() -> None:
 
 def test_every_exit_status_is_in_the_manual() -> None:
     """postcopyd(1) has the statuses that the verbs end with, and no others."""
-    statuses = {verbs.DONE, verbs.FAILED, verbs.USAGE, verbs.WAITS, verbs.INTERRUPTED}
+    statuses = {
+        verbs.DONE,
+        verbs.FAILED,
+        verbs.USAGE,
+        verbs.WAITS,
+        verbs.CRASHED,
+        verbs.INTERRUPTED,
+    }
     assert terms(sections(COMMAND, "=")["EXIT STATUS"]) == {str(status) for status in statuses}
 
 

@@ -399,6 +399,12 @@ async def test_dial_to_nobody_says_whom_and_what_to_do() -> None:
     assert caught.value.name == "PeerUnreachable"
 
 
+async def test_dial_to_what_is_no_name() -> None:
+    """A name that DNS cannot have is the operator's mistake and not a bug."""
+    with pytest.raises(PostcopydError, match="cannot be the name of a host"):
+        await connection.dial("a" * 64 + ".example", 1, p.CONTROL)
+
+
 # --- nurseries -----------------------------------------------------------------------------------
 
 

@@ -39,6 +39,17 @@ def test_it_is_told_in_one_message(tmp_path: Path, abstract: bool) -> None:
     manager.tell("WATCHDOG=1")
 
 
+def test_text_that_is_no_unicode(tmp_path: Path) -> None:
+    """What somebody has typed, a peer for one, does not end the daemon that shows it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(f"{tmp_path}/notify")
+        manager = Manager({"NOTIFY_SOCKET": f"{tmp_path}/notify"})
+        manager.tell("READY=1", "STATUS=1 VM; web1 leaving to \udcff: paused")
+        assert (
+            listener.recv(999) == rb"READY=1%bSTATUS=1 VM; web1 leaving to \udcff: paused" % b"\n"
+        )
+
+
 def test_the_watchdog_is_ours_or_not() -> None:
     """WATCHDOG_PID names whom it is for."""
     for pid, expected in (("", 1.5), (str(os.getpid()), 1.5), ("1", None)):
