@@ -63,7 +63,9 @@ async def test_cut_and_goes_on(pair: Pair) -> None:
             certified(pair.folder, host.name)
             assert host.process is not None
             host.process.send_signal(signal.SIGHUP)
-            await until(lambda: 'event="certificates reloaded"' in host.log.read_text(), "reloading")  # noqa: B023
+            await until(
+                lambda: 'event="certificates reloaded"' in host.log.read_text(), "reloading"
+            )  # noqa: B023
         one.cut()
         result = await a.result(name, started["migration"])
         assert (result["event"], result["recoveries"]) == ("completed", 1)
