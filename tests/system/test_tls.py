@@ -65,7 +65,7 @@ async def test_cut_and_goes_on(pair: Pair) -> None:
             host.process.send_signal(signal.SIGHUP)
             await until(
                 lambda: 'event="certificates reloaded"' in host.log.read_text(), "reloading"
-            )  # noqa: B023
+            )
         one.cut()
         result = await a.result(name, started["migration"])
         assert (result["event"], result["recoveries"]) == ("completed", 1)
