@@ -342,8 +342,9 @@ class QemuProcess:
 
     def kill(self) -> None:
         """At once, as a crash would; with whatever it has started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        if self.process.poll() is None:  # or its number may be another's by now
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
 
     async def wait(self) -> int:
         """Until it has ended; the exit status, negative for a signal."""

@@ -35,7 +35,7 @@ def fresh() -> Iterator[tuple[Host, Host]]:
     yield from bare_hosts()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[Host, Host]]:
     """The package is installed, each has a certificate of one CA, the sockets are open."""
     packages = sorted((REPOSITORY / ".build/deb").glob("postcopyd_*.deb"))

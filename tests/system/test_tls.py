@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pair import (
     LARGE,
     MIB,
     SMALL,
+    Host,
     Pair,
     again,
     cli,
@@ -50,6 +52,10 @@ def daemons() -> Iterator[Pair]:
         yield pair
 
 
+def reloaded(host: Host) -> bool:
+    return 'event="certificates reloaded"' in host.log.read_text()
+
+
 async def test_cut_and_goes_on(pair: Pair) -> None:
     """A migration over TLS whose connections are cut goes on, with new keys, and with certificates
     that both hosts got meanwhile and have read on SIGHUP."""
@@ -63,9 +69,7 @@ async def test_cut_and_goes_on(pair: Pair) -> None:
             certified(pair.folder, host.name)
             assert host.process is not None
             host.process.send_signal(signal.SIGHUP)
-            await until(
-                lambda: 'event="certificates reloaded"' in host.log.read_text(), "reloading"
-            )
+            await until(partial(reloaded, host), "reloading")
         one.cut()
         result = await a.result(name, started["migration"])
         assert (result["event"], result["recoveries"]) == ("completed", 1)
