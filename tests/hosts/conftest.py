@@ -10,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from containers import REPOSITORY, Host, open_lab
+from containers import REPOSITORY, Host, certificates, open_lab
 from needs import missing
 
-PKI = "/etc/pki/postcopyd"
 NEEDED = ("systemd-nspawn", "ip", "nsenter", "setpriv", "systemd-run")
 
 
@@ -56,15 +55,6 @@ def hosts() -> Iterator[tuple[Host, Host]]:
             )
             host.run("systemctl stop postcopyd.service; systemctl start postcopyd.socket")
         yield made
-
-
-def certificates(one: Host, two: Host) -> None:
-    """New ones for both, by a CA that the first host has."""
-    for host, folder in ((one, PKI), (two, "/root/two")):
-        names = ["--host", host.name, "--host", host.address]
-        one.run(["postcopyd", "certs", "--dir", folder, "--ca", "/root/ca", *names])
-    for file in one.says("ls /root/two").splitlines():
-        two.run(f"umask 077 && cat > {PKI}/{file}", stdin=one.run(f"cat /root/two/{file}").stdout)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,7 +4,8 @@
 Each is a copy of this machine's `/` (an overlay, so nothing is written to it), with a network
 namespace, a cgroup tree, /dev/shm and a journal of its own, and none of the services that this
 machine has enabled. A veth pair joins them: host1 is 192.0.2.1, host2 192.0.2.2, and both know the
-names. Knows nothing of postcopyd but how it is installed.
+names. Knows nothing of postcopyd but how it is installed
+and gets its certificates.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ("host1", "host2")
 PREFIX = "postcopyd-lab-"
+PKI = "/etc/pki/postcopyd"
 BOOT_S = 60.0
 # Devices that a host has and a container is not given.
 DEVICES = ("/dev/userfaultfd", "/dev/kvm", "/dev/net/tun")
@@ -281,6 +283,15 @@ def _remove_group(group: Path) -> None:
                 if time.monotonic() > deadline:
                     return
                 time.sleep(0.02)
+
+
+def certificates(one: Host, two: Host) -> None:
+    """New ones for both, by a CA that the first host has."""
+    for host, folder in ((one, PKI), (two, "/root/two")):
+        names = ["--host", host.name, "--host", host.address]
+        one.run(["postcopyd", "certs", "--dir", folder, "--ca", "/root/ca", *names])
+    for file in one.says("ls /root/two").splitlines():
+        two.run(f"umask 077 && cat > {PKI}/{file}", stdin=one.run(f"cat /root/two/{file}").stdout)
 
 
 def _sweep() -> None:

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import trio
-from conftest import PKI, certificates
-from containers import Host
+from containers import PKI, Host, certificates
 from needs import missing
 
 from postcopyd.demo import qemu_guest as q
@@ -25,7 +24,7 @@ VM = "web1"
 WAIT_S = 60.0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def boot(hosts: tuple[Host, Host]) -> tuple[Path, Path]:
     """Kernel and initramfs of the verifying guest, where both hosts and any user can read them."""
     kernel = q.find_kernel()
