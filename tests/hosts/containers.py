@@ -4,8 +4,7 @@
 Each is a copy of this machine's `/` (an overlay, so nothing is written to it), with a network
 namespace, a cgroup tree, /dev/shm and a journal of its own, and none of the services that this
 machine has enabled. A veth pair joins them: host1 is 192.0.2.1, host2 192.0.2.2, and both know the
-names. Knows nothing of postcopyd but how it is installed
-and gets its certificates.
+names. Knows nothing of postcopyd but how it is installed and gets its certificates.
 """
 
 from __future__ import annotations
