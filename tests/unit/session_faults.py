@@ -37,7 +37,8 @@ Clock = trio.testing.MockClock
 
 
 def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Time that passes when nothing moves; engines have threads, so not at once."""
+    """Time that passes when nothing moves; engines have threads, which may have to wait for a
+    core, so not at once."""
     monkeypatch.setattr(daemon, "DRIVERS", {"process": FakeDriver})
     monkeypatch.setattr(procfs, "started", FakeVmm.started)
     for name in ("mappings", "open_file"):  # guest RAM of a FakeVmm is mapped here
@@ -51,7 +52,7 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     for kind in (leaving.SourceSession, arriving.DestinationSession):
         monkeypatch.setattr(kind, "__init__", noted(kind.__init__))
     monkeypatch.setattr(leaving, "SHOW_S", 1.0)
-    return Clock(autojump_threshold=0.002)
+    return Clock(autojump_threshold=0.01)
 
 
 def _of_this_process(look: Any, pid: int, *args: Any) -> Any:
