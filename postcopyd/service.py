@@ -83,11 +83,9 @@ async def _serve(options: ServeOptions, manager: Manager) -> None:
     async with trio.open_nursery() as process:
         async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
             daemon = Daemon(settings, migrations)
-            if options.metrics:
-                from postcopyd.metrics import Metrics  # takes a third of the time to start
-
-                await nursery.start(Metrics(daemon).serve, options.metrics)
             await daemon.restore()
+            if options.metrics:
+                await _metered(daemon, options.metrics, nursery)
             ending = trio.Event()
             await nursery.start(_signals, manager, settings, ending, nursery, migrations)
             control_at = control_listener.getsockname()
@@ -99,6 +97,16 @@ async def _serve(options: ServeOptions, manager: Manager) -> None:
             process.start_soon(_tell, manager, daemon, ending)
             await trio.sleep_forever()
         process.cancel_scope.cancel()
+
+
+async def _metered(daemon: Daemon, address: str, nursery: trio.Nursery) -> None:
+    """Metrics, if they can be had: guests may be waiting for this daemon, and nobody for those."""
+    from postcopyd.metrics import Metrics  # takes a third of the time to start
+
+    try:
+        await nursery.start(Metrics(daemon).serve, address)
+    except PostcopydError as error:
+        log.error("no metrics until this is mended and the daemon restarted", error=str(error))
 
 
 async def _tell(manager: Manager, daemon: Daemon, ending: trio.Event) -> None:

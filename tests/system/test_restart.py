@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 
 import pytest
 from pair import SMALL, Pair, again, completed, ended, status_until, verified, worked
@@ -48,3 +49,19 @@ async def test_a_daemon_killed_before_the_stop_can_migrate_again(new_pair: Pair)
     await status_until(b, name, lambda status: status["phase"] == "failed")
     await again(new_pair, name, there)
     await ended(here)
+
+
+async def test_a_taken_port_for_metrics_keeps_no_guest_waiting(new_pair: Pair) -> None:
+    """A daemon that is started again takes its guests over, and says that it has no metrics."""
+    a, b = new_pair
+    name, _, there = await new_pair.place()
+    a.end(signal.SIGKILL)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        a.options = (*a.options, "--metrics", f"127.0.0.1:{other.getsockname()[1]}")
+        await a.start()
+        completed(await a.migrate(name, b))
+    await verified(there)
+    said = [line for line in a.log.read_text().splitlines() if "no metrics" in line]
+    assert len(said) == 1
+    assert "level=error" in said[0]
+    assert "say another address with --metrics" in said[0]
