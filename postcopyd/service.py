@@ -63,13 +63,17 @@ async def serve(options: ServeOptions) -> None:
 
 
 async def _serve(options: ServeOptions, manager: Manager) -> None:
-    tls = None if options.tls == "off" else Tls.load(options.tls_dir, options.peers)
+    store = Store(options.state_dir, options.durable)
+    tls = None
+    if options.tls != "off":
+        # Guests of the daemon before this one are not left alone for a certificate.
+        tls = Tls.load(options.tls_dir, options.peers, must=not store.under_way())
     # What has been imported is never garbage: no collection looks at it within a blackout.
     gc.collect()
     gc.freeze()
     raise_limit()
     settings = Settings(
-        Store(options.state_dir, options.durable),
+        store,
         options.hooks_dir,
         options.bandwidth or 0,
         options.connections,

@@ -77,6 +77,16 @@ class Store:
         """
         return _each(self.directory, "json", _read)
 
+    def under_way(self) -> bool:
+        """Whether a guest may be waiting for a daemon, by the records; one that cannot be read may
+        be of such a guest."""
+        records, unread = self.load_each()
+        return bool(unread) or any(
+            record["ownership"] not in ("held", "declined")
+            and record["status"]["phase"] != "drained"
+            for record in records.values()
+        )
+
     def save_intent(self, name: str, intent: Record) -> None:
         """Returns once it is on disk that the guest may leave: before its VMM is stopped.
 

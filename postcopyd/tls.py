@@ -74,28 +74,45 @@ class Tls:
     def __init__(self, directory: Path, peers: tuple[Peer, ...]) -> None:
         self._directory = directory
         self._peers = peers
-        self._client, self._server = self._contexts()
+        self.ends = 0.0
+        self._contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None = None
+        self._why = ""
 
     @classmethod
-    def load(cls, directory: Path, peers: tuple[Peer, ...] = ()) -> Tls:
+    def load(cls, directory: Path, peers: tuple[Peer, ...] = (), *, must: bool = True) -> Tls:
         """The files in `directory`, or where systemd has put credentials of their names. Raises
-        PostcopydError for what is missing, unsafe, or would be refused by each peer."""
-        return cls(directory, peers)
+        PostcopydError for what is missing, unsafe, or would be refused by each peer; where they
+        need not be good (`must`) it is logged, and nobody is trusted until `reload`."""
+        made = cls(directory, peers)
+        try:
+            made.reload()
+        except PostcopydError as error:
+            if must:
+                raise
+            made._why = f"{error}; then `systemctl reload postcopyd` (SIGHUP)"
+            log.error("no host is trusted, and none is spoken with", error=made._why)
+        return made
 
     def reload(self) -> None:
         """Reads the files again. Raises PostcopydError, and the old ones stay in use then."""
-        self._client, self._server = self._contexts()
+        self._contexts = self._read()
 
     def client(self, stream: trio.SocketStream, host: str) -> trio.SSLStream[trio.SocketStream]:
         """To a peer whose certificate must name `host`. Raises PostcopydError."""
         host = host.partition("%")[0]  # the zone of an IPv6 address is ours, not the peer's
         try:
-            return trio.SSLStream(stream, self._client, server_hostname=host)
+            return trio.SSLStream(stream, self._usable()[0], server_hostname=host)
         except ValueError as error:
             raise TlsFailed(f"{host!r} cannot be the name of a certificate: {error}") from None
 
     def server(self, stream: trio.SocketStream) -> trio.SSLStream[trio.SocketStream]:
-        return trio.SSLStream(stream, self._server, server_side=True)
+        """From a peer. Raises PostcopydError."""
+        return trio.SSLStream(stream, self._usable()[1], server_side=True)
+
+    def _usable(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+        if self._contexts is None:
+            raise TlsFailed(self._why)
+        return self._contexts
 
     def allow(self, names: Names, *one_of: May) -> None:
         """Raises NotAllowed unless [peers] is empty, or lets one of these names do one of these."""
@@ -114,7 +131,7 @@ class Tls:
             return path
         return self._directory / name
 
-    def _contexts(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    def _read(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
         for name in (CA, *SERVER, *CLIENT):
             self._safe(name)
         client = self._context(ssl.PROTOCOL_TLS_CLIENT, CLIENT)

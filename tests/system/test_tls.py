@@ -36,7 +36,7 @@ from test_cut_connections import wire
 
 from postcopyd import protocol as p
 from postcopyd.connection import dial, dial_control, dial_data, receive_object
-from postcopyd.demo.hosts import certified
+from postcopyd.demo.hosts import DemoError, certified
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.settings import Settings
@@ -78,6 +78,41 @@ async def test_cut_and_goes_on(pair: Pair) -> None:
     await status_until(b, name, lambda status: status["phase"] == "drained")
     await ended(here)
     await verified(there)
+
+
+@pytest.fixture
+def daemons_to_end() -> Iterator[Pair]:
+    with open_pair(tls=True) as pair:
+        yield pair
+
+
+async def test_guests_are_not_left_alone_for_a_certificate(daemons_to_end: Pair) -> None:
+    """A daemon whose files are no good any more takes its guests over all the same, says what is
+    wrong, and goes on once they are mended; without such guests it does not start."""
+    pair = daemons_to_end
+    name, _, there = await pair.place(*LARGE)
+    a, b = pair
+    started = await a.call("Migrate", name=name, to=b.address, bandwidth=16 * MIB)
+    await status_until(b, name, lambda status: status["phase"] == "postcopy")
+    key = pair.folder / f"{b.name}.tls/server-key.pem"
+    b.end(signal.SIGKILL)
+    key.chmod(0o644)
+    await b.start()
+    await status_until(b, name, lambda status: status["phase"] == "paused")
+    await until(lambda: b.log.read_text().count("connection refused") > 1, "asking again")
+    assert "chmod 600" in b.log.read_text()
+    assert "systemctl reload postcopyd" in b.log.read_text()
+    key.chmod(0o600)
+    assert b.process is not None
+    b.process.send_signal(signal.SIGHUP)
+    result = await a.result(name, started["migration"])
+    assert (result["event"], result["recoveries"]) == ("completed", 1)
+    await verified(there)
+    await status_until(b, name, lambda status: status["phase"] == "drained")
+    b.end()
+    key.chmod(0o644)
+    with pytest.raises(DemoError, match="can be read by others"):
+        await b.start()
 
 
 async def test_hybrid(pair: Pair) -> None:
