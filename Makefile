@@ -20,7 +20,7 @@ DEB_PACKAGES := debhelper dh-python
 TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev systemd-container iproute2 \
   busybox-static
 
-.PHONY: all build demo test chaos fuzz bench bench-quick wheel sdist man deb check gen fmt clean
+.PHONY: all build demo test test-long chaos fuzz bench bench-quick wheel sdist man deb check gen fmt clean
 all: build
 
 build: $(VENV)/.built
@@ -49,10 +49,14 @@ demo: build
 	$(BIN)/postcopyd demo
 	$(BIN)/postcopyd demo --guest qemu
 
-test: build deb
+# What has to take long: a second version of QEMU under every guest, two hosts with systemd, chaos.
+# All else is `test`. TESTS names folders, files or tests.
+test: WHICH := not long
+test-long: WHICH := long
+test test-long: build deb
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu
-	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile $(TESTS)
+	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile -m "$(WHICH)" $(TESTS)
 
 # docs/LIBVIRT.md, with the libvirt that this installs on this machine.
 .PHONY: test-libvirt

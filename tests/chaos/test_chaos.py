@@ -23,6 +23,7 @@ from postcopyd import protocol as p
 from postcopyd.demo import qemu_guest as q
 
 
+@pytest.mark.long
 def test_a_guest_survives_a_short_run() -> None:
     """Faults around the handover and after it; the guest is whole, in one place, and moves on."""
     if os.geteuid() != 0:

@@ -20,6 +20,8 @@ sys.path.append(str(Path(__file__).parent.parent / "documents"))
 import console as d
 from shells import Shell, scp
 
+pytestmark = pytest.mark.long
+
 DOCS = REPOSITORY / "docs"
 
 

@@ -19,6 +19,8 @@ from needs import missing
 
 from postcopyd.demo import qemu_guest as q
 
+pytestmark = pytest.mark.long
+
 MIB = 1 << 20
 VM = "web1"
 WAIT_S = 60.0

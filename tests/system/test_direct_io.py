@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import trio
 from needs import missing
+from qemus import EACH_QEMU, QEMUS
 from slow_disk import SlowDisk, slow_disk
 
 from postcopyd.demo import qemu_guest as q
@@ -25,7 +26,6 @@ from postcopyd.vmm import Region
 from postcopyd.vmm.qemu import QemuVmm
 
 MIB, PAGE = 1 << 20, 4096
-QEMUS = q.find_qemu()
 READ_SECONDS = 0.1
 
 UFFDIO_API, UFFDIO_REGISTER, PAGEMAP_SCAN = 0xC018AA3F, 0xC020AA00, 0xC0606610
@@ -141,7 +141,7 @@ async def copy_in_passes(driver: QemuVmm, *, drained: bool) -> list[int]:
         shape.close()
 
 
-@pytest.mark.parametrize("qemu", QEMUS or [None], ids=str)
+@EACH_QEMU
 async def test_a_guest_is_still_with_no_read_under_way(
     folder: Path, boot: tuple[Path, Path], disk: SlowDisk, qemu: q.QemuBinary
 ) -> None:
@@ -165,7 +165,7 @@ async def test_a_guest_is_still_with_no_read_under_way(
         assert (sweep.bad, report.bad, report.disk_bad) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("qemu", QEMUS or [None], ids=str)
+@EACH_QEMU
 async def test_pages_armed_while_still_are_all_seen(
     folder: Path, boot: tuple[Path, Path], disk: SlowDisk, qemu: q.QemuBinary
 ) -> None:

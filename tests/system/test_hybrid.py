@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from pair import until
+from qemus import EACH_QEMU, QEMUS
 from slow_disk import slow_disk
-from test_qemu_migration import EACH_QEMU, MIB, QEMUS, VM, Pair, pair
+from test_qemu_migration import MIB, VM, Pair, pair
 
 from postcopyd import procfs
 from postcopyd.demo import qemu_guest as q

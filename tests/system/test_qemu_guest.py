@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import trio
 from needs import missing
+from qemus import QEMUS, each
 
 from postcopyd.demo import qemu_guest
 from postcopyd.demo.qemu_guest import (
@@ -38,7 +39,6 @@ GOLDEN = 0x9E3779B97F4A7C15  # the step between two words of a page
 TEST_MB = 64
 WORK = Workload(test_mb=TEST_MB, report_ms=20)
 
-QEMUS = qemu_guest.find_qemu()
 # QEMU 7.2 loses pages that an emulated guest writes during precopy (the guest's kernel crashes at
 # the other side), so that it may only move this guest without its memory.
 MOVES = [
@@ -78,7 +78,7 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.fixture(params=QEMUS or [None], ids=str)
+@pytest.fixture(params=each(QEMUS))
 def config(
     request: pytest.FixtureRequest, initramfs: tuple[Path, Path], folder: Path
 ) -> GuestConfig:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import trio
 from needs import missing
+from qemus import EACH_QEMU, QEMUS
 
 from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import Host, open_hosts
@@ -26,9 +27,6 @@ from postcopyd.vmm.qmp import Qmp
 
 MIB = 1 << 20
 VM = "guest"
-QEMUS = q.find_qemu()
-# Without any there is one None, for which `boot` says what is missing.
-EACH_QEMU = pytest.mark.parametrize("qemu", QEMUS or [None], ids=str)
 
 
 class Pair:
