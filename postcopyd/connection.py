@@ -306,8 +306,7 @@ class Channel:
                     raise RemoteProtocolError(f"speaking with {self.peer}: {error}") from None
                 self.machine.received(message)
                 if isinstance(message, p.Error):
-                    said = "".join(c if c.isprintable() else "?" for c in message.message)
-                    raise PeerError(f"{self.peer} said: {said}", message.name)
+                    raise PeerError(f"{self.peer} said: {message.message}", message.name)
                 if not isinstance(message, p.Keepalive):
                     return message
                 await trio.lowlevel.checkpoint()  # thousands of them come by one read of a flood

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import grp
 import os
-import re
 import socket
 import stat
 import time
@@ -25,15 +24,13 @@ from typing import Any, Literal, Protocol
 
 import trio
 
-from postcopyd import __version__, varlink
+from postcopyd import __version__, names, varlink
 from postcopyd.config import parse_address
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.varlink_idl import Interface, parse_interface
 
 INTERFACE = "io.postcopyd"
 GROUP = "postcopyd"
-# Names become parts of file names and of log lines.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:+-]{0,63}\Z")
 # How long another daemon may take to open its socket in the same folder; it takes milliseconds.
 _LOCK_SECONDS = 5.0
 
@@ -91,11 +88,8 @@ class Control:
 
     async def attach(self, call: varlink.Call) -> Mapping[str, Any]:
         name, path = call.parameters["name"], call.parameters["socket"]
-        if not _NAME.match(name):
-            raise _invalid(
-                f"cannot attach {name!r}: a name has at most 64 letters, digits and _.@:+- "
-                "and starts with a letter, a digit or _"
-            )
+        if why := names.problem(name):
+            raise _invalid(f"cannot attach a VM as {name!r:.80}: {why}")
         if not os.path.isabs(path) or "\0" in path:
             raise _invalid(f"cannot attach {name}: {path!r} has to be an absolute path")
         status = await self._daemon.attach(name, call.parameters["driver"], path)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import errno
 import os
 
+from postcopyd.names import plain
+
 SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 """What the kernel says of a host, or a limit, that has nothing left; accept(2), open(2)."""
 
@@ -13,13 +15,14 @@ SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 class PostcopydError(Exception):
     """What could not be done; `str()` is one sentence: what was being done, why not, what to do.
 
-    `name` is the error's name on the control socket, without the interface (`NoSuchVm`).
+    `name` is the error's name on the control socket, without the interface (`NoSuchVm`). Whatever
+    went into the sentence, of others too, it can be shown: only its own line ends stay in it.
     """
 
     name = "NotPossible"
 
     def __init__(self, sentence: str, name: str | None = None) -> None:
-        super().__init__(sentence)
+        super().__init__("\n".join(map(plain, sentence.split("\n"))))
         if name is not None:
             self.name = name
 

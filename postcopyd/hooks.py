@@ -3,6 +3,7 @@
 
 Each is called as `HOOK VM ROLE PHASE` with a JSON object on stdin (vm, role, phase, migration,
 peer, message), in the order of their names, one after the other. ROLE is source or destination.
+VM is what names.py lets be a name, and may have spaces and quotes in it.
 
   prepare     before anything is touched; may veto (any exit status but 0), has HOOK_S seconds.
               At the destination it may create the VMM and `postcopyd attach` it.
@@ -26,6 +27,7 @@ import structlog
 import trio
 
 from postcopyd.errors import PostcopydError
+from postcopyd.names import plain
 
 HOOK_S = 30.0
 """Seconds one hook may take; then it is killed, and before the stop that is a veto."""
@@ -85,7 +87,7 @@ async def _run_it(hook: Path, vm: str, role: str, phase: str, about: dict[str, A
             return None
         answered.seek(0)
         said = answered.read().decode(errors="replace").strip()
-        return said[-500:] or f"exit status {done.returncode}"
+        return plain(said[-500:]) or f"exit status {done.returncode}"
 
 
 def _memory() -> IO[bytes]:

@@ -23,8 +23,11 @@ from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 import msgpack
 from msgspec import Meta, Struct, ValidationError, convert, to_builtins
+from msgspec.structs import force_setattr
 
+from postcopyd import names
 from postcopyd.errors import PostcopydError
+from postcopyd.names import plain
 
 VERSION = 1
 """Protocol version. A peer of another version is refused with a sentence."""
@@ -76,11 +79,14 @@ MAX_SENTENCE = 4096
 MAX_STRING = 4 * MAX_SENTENCE
 """Bytes of one string: a sentence in UTF-8."""
 
-# Names become parts of log lines, of arguments of hooks, of what a terminal shows.
-_NO_CONTROLS = r"\A[^\x00-\x1f\x7f-\x9f]*\Z"
+# Names become parts of log lines, of arguments of hooks, of what a terminal shows: what cannot be
+# shown is refused in them, and replaced in sentences.
+_NO_CONTROLS = rf"\A[^{names.UNSEEN}]*\Z"
 
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=_NO_CONTROLS)]
+VmName = Annotated[str, Meta(min_length=1, max_length=names.LONGEST)]
 Sentence = Annotated[str, Meta(max_length=MAX_SENTENCE)]
+Bound = Annotated[str, Meta(pattern=r"\A[0-9]{1,12}\Z")]
 T = TypeVar("T")
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Time = Annotated[float, Meta(ge=0, le=1e15)]  # in the unit of its name; infinity is not JSON
@@ -100,6 +106,12 @@ class RemoteProtocolError(PostcopydError):
 
 class Message(Struct, frozen=True, tag_field="type", rename="camel"):
     """Base of all control messages. Unknown fields are ignored: a newer peer may have more."""
+
+
+def _must_be_vm(name: str) -> None:
+    """A name that is none goes no further than the message: a hook is an easy victim."""
+    if why := names.problem(name):
+        raise ValueError(f"{name!r:.40} cannot be the name of a VM: {why}")
 
 
 class Hello(Message, frozen=True, tag="hello"):
@@ -127,7 +139,7 @@ class Offer(Message, frozen=True, tag="offer"):
     """
 
     migration: Name
-    vm: Name
+    vm: VmName
     driver: Name
     regions: Annotated[list[RegionOffer], Meta(min_length=1, max_length=MAX_REGIONS)]
     facts: Annotated[dict[str, Sentence], Meta(max_length=512)]
@@ -136,11 +148,19 @@ class Offer(Message, frozen=True, tag="offer"):
     check: bool = False
     staged: bool = False
 
+    def __post_init__(self) -> None:
+        _must_be_vm(self.vm)
+        facts = {plain(key): plain(value) for key, value in self.facts.items()}
+        force_setattr(self, "facts", facts)
+
 
 class Checked(Message, frozen=True, tag="checked"):
     """Answer to an offer with `check`: why the migration would be refused; empty: it would go."""
 
     problems: Annotated[list[Sentence], Meta(max_length=256)]
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "problems", [plain(problem) for problem in self.problems])
 
 
 class Queued(Message, frozen=True, tag="queued"):
@@ -228,6 +248,9 @@ class Declined(Message, frozen=True, tag="declined"):
 
     reason: Sentence
 
+    def __post_init__(self) -> None:
+        force_setattr(self, "reason", plain(self.reason))
+
 
 class Faults(Struct, frozen=True, rename="camel"):
     """Faults of the guest at the destination; latencies in microseconds, from fault to placed.
@@ -239,7 +262,7 @@ class Faults(Struct, frozen=True, rename="camel"):
     p50_us: Time = 0.0
     p99_us: Time = 0.0
     max_us: Time = 0.0
-    histogram: Annotated[dict[str, Count], Meta(max_length=64)] = {}
+    histogram: Annotated[dict[Bound, Count], Meta(max_length=64)] = {}
 
 
 class Progress(Message, frozen=True, tag="progress"):
@@ -280,9 +303,12 @@ class Resume(Message, frozen=True, tag="resume"):
     """
 
     migration: Name
-    vm: Name
+    vm: VmName
     epoch: Count
     look: bool = False
+
+    def __post_init__(self) -> None:
+        _must_be_vm(self.vm)
 
 
 class Have(Message, frozen=True, tag="have"):
@@ -303,12 +329,18 @@ class Cancel(Message, frozen=True, tag="cancel"):
 
     reason: Sentence
 
+    def __post_init__(self) -> None:
+        force_setattr(self, "reason", plain(self.reason))
+
 
 class Error(Message, frozen=True, tag="error"):
     """What went wrong at the sender, by name and in a sentence; it says nothing further."""
 
     name: Name
     message: Sentence
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "message", plain(self.message))
 
 
 class Keepalive(Message, frozen=True, tag="keepalive"):
@@ -442,13 +474,14 @@ def parse(obj: Any, kind: type[T]) -> T:
 
 
 def sentence(text: str) -> str:
-    """A sentence of ours as it may travel: not longer than a peer takes, and UTF-8."""
-    text = text.encode(errors="replace").decode()  # paths of files may be anything
+    """A sentence of ours as it may travel: not longer than a peer takes, and to be shown."""
+    text = plain(text)  # paths of files may be anything
     return text if len(text) <= MAX_SENTENCE else text[: MAX_SENTENCE - 4] + " ..."
 
 
 def fact(value: str) -> str:
     """A fact as it travels and is compared: one that is too long as its beginning and a digest."""
+    value = plain(value)
     if len(value) <= MAX_SENTENCE:
         return value
     return f"{value[: MAX_SENTENCE - 100]} ... sha256 {sha256(value.encode()).hexdigest()}"

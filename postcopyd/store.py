@@ -10,6 +10,8 @@
 
   NAME.intent    source: the guest may be at another host from now on, and whom to ask
 
+NAME is the VM's, as `to_file` writes it.
+
 A record is replaced as a whole by write and rename, so that a reader sees the old one or the new
 one; its own checksum tells a torn one where the file system does not keep that promise. Only an
 intent is fsynced: it is written before the stop, outside the blackout, and the others within it.
@@ -20,10 +22,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +62,8 @@ class Store:
     def save(self, name: str, record: Record, *, durable: bool = False) -> None:
         """Replaces the record of a VM; `durable` also syncs it. Raises StateNotWritten."""
         path = self._path(name, "json")
+        if _name(path) is None:
+            record = {**record, "vm": name}
         try:
             _write(path, record, sync=durable)
         except OSError as error:
@@ -155,10 +161,36 @@ class Store:
         self._path(name, "pages").unlink(missing_ok=True)
 
     def _path(self, name: str, kind: str) -> Path:
-        return self.directory / f"{name}.{kind}"
+        return self.directory / f"{to_file(name)}.{kind}"
 
     def _intent(self, name: str) -> Path:
-        return self.durable / f"{name}.intent"
+        return self.durable / f"{to_file(name)}.intent"
+
+
+_LONGEST = 200
+"""Bytes that a VM's name may take of a file's: the rest, up to NAME_MAX, is for what follows."""
+
+
+def to_file(name: str) -> str:
+    """What the files of a VM are called, before their ending; those of no other VM are.
+
+    Letters, digits and _.@:+- stand for themselves, all other bytes are written %XX. A name that
+    gets too long so is cut and ends with ~ and a digest; the record has it whole, in `vm`.
+    """
+    data = name.encode(errors="surrogatepass")
+    text = re.sub(rb"[^\w.@:+-]|\A\.", lambda found: b"%%%02X" % found[0][0], data).decode()
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST - 65]}~{sha256(data).hexdigest()}"
+
+
+def _name(path: Path) -> str | None:
+    """The name of the VM that a file is of; None for one that was cut."""
+    if "~" in path.stem:
+        return None
+    data = re.sub(rb"%([0-9A-F]{2})", lambda found: bytes.fromhex(found[1].decode()),
+                  os.fsencode(path.stem))  # fmt: skip
+    return data.decode(errors="replace")
 
 
 def read_intent(durable: Path, name: str) -> Record | None:
@@ -167,8 +199,7 @@ def read_intent(durable: Path, name: str) -> Record | None:
     Raises PostcopydError when there is one, or may be, and it cannot be read.
     """
     try:
-        # Looked up in the listing, so that a name with a slash in it leads nowhere else.
-        there = f"{name}.intent" in os.listdir(durable)
+        there = f"{to_file(name)}.intent" in os.listdir(durable)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -176,7 +207,7 @@ def read_intent(durable: Path, name: str) -> Record | None:
             f"reading which guests may have left, in {durable}: {error.strerror}; "
             f"run this as root, or name the folder of the daemon with --durable-dir"
         ) from None
-    return _read_intent(durable / f"{name}.intent") if there else None
+    return _read_intent(durable / f"{to_file(name)}.intent") if there else None
 
 
 def boot_id() -> str:
@@ -235,7 +266,7 @@ def _read(path: Path, fields: frozenset[str] = frozenset()) -> Record:
             raise ValueError(f"it is of version {version}, not {VERSION}")
         if missing := fields - record.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if "vm" in fields and record["vm"] != path.stem:
+        if "vm" in fields and to_file(str(record["vm"])) != path.stem:
             raise ValueError(f"it is about {record['vm']}")
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
@@ -260,10 +291,12 @@ def _each(
         ) from None
     records, unreadable = {}, {}
     for path in (folder / name for name in names if name.endswith(f".{kind}")):
+        name = _name(path)
         try:
-            records[path.stem] = read(path)
+            record = read(path)
+            records[name or str(record.get("vm", path.stem))] = record
         except PostcopydError as error:
-            unreadable[path.stem] = str(error)
+            unreadable[name or path.stem] = str(error)
     return records, unreadable
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from typing import Any
 
@@ -52,8 +53,8 @@ def _control(args: argparse.Namespace) -> str:
 
 def _again(args: argparse.Namespace, verb: str) -> str:
     """The command to type next, against the same daemon."""
-    control = f" --control {args.control}" if args.control else ""
-    return f"`postcopyd {verb} {args.name}{control}`"
+    control = f" --control {shlex.quote(args.control)}" if args.control else ""
+    return f"`postcopyd {verb} {shlex.quote(args.name)}{control}`"
 
 
 def _connect(args: argparse.Namespace) -> Client:

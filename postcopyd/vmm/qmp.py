@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from postcopyd.names import plain
 from postcopyd.vmm import VmmError, VmmGone, VmmProtocolError
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ class QmpRefused(VmmError):
     """QEMU answered a command with an error; `reason` is its own sentence."""
 
     def __init__(self, command: str, error: Json) -> None:
-        self.reason = str(error.get("desc", error)).rstrip(".")
+        self.reason = plain(str(error.get("desc", error))).rstrip(".")
         self.missing = error.get("class") == "CommandNotFound"
         super().__init__(f"QEMU refused `{command}`: {self.reason}.")
 

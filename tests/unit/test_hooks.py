@@ -49,6 +49,22 @@ async def test_hook_is_told_what_happens(tmp_path: Path) -> None:
     }
 
 
+async def test_a_hook_that_writes_on_terminals(tmp_path: Path) -> None:
+    """What a hook says is shown on one line, without what moves a cursor."""
+    make(tmp_path, "evil", r"printf '\033[2Jno room\nat all\007' >&2; exit 1")
+    with pytest.raises(HookVeto) as caught:
+        await run(tmp_path)
+    assert str(caught.value).endswith(": ?[2Jno room at all?")
+
+
+@pytest.mark.parametrize("name", ["my web server", "$(reboot)", "'; rm *", "数据库"])
+async def test_any_name_is_one_argument(tmp_path: Path, name: str) -> None:
+    """A hook gets the name as it is, whatever a shell would make of it."""
+    make(tmp_path, "tell", f'printf %s "$1" > {tmp_path}/name')
+    await run_hooks(tmp_path, name, "source", "prepare")
+    assert (tmp_path / "name").read_text() == name
+
+
 async def test_no_folder_for_temporary_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

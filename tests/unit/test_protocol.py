@@ -10,24 +10,29 @@ from itertools import pairwise
 from typing import Any, get_args
 
 import msgpack
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import to_builtins
 from postcopyd._native import ffi, lib
 
+from postcopyd import names as rules
+from postcopyd import progress
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
 from postcopyd.protocol import LocalProtocolError, RemoteProtocolError
 
 MESSAGES: tuple[type[p.Message], ...] = get_args(p.AnyMessage)
 
-names = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=128)
-sentences = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+seen = st.characters(exclude_categories=["Cs"]).filter(lambda c: rules.plain(c) == c)
+names = st.text(seen, min_size=1, max_size=128)
+vms = st.text(seen, min_size=1, max_size=63).filter(lambda name: not rules.problem(name))
+sentences = st.text(seen, max_size=200)
 counts = st.integers(0, 2**63 - 1)
 times = st.floats(0, 1e15)
 tokens = st.binary(min_size=32, max_size=32)
-labels = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=128)
+labels = st.text(seen, max_size=128)
 regions = st.builds(p.RegionOffer, names, st.integers(1, 2**40), st.integers(4096, 2 << 20))
 faults = st.builds(
     p.Faults,
@@ -35,14 +40,14 @@ faults = st.builds(
     times,
     times,
     times,
-    st.dictionaries(st.text("0123456789"), counts, max_size=9),
+    st.dictionaries(st.text("0123456789", min_size=1, max_size=12), counts, max_size=9),
 )
 messages: st.SearchStrategy[p.Message] = st.one_of(
     st.builds(p.Hello, counts, st.lists(names, max_size=5), labels, labels),
     st.builds(
         p.Offer,
         names,
-        names,
+        vms,
         names,
         st.lists(regions, min_size=1, max_size=5),
         st.dictionaries(names, sentences, max_size=5),
@@ -58,7 +63,7 @@ messages: st.SearchStrategy[p.Message] = st.one_of(
     st.builds(p.Declined, sentences),
     st.builds(p.Progress, counts, counts, faults),
     st.builds(p.Drained, *[counts] * 7, times, faults),
-    st.builds(p.Resume, names, names, counts, st.booleans()),
+    st.builds(p.Resume, names, vms, counts, st.booleans()),
     *[
         st.builds(
             kind,
@@ -248,6 +253,43 @@ def test_other_version_is_refused_with_what_to_do(version: int, says: str) -> No
 # --- limits --------------------------------------------------------------------------------------
 
 
+EVIL = "\x1b]0;owned\x07\x1b[2J\nweb1: drained\N{RIGHT-TO-LEFT OVERRIDE}\x9b"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        p.Checked([EVIL]),
+        p.Declined(EVIL),
+        p.Cancel(EVIL),
+        p.Error("Refused", EVIL),
+        msgspec.structs.replace(offer, facts={EVIL: EVIL}),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_words_of_a_peer_can_be_shown(message: p.Message) -> None:
+    """Whatever a peer writes for people stays on its line and moves no cursor; the rest is as it
+    was. What is built here and what comes out of the codec are the same."""
+    raw = {key: _with(value) for key, value in to_builtins(message).items()}
+    assert repr(EVIL)[1:-1] in repr(raw)
+    parsed = p.parse_message(decoded(msgpack.packb(raw))[0])
+    text = repr(parsed)
+    assert "?]0;owned??[2J web1: drained??" in text
+    assert rules.plain(text) == text
+    assert parsed == message
+    line = progress.line({"vm": "web1", "phase": "failed", "message": str(PostcopydError(EVIL))})
+    assert "\x1b" not in line
+
+
+def _with(value: Any) -> Any:
+    """Words that were made plain when the message was built are as the peer sends them again."""
+    if isinstance(value, str):
+        return EVIL if "owned" in value else value
+    if isinstance(value, dict):
+        return {_with(key): _with(one) for key, one in value.items()}
+    return [_with(one) for one in value] if isinstance(value, list) else value
+
+
 def region(**changes: Any) -> dict[str, Any]:
     return {"name": "ram", "pages": 1, "pageSize": 4096} | changes
 
@@ -265,6 +307,12 @@ AT_AND_BEYOND: list[tuple[p.Message, str, Any, Any]] = [
     (offer, "migration", "a", ""),
     (offer, "vm", "web 1", "web\0one"),
     (offer, "vm", "web1", "web1\n"),
+    (offer, "vm", "a" * 255, "a" * 256),
+    (offer, "vm", "\N{SNOWMAN}" * 85, "\N{SNOWMAN}" * 86),
+    (offer, "vm", "$(reboot)", "../../etc/x"),
+    (offer, "vm", "a -rf", "-rf"),
+    (offer, "vm", "...", ".."),
+    (offer, "vm", "db\N{SNOWMAN}", "db\N{RIGHT-TO-LEFT OVERRIDE}"),
     (offer, "driver", "q" * 128, "q" * 129),
     (offer, "regions", [region()] * p.MAX_REGIONS, [region()] * (p.MAX_REGIONS + 1)),
     (offer, "regions", [region()], []),
@@ -294,9 +342,16 @@ AT_AND_BEYOND: list[tuple[p.Message, str, Any, Any]] = [
         FAULTS | {"histogram": {str(n): 1 for n in range(64)}},
         FAULTS | {"histogram": {str(n): 1 for n in range(65)}},
     ),
+    (
+        sample[p.Progress],
+        "faults",
+        FAULTS | {"histogram": {"64": 1}},
+        FAULTS | {"histogram": {"\x1b[2J": 1}},
+    ),
     (sample[p.Drained], "brownoutMs", 0.0, float("nan")),
     (sample[p.Drained], "brownoutMs", 1e15, float("inf")),
     (sample[p.Resume], "vm", "a" * 128, ""),
+    (sample[p.Resume], "vm", "web1", "--help"),
     (sample[p.Have], "region", p.MAX_REGIONS - 1, p.MAX_REGIONS),
     (sample[p.Have], "count", 8 * p.DEVICE_CHUNK, 8 * p.DEVICE_CHUNK + 1),
     (sample[p.Have], "bits", bytes(p.DEVICE_CHUNK), bytes(p.DEVICE_CHUNK + 1)),

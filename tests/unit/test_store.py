@@ -23,7 +23,8 @@ from needs import missing
 
 from postcopyd import store as store_module
 from postcopyd.errors import PostcopydError
-from postcopyd.store import StateNotWritten, Store, read_intent
+from postcopyd.names import problem
+from postcopyd.store import StateNotWritten, Store, read_intent, to_file
 
 WRITER = """
 import sys
@@ -87,6 +88,49 @@ def test_any_record_survives(tmp_path_factory: pytest.TempPathFactory, record: A
     record.pop("version", None)
     store.save("web1", record)
     assert store.load()["web1"] == {"version": store_module.VERSION, **record}
+
+
+NAMES = ("web1", "web.2:a@b", "my web server", "datenbank-ö", "数据库", ".hidden", "a%20b", "a~b",
+         "$(reboot)", "'; rm *", "x" * 255, "数" * 85, "数" * 84 + "据")  # fmt: skip
+
+
+def test_any_name_has_files_of_its_own(tmp_path: Path) -> None:
+    """Each name that a VM may have keeps its record, pages and intent apart from all others, in
+    files that can be listed, and a daemon of later finds it by its name again."""
+    store = Store(tmp_path)
+    assert not any(problem(name) for name in NAMES)
+    for name in NAMES:
+        store.save(name, {"of": name})
+        store.save_intent(name, INTENT)
+        os.close(store.open_pages(name))
+    files = os.listdir(tmp_path) + os.listdir(store.durable)
+    assert len(files) == 3 * len(NAMES) + 1
+    assert all(name.isascii() and name.isprintable() and " " not in name for name in files)
+    later = Store(tmp_path)
+    assert {name: record["of"] for name, record in later.load().items()} == {n: n for n in NAMES}
+    assert set(later.intents()) == set(NAMES)
+    for name in NAMES:
+        assert read_intent(store.durable, name) == later.intents()[name]
+        later.remove(name)
+    assert os.listdir(tmp_path) == ["durable"]
+    assert os.listdir(store.durable) == []
+
+
+@given(st.text(min_size=1, max_size=255), st.text(min_size=1, max_size=255))
+def test_names_of_files_are_one_to_one(one: str, other: str) -> None:
+    """Two VMs never share a file, nor leave the folder."""
+    assert (to_file(one) == to_file(other)) == (one == other)
+    assert "/" not in to_file(one) and len(to_file(one)) <= 200 and to_file(one)[0] != "."
+
+
+def test_a_record_of_a_long_name_that_cannot_be_read(tmp_path: Path) -> None:
+    """It hides no other, and is shown by what its file is called."""
+    store = Store(tmp_path)
+    store.save("web1", RECORD)
+    store.save("数" * 85, RECORD)
+    (tmp_path / f"{to_file('数' * 85)}.json").write_text("torn")
+    records, unread = store.load_each()
+    assert list(records) == ["web1"] and list(unread) == [to_file("数" * 85)]
 
 
 def test_save_replaces_the_whole_record(tmp_path: Path) -> None:
