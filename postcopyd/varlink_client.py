@@ -8,12 +8,16 @@ interface: names and parameters are the caller's.
 from __future__ import annotations
 
 import json
+import select
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 # Connecting to a unix socket waits only while the server's backlog is full.
 CONNECT_SECONDS = 10.0
+# Ctrl-C that comes in the instant before a call to the kernel does not interrupt it: Python has
+# noted it, and looks at its notes when the call returns. So no call waits for longer than this.
+TURN_MS = 500
 
 
 class NoAnswer(Exception):
@@ -82,7 +86,11 @@ class Client:
             raise ConnectionLost from error
 
     def _reply(self) -> tuple[dict[str, Any], bool]:
+        ready = select.poll()
+        ready.register(self._socket, select.POLLIN)
         while (end := self._buffer.find(b"\0")) < 0:
+            while not ready.poll(TURN_MS):
+                pass
             try:
                 data = self._socket.recv(65536)
             except OSError as error:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import _thread
 import array
 import contextlib
 import json
 import os
 import socket
 import stat
+import threading
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -586,3 +588,26 @@ def test_the_client_says_why_nothing_answers(tmp_path: Path) -> None:
     for path, why in ((dead, "refused"), (dead + "x", "No such file"), ("/" * 200, "too long")):
         with pytest.raises(varlink_client.NoAnswer, match=why):
             varlink_client.Client(path)
+
+
+def test_an_interrupt_is_not_missed(tmp_path: Path) -> None:
+    """Ctrl-C that comes just before the client waits, so that no call is interrupted by it."""
+    path, left, heard = str(tmp_path / "silent"), threading.Event(), list[bool]()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def interrupt() -> None:
+            with listener.accept()[0] as end:
+                end.recv(1000)
+                _thread.interrupt_main()  # noted for Python only: a call that waits goes on
+                heard.append(left.wait(10))
+
+        other = threading.Thread(target=interrupt)
+        other.start()
+        with varlink_client.Client(path) as client:
+            with pytest.raises(KeyboardInterrupt):
+                client.call("org.example.test.Wait")
+            left.set()
+        other.join()
+    assert heard == [True]
