@@ -51,12 +51,12 @@ demo: build
 
 # What has to take long: a second version of QEMU under every guest, two hosts with systemd, chaos.
 # All else is `test`. TESTS names folders, files or tests.
-test: WHICH := not long
-test-long: WHICH := long
+test: WHICH := "not long" --dist=worksteal
+test-long: WHICH := long --dist=loadfile
 test test-long: build deb
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu
-	$(BIN)/pytest -q --numprocesses=2 --dist=loadfile -m "$(WHICH)" $(TESTS)
+	$(BIN)/pytest -q --numprocesses=2 -m $(WHICH) $(TESTS)
 
 # docs/LIBVIRT.md, with the libvirt that this installs on this machine.
 .PHONY: test-libvirt

@@ -63,6 +63,7 @@ def test_the_wheel_has_what_runs() -> None:
     check_wheel(wheel)
 
 
+@pytest.mark.long
 def test_the_sdist_makes_the_wheel(tmp_path: Path) -> None:
     """What is in git is all that is needed: its archive gives the same wheel in an empty venv."""
     if not shutil.which("git"):

@@ -461,22 +461,30 @@ def _dialled(w: World) -> World:
 
 class Walk:
     """All worlds that can be reached from START, each with how it was reached first (`came`) and
-    with what can happen next (`steps`); `impossible` are those in which a table lacks something."""
+    with what can happen next (`steps`); `impossible` are those in which a table lacks something.
 
-    def __init__(self, model: Model) -> None:
+    The walk ends early once `enough` says so of what has been walked, asked whenever that has
+    doubled."""
+
+    def __init__(self, model: Model, enough: Callable[[Walk], bool] = lambda _: False) -> None:
         self.impossible: dict[World, str] = {}
         self.came: dict[World, tuple[str, World] | None] = {START: None}
         self.steps: dict[World, list[Step]] = {}
         gc.disable()  # nothing of this is garbage, and looking is a third of the time
         try:
-            self._walk(model)
+            self._walk(model, enough)
         finally:
             gc.enable()
 
-    def _walk(self, model: Model) -> None:
+    def _walk(self, model: Model, enough: Callable[[Walk], bool]) -> None:
         same = {START: START}
         queue = deque([START])
+        look = 1000
         while queue:
+            if len(self.steps) == look:
+                if enough(self):
+                    return
+                look *= 2
             world = queue.popleft()
             found = self.steps[world] = []
             try:

@@ -121,14 +121,14 @@ def beyond_help(walk: Walk) -> set[World]:
     )
 
 
-WRONG: list[Callable[[Walk], Any]] = [
+AT_ONCE: list[Callable[[Walk], Any]] = [
     both_run,
     taken_without_right,
     ended_while_it_ran,
     impossible,
-    stuck,
-    beyond_help,
 ]
+"""Seen in one world, or in one step; what never leads anywhere is seen only in all of them."""
+WRONG: list[Callable[[Walk], Any]] = [*AT_ONCE, stuck, beyond_help]
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,11 @@ MISTAKES: dict[str, tuple[Callable[[Walk], Any], Model]] = {
 def test_the_walk_finds(mistake: str) -> None:
     """With one entry changed, or one order not kept, something of the above is reached."""
     wrong, model = MISTAKES[mistake]
-    assert any(True for _ in wrong(Walk(model)))
+
+    def found(walk: Walk) -> bool:
+        return any(True for _ in wrong(walk))
+
+    assert found(Walk(model, found if wrong in AT_ONCE else lambda _: False))
 
 
 # --- the tables by themselves --------------------------------------------------------------------

@@ -175,7 +175,7 @@ async def test_anything_breaks_anywhere(
 ) -> None:
     """Whatever breaks between or under the daemons, at whatever step, no guest is lost."""
     sticks = point in AFTER and fault is destination_dies
-    patience = 30 if sticks else LONG_S
+    patience = 15 if sticks else LONG_S
     made = await migrated(tmp_path, {point: fault}, patience=patience, sticks=sticks)
     if point in BEFORE[:-1] and fault not in (cut_data, source_dies):
         assert made.source.vmm.state == "running" or made.source.phase == "drained"
@@ -356,6 +356,6 @@ async def test_going_back_fails_too(
     # A VMM that has refused to run the guest, and that was not recorded: only a person can know.
     unknown = ("destination.end", "destination.end done", "destination.record declined")
     sticks = first == "run declined" and second in unknown
-    patience = 30 if sticks else LONG_S
+    patience = 15 if sticks else LONG_S
     faults = {**FIRST[first], second: fault}
     await migrated(tmp_path, faults, reached=False, patience=patience, sticks=sticks)
