@@ -15,6 +15,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
 from needs import missing
 
 import postcopyd
