@@ -13,6 +13,7 @@ import platform
 
 import trio
 
+from postcopyd import threads
 from postcopyd._native import ffi, lib
 from postcopyd.errors import PostcopydError, shortage
 
@@ -73,12 +74,16 @@ async def create_userfaultfd(
     `device_fd` is the number *in the VMM* of an open /dev/userfaultfd, for VMMs without the
     privilege. Raises AdoptionError, or PermissionError when the VMM may not make one.
     """
-    return await trio.to_thread.run_sync(_create, pid, device_fd, allow_seccomp)
+    return await trio.to_thread.run_sync(
+        _create, pid, device_fd, allow_seccomp, limiter=threads.VMM
+    )
 
 
 async def close_in(pid: int, number: int, *, allow_seccomp: bool) -> None:
     """Closes a descriptor of the VMM. Raises AdoptionError."""
-    await trio.to_thread.run_sync(_call, pid, "close", (number,), allow_seccomp)
+    await trio.to_thread.run_sync(
+        _call, pid, "close", (number,), allow_seccomp, limiter=threads.VMM
+    )
 
 
 def duplicate(pid: int, number: int) -> int:

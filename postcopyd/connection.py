@@ -25,6 +25,7 @@ from postcopyd.config import DEFAULT_PORT, Address, parse_address
 from postcopyd.errors import NoResources, PostcopydError, shortage
 from postcopyd.handover import Machine
 from postcopyd.protocol import Codec, RemoteProtocolError
+from postcopyd.resolver import RESOLVER
 from postcopyd.settings import Settings
 
 M = TypeVar("M", bound=p.Message)
@@ -158,6 +159,7 @@ async def hang_up(stream: trio.SocketStream) -> None:
 
 async def dial(host: str, port: int, kind: str) -> trio.SocketStream:
     """Connects to a daemon and says what the connection is for. Raises PostcopydError."""
+    RESOLVER.use()
     try:
         with trio.fail_after(CONNECT_S):
             stream = await trio.open_tcp_stream(host, port)

@@ -30,7 +30,7 @@ from typing import Any
 import structlog
 import trio
 
-from postcopyd import procfs
+from postcopyd import procfs, threads
 from postcopyd._native import lib
 from postcopyd.vm import Vm
 from postcopyd.vmm import Region, Vmm
@@ -98,7 +98,7 @@ async def give_back(vm: Vm, ram: Ram) -> None:
 async def _attempt(vm: Vm, driver: Vmm, ram: Ram) -> bool:
     """Whether it is over. If not, somebody wants the VM; the next attempt starts anew, for what is
     huge already costs next to nothing."""
-    areas = await trio.to_thread.run_sync(find, ram)
+    areas = await trio.to_thread.run_sync(find, ram, limiter=threads.HUGE_PAGES)
     if not areas:
         log.debug("no huge pages wanted", vm=vm.name)
         return True
@@ -108,7 +108,7 @@ async def _attempt(vm: Vm, driver: Vmm, ram: Ram) -> bool:
             await trio.sleep(pause)
             if vm.claimed_by is not None or vm.driver is not driver:
                 return False
-            pause = await trio.to_thread.run_sync(work.turn)
+            pause = await trio.to_thread.run_sync(work.turn, limiter=threads.HUGE_PAGES)
         work.say(vm.name)
     return True
 

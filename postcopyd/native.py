@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import trio
 
-from postcopyd import counts
+from postcopyd import counts, threads
 from postcopyd._native import ffi, lib
 from postcopyd.errors import PostcopydError
 from postcopyd.protocol import Faults
@@ -88,7 +88,7 @@ class Engine:
             ALIVE.discard(self)
             counts.engines[self.role].ended(self.stats)
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._free, handle)
+                await trio.to_thread.run_sync(self._free, handle, limiter=threads.ENGINE)
             trio.lowlevel.notify_closing(self.wake)
             os.close(self.wake)
 

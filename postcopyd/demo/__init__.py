@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from postcopyd import progress
+from postcopyd import progress, threads
 from postcopyd.demo.hosts import DemoError, Host, ProcessGuest, open_hosts
 
 NAME = "demo"
@@ -73,7 +73,7 @@ async def _process(folder: Path, memory: int, as_json: bool) -> dict[str, Any]:
             await destination.call("Detach", name=NAME)
             pages, bad = 0, 0
             if result["event"] == "completed":
-                pages, bad = await trio.to_thread.run_sync(arriving.verify)
+                pages, bad = await trio.to_thread.run_sync(arriving.verify, limiter=threads.DEMO)
     finally:
         leaving.kill()
         arriving.kill()

@@ -22,6 +22,7 @@ from typing import Any
 
 import trio
 
+from postcopyd import threads
 from postcopyd.errors import PostcopydError
 from postcopyd.varlink_client import Client, ConnectionLost, ErrorReply, NoAnswer
 
@@ -107,7 +108,7 @@ class Host:
                 said = f"{error}: {self.log.read_text()[-2000:]}"
                 raise DemoError(f"the daemon {self.name} does not answer ({said})") from None
 
-        return await trio.to_thread.run_sync(call, abandon_on_cancel=True)
+        return await trio.to_thread.run_sync(call, limiter=threads.DEMO, abandon_on_cancel=True)
 
     async def attach(self, name: str, driver: str, path: Path | str) -> None:
         await self.call("Attach", name=name, driver=driver, socket=str(path))
@@ -142,7 +143,7 @@ class Host:
                     show(status)
             raise DemoError(f"the daemon {self.name} ended during the migration of {name}")
 
-        return await trio.to_thread.run_sync(follow, abandon_on_cancel=True)
+        return await trio.to_thread.run_sync(follow, limiter=threads.DEMO, abandon_on_cancel=True)
 
 
 @asynccontextmanager

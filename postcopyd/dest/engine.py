@@ -8,6 +8,7 @@ from typing import Any
 
 import trio
 
+from postcopyd import threads
 from postcopyd._native import ffi, lib
 from postcopyd.errors import PostcopydError
 from postcopyd.native import Engine, native_regions
@@ -51,7 +52,7 @@ class DestinationEngine(Engine):
 
     async def disconnect(self) -> None:
         """Ends all connections; faults go on being taken and wait for new ones."""
-        await trio.to_thread.run_sync(lib.pc_dest_disconnect, self.handle)
+        await trio.to_thread.run_sync(lib.pc_dest_disconnect, self.handle, limiter=threads.ENGINE)
 
     def have(self, region: int, first: int, count: int) -> bytes:
         """Which of `count` pages from `first` on are confirmed: bit i % 8 of byte i / 8.

@@ -23,7 +23,7 @@ from typing import Any
 import trio
 from msgspec import structs, to_builtins
 
-from postcopyd import counts, headroom, hugepages, procfs
+from postcopyd import counts, headroom, hugepages, procfs, threads
 from postcopyd import protocol as p
 from postcopyd._native import lib
 from postcopyd.connection import (
@@ -171,7 +171,7 @@ class DestinationSession:
         assert engine is not None
         engine.settle()
         try:
-            pages = await trio.to_thread.run_sync(engine.poison)
+            pages = await trio.to_thread.run_sync(engine.poison, limiter=threads.ENGINE)
         except PostcopydError:
             await engine.disconnect()
             if self.vm.driver is None or self._vmm_ended():

@@ -9,6 +9,7 @@ from typing import Any
 
 import trio
 
+from postcopyd import threads
 from postcopyd._native import ffi, lib
 from postcopyd.errors import PostcopydError
 from postcopyd.native import Engine, native_regions
@@ -43,7 +44,7 @@ class SourceEngine(Engine):
 
     async def scan(self) -> None:
         """Finds data and holes. May be called while the guest runs: the push looks again."""
-        await trio.to_thread.run_sync(lib.pc_source_scan, self.handle)
+        await trio.to_thread.run_sync(lib.pc_source_scan, self.handle, limiter=threads.ENGINE)
 
     def track(self, uffd: int) -> None:
         """Sees writes to guest RAM, by a new userfaultfd of the VMM that is borrowed until
@@ -57,7 +58,9 @@ class SourceEngine(Engine):
             await trio.lowlevel.checkpoint()
             pages = lib.pc_source_look(self.handle, how.value)
         else:
-            pages = await trio.to_thread.run_sync(lib.pc_source_look, self.handle, how.value)
+            pages = await trio.to_thread.run_sync(
+                lib.pc_source_look, self.handle, how.value, limiter=threads.ENGINE
+            )
         self.must(pages, "looking for written pages")
         return pages
 
@@ -76,7 +79,7 @@ class SourceEngine(Engine):
 
     async def untrack(self) -> None:
         """The guest's writes cost nothing any more. Idempotent."""
-        await trio.to_thread.run_sync(lib.pc_source_untrack, self.handle)
+        await trio.to_thread.run_sync(lib.pc_source_untrack, self.handle, limiter=threads.ENGINE)
 
     def connect(self, fd: int, *, urgent: bool, tls: Any = None) -> None:
         """Takes over a connected socket and its `struct pc_tls *`, whatever happens."""
@@ -113,4 +116,4 @@ class SourceEngine(Engine):
 
     async def disconnect(self) -> None:
         """Ends all connections and joins their threads."""
-        await trio.to_thread.run_sync(lib.pc_source_disconnect, self.handle)
+        await trio.to_thread.run_sync(lib.pc_source_disconnect, self.handle, limiter=threads.ENGINE)

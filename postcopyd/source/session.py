@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import trio
 
-from postcopyd import counts
+from postcopyd import counts, threads
 from postcopyd import protocol as p
 from postcopyd.connection import Channel, dial_control, dial_data, open_nursery
 from postcopyd.control import MigrateRequest
@@ -269,7 +269,7 @@ class SourceSession:
             "identity": self._identity,
         }
         save = self.settings.store.save_intent
-        await trio.to_thread.run_sync(save, self.vm.name, intent)  # a disk may take its time
+        await trio.to_thread.run_sync(save, self.vm.name, intent, limiter=threads.DISK)
         self._note()
         self.vm.record("intent")
 

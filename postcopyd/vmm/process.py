@@ -23,7 +23,7 @@ from typing import Self
 
 import trio
 
-from postcopyd import procfs
+from postcopyd import procfs, threads
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.vmm import (
     Declined,
@@ -226,8 +226,12 @@ class ProcessVmm(Vmm):
     async def inspect(self, role: Role) -> Shape:
         state, facts, regions = await self._hello(), await self._facts(), await self._regions()
         try:
-            problems = await trio.to_thread.run_sync(mappings.problems, self.pid, regions)
-            direct, unseen = await trio.to_thread.run_sync(self._writers, regions)
+            problems = await trio.to_thread.run_sync(
+                mappings.problems, self.pid, regions, limiter=threads.WALKS
+            )
+            direct, unseen = await trio.to_thread.run_sync(
+                self._writers, regions, limiter=threads.WALKS
+            )
         except BaseException:
             Shape(state, self.pid, regions, facts, ()).close()
             raise
@@ -412,7 +416,9 @@ class ProcessVmm(Vmm):
         await self.discard(shape)
         async with self._exchange("discard"):
             for region in shape.regions:
-                if not await trio.to_thread.run_sync(mappings.is_empty, self.pid, region):
+                if not await trio.to_thread.run_sync(
+                    mappings.is_empty, self.pid, region, limiter=threads.WALKS
+                ):
                     raise VmmProtocolError(f"{region.name} still has pages after discard")
         return await self.adopted()
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, Self
 
 import trio
 
-from postcopyd import procfs
+from postcopyd import procfs, threads
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.vmm import (
     Declined,
@@ -110,8 +110,12 @@ class QemuVmm(Vmm):
         try:
             facts |= {f"pages of {r.name}": f"{r.page_size} bytes each" for r in regions}
             problems += unfit
-            problems += await trio.to_thread.run_sync(qemu_ram.sharers, regions, self.pid)
-            direct, unseen = await trio.to_thread.run_sync(writers.look, self.pid)
+            problems += await trio.to_thread.run_sync(
+                qemu_ram.sharers, regions, self.pid, limiter=threads.WALKS
+            )
+            direct, unseen = await trio.to_thread.run_sync(
+                writers.look, self.pid, limiter=threads.WALKS
+            )
             # SCSI commands of the guest go to the host's disk as they are, with the guest's pages.
             direct += [
                 device.id or device.path for device in devices if device.kind == "scsi-block"
@@ -320,7 +324,10 @@ class QemuVmm(Vmm):
                 f"RAM was not touched: start it anew with -incoming defer."
             )
         regions = list(shape.regions)
-        if sharers := await trio.to_thread.run_sync(qemu_ram.sharers, regions, self.pid):
+        sharers = await trio.to_thread.run_sync(
+            qemu_ram.sharers, regions, self.pid, limiter=threads.WALKS
+        )
+        if sharers:
             raise VmmError(sharers[0])
         await qemu_userfaultfd.close_all(self.pid)
         await self._settings.apply(qemu_settings.DESTINATION)
@@ -341,7 +348,9 @@ class QemuVmm(Vmm):
 
     async def discard(self, shape: Shape) -> None:
         """Empty the RAM. Raises VmmError when not all of it could be."""
-        await trio.to_thread.run_sync(qemu_ram.empty, list(shape.regions), self.pid)
+        await trio.to_thread.run_sync(
+            qemu_ram.empty, list(shape.regions), self.pid, limiter=threads.WALKS
+        )
 
     async def adopted(self) -> list[int]:
         """Duplicates of the userfaultfds in QEMU, in the order that `adopt` returned them."""
