@@ -19,8 +19,7 @@ DEFAULT_STATE_DIR = Path("/run/postcopyd/state")
 DEFAULT_DURABLE_DIR = Path("/var/lib/postcopyd")
 # Beyond a few, more connections bring nothing but threads; the wire allows twice as many.
 MAX_CONNECTIONS = 16
-# Connections from other daemons at a time: each migration that comes has one. Its connections for
-# pages count until they are set up.
+# Other daemons that are served at a time: each migration that comes has one (peers.py).
 MAX_PEERS = 256
 # What may stand in place of a value that has no limit, or is off.
 NONE = "none"
@@ -307,7 +306,7 @@ KEYS: Mapping[str, Key] = {
     "max-peers": Key(
         "N",
         _number(2, _SOME),
-        "connections from other daemons at a time; one too many is closed",
+        "other daemons that are served at a time; one too many is told so",
         number=True,
     ),
     "metrics": Key(

@@ -14,6 +14,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import trio
@@ -228,18 +229,23 @@ async def accepted_kind(stream: trio.SocketStream) -> str:
     raise RemoteProtocolError(f"a connection began with {bytes(got)!r}, which is not postcopyd's")
 
 
-async def receive_object(stream: trio.abc.ReceiveStream, kind: type[Any]) -> Any:
-    """One msgpack object from a data connection, and not a byte more: frames follow it."""
-    codec = Codec()
+async def receive_object(stream: trio.SocketStream, kind: type[Any]) -> Any:
+    """One msgpack object from a data connection, and not a byte more: frames follow it, and are the
+    engine's. So it is looked at in the socket first; what is not the whole object is all of it."""
+    codec = Codec(first=p.MAX_DATA_FIRST)
     with trio.fail_after(CONNECT_S):
         while True:
-            # Byte by byte, once for each connection: what follows belongs to the engine.
-            byte = await stream.receive_some(1)
-            if not byte:
+            try:
+                seen = await stream.socket.recv(p.MAX_DATA_FIRST + 1, socket.MSG_PEEK)
+            except OSError as error:
+                raise trio.BrokenResourceError from error
+            if not seen:
                 raise ConnectionLost("the peer closed a data connection while it was set up")
-            codec.feed(bytes(byte))
-            for obj in codec.objects():
-                return p.parse(obj, kind)
+            codec.feed(seen)
+            whole = [*islice(codec.objects(), 1)]
+            await stream.socket.recv(len(seen) - (codec.beyond if whole else 0))
+            if whole:
+                return p.parse(whole[0], kind)
 
 
 def detach(stream: trio.SocketStream) -> int:
@@ -270,7 +276,7 @@ class Channel:
         self.peer = peer
         self.names = names
         self.features: frozenset[str] = frozenset()  # those of both sides
-        self._codec = Codec()
+        self._codec = Codec(first=p.MAX_FIRST)
         self._sending = trio.Lock()
         self._last_sent = trio.current_time()
         self._objects: list[Any] = []
@@ -329,7 +335,7 @@ class Channel:
         while not self._objects:
             try:
                 with trio.fail_at(deadline):
-                    data = await self._stream.receive_some(BUFFER)
+                    data = await self._stream.receive_some(min(BUFFER, self._codec.room))
             except trio.TooSlowError:
                 raise ConnectionLost(f"{self.peer} has said nothing for {p.DEAD_S:.0f} s") from None
             except trio.ClosedResourceError:

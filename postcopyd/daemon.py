@@ -37,6 +37,7 @@ from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import NoResources, PostcopydError, shortage
 from postcopyd.handover import Destination, Machine, Source
 from postcopyd.hooks import run_hooks
+from postcopyd.peers import Visitor
 from postcopyd.protocol import LOST, RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.source.restart import let_go, look, roll_back
@@ -140,7 +141,7 @@ class Daemon:
     @property
     def peers(self) -> int:
         """Connections from other daemons."""
-        return self._peers.borrowed_tokens
+        return len(self._peers)
 
     async def detach(self, name: str) -> None:
         vm = self._vm(name)
@@ -444,31 +445,28 @@ class Daemon:
     async def serve_peer(self, stream: trio.SocketStream) -> None:
         """One connection from another daemon, of either kind. Never raises for what a peer does."""
         try:
-            self._peers.acquire_on_behalf_of_nowait(stream)
-        except trio.WouldBlock:
-            limit = self._peers.total_tokens
-            log.warning("connection refused", error="too many at a time", limit=limit)
-            await trio.aclose_forcefully(stream)
-            return
-        try:
             tune(stream.socket)
-            address = stream.socket.getpeername()
             # A socket for both families has IPv4's addresses within IPv6's.
-            peer = str(address[0]).removeprefix("::ffff:")
-            kind = await accepted_kind(stream)
-            if kind.endswith(" tls") != (self.settings.tls is not None):
-                await self._refuse(stream, kind, peer)
-            elif kind in (p.DATA, p.DATA_TLS):
-                await self._take_data(stream)
-            else:
-                await self._take_control(await self._trusted(stream, peer))
+            peer = str(stream.socket.getpeername()[0]).removeprefix("::ffff:")
+            with self._peers.visit(peer) as visitor, visitor.scope:
+                await self._serve(stream, peer, visitor)
+            if visitor.scope.cancelled_caught:
+                log.debug("connection refused", peer=peer, error="too many at the door")
         except (PostcopydError, trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
             log.warning("connection refused", error=str(error) or type(error).__name__)
         except Exception:  # one peer's bug is not the others' end
             log.exception("bug in serving a peer")
         finally:
-            self._peers.release_on_behalf_of(stream)
             await trio.aclose_forcefully(stream)
+
+    async def _serve(self, stream: trio.SocketStream, peer: str, visitor: Visitor) -> None:
+        kind = await accepted_kind(stream)
+        if kind.endswith(" tls") != (self.settings.tls is not None):
+            await self._refuse(stream, kind, peer)
+        elif kind in (p.DATA, p.DATA_TLS):
+            await self._take_data(stream)
+        else:
+            await self._take_control(await self._trusted(stream, peer), visitor)
 
     async def _refuse(self, stream: trio.SocketStream, kind: str, peer: str) -> None:
         """One side has TLS and the other has not. Raises PostcopydError, once the peer was told."""
@@ -508,12 +506,13 @@ class Daemon:
             )
         await session.take_data(stream, hello)
 
-    async def _take_control(self, channel: Channel) -> None:
+    async def _take_control(self, channel: Channel, visitor: Visitor) -> None:
         address, tls = channel.peer, self.settings.tls
         try:
             hello = await channel.greet()
             channel.peer = f"{hello.host or address} ({address})"
             offer = await channel.receive(CONNECT_S)
+            visitor.let_in(always=isinstance(offer, p.Resume) and offer.vm in self.vms)
             if isinstance(offer, p.Resume):
                 await self._resume(channel, offer)
                 return

@@ -7,13 +7,13 @@ divided. Knows nothing of migrations: who asks is any object that says when it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import trio
 
 from postcopyd.config import ServeOptions
 from postcopyd.errors import PostcopydError
+from postcopyd.peers import Peers
 
 
 class Limits:
@@ -22,7 +22,7 @@ class Limits:
     def __init__(self, options: ServeOptions | None = None) -> None:
         options = options or ServeOptions()
         self.max_vms = options.max_vms
-        self.peers = trio.CapacityLimiter(options.max_peers)
+        self.peers = Peers(options.max_peers)
         self.arrivals = Arrivals(options.max_arrivals, options.max_arriving_memory)
         self.uplink = Uplink(options.host_bandwidth)
 
@@ -35,15 +35,6 @@ class Limits:
                 f"or raise it and restart the daemon",
                 "Refused",
             )
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """The connection of an arrival that waits for its turn keeps no other one out."""
-        self.peers.total_tokens += 1
-        try:
-            yield
-        finally:
-            self.peers.total_tokens -= 1
 
 
 class Arrivals:

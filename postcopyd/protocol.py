@@ -48,6 +48,13 @@ DATA_TLS = "postcopyd data tls"
 MAX_MESSAGE = 1 << 20
 """Bytes of one message: an offer with 256 regions and its facts has some 64 KiB."""
 
+MAX_FIRST = 20 << 10
+"""Bytes of the first message of a control connection: `Hello`, or `Error` with a sentence. It comes
+from anybody."""
+
+MAX_DATA_FIRST = 1024
+"""Bytes of the first object of a data connection, which come from anybody too."""
+
 DEVICE_CHUNK = 64 << 10
 """Bytes of device state in one message, so that a keepalive or an error never waits long."""
 
@@ -380,10 +387,12 @@ class Codec:
     `feed` takes what was received and `objects` gives what is complete; call them in turn. Bytes
     beyond a complete object are kept. Raises RemoteProtocolError for what is no msgpack, for a map
     with one key twice, for extension types, and for what is larger than the limits above; the
-    connection is of no use then.
+    connection is of no use then. `room` is how many bytes the object that is due may have: `first`
+    for the first one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = MAX_MESSAGE) -> None:
+        self.room = first
         self._unpacker = msgpack.Unpacker(
             raw=False,
             strict_map_key=True,
@@ -420,8 +429,13 @@ class Codec:
                 ) from None
             end = self._unpacker.tell()
             self._limit(end)
-            self._begin, self._containers = end, 0
+            self._begin, self._containers, self.room = end, 0, MAX_MESSAGE
             yield obj
+
+    @property
+    def beyond(self) -> int:
+        """Bytes that were fed and belong to no complete object."""
+        return self._fed - self._begin
 
     def _counted(self, container: T) -> T:
         self._containers += 1
@@ -436,9 +450,9 @@ class Codec:
         return self._counted(found)
 
     def _limit(self, end: int) -> None:
-        if end - self._begin > MAX_MESSAGE:
+        if end - self._begin > self.room:
             raise RemoteProtocolError(
-                f"the peer sent a message of more than {MAX_MESSAGE} bytes"
+                f"the peer sent a message of more than {self.room} bytes"
             ) from None
 
 

@@ -323,7 +323,7 @@ class DestinationSession:
         self._shape = None
         self.log.info("arrival waits for its turn", ahead=ahead)
         told = -1
-        with limits.aside():
+        with limits.peers.aside():
             while (ahead := limits.arrivals.ahead(self)) is not None:
                 changed = limits.arrivals.changed
                 if ahead != told:

@@ -188,7 +188,7 @@ class Host:
     @property
     def quiet(self) -> bool:
         """Nothing goes on here."""
-        return self.up and not self.daemon._peers.borrowed_tokens and self.vm.claimed_by is None
+        return self.up and not self.daemon.peers and self.vm.claimed_by is None
 
 
 class World:

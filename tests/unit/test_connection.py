@@ -320,27 +320,85 @@ async def test_receive_object_takes_not_a_byte_more() -> None:
 )
 async def test_bad_first_object_is_refused(bad: bytes) -> None:
     """A data connection that begins with another object is refused."""
-    left, right = trio.testing.memory_stream_pair()
-    await left.send_all(bad)
-    with pytest.raises(RemoteProtocolError):
-        await receive_object(right, p.DataHello)
+    async with sockets() as (left, right):
+        await left.send_all(bad)
+        with pytest.raises(RemoteProtocolError):
+            await receive_object(right, p.DataHello)
 
 
 async def test_data_connection_that_ends_while_set_up() -> None:
     """The end of the stream before the first object is a loss."""
-    left, right = trio.testing.memory_stream_pair()
-    await left.send_all(p.pack(p.DataWelcome("m1"))[:-1])
-    await left.send_eof()
-    with pytest.raises(ConnectionLost, match="while it was set up"):
-        await receive_object(right, p.DataWelcome)
+    async with sockets() as (left, right):
+        await left.send_all(p.pack(p.DataWelcome("m1"))[:-1])
+        await left.send_eof()
+        with pytest.raises(ConnectionLost, match="while it was set up"):
+            await receive_object(right, p.DataWelcome)
 
 
 async def test_data_connection_that_says_nothing(autojump_clock: trio.testing.MockClock) -> None:
     """A data connection without its first object is given up after CONNECT_S."""
-    _left, right = trio.testing.memory_stream_pair()
-    with pytest.raises(trio.TooSlowError):
-        await receive_object(right, p.DataHello)
+    async with sockets() as (_left, right):
+        with pytest.raises(trio.TooSlowError):
+            await receive_object(right, p.DataHello)
     assert trio.current_time() >= connection.CONNECT_S
+
+
+async def test_first_object_in_pieces() -> None:
+    """However it is cut, it is taken whole, with nothing of what follows."""
+    hello = p.DataHello("m" * 128, bytes(range(32)), True)
+    packed = p.pack(hello)
+    for cut in range(1, len(packed)):
+        async with sockets() as (left, right), trio.open_nursery() as nursery:
+            await left.send_all(packed[:cut])
+            nursery.start_soon(send_later, left, packed[cut:] + b"frame")
+            assert await receive_object(right, p.DataHello) == hello
+            assert await right.receive_some() == b"frame"
+
+
+async def send_later(stream: trio.SocketStream, data: bytes) -> None:
+    await trio.testing.wait_all_tasks_blocked()
+    await stream.send_all(data)
+
+
+NEVER_ENDS = b"\x81\xa1x\xdc\x02\x00" + (b"\xdc\x02\x00" + b"\x01" * 512) * 511
+
+
+async def test_a_strangers_first_object_costs_little() -> None:
+    """What anybody may send before showing who it is is small, and read a few times only: not byte
+    by byte, and not to the end of the largest message."""
+    reads = 0
+
+    class Counted:
+        def __init__(self, sock: Any) -> None:
+            self._sock = sock
+
+        async def recv(self, *args: Any) -> bytes:
+            nonlocal reads
+            reads += 1
+            return bytes(await self._sock.recv(*args))
+
+    async with sockets() as (left, right):
+        await left.send_all(NEVER_ENDS[:100_000])
+        counted: Any = type("Stream", (), {"socket": Counted(right.socket)})()
+        with pytest.raises(RemoteProtocolError, match="more than 1024 bytes"):
+            await receive_object(counted, p.DataHello)
+    assert reads <= 2
+
+
+async def test_a_strangers_first_message_is_small() -> None:
+    """The same for a control connection; what comes after the greeting may be as large as ever, and
+    may come with it."""
+    channel, peer = alone(Source.GREETING)
+    await peer.send_all(NEVER_ENDS)
+    with pytest.raises(RemoteProtocolError, match="more than 20480 bytes"):
+        await channel.receive()
+    assert channel._codec.beyond <= 2 * p.MAX_FIRST
+    channel, peer = alone(Source.GREETING)
+    problems = p.Checked(["x" * 4000] * 100)
+    await peer.send_all(p.pack(p.Hello(version=p.VERSION)) + p.pack(problems))
+    assert isinstance(await channel.receive(), p.Hello)
+    channel.machine.state = Source.ASKED
+    assert await channel.receive() == problems
 
 
 # --- the first bytes -----------------------------------------------------------------------------

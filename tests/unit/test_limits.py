@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from session_faults import (
     stop_source,
     world,
 )
-from session_world import SILENCE_S, Fault, World
+from session_world import LONG_S, SILENCE_S, Fault, World
 
 from postcopyd import protocol as p
 from postcopyd.config import ServeOptions
@@ -40,6 +40,7 @@ from postcopyd.control import MigrateRequest
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.limits import Arrivals, Limits, Uplink, shares
+from postcopyd.peers import DOOR, Peers, Visitor
 from postcopyd.settings import Settings
 from postcopyd.source.engine import SourceEngine
 from postcopyd.source.session import SourceSession
@@ -227,24 +228,114 @@ async def test_vms(tmp_path: Path, clock: Clock) -> None:
         await host.attach("web1", "process", made.destination.vmm.socket)
 
 
+# --- peers ---------------------------------------------------------------------------------------
+
+
 async def test_peers(tmp_path: Path, clock: Clock) -> None:
-    """A connection too many is closed, and one that ends makes room."""
+    """A guest that finds all places taken stays where it is, its operator is told, and it goes once
+    there is one."""
     async with world(tmp_path, {}) as made:
-        limits = made.destination.daemon.settings.limits
-        limits.peers.total_tokens = 1
-        port = made.destination.port
-        stream = await dial("127.0.0.1", port, p.CONTROL)
-        async with Channel(stream, Machine(Source.GREETING), "there") as first:
-            await first.greet()
-            async with await trio.open_tcp_stream("127.0.0.1", port) as second:
-                assert await second.receive_some(1) == b""
-        await made.migrate()  # wants two at a time, while its data connections are set up
+        peers = made.destination.daemon.settings.limits.peers
+        peers.most = 0
+        await made.migrate()
         assert made.source.phase == "failed"
-        limits.peers.total_tokens = 2
+        assert "max-peers" in made.source.vm.status["message"]
+        peers.most = 1  # its data connections need none
         await made.migrate()
         assert made.source.phase == "drained"
     options = ServeOptions(max_peers=3, max_vms=4)
-    assert (Limits(options).peers.total_tokens, Limits(options).max_vms) == (3, 4)
+    assert (Limits(options).peers.most, Limits(options).max_vms) == (3, 4)
+
+
+@asynccontextmanager
+async def strangers(port: int) -> AsyncIterator[None]:
+    """Within, connections that say nothing come as fast as they are taken."""
+
+    async def one() -> None:
+        while True:
+            with suppress(OSError):
+                async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                    with suppress(trio.BrokenResourceError):
+                        await stream.receive_some(1)
+            await trio.sleep(0.5)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(2 * DOOR):
+            nursery.start_soon(one)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def test_strangers_keep_no_guest_waiting(tmp_path: Path, clock: Clock) -> None:
+    """Whoever holds all places at the door, and peers who hold all others: a guest that waits for
+    its pages goes on, and strangers alone keep no new one out."""
+
+    def all_are_taken(made: World, point: str) -> None:
+        peers.most = 0
+
+    async with world(tmp_path, {"<- ran": all_are_taken, "<- progress": cut}) as made:
+        peers = made.destination.daemon.settings.limits.peers
+        async with strangers(made.destination.port):
+            while len(peers) < DOOR:
+                await trio.sleep(0.1)
+            async with made.migrating():
+                with trio.fail_after(LONG_S):
+                    while made.source.phase not in ("drained", "failed"):
+                        await trio.sleep(1)
+        await made.settled()
+        await made.check()
+        made.check_over()
+        assert made.source.phase == "drained"
+        assert made.source.vm.status["result"]["recoveries"] == 1
+
+
+def at_the_door(*addresses: str) -> Callable[[ExitStack, Peers], list[Visitor]]:
+    return lambda stack, peers: [stack.enter_context(peers.visit(one)) for one in addresses]
+
+
+def gone(visitors: list[Visitor]) -> list[int]:
+    return [at for at, one in enumerate(visitors) if one.scope.cancel_called]
+
+
+async def test_who_has_to_go() -> None:
+    """At a full door it is the first of the address that has most; who was let in before goes last,
+    and a host has one address, however many IPv6 gives it."""
+    peers = Peers(8)
+    with peers.visit("192.0.2.1") as one:
+        one.let_in()
+    with ExitStack() as stack:
+        first = at_the_door("192.0.2.1", "198.51.100.1")(stack, peers)
+        crowd = at_the_door(*[f"2001:db8::{n:x}" for n in range(DOOR)])(stack, peers)
+        assert gone(first) == [] and gone(crowd) == [0, 1]
+        others = at_the_door("192.0.2.1", "203.0.113.1")(stack, peers)
+        assert gone(first + others) == [] and gone(crowd) == [0, 1, 2, 3]
+        assert len(peers) == DOOR
+        with pytest.raises(PostcopydError, match="others came at the same time"):
+            crowd[0].let_in()
+        first[0].let_in()
+    assert len(peers) == 0
+    with ExitStack() as stack:  # each from elsewhere
+        far = [f"10.0.{n}.1" for n in range(DOOR - 1)]
+        first = at_the_door("192.0.2.1", *far)(stack, peers)
+        at_the_door(*[f"10.1.{n}.1" for n in range(DOOR)])(stack, peers)
+        assert gone(first) == [*range(1, DOOR)]  # and not the one that is known
+
+
+async def test_places() -> None:
+    """There are so many for who was let in; one aside is nobody's; one that must is let in."""
+    peers = Peers(1)
+    with ExitStack() as stack:
+        one, two, three, four = at_the_door(*["192.0.2.1"] * 4)(stack, peers)
+        one.let_in()
+        with pytest.raises(PostcopydError, match="no more at a time"):
+            two.let_in()
+        three.let_in(always=True)
+        with peers.aside(), peers.aside():
+            two.let_in()
+        with pytest.raises(PostcopydError, match="no more at a time"):
+            four.let_in()
+        assert len(peers) == 4
+    assert len(peers) == 0
 
 
 # --- arrivals that wait --------------------------------------------------------------------------
@@ -279,14 +370,15 @@ async def test_waits_and_goes_on(mode: str, tmp_path: Path, clock: Clock) -> Non
         assert daemon.settings.arriving == {}
         assert made.destination.recorded() == "held"
         assert not there.registered()
-        assert daemon.settings.limits.peers.available_tokens == 256  # keeps nobody out
-        assert daemon.settings.limits.peers.total_tokens == 257
+        daemon.settings.limits.peers.most = 1
+        with daemon.settings.limits.peers.visit("192.0.2.1") as other:
+            other.let_in()  # nobody is kept out
+        daemon.settings.limits.peers.most = 256
         arrivals.leave("another")
         await made.settled()
         await made.check()
         made.check_over()
         assert made.source.phase == "drained"
-        assert daemon.settings.limits.peers.total_tokens == 256
         assert arrivals.ahead("a third") is None
 
 

@@ -135,7 +135,7 @@ async def test_silent_name_servers(monkeypatch: pytest.MonkeyPatch) -> None:
             assert asked == ["host2.example", "host3.example"]
         finally:
             silent.set()
-        while threads.NAMES.borrowed_tokens:
+        while connection.RESOLVER._under_way:
             await trio.sleep(0.001)
         await dials("host2.example")
         assert asked.count("host2.example") == 2
