@@ -142,6 +142,7 @@ def parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     may_run = client("may-run", verbs.may_run, "ask before you start a guest on this host")
     may_run.add_argument("--durable-dir", metavar="DIR", help="that of the daemon")
+    may_run.add_argument("--state-dir", metavar="DIR", help="that of the daemon, if none answers")
 
     certs = verb("certs", _certs, "make the certificates of a host, and a CA where there is none")
     certs.add_argument("--dir", metavar="DIR", required=True, help="where the five files go")

@@ -193,21 +193,31 @@ def _name(path: Path) -> str | None:
     return data.decode(errors="replace")
 
 
+def read_record(directory: Path, name: str) -> Record | None:
+    """The record of one VM, as `read_intent`; with a `status` that has a role, a phase and a
+    message."""
+    return _of(directory, f"{to_file(name)}.json", _read_status, "--state-dir")
+
+
 def read_intent(durable: Path, name: str) -> Record | None:
     """The intent of one VM, for who is not the daemon; makes nothing, takes any name.
 
     Raises PostcopydError when there is one, or may be, and it cannot be read.
     """
+    return _of(durable, f"{to_file(name)}.intent", _read_intent, "--durable-dir")
+
+
+def _of(folder: Path, file: str, read: Callable[[Path], Record], option: str) -> Record | None:
     try:
-        there = f"{to_file(name)}.intent" in os.listdir(durable)
+        there = file in os.listdir(folder)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise PostcopydError(
-            f"reading which guests may have left, in {durable}: {error.strerror}; "
-            f"run this as root, or name the folder of the daemon with --durable-dir"
+            f"reading which guests may have left, in {folder}: {error.strerror}; "
+            f"run this as root, or name the folder of the daemon with {option}"
         ) from None
-    return _read_intent(durable / f"{to_file(name)}.intent") if there else None
+    return read(folder / file) if there else None
 
 
 def boot_id() -> str:
@@ -278,6 +288,14 @@ def _read(path: Path, fields: frozenset[str] = frozenset()) -> Record:
 
 def _read_intent(path: Path) -> Record:
     return _read(path, INTENT)
+
+
+def _read_status(path: Path) -> Record:
+    record = _read(path, frozenset({"status"}))
+    status = record["status"]
+    if not isinstance(status, dict) or not {"role", "phase", "message"} <= status.keys():
+        raise PostcopydError(f"reading the record {path}: it does not say how its VM is")
+    return record
 
 
 def _each(

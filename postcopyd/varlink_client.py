@@ -8,16 +8,21 @@ interface: names and parameters are the caller's.
 from __future__ import annotations
 
 import json
+import math
 import select
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
-# Connecting to a unix socket waits only while the server's backlog is full.
+# Connecting to a unix socket waits only while the server's backlog is full. A service manager that
+# holds the socket has one too: that a connection is made says nothing of a service.
 CONNECT_SECONDS = 10.0
 # Ctrl-C that comes in the instant before a call to the kernel does not interrupt it: Python has
 # noted it, and looks at its notes when the call returns. So no call waits for longer than this.
 TURN_MS = 500
+# One call. What takes longer is begun by a call and followed by a stream.
+CALL_SECONDS = 300.0
 
 
 class NoAnswer(Exception):
@@ -26,6 +31,10 @@ class NoAnswer(Exception):
 
 class ConnectionLost(Exception):
     """The connection ended before the reply came, so what became of the call is not known."""
+
+
+class Silent(ConnectionLost):
+    """No reply came for so many seconds."""
 
 
 class ErrorReply(Exception):
@@ -42,6 +51,7 @@ class Client:
 
     def __init__(self, path: str) -> None:
         self._buffer = bytearray()
+        self._patience = CALL_SECONDS  # with one reply
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._socket.settimeout(CONNECT_SECONDS)
@@ -61,6 +71,16 @@ class Client:
         """End the connection, and with it any stream."""
         self._socket.close()
 
+    def alive(self, within: float) -> None:
+        """Returns when the service has answered a call that asks for nothing. Raises NoAnswer when
+        it does not in so many seconds; ErrorReply, ConnectionLost."""
+        self._patience = within
+        try:
+            self.call("org.varlink.service.GetInfo")
+        except Silent:
+            raise NoAnswer(f"nobody answered within {within:.0f} s") from None
+        self._patience = CALL_SECONDS
+
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """The reply's parameters. None among the call's is left out.
 
@@ -72,6 +92,7 @@ class Client:
     def stream(self, method: str, **parameters: Any) -> Iterator[dict[str, Any]]:
         """The parameters of each reply to a call with `more`. Raises ErrorReply, ConnectionLost."""
         self._send({"method": method, "more": True}, parameters)
+        self._patience = math.inf  # nothing may happen for long
         continues = True
         while continues:
             reply, continues = self._reply()
@@ -86,11 +107,13 @@ class Client:
             raise ConnectionLost from error
 
     def _reply(self) -> tuple[dict[str, Any], bool]:
+        until = time.monotonic() + self._patience
         ready = select.poll()
         ready.register(self._socket, select.POLLIN)
         while (end := self._buffer.find(b"\0")) < 0:
-            while not ready.poll(TURN_MS):
-                pass
+            while not ready.poll(min(TURN_MS, 1e3 * self._patience)):
+                if time.monotonic() >= until:
+                    raise Silent
             try:
                 data = self._socket.recv(65536)
             except OSError as error:

@@ -11,11 +11,19 @@ import argparse
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from postcopyd import config, progress
 from postcopyd.errors import PostcopydError
-from postcopyd.varlink_client import Client, ConnectionLost, ErrorReply, NoAnswer
+from postcopyd.varlink_client import (
+    CALL_SECONDS,
+    Client,
+    ConnectionLost,
+    ErrorReply,
+    NoAnswer,
+    Silent,
+)
 
 DONE, FAILED, USAGE, WAITS = 0, 1, 2, 3
 # EX_SOFTWARE of sysexits.h, for a daemon that ends by a bug: its unit starts it again at once.
@@ -24,6 +32,10 @@ CRASHED = 70
 INTERRUPTED = 130
 
 INTERFACE = "io.postcopyd"
+# How long a daemon may take to answer the first call of a client, which it does in milliseconds. An
+# HA manager that asks `may-run` waits less: the disk answers as well.
+GREETING_SECONDS = 10.0
+MAY_RUN_SECONDS = 4.0
 # Last seen in one of these, a guest may have left the source for good. In handover it may not have;
 # a script that is told so wrongly would run it twice.
 _MAYBE_THERE = frozenset({"handover", "postcopy", "paused", "drained"})
@@ -44,7 +56,8 @@ class Failed(Exception):
 
 
 class _NotRunning(Failed):
-    """Nobody listens at the control socket."""
+    """Nobody listens at the control socket, or nobody answers: a service manager may hold it, and
+    the service not start."""
 
 
 def _control(args: argparse.Namespace) -> str:
@@ -57,10 +70,11 @@ def _again(args: argparse.Namespace, verb: str) -> str:
     return f"`postcopyd {verb} {shlex.quote(args.name)}{control}`"
 
 
-def _connect(args: argparse.Namespace) -> Client:
+def _connect(args: argparse.Namespace, within: float | None = None) -> Client:
+    """A connection to a daemon that has answered."""
     path = _control(args)
     try:
-        return Client(path)
+        client = Client(path)
     except NoAnswer as error:
         if isinstance(error.__cause__, PermissionError):
             why = "run this as root or as a member of the group postcopyd"
@@ -69,6 +83,28 @@ def _connect(args: argparse.Namespace) -> Client:
         absent = isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError)
         failed = _NotRunning if absent else Failed
         raise failed(f"no daemon answers on {path} ({error}): {start}") from None
+    try:
+        client.alive(within or GREETING_SECONDS)
+    except BaseException as error:
+        client.close()
+        if isinstance(error, NoAnswer):
+            raise _NotRunning(
+                f"the daemon on {path} does not answer ({error}), and nothing was asked of it: it "
+                f"does not start, or hangs, see `systemctl status postcopyd.service` and its log"
+            ) from None
+        if isinstance(error, ErrorReply):
+            raise _refused(error) from None
+        if isinstance(error, ConnectionLost):
+            raise _closed(path, "a client") from None
+        raise
+    return client
+
+
+def _closed(path: str, what: str) -> Failed:
+    return Failed(
+        f"the daemon on {path} closed the connection and did not answer {what}: it ended, or has "
+        "too many clients; see its log, then ask again"
+    )
 
 
 def _refused(error: ErrorReply) -> Failed:
@@ -85,12 +121,13 @@ def _call(client: Client, args: argparse.Namespace, method: str, **parameters: A
         return client.call(f"{INTERFACE}.{method}", **parameters)
     except ErrorReply as error:
         raise _refused(error) from None
-    except ConnectionLost:
-        path = _control(args)
+    except Silent:
         raise Failed(
-            f"the daemon on {path} closed the connection and did not answer {method}: it ended, "
-            "or has too many clients; see its log, then ask again"
+            f"the daemon on {_control(args)} has not answered {method} for {CALL_SECONDS:.0f} s, "
+            f"and may still do what was asked: see its log, and `postcopyd list`"
         ) from None
+    except ConnectionLost:
+        raise _closed(_control(args), method) from None
 
 
 def _ask(args: argparse.Namespace, method: str, **parameters: Any) -> Any:
@@ -278,7 +315,8 @@ def resolve(args: argparse.Namespace) -> int:
 
 
 def may_run(args: argparse.Namespace) -> int:
-    """Both have to agree: the daemon, when it runs, and the disk, which outlives the host too."""
+    """Both have to agree: the daemon, or where none answers what it has recorded, and the disk,
+    which outlives the host too."""
     try:
         why = _daemon_against(args) or _disk_against(args)
     except (Failed, PostcopydError) as failed:
@@ -293,13 +331,32 @@ def may_run(args: argparse.Namespace) -> int:
 def _daemon_against(args: argparse.Namespace) -> str:
     """Why a guest must not be started here, by what the daemon knows of it; or nothing."""
     try:
-        vms = _ask(args, "List")["vms"]
+        with _connect(args, MAY_RUN_SECONDS) as client:
+            vms = _call(client, args, "List")["vms"]
     except _NotRunning:
-        return ""
+        return _record_against(args)
     for status in vms:
         if status["vm"] == args.name and not _settled(status):
             return str(status["message"])
     return ""
+
+
+def _record_against(args: argparse.Namespace) -> str:
+    """The same by what the daemon has recorded, which goes on with it when it is started."""
+    from postcopyd import store
+
+    record = store.read_record(_state_dir(args), args.name)
+    if record is None or _settled(record["status"]):
+        return ""
+    return f"{record['status']['message']}; no daemon answers here: start it, it goes on with that"
+
+
+def _state_dir(args: argparse.Namespace) -> Path:
+    """Of the daemon, by what is said of its folders."""
+    if args.state_dir:
+        return Path(args.state_dir)
+    durable = Path(args.durable_dir or config.DEFAULT_DURABLE_DIR)
+    return durable.parent if durable.name == "durable" else config.DEFAULT_STATE_DIR
 
 
 def _settled(status: dict[str, Any]) -> bool:
@@ -317,8 +374,6 @@ def _settled(status: dict[str, Any]) -> bool:
 
 def _disk_against(args: argparse.Namespace) -> str:
     """The same by what is on disk, where the guest may have left and the outcome is not known."""
-    from pathlib import Path
-
     from postcopyd import store
 
     folder = Path(args.durable_dir or config.DEFAULT_DURABLE_DIR)

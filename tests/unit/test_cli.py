@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import trio.testing
 from fake_daemon import FAULTS, RESULT, FakeDaemon
 
 import postcopyd
-from postcopyd import cli, config, control, progress, store
+from postcopyd import cli, config, control, progress, store, verbs
 from postcopyd.control import MigrateRequest
 from postcopyd.errors import PostcopydError
 from postcopyd.store import Store
@@ -634,6 +634,77 @@ def test_may_run_when_nobody_can_say(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "dead"))
     assert run("may-run", "web2", *where[:2], "--control", str(tmp_path / "dead")).status == 0
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[str]:
+    """A control socket that somebody holds, as systemd does, and where nobody answers."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "held"))
+        listener.listen(64)
+        yield str(tmp_path / "held")
+
+
+VERBS = (["list"], ["status", "web1"], ["watch", "web1"], ["migrate", "web1", "--to", "host2"],
+         ["attach", "web1", "--qemu", "/q"], ["detach", "web1"], ["check", "web1", "--to", "host2"],
+         ["cancel", "web1"], ["recover", "web1"], ["resolve", "web1", "--wait"])  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0])
+def test_nobody_answers(
+    held: str, verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """No verb waits for ever for a service that does not start: it says so, and has asked
+    nothing."""
+    monkeypatch.setattr(verbs, "GREETING_SECONDS", 0.1)
+    assert cli.main([*verb, "--control", held]) == 1
+    said = capsys.readouterr().err
+    assert f"the daemon on {held} does not answer (nobody answered within 0 s)" in said
+    assert "systemctl status postcopyd.service" in said
+
+
+def test_every_verb_that_asks_is_tried() -> None:
+    """A new one is not forgotten: all have --control, and may-run has tests of its own."""
+    subparsers = cli.parser()._subparsers
+    assert subparsers is not None
+    (action,) = subparsers._group_actions
+    choices: Any = action.choices
+    asking = {n for n, made in choices.items() if "--control" in made._option_string_actions}
+    assert asking - {"may-run", "serve"} == {verb[0] for verb in VERBS}
+
+
+def test_may_run_when_nobody_answers(
+    held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Where a service that cannot start has its socket held, the disk answers: what was to leave,
+    and what the daemon has recorded of a guest that is on its way here."""
+    monkeypatch.setattr(verbs, "MAY_RUN_SECONDS", 0.1)
+    durable = intent(tmp_path)
+    state = Store(tmp_path / "state")
+    status = {"role": "destination", "phase": "paused", "message": "web2 waits for pages"}
+    state.save("web2", {"ownership": "owned", "status": status})
+    state.save("web3", {"ownership": "owned", "status": {**status, "phase": "drained"}})
+    state.save("web4", {"ownership": "owned", "status": "what?"})
+
+    def asked(name: str, *where: str) -> tuple[int, str]:
+        status = cli.main(["may-run", name, "--control", held, *where])
+        return status, capsys.readouterr().err
+
+    for where in (
+        ("--durable-dir", str(durable)),
+        ("--durable-dir", str(durable), "--state-dir", str(tmp_path / "state")),
+    ):
+        assert asked("web1", *where)[0] == 1
+        assert asked("web2", *where) == (
+            1,
+            "postcopyd: do not start web2 here: web2 waits for pages; no daemon answers here: "
+            "start it, it goes on with that\n",
+        )
+        assert asked("web3", *where) == (0, "")
+        assert "does not say how its VM is" in asked("web4", *where)[1]
+        assert asked("web5", *where) == (0, "")
+    elsewhere = ("--durable-dir", str(durable), "--state-dir", str(tmp_path / "none"))
+    assert asked("web2", *elsewhere)[0] == 0
 
 
 def test_may_run_makes_nothing(tmp_path: Path) -> None:
