@@ -7,6 +7,7 @@ the command line may say. Opens nothing; where options come from is config_files
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -124,11 +125,21 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
             raise _invalid(f"cannot read {text!r}: an IPv6 address stands in brackets, [{text}]")
     if listening and host == "*":
         host = ""
+    if _link_local(host):
+        raise _invalid(
+            f"cannot reach {text!r}: an address of fe80::/10 is one of a link, so say which, like "
+            f"[{host}%eth0]"
+        )
     good = good and (bool(host) or listening) and not any(c.isspace() or c == "\0" for c in host)
     good = good and port.isascii() and port.isdigit() and len(port) <= 5
     if not good or not (0 if listening else 1) <= int(port) <= 65535:
         raise _invalid(f"cannot read {text!r} as an address: say HOST or HOST:PORT")
     return Address(host, int(port))
+
+
+def _link_local(host: str) -> bool:
+    """Whether this is an address that means nothing without an interface, and it has none."""
+    return re.match("fe[89ab][0-9a-f]:", host, re.IGNORECASE) is not None and "%" not in host
 
 
 def parse_peer(text: str) -> tuple[str, dict[str, Any]]:

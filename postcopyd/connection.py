@@ -79,18 +79,24 @@ async def dial_control(to: str, machine: Machine, settings: Settings) -> Channel
     stream = await dial(address.host, address.port, kind)
     peer = f"postcopyd at {to}"
     if settings.tls is None:
-        return Channel(stream, machine, peer)
+        return Channel(stream, machine, peer, instance=settings.instance)
+    noted = Noted(stream)
     try:
-        secure = settings.tls.client(stream, name)
+        secure = settings.tls.client(noted, name)
         with trio.fail_after(CONNECT_S):
             names = await tls.handshake(secure, peer)
+    except tls.TlsFailed:
+        await trio.aclose_forcefully(stream)
+        if what := p.other_program(noted.first, tls=True):
+            raise _somebody_else(peer, what) from None
+        raise
     except trio.TooSlowError:
         await trio.aclose_forcefully(stream)
         raise ConnectionLost(f"{peer} did not finish TLS within {CONNECT_S:.0f} s") from None
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
-    return Channel(secure, machine, peer, names)
+    return Channel(secure, machine, peer, names, settings.instance)
 
 
 class Wire(NamedTuple):
@@ -194,6 +200,14 @@ def _unreachable(host: str, port: int, reason: str) -> PostcopydError:
     )
 
 
+def _somebody_else(peer: str, what: str) -> RemoteProtocolError:
+    return RemoteProtocolError(
+        f"speaking with {peer}: {what} is there, and no postcopyd: say the port of `postcopyd "
+        f"serve`, {DEFAULT_PORT} where nothing else was configured",
+        "PeerUnreachable",
+    )
+
+
 def tune(sock: trio.socket.SocketType) -> None:
     """Small messages leave at once; a dead host is noticed by the kernel as well."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -269,9 +283,16 @@ class Channel:
     """
 
     def __init__(
-        self, stream: trio.abc.Stream, machine: Machine, peer: str, names: tls.Names = ()
+        self,
+        stream: trio.abc.Stream,
+        machine: Machine,
+        peer: str,
+        names: tls.Names = (),
+        instance: str = "",
     ) -> None:
         self._stream = stream
+        self._instance = instance
+        self._first: bytes | None = b""  # of what came, until that was a message
         self.machine = machine
         self.peer = peer
         self.names = names
@@ -311,7 +332,10 @@ class Channel:
                 try:
                     message = p.parse_message(await self._next_object())
                 except RemoteProtocolError as error:
+                    if what := p.other_program(self._first or b"", tls=False):
+                        raise _somebody_else(self.peer, what) from None
                     raise RemoteProtocolError(f"speaking with {self.peer}: {error}") from None
+                self._first = None
                 self.machine.received(message)
                 if isinstance(message, p.Error):
                     raise PeerError(f"{self.peer} said: {message.message}", message.name)
@@ -348,6 +372,8 @@ class Channel:
                 ) from None
             if not data:
                 raise ConnectionLost(f"{self.peer} closed the connection")
+            if self._first is not None:
+                self._first += bytes(data[:64])
             self._codec.feed(bytes(data))
             self._objects.extend(self._codec.objects())
         return self._objects.pop(0)
@@ -360,10 +386,17 @@ class Channel:
                 features=sorted(p.FEATURES),
                 software=f"postcopyd {__version__}",
                 host=socket.gethostname(),
+                instance=self._instance,
             )
         )
         hello = await self.expect(p.Hello, CONNECT_S)
         p.check_hello(hello)
+        if self._instance and hello.instance == self._instance:
+            raise PostcopydError(
+                f"{self.peer} is this daemon itself: say the other host, to which the guest shall "
+                f"go",
+                "Refused",
+            )
         self.features = p.FEATURES.intersection(hello.features)
         return hello
 
@@ -406,6 +439,30 @@ class Channel:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.aclose()
+
+
+class Noted(trio.abc.Stream):
+    """A connection that notes what came first, for who has to say what is there."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+        self.socket = stream.socket
+        self.first = b""
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        data = await self._stream.receive_some(max_bytes)
+        if not self.first:
+            self.first = bytes(data[:64])
+        return data
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 class Nobody(trio.abc.Stream):

@@ -485,7 +485,7 @@ class Daemon:
         Raises PostcopydError."""
         machine = Machine(Destination.GREETING)
         if self.settings.tls is None:
-            return Channel(stream, machine, peer)
+            return Channel(stream, machine, peer, instance=self.settings.instance)
         secure = self.settings.tls.server(stream)
         try:
             with trio.fail_after(CONNECT_S):
@@ -495,7 +495,7 @@ class Daemon:
             raise
         except trio.TooSlowError:
             raise TlsFailed(f"{peer} did not finish TLS within {CONNECT_S:.0f} s") from None
-        return Channel(secure, machine, peer, names)
+        return Channel(secure, machine, peer, names, self.settings.instance)
 
     async def _take_data(self, stream: trio.SocketStream) -> None:
         hello: p.DataHello = await receive_object(stream, p.DataHello)

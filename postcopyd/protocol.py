@@ -122,12 +122,14 @@ def _must_be_vm(name: str) -> None:
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """First message of both sides. `software` and `host` are for people."""
+    """First message of both sides. `software` and `host` are for people. `instance` is another one
+    for each start of a daemon: who meets its own has dialled itself."""
 
     version: Count
     features: Annotated[list[Name], Meta(max_length=64)] = []
     software: Annotated[str, Meta(max_length=128, pattern=_NO_CONTROLS)] = ""
     host: Annotated[str, Meta(max_length=256, pattern=_NO_CONTROLS)] = ""
+    instance: Annotated[str, Meta(max_length=128, pattern=_NO_CONTROLS)] = ""
 
 
 class RegionOffer(Struct, frozen=True, rename="camel"):
@@ -516,6 +518,21 @@ def check_hello(hello: Hello) -> None:
         f"upgrade {older} postcopyd",
         "VersionMismatch",
     )
+
+
+def other_program(first: bytes, *, tls: bool) -> str:
+    """What has answered with these bytes, if it is plainly no postcopyd; `tls`: to a client that
+    begins with TLS. Nothing where that cannot be said."""
+    known = {b"HTTP/": "an HTTP server", b"SSH-": "an SSH server"}
+    for beginning, what in known.items():
+        if first.startswith(beginning):
+            return what
+    if first[:1] in (b"\x15", b"\x16") and first[1:2] == b"\x03":  # records of TLS
+        return "" if tls else "another program, with TLS,"
+    line = first.split(b"\n")[0].rstrip(b"\r")
+    if len(line) >= 4 and all(0x20 <= byte < 0x7F for byte in line):
+        return f"another program (it says {line.decode()[:60]!r})"
+    return ""
 
 
 FRAME_BYTES = 24

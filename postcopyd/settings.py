@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,3 +29,5 @@ class Settings:
     arriving: dict[str, Shape] = field(default_factory=dict)
     """Guests that are on their way here, by VM name: memory that they lack is theirs already."""
     limits: Limits = field(default_factory=Limits)
+    instance: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Of this start of the daemon."""

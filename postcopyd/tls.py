@@ -97,7 +97,7 @@ class Tls:
         """Reads the files again. Raises PostcopydError, and the old ones stay in use then."""
         self._contexts = self._read()
 
-    def client(self, stream: trio.SocketStream, host: str) -> trio.SSLStream[trio.SocketStream]:
+    def client(self, stream: trio.abc.Stream, host: str) -> trio.SSLStream[trio.abc.Stream]:
         """To a peer whose certificate must name `host`. Raises PostcopydError."""
         host = host.partition("%")[0]  # the zone of an IPv6 address is ours, not the peer's
         try:
@@ -105,7 +105,7 @@ class Tls:
         except ValueError as error:
             raise TlsFailed(f"{host!r} cannot be the name of a certificate: {error}") from None
 
-    def server(self, stream: trio.SocketStream) -> trio.SSLStream[trio.SocketStream]:
+    def server(self, stream: trio.abc.Stream) -> trio.SSLStream[trio.abc.Stream]:
         """From a peer. Raises PostcopydError."""
         return trio.SSLStream(stream, self._usable()[1], server_side=True)
 
@@ -278,7 +278,7 @@ def same_peer(recorded: Collection[str], names: Names, vm: str) -> None:
 # --- handshakes ----------------------------------------------------------------------------------
 
 
-async def handshake(stream: trio.SSLStream[trio.SocketStream], peer: str) -> Names:
+async def handshake(stream: trio.SSLStream[trio.abc.Stream], peer: str) -> Names:
     """Who the peer is. Raises TlsFailed; the connection is of no use then, and the peer was told
     why. The caller limits the time."""
     try:
@@ -362,6 +362,8 @@ _ALERTS = {
     "BAD_CERTIFICATE": "it is not valid there (yet), or has not the name that was dialled; see to "
     "both clocks and names",
     "PROTOCOL_VERSION": "it speaks no TLS 1.3, upgrade the older postcopyd",
+    "UNEXPECTED_MESSAGE": "it does not expect what a postcopyd says first, another program may be "
+    "there",
     "INTERNAL_ERROR": "it has met an error of its own, see its log",
 }
 _REASONS = {

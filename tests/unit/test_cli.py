@@ -161,6 +161,8 @@ def test_no_certificates() -> None:
         (("migrate", "web1"), "--to"),
         (("migrate", "web1", "--to", "a:b"), "'a:b'"),
         (("migrate", "web1", "--to", "fe80::1"), "brackets"),
+        (("migrate", "web1", "--to", "[fe80::1]"), "[fe80::1%eth0]"),
+        (("check", "web1", "--to", "[FEBF::1]:7"), "say which"),
         (("migrate", "web1", "--to", "h", "--bandwidth", "5T"), "'5T'"),
         (("migrate", "web1", "--to", "h", "--band", "5"), "--band"),
         (("migrate", "web1", "--to", "h", "--precopy-passes", "-1"), "'-1'"),

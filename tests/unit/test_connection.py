@@ -6,7 +6,9 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -14,12 +16,15 @@ import pytest
 import trio
 import trio.testing
 
-from postcopyd import connection
+from postcopyd import certs, connection
 from postcopyd import protocol as p
 from postcopyd.connection import Channel, ConnectionLost, PeerError, receive_object
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Machine, Source
 from postcopyd.protocol import LocalProtocolError, RemoteProtocolError
+from postcopyd.settings import Settings
+from postcopyd.store import Store
+from postcopyd.tls import Tls
 
 OFFER = p.Offer("m1", "web1", "qemu", [p.RegionOffer("ram", 512, 4096)], {}, 2, 1)
 
@@ -131,6 +136,73 @@ async def test_garbage_is_refused(garbage: bytes) -> None:
     await peer.send_all(garbage)
     with pytest.raises(RemoteProtocolError):
         await channel.greet()
+
+
+@pytest.mark.parametrize(
+    ("said", "what"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\nServer: nginx", "an HTTP server is there"),
+        (b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n", "an SSH server is there"),
+        (b"\x15\x03\x01\x00\x02\x02\x16", "another program, with TLS, is there"),
+        (b"220 mail.example ESMTP\r\n", "it says '220 mail.example ESMTP'"),
+    ],
+)
+@pytest.mark.parametrize("secure", [False, True])
+async def test_another_program_is_there(
+    said: bytes, what: str, secure: bool, tmp_path: Path
+) -> None:
+    """Whoever dials a port where something else answers is told what, and which port to say."""
+    if secure and said[0] == 0x15:
+        return  # a postcopyd ends TLS so as well
+
+    async def answer(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            await stream.send_all(said)
+            with suppress(trio.BrokenResourceError):
+                while await stream.receive_some():
+                    pass
+
+    tls = None
+    if secure:
+        certs.make(tmp_path / "tls", ["127.0.0.1"], None)
+        tls = Tls.load(tmp_path / "tls")
+    settings = Settings(Store(tmp_path / "state"), tls=tls)
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(
+            partial(trio.serve_tcp, answer, 0, host="127.0.0.1", handler_nursery=nursery)
+        )
+        to = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        with pytest.raises(RemoteProtocolError, match="no postcopyd: say the port") as caught:
+            async with await connection.dial_control(
+                to, Machine(Source.GREETING), settings
+            ) as channel:
+                await channel.greet()
+        nursery.cancel_scope.cancel()
+    assert what in str(caught.value)
+    assert to in str(caught.value)
+    assert caught.value.name == "PeerUnreachable"
+
+
+async def test_greeting_oneself() -> None:
+    """A daemon that has dialled itself, by whatever address, says so on both sides."""
+    left, right = trio.testing.memory_stream_pair()
+    ours = Channel(left, Machine(Source.GREETING), "postcopyd at there", instance="a")
+    theirs = Channel(right, Machine(Destination.GREETING), "192.0.2.1", instance="a")
+
+    async def greets(channel: Channel) -> None:
+        with pytest.raises(PostcopydError, match="is this daemon itself: say the other host"):
+            await channel.greet()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(greets, ours)
+        nursery.start_soon(greets, theirs)
+    left, right = trio.testing.memory_stream_pair()
+    ours = Channel(left, Machine(Source.GREETING), "there", instance="a")
+    old = Channel(right, Machine(Destination.GREETING), "there")  # of before it was said
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ours.greet)
+        nursery.start_soon(old.greet)
 
 
 async def test_many_senders_do_not_mix_their_bytes() -> None:

@@ -193,7 +193,17 @@ def test_fields_of_wrong_type_are_refused_or_right(message: p.Message, wrong: An
 def test_missing_fields_are_refused(message: p.Message) -> None:
     """A message without a field that has no default is refused, naming the field."""
     whole = to_builtins(message, builtin_types=(bytes,))
-    optional = {"features", "software", "host", "run", "check", "look", "staged", "whole"}
+    optional = {
+        "features",
+        "software",
+        "host",
+        "instance",
+        "run",
+        "check",
+        "look",
+        "staged",
+        "whole",
+    }
     for field in whole.keys() - optional - {"type"}:
         with pytest.raises(RemoteProtocolError, match=field):
             p.parse_message({key: value for key, value in whole.items() if key != field})
