@@ -113,7 +113,26 @@ class Daemon:
         self._nursery.start_soon(self._follow, vm, connected)
         vm.show(**({"message": "attached, no migration"} if vm.status["phase"] == "idle" else {}))
         log.info("attached", vm=name, driver=driver, socket=socket)
+        await self._look_at(vm, connected)
         return vm.status
+
+    async def _look_at(self, vm: Vm, driver: vmm.Vmm) -> None:
+        """Says what stands in the way of a migration of a VM that has just been attached. It may
+        be attached all the same: it may come into shape."""
+        try:
+            shape = await driver.inspect("source")
+            shape.close()
+            if shape.state == "incoming":
+                shape = await driver.inspect("destination")
+                shape.close()
+        except PostcopydError as error:
+            log.warning("not looked at", vm=vm.name, error=str(error))
+            return
+        if shape.problems:
+            why = "; ".join(shape.problems)
+            log.warning("not fit to be migrated", vm=vm.name, why=why)
+            if vm.status["phase"] == "idle" and vm.claimed_by is None:
+                vm.show(message=f"attached, and cannot be migrated as it is now: {why}")
 
     async def _follow(self, vm: Vm, driver: vmm.Vmm) -> None:
         """Lets go of a VMM that has ended, once no session uses it: that notices by itself."""
@@ -396,8 +415,7 @@ class Daemon:
                 finally:
                     vm.waiting = arrived
         elif isinstance(vm.claimed_by, SourceSession) and decision != "poison":
-            vm.claimed_by.resolve(decision)
-            await vm.free.wait()
+            await vm.claimed_by.resolve(decision)
         elif decision == "kill":
             with vm.claim(self):
                 ended = "was not connected: end it by hand if it runs; its migration was given up"
@@ -406,13 +424,22 @@ class Daemon:
                     ended = "was ended in the middle of its migration"
                 if vm.driver is not None or self._certainly_ended(vm):
                     vm.about["answer"] = to_builtins(_lost_here(name))
+                before = vm.status
                 vm.settle(
                     phase="failed",
-                    message=f"the VMM of {name} here {ended} with {vm.status['peer']}, by an "
+                    message=f"the VMM of {name} here {ended} with {before['peer']}, by an "
                     f"operator's decision; before you start it anywhere ask `postcopyd status "
                     f"{name}` there",
                 )
-                vm.record("declined")
+                try:
+                    vm.record("declined")
+                except PostcopydError as error:
+                    vm.show(**before)
+                    raise PostcopydError(
+                        f"the VMM of {name} here {ended}, which is not on record: {error}; then "
+                        f"say it again",
+                        error.name,
+                    ) from None
             vm.log.warning("ownership changed by a person", decision=decision)
 
     def _certainly_ended(self, vm: Vm) -> bool:

@@ -30,6 +30,10 @@ PERMANENT = ("vm", "role", "phase", "migration", "peer", "mode", "remaining", "m
 """Fields of the status that stay when a migration is over, and outlive the daemon."""
 
 
+UNDER_WAY = frozenset({"precopy", "handover", "postcopy"})
+"""Phases in which a session has the VM."""
+
+
 class Waiting(Protocol):
     """An arrival that is paused: its engine holds the faults until the source is there again."""
 
@@ -153,7 +157,29 @@ class Vm:
             yield
         finally:
             self.claimed_by = None
+            self._must_be_told()
             self.free.set()
+
+    def _must_be_told(self) -> None:
+        """Whoever had this VM has said how that ended, or could not, by a bug: then it is said
+        here, so that nobody waits for ever who waits for a migration."""
+        phase, migration = self.status["phase"], self.status["migration"]
+        preparing = phase == "idle" and migration and "result" not in self.status
+        if not preparing and phase not in UNDER_WAY:
+            return
+        away = self.ownership in ("granted", "owned")
+        where = "may be at either host" if away else "is as that left it"
+        message = (
+            f"the migration of {self.name} ended here by an internal error, which the log has: the "
+            f"guest {where}, see `postcopyd status {self.name}` on both hosts"
+        )
+        event = "paused" if away else "failed"
+        result = {"event": event, "vm": self.name, "migration": migration, "error": message}
+        self.log.error("migration ended by a bug", ownership=self.ownership)
+        if away:
+            self.settle(phase="paused", message=message, result=result)
+        else:
+            self.settle(phase="failed", message=message, result=result)
 
     async def ended(self) -> None:
         """Returns when no migration has the VM that is over but for its last steps: who has seen

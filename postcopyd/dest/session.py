@@ -169,6 +169,8 @@ class DestinationSession:
         """
         engine = self._engine
         assert engine is not None
+        if not self._ran:
+            self._own()  # before what cannot be undone
         engine.settle()
         try:
             pages = await trio.to_thread.run_sync(engine.poison, limiter=threads.ENGINE)
@@ -526,13 +528,18 @@ class DestinationSession:
         """Runs the guest, unless it was paused; recorded first, also where the connection was lost
         between the grant and its record. The VMM may wait for a page in this, and the source may go
         meanwhile: then it is not known whether it ran, and it is told to again later."""
-        self.vm.epoch = self.offer.epoch
-        self.vm.record("owned")
+        self._own()
         if self._run:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._listen)
                 await self.vm.attached().run()
                 nursery.cancel_scope.cancel()
+
+    def _own(self) -> None:
+        """On record before any vCPU runs here, whoever says that it may: without it a daemon that
+        is started ends the VMM. Raises PostcopydError: then nothing runs."""
+        self.vm.epoch = self.offer.epoch
+        self.vm.record("owned")
 
     async def _say_ran(self) -> None:
         assert self._engine is not None

@@ -9,13 +9,12 @@ Whatever fails before the grant ends in `_rolled_back`. Whatever fails after it 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import trio
 
@@ -29,8 +28,10 @@ from postcopyd.hooks import run_hooks
 from postcopyd.limits import Uplink, in_line
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
+from postcopyd.source.decision import GIVEN_UP, SILENT, Choice, Decision, still_there
 from postcopyd.source.engine import Look, SourceEngine
 from postcopyd.source.passes import Pass, why_now
+from postcopyd.source.retry import AGAIN_S, PATIENCE_S, Retry
 from postcopyd.source.tracking import Tracking
 from postcopyd.tls import Names, same_peer
 from postcopyd.vm import Vm
@@ -42,16 +43,6 @@ ROLLBACK_S = 30.0
 SHOW_S = 0.1
 """How often progress is shown."""
 
-AGAIN_S = 0.1
-"""How long after a failure the destination is dialled again, in the first RESTLESS_S."""
-
-MENDS = frozenset({"ConnectionLost", "PeerUnreachable", "EngineFailed", "NoResources", "Paused"})
-"""Names of errors that time alone may mend, or a destination that is started again."""
-
-RESTLESS_S = 600.0
-SELDOM_S = 5.0
-"""The same later, and for what time alone does not mend."""
-
 MAX_DOWNTIME_MS = 300.0
 """Of a precopy, where nothing else was asked for; as QEMU's."""
 
@@ -60,9 +51,6 @@ STOPPED_S = 0.1
 
 STALE_PAGES = 8 * p.DEVICE_CHUNK
 """Pages of one Stale: a bit each. One without a page to name is not sent."""
-
-PATIENCE_S = 10.0
-"""How long a pause lasts before who waits for the migration is told that it is paused."""
 
 
 class SourceSession:
@@ -93,9 +81,12 @@ class SourceSession:
         self._tracked: dict[str, float] = {}
         self._completed: dict[str, Any] | None = None
         self._recoveries = 0
+        self._arrived = 0  # pages, as far as the destination has said
+        self._heard = False  # from the destination, since it was asked last
         self._poke = trio.Event()
-        self._recovering = trio.CancelScope()
-        self._decision: Literal["kill", "take_back"] | None = None
+        self._ending = False
+        self._not_here: PostcopydError | None = None  # after a rollback that failed
+        self._decision: Decision | None = None
 
     @classmethod
     async def restored(
@@ -130,7 +121,14 @@ class SourceSession:
         return self.vm.log.bind(migration=self.migration, peer=self.request.to, role="source")
 
     def cancel(self) -> None:
-        """Takes the guest back; raises PostcopydError after the grant."""
+        """Takes the guest back, or ends a check; raises PostcopydError after the grant, and when
+        there is nothing left to cancel."""
+        if self._ending:
+            raise PostcopydError(
+                f"cancelling the migration of {self.vm.name}: it has failed already and is at its "
+                f"last steps, see `postcopyd status {self.vm.name}`",
+                "NotMigrating",
+            )
         if self._committed:
             raise PostcopydError(
                 f"{self.vm.name} was granted to {self.request.to} already: it can only go on there",
@@ -146,15 +144,24 @@ class SourceSession:
             self.vm.show(peer=to)
         self._poke.set()
 
-    def resolve(self, decision: Literal["kill", "take_back"]) -> None:
-        """What a person has decided about a paused migration. Raises PostcopydError."""
-        if decision == "take_back" and self.machine.state is Source.DRAINED:
+    async def resolve(self, choice: Choice) -> None:
+        """Carries out what a person has decided about a paused migration; returns once it is done.
+        Raises PostcopydError: it was not, and why."""
+        name, to = self.vm.name, self.request.to
+        if self.machine.state is Source.DRAINED:
+            raise still_there(name, to, choice, "it says that it has all of the guest")
+        if self._decision is not None or self._ending:
             raise PostcopydError(
-                f"taking {self.vm.name} back: {self.request.to} says that it has all of it",
-                "AfterGrant",
+                f"{name}: it was decided about just now; see `postcopyd status {name}`",
+                "Busy",
             )
-        self._decision = decision
-        self._recovering.cancel()
+        self._decision = decision = Decision(choice)
+        self._poke.set()
+        try:
+            await decision.outcome()
+        finally:
+            if self._ending:  # who has an answer finds the VM free
+                await self.vm.free.wait()
 
     async def resume(self) -> None:
         """The rest of a migration whose guest was granted before the daemon was started."""
@@ -195,6 +202,10 @@ class SourceSession:
             await self._end_early(PostcopydError("the daemon was stopped", "DaemonStopped"))
             raise
         finally:
+            self._ending = True
+            if self._decision is not None:
+                ended = f"{self.vm.name}: its migration has ended: {self.vm.status['message']}"
+                self._decision.done(PostcopydError(ended, "NotMigrating"))
             with trio.CancelScope(shield=True):
                 await self._close()
 
@@ -207,7 +218,17 @@ class SourceSession:
         return PostcopydError(f"internal error: {error!r}", "InternalError")
 
     async def check(self) -> list[str]:
-        """What would keep the migration from going, on both hosts. Touches nothing."""
+        """What would keep the migration from going, on both hosts. Touches nothing. Raises
+        PostcopydError, also when it was cancelled."""
+        with self._cancelling:
+            try:
+                return await self._problems()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._close()
+        raise PostcopydError(f"the check of {self.vm.name} was cancelled by request", "Cancelled")
+
+    async def _problems(self) -> list[str]:
         shape = self._shape = await self.vm.attached().inspect("source")
         problems = [*shape.problems]
         try:
@@ -217,8 +238,6 @@ class SourceSession:
                 problems += (await channel.expect(p.Checked)).problems
         except PostcopydError as error:
             problems.append(str(error))
-        finally:
-            await self._close()
         return problems
 
     # --- the steps -----------------------------------------------------------------------------
@@ -531,6 +550,7 @@ class SourceSession:
             nursery.start_soon(self._show_progress)
             while not isinstance(message := await channel.receive(), p.Drained):
                 if isinstance(message, p.Progress):
+                    self._arrived = max(self._arrived, message.confirmed)
                     self._faults = message.faults
                     self.vm.show(remaining=message.remaining)
                 elif isinstance(message, p.Have):
@@ -603,69 +623,127 @@ class SourceSession:
     async def _recover(self) -> None:
         """Until nobody needs this source any more: the guest is there whole, or was declined, or a
         person has decided (`resolve`)."""
-        began = told = trio.current_time()
-        if "result" not in self.vm.status:
-            told += PATIENCE_S
-        recoveries = self._recoveries
-        with self._recovering:
-            while self.machine.gave_away and self._completed is None:
-                self._poke = trio.Event()
-                try:
-                    await self._ask()
+        now = trio.current_time()
+        patience = 0.0 if "result" in self.vm.status else PATIENCE_S
+        retry = Retry(now, now + patience, self._arrived)
+        while self.machine.gave_away and self._completed is None:
+            self._poke, recoveries, decision = trio.Event(), self._recoveries, self._decision
+            if decision is not None and decision.choice == "kill":
+                if await self._killed(decision):
                     return
-                except Exception as error:
-                    await self._end_early(trouble := self._ours(error))
-                now = trio.current_time()
-                if self._recoveries > recoveries:  # it went on for a while
-                    recoveries, began, told = self._recoveries, now, now + PATIENCE_S
-                lost = trouble.name == p.LOST
-                if (lost or now >= told) and self.vm.status["phase"] == "paused":
-                    told = math.inf
-                    self.log.error("migration paused", error=str(trouble))
-                    self.vm.show(result=self._result(None, event="paused", error=str(trouble)))
-                mends = trouble.name in MENDS and now - began < RESTLESS_S
-                with trio.move_on_after(AGAIN_S if mends else math.inf if lost else SELDOM_S):
-                    await self._poke.wait()
-        if self._decision is not None and self.machine.gave_away and self._completed is None:
-            with trio.CancelScope(shield=True):
-                await self._resolved()
+                continue
+            try:
+                await self._ask()
+                return
+            except Exception as error:
+                await self._end_early(trouble := self._ours(error))
+            now = trio.current_time()
+            went_on = self._recoveries > recoveries
+            wait = retry.failed(trouble.name, now, self._arrived, went_on)
+            if now >= retry.told:
+                self._tell_paused(trouble)
+            lost = self.machine.gave_away
+            if decision is not None and lost and await self._taken_back(decision, trouble):
+                return
+            with trio.move_on_after(wait if self._decision is None else AGAIN_S):
+                await self._poke.wait()
+        if self._decision is not None and self._decision.choice == "take_back":
+            self._decision.done(self._not_here)  # it was declined just then
 
-    async def _resolved(self) -> None:
-        """A person has given the destination, or the copy here, up."""
+    def _tell_paused(self, trouble: PostcopydError) -> None:
+        """Who waits for the result is told that it is a pause, which is a long one."""
+        status = self.vm.status
+        if status["phase"] == "paused" and "result" not in status:
+            self.log.error("migration paused", error=str(trouble))
+            self.vm.show(result=self._result(None, event="paused", error=str(trouble)))
+
+    async def _killed(self, decision: Decision) -> bool:
+        """A person has given the copy here up: whether its VMM has ended."""
         vm = self.vm
-        self.machine.happened(Happened.LOST)
-        if self._decision == "take_back" and self.machine.state is Source.DRAINED:
-            return  # it has just said that it has all of it
-        self.log.warning("ownership changed by a person", decision=self._decision)
+        self._decision = None
         by = f"by an operator's decision, in the middle of the move to {self.request.to}"
-        if self._decision == "take_back":
-            self.machine.happened(Happened.TAKEN_BACK)
-            await self._rolled_back(
-                PostcopydError(f"taken back {by}, as it was when it stopped here", "TakenBack")
-            )
-            return
+        self.log.warning("ownership changed by a person", decision=decision.choice)
         if vm.driver is not None:
-            await vm.driver.end()
-        vm.settle(
-            phase="failed",
-            message=f"the VMM of {vm.name} here was ended {by}; memory that the guest there still "
-            f"lacks is lost: if it waits, `postcopyd resolve {vm.name}` there too; `postcopyd "
-            f"detach {vm.name}` here once you know where it runs",
-            result=self._result(None, event="paused", error=f"ended {by}"),
+            try:
+                with trio.fail_after(ROLLBACK_S, shield=True):
+                    await vm.driver.end()
+            except Exception as trouble:
+                why = str(trouble) or f"it did not within {ROLLBACK_S:.0f} s"
+                refusal = f"ending the VMM of {vm.name} here: {why}; its migration is as it was"
+                self.log.error("decision not carried out", error=refusal)
+                decision.done(PostcopydError(refusal, "VmmFailed"))
+                return False
+        message = (
+            f"the VMM of {vm.name} here was ended {by}; memory that the guest there still lacks "
+            f"is lost: if it waits, `postcopyd resolve {vm.name}` there too; `postcopyd detach "
+            f"{vm.name}` here once you know where it runs"
         )
-        self._record_settled("declined")
+        result = self._result(None, event="paused", error=f"ended {by}")
+        vm.settle(phase="failed", message=message, result=result)
+        self._ending = True
+        try:
+            vm.record("declined")
+        except PostcopydError as error:
+            unwritten = f"the VMM of {vm.name} here was ended {by}, which is not on record: {error}"
+            vm.settle(phase="paused", message=unwritten)
+            decision.done(PostcopydError(f"{unwritten}; then say it again", error.name))
+        decision.done()
+        return True
+
+    async def _taken_back(self, decision: Decision, trouble: PostcopydError) -> bool:
+        """A person says that the destination is dead, and it was asked once more: whether the
+        migration is over. It goes on when there was any word from there."""
+        if trouble.name not in GIVEN_UP:
+            if self._heard or trouble.name not in SILENT:
+                self._refuse(str(trouble))
+                return False
+            if trio.current_time() < decision.until:
+                return False
+        self._decision = None
+        self.log.warning("ownership changed by a person", decision=decision.choice)
+        try:
+            self._own_again()  # or it does not run
+        except PostcopydError as error:
+            decision.done(error)
+            return False
+        self.machine.happened(Happened.TAKEN_BACK)
+        by = f"by an operator's decision, in the middle of the move to {self.request.to}"
+        taken = PostcopydError(f"taken back {by}, as it was when it stopped here", "TakenBack")
+        await self._end_early(taken)
+        decision.done(self._not_here)
+        return True
+
+    def _refuse(self, said: str) -> None:
+        """Whatever a person has decided: the destination lives."""
+        decision, self._decision = self._decision, None
+        if decision is not None:
+            decision.done(still_there(self.vm.name, self.request.to, decision.choice, said))
+
+    def _own_again(self) -> None:
+        """On record before the guest runs here again: a daemon that is started then runs it. What
+        the destination may still say is of an epoch that is over. Raises PostcopydError."""
+        self.vm.epoch += 1
+        try:
+            self.vm.record("intent")
+        except PostcopydError:
+            self.vm.epoch -= 1
+            raise
 
     async def _ask(self) -> None:
         """One attempt: what became of the guest, and the rest of its memory."""
         engine = self._engine
         assert engine is not None
+        self._heard = False
         if self._channel is not None:
             await self._channel.aclose()
         await engine.disconnect()
         channel = await self._greeted()
+        self._heard = True
         async with channel.alive():
             await channel.send(p.Resume(self.migration, self.vm.name, self.vm.epoch))
             answer = await channel.receive()
+            if not isinstance(answer, p.Declined):
+                self._refuse("it has the guest, and goes on with it")
             if isinstance(answer, p.Ready):
                 await self._connect(answer.token)
                 engine.serve()  # the guest may wait for any of it
@@ -707,6 +785,7 @@ class SourceSession:
     # --- when it goes wrong ----------------------------------------------------------------------
 
     async def _end_early(self, error: PostcopydError) -> None:
+        self._ending = not self.machine.gave_away
         self._uplink.leave(self)
         with trio.CancelScope(shield=True):
             if self.machine.gave_away:
@@ -746,12 +825,12 @@ class SourceSession:
         if self._engine is not None:
             await self._engine.disconnect()
         sentence = f"{name} was not moved and is at this host as it was: {error}"
-        if self.machine.state in (Source.DECLINED, Source.TAKEN_BACK):
-            # Ours again, recorded before it runs: a daemon that is started again runs it. What the
-            # destination may still say is of an epoch that is over.
-            vm.epoch += 1
-            self._record_settled("intent")
-            self._committed = False
+        if self.machine.state is Source.DECLINED:
+            try:
+                self._own_again()
+            except PostcopydError as trouble:  # a daemon that is started again is told the same
+                self.log.error("record not written", error=str(trouble))
+                vm.epoch += 1
         if self._touched and vm.driver is not None:
             try:
                 with trio.fail_after(ROLLBACK_S):
@@ -762,6 +841,7 @@ class SourceSession:
                     f"{name} was not moved ({error}) and its VMM here did not run it again: {why}; "
                     f"it is this host's, run it by the VMM's own means"
                 )
+                self._not_here = PostcopydError(sentence, "VmmFailed")
                 self.log.error("rollback failed", error=why)
         await self._untrack()
         if self._channel is not None and self.machine.state is Source.ROLLED_BACK:
@@ -869,7 +949,7 @@ class SourceSession:
 
     @property
     def _page_size(self) -> int:
-        return self._shape.regions[0].page_size if self._shape else 4096
+        return self._shape.regions[0].page_size if self._shape and self._shape.regions else 4096
 
     @property
     def _total_bytes(self) -> int:
@@ -882,19 +962,33 @@ class SourceSession:
         error: str | None = None,
         at: float | None = None,
     ) -> dict[str, Any]:
-        """The result object that design and CLI promise; `at` is when the migration was over."""
-        at = at or time.monotonic()
-        elapsed = at - self._began
-        stats: Any = self._engine.stats if self._engine is not None else None
-        since = at - self._ran_at if self._ran_at else 0.0
-        since += sum(one.seconds for one in self._passes)
-        moved = stats.transferred_bytes if stats else 0
+        """The result object that design and CLI promise; `at` is when the migration was over.
+        Figures that cannot be had, by a bug, keep nobody from being told the rest."""
+        figures: dict[str, Any] = {}
+        try:
+            figures = self._figures(drained, at or time.monotonic())
+        except Exception:
+            self.log.exception("bug in the figures of a result")
         return {
             "event": event,
             "vm": self.vm.name,
             "migration": self.migration,
             "peer": self.request.to,
             "mode": self.request.mode,
+            **figures,
+            **({"handedOver": self._why_now} if self._why_now else {}),
+            **({"tracking": self._tracked} if self._tracked else {}),
+            **({"warning": "; ".join(self._warnings)} if self._warnings else {}),
+            **({"error": error} if error else {}),
+        }
+
+    def _figures(self, drained: p.Drained | None, at: float) -> dict[str, Any]:
+        elapsed = at - self._began
+        stats: Any = self._engine.stats if self._engine is not None else None
+        since = at - self._ran_at if self._ran_at else 0.0
+        since += sum(one.seconds for one in self._passes)
+        moved = stats.transferred_bytes if stats else 0
+        return {
             "downtimeMs": self._downtime_ms,
             "downtimePartsMs": self._downtime_parts,
             "totalMs": round(elapsed * 1e3, 2),
@@ -916,10 +1010,6 @@ class SourceSession:
             "recoveries": self._recoveries,
             "phases": self.vm.phases(at),
             "passes": [one.json() for one in self._passes],
-            **({"handedOver": self._why_now} if self._why_now else {}),
-            **({"tracking": self._tracked} if self._tracked else {}),
-            **({"warning": "; ".join(self._warnings)} if self._warnings else {}),
-            **({"error": error} if error else {}),
         }
 
 

@@ -37,7 +37,7 @@ from postcopyd.connection import Channel, ConnectionLost, PeerError, dial
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Machine, Source
-from postcopyd.source.session import PATIENCE_S
+from postcopyd.source.retry import PATIENCE_S
 from postcopyd.vmm import Declined, Role, State, VmmError
 
 

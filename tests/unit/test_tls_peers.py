@@ -29,7 +29,7 @@ from postcopyd.daemon import Daemon
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.settings import Settings
-from postcopyd.source.session import MENDS
+from postcopyd.source.retry import MENDS
 from postcopyd.store import Store
 from postcopyd.tls import NotAllowed, Tls, TlsFailed, certificate_names, keyed, same_peer
 
