@@ -37,6 +37,7 @@ from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import NoResources, PostcopydError, shortage
 from postcopyd.handover import Destination, Machine, Source
 from postcopyd.hooks import run_hooks
+from postcopyd.patience import END_S, within
 from postcopyd.peers import Visitor
 from postcopyd.protocol import LOST, RemoteProtocolError
 from postcopyd.settings import Settings
@@ -420,7 +421,8 @@ class Daemon:
             with vm.claim(self):
                 ended = "was not connected: end it by hand if it runs; its migration was given up"
                 if vm.driver is not None:
-                    await vm.driver.end()
+                    with within(END_S, f"ending the VMM of {name} here"):
+                        await vm.driver.end()
                     ended = "was ended in the middle of its migration"
                 if vm.driver is not None or self._certainly_ended(vm):
                     vm.about["answer"] = to_builtins(_lost_here(name))
@@ -620,12 +622,20 @@ class Daemon:
                 vm.waiting = None
                 await session.resume(channel, asked)
             self._after_arrival(vm, session)
+        elif vm.ownership == "loading" and vm.claimed_by is None:
+            with vm.claim(self):  # its VMM did not end when this arrival was called off
+                await call_off(vm)
+            await self._answer(channel, vm)
         elif "answer" in vm.about:
-            await channel.send(p.parse_message(vm.about["answer"]))
-            with trio.move_on_after(ANSWER_S):
-                await channel.receive()  # acknowledged, or closed
+            await self._answer(channel, vm)
         else:
             raise PostcopydError(f"at the destination: {vm.status['message']}", "Paused")
+
+    async def _answer(self, channel: Channel, vm: Vm) -> None:
+        """What is on record of how an arrival ended."""
+        await channel.send(p.parse_message(vm.about["answer"]))
+        with trio.move_on_after(ANSWER_S):
+            await channel.receive()  # acknowledged, or closed
 
     def _same_move(self, vm: Vm, asked: p.Resume) -> None:
         """Raises PostcopydError when the last arrival of this VM was another one."""

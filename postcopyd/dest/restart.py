@@ -12,6 +12,7 @@ from msgspec import to_builtins
 from postcopyd import procfs
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError, shortage
+from postcopyd.patience import END_S, RELEASE_S, within
 from postcopyd.vm import Vm
 from postcopyd.vmm import Region, Vmm
 
@@ -21,7 +22,8 @@ async def call_off(vm: Vm) -> None:
     driver, loading = vm.driver, vm.ownership == "loading"
     message = f"{vm.name} did not come here: the daemon ended before it was granted"
     if driver is not None and not loading:
-        await driver.release()
+        with within(RELEASE_S, f"letting go of guest RAM of {vm.name}"):
+            await driver.release()
         if vm.about["offer"].get("staged"):
             try:
                 await _discard(driver)
@@ -29,7 +31,8 @@ async def call_off(vm: Vm) -> None:
                 message += f"; what had come of its memory still takes room here: {error}"
     else:
         if driver is not None:
-            await driver.end()  # before its RAM is let go: it must not go on with zeros
+            with within(END_S, f"ending the VMM of {vm.name} here"):
+                await driver.end()  # before its RAM is let go: it must not go on with zeros
         message += "; its VMM here has ended, start it anew for another attempt"
     vm.settle(phase="failed", remaining=0, message=message)
     vm.about["answer"] = to_builtins(p.Declined(p.sentence(message)))

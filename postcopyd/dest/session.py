@@ -17,7 +17,7 @@ import hmac
 import os
 import secrets
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any
 
 import trio
@@ -35,6 +35,7 @@ from postcopyd.connection import (
     detach_keyed,
     open_nursery,
 )
+from postcopyd.dest.device_state import DeviceState
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.dest.restart import regions_again
 from postcopyd.errors import PostcopydError, shortage
@@ -42,25 +43,21 @@ from postcopyd.handover import DESTINATION_RUNS, Destination, Happened, Machine
 from postcopyd.hooks import run_hooks
 from postcopyd.limits import in_line
 from postcopyd.native import faults
+from postcopyd.patience import END_S, RELEASE_S, within
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.store import StateNotWritten
 from postcopyd.vm import Vm
-from postcopyd.vmm import Declined, Shape
+from postcopyd.vmm import Declined, Shape, VmmTimeout
 
 PROGRESS_S = 0.1
 ACKNOWLEDGE_S = 10.0
-RELEASE_S = 10.0
-"""How long the VMM may take to close its userfaultfds when nothing waits for them any more."""
 CONNECTIONS_S = 30.0
 """How long the source may take to make its data connections; they take milliseconds."""
 COUNT_S = 0.001
 """How often it is looked whether all of a pass has arrived."""
 HAVE_PAGES = 8 * p.DEVICE_CHUNK
 """Pages of one Have: a bit each."""
-DEVICE_CHUNKS = 1024
-"""Pieces of device state kept while the VMM loads: it may wait in a fault that the source answers
-only once it has given all of its state, so this must take what comes after such a fault."""
 
 
 class DestinationSession:
@@ -434,12 +431,12 @@ class DestinationSession:
         self._note()
         self.vm.record("loading")  # outside the blackout
         self._loading = True
-        pieces, state = trio.open_memory_channel[bytes](DEVICE_CHUNKS)
+        state = DeviceState(self.vm.name)
         async with open_nursery() as nursery:
             nursery.start_soon(self._watch_engine)
             nursery.start_soon(self._watch_vmm)
             nursery.start_soon(self._load_and_say, state, whole)
-            async with pieces:
+            with state:
                 size = 0
                 while not isinstance(message := await self._receive(), p.DeviceEnd):
                     if isinstance(message, p.Stale):
@@ -447,8 +444,7 @@ class DestinationSession:
                         continue
                     assert isinstance(message, p.Device)
                     size += len(message.data)
-                    with suppress(trio.BrokenResourceError):  # the load failed, and says why
-                        await pieces.send(message.data)
+                    state.put(message.data)
                 await self._seal(whole)
             if message.size != size:
                 raise RemoteProtocolError(
@@ -479,9 +475,9 @@ class DestinationSession:
         if whole:
             await self.channel.send(p.Serving())
 
-    async def _load_and_say(self, state: trio.MemoryReceiveChannel[bytes], whole: bool) -> None:
-        async with state:
-            await self.vm.attached().load(state)
+    async def _load_and_say(self, state: DeviceState, whole: bool) -> None:
+        async with aclosing(state.taken()) as pieces:
+            await self.vm.attached().load(pieces)
         assert self._engine is not None
         if whole:
             await self._all_here_first()
@@ -622,7 +618,8 @@ class DestinationSession:
 
     async def _decline(self, reason: str) -> None:
         """No vCPU has run: the VMM ends first, then the source may have its guest back."""
-        await self.vm.attached().end()
+        with within(END_S, f"ending the VMM of {self.vm.name} here"):
+            await self.vm.attached().end()
         declined = p.Declined(p.sentence(reason))
         self._note(declined)
         self._record_settled("declined")
@@ -682,10 +679,10 @@ class DestinationSession:
         self._record_settled("held")
         # After the record: a daemon that is started in between needs them no more.
         try:
-            with trio.fail_after(RELEASE_S):
+            with within(RELEASE_S, f"closing the userfaultfds of {self.vm.name}"):
                 await self.vm.attached().release()
         except Exception as error:  # an unused descriptor stays in the VMM
-            self.log.warning("the VMM keeps its userfaultfd", error=str(error) or "no answer")
+            self.log.warning("the VMM keeps its userfaultfd", error=str(error))
         self.settings.store.forget_intent(self.vm.name)  # of a move from here, once: it is back
         self.log.info(
             "migration completed",
@@ -769,17 +766,20 @@ class DestinationSession:
         driver, clean = vm.driver, True
         try:
             if self._loading and driver is not None:
-                await driver.end()  # before its RAM is let go: it must not go on with zeros
+                with within(END_S, f"ending the VMM of {vm.name} here"):
+                    await driver.end()  # before its RAM is let go: it must not go on with zeros
                 message += "; its VMM here has ended, start it anew for another attempt"
             if self._engine is not None:
                 self._engine.unregister(called_off=True)
             if self._adopted and not self._loading and driver is not None:
-                await driver.release()
-                if self.offer.staged and self._shape is not None:
-                    await driver.discard(self._shape)
+                with within(RELEASE_S, f"letting go of guest RAM of {vm.name}"):
+                    await driver.release()
+                    if self.offer.staged and self._shape is not None:
+                        await driver.discard(self._shape)
         except Exception as trouble:  # a driver's bug too: the rest must happen
             clean = False
-            message += f"; cleaning up here: {trouble}"
+            later = "the source asks again" if self._loading else "a guest arrives here again"
+            message += f"; cleaning up here, which is tried again when {later}: {trouble}"
             self.log.error("cleaning up failed", error=str(trouble))
         if self._accepted:  # or it may be a guest of this host that was named by mistake
             cancelled = error.name == "Cancelled"
@@ -792,9 +792,10 @@ class DestinationSession:
         else:
             self.log.warning("migration failed", error=str(error))
         await self.close()
-        if self._loading and driver is not None:
+        if self._loading and driver is not None and clean:  # or it is there still
             vm.driver = None
-            await driver.aclose()
+            with suppress(VmmTimeout), within(RELEASE_S, "closing its socket"):
+                await driver.aclose()
         await self._hooks("failed", message=str(error))
 
     async def _paused(self, error: PostcopydError) -> None:

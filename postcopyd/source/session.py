@@ -26,6 +26,7 @@ from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Happened, Machine, Source
 from postcopyd.hooks import run_hooks
 from postcopyd.limits import Uplink, in_line
+from postcopyd.patience import END_S, within
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.source.decision import GIVEN_UP, SILENT, Choice, Decision, still_there
@@ -665,11 +666,10 @@ class SourceSession:
         self.log.warning("ownership changed by a person", decision=decision.choice)
         if vm.driver is not None:
             try:
-                with trio.fail_after(ROLLBACK_S, shield=True):
+                with within(END_S, f"ending the VMM of {vm.name} here"):
                     await vm.driver.end()
             except Exception as trouble:
-                why = str(trouble) or f"it did not within {ROLLBACK_S:.0f} s"
-                refusal = f"ending the VMM of {vm.name} here: {why}; its migration is as it was"
+                refusal = f"{trouble}; the migration of {vm.name} is as it was"
                 self.log.error("decision not carried out", error=refusal)
                 decision.done(PostcopydError(refusal, "VmmFailed"))
                 return False

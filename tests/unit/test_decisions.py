@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fake_vmm
 import pytest
 import trio
 from fake_vmm import FakeDriver
@@ -17,6 +18,7 @@ from session_faults import (
     full,
     goes_down,
     made_clock,
+    migrated,
     refusing,
     source_ends,
     world,
@@ -25,11 +27,12 @@ from session_world import Instead, World
 from test_sessions import RECOVERY
 
 from postcopyd import protocol as p
+from postcopyd.dest import device_state
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
 from postcopyd.source.decision import TAKE_BACK_S
 from postcopyd.source.session import SourceSession
-from postcopyd.vmm import Role, Shape, VmmError
+from postcopyd.vmm import Declined, Role, Shape, VmmError
 
 
 @pytest.fixture
@@ -162,7 +165,7 @@ async def test_kill_that_fails_is_no_success(tmp_path: Path, clock: Clock) -> No
     faults = {"<- progress": goes_down, "source.end": refusing(VmmError("may not be killed"))}
     async with world(tmp_path, faults) as made, made.migrating():
         await made.paused_there()
-        with pytest.raises(PostcopydError, match=r"may not be killed.*its migration is as it was"):
+        with pytest.raises(PostcopydError, match=r"may not be killed.*the migration of web1 is as it was"):
             await made.source.daemon.resolve("web1", "kill")
         assert made.source.phase == "paused"
         made.down = False
@@ -367,3 +370,84 @@ def test_names_of_silence() -> None:
 
     assert ConnectionLost.name in SILENT
     assert p.LOST in GIVEN_UP
+
+
+# --- VMMs that do not answer ---------------------------------------------------------------------
+
+
+async def hang(made: World, point: str) -> None:
+    await trio.sleep_forever()
+
+
+REFUSED = {"source.save sent": refusing(VmmError("no more"))}
+HANGS: list[tuple[str, dict[str, Any]]] = [
+    ("destination.release", {"source.prepare": refusing(VmmError("no"))}),
+    ("destination.discard", {"source.prepare": refusing(VmmError("no"))}),
+    ("destination.end", REFUSED),
+    ("destination.aclose", REFUSED),
+    ("source.rollback", REFUSED),
+    ("source.rollback done", REFUSED),
+    ("destination.end", {"destination.run": refusing(Declined("its disk is locked"))}),
+]
+
+
+@pytest.mark.parametrize(("point", "faults"), HANGS, ids=lambda value: str(value)[:40])
+async def test_stuck_vmm_keeps_no_place(
+    point: str, faults: dict[str, Any], tmp_path: Path, clock: Clock
+) -> None:
+    """A VMM that never answers while a migration is called off holds up neither the host's places
+    for arrivals, nor its own VM, nor the end of the daemon."""
+    async with world(tmp_path, {**faults, point: hang}) as made:
+        arrivals = made.destination.daemon.settings.limits.arrivals
+        arrivals._most = 1
+        async with made.migrating(mode="hybrid"):
+            await trio.sleep(90)
+            assert made.went[point]
+            role = "source" if point.startswith("source") else "destination"
+            assert made.hosts[role].vm.claimed_by is None
+            assert made.hosts[role].phase in ("failed", "drained")
+            assert not arrivals._here
+            with trio.fail_after(60):
+                for host in made.hosts.values():
+                    host.stop()
+                while not all(host.over for host in made.hosts.values()):
+                    await trio.sleep(1)
+        assert made.guest.broken == []
+
+
+async def test_arrival_is_ended_when_asked_again(tmp_path: Path, clock: Clock) -> None:
+    """A VMM that did not end when its arrival was called off is ended once the source asks, which
+    has granted the guest and gets it back so."""
+    faults = {"-> grant": cut, "destination.end": refusing(VmmError("it is stuck"))}
+    async with world(tmp_path, faults) as made:
+        await made.migrate()
+        await made.check()
+        assert (made.source.vmm.state, made.source.recorded()) == ("running", "held")
+        assert (made.destination.vmm.state, made.destination.recorded()) == ("ended", "declined")
+
+
+async def test_device_state_of_any_size(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VMM that waits for a page while it loads, with more device state behind than the sockets
+    and a few pieces hold: the page comes after all of it."""
+    monkeypatch.setattr(fake_vmm, "DEVICE_STATE", (bytes(1 << 20),) * 100)
+
+    async def waits_for_a_page(made: World, point: str) -> None:
+        while not made.went["-> deviceEnd"]:
+            await trio.sleep(0.01)
+
+    made = await migrated(tmp_path, {"destination.load": waits_for_a_page})
+    assert made.source.phase == "drained"
+    assert sum(map(len, made.destination.vmm.received)) == 100 << 20
+
+
+async def test_device_state_without_end(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a VMM does not take is kept up to a limit, and then said."""
+    monkeypatch.setattr(fake_vmm, "DEVICE_STATE", (bytes(1 << 16),) * 100)
+    monkeypatch.setattr(device_state, "MOST_WAITING", 1 << 20)
+    made = await migrated(tmp_path, {"destination.load": hang})
+    assert made.source.vmm.state == "running"
+    assert "takes no more device state" in made.source.vm.status["message"]
