@@ -165,7 +165,9 @@ async def test_kill_that_fails_is_no_success(tmp_path: Path, clock: Clock) -> No
     faults = {"<- progress": goes_down, "source.end": refusing(VmmError("may not be killed"))}
     async with world(tmp_path, faults) as made, made.migrating():
         await made.paused_there()
-        with pytest.raises(PostcopydError, match=r"may not be killed.*the migration of web1 is as it was"):
+        with pytest.raises(
+            PostcopydError, match=r"may not be killed.*the migration of web1 is as it was"
+        ):
             await made.source.daemon.resolve("web1", "kill")
         assert made.source.phase == "paused"
         made.down = False
