@@ -32,6 +32,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -96,6 +97,7 @@ struct vmm {
     /* Our copy, from `userfaultfd` to `release`.  At the destination missing pages wait as long as
      * it is open, and never read as zero; at the source it is of no use to us. */
     int uffd;
+    bool huge_pages_off; /* by us */
     pthread_mutex_t claim_lock;
     pthread_cond_t claim_dropped;
     struct vmm_client *_Atomic claim;
@@ -289,6 +291,16 @@ static void vmm_do_discard(struct vmm *vmm, struct vmm_client *client, int count
     vmm_reply(client, -1, "error there is no region %s", name);
 }
 
+/* From the start of a VMM that waits for a guest until its memory is whole there are no huge pages:
+ * some kernels put zeros where pages lack when they make one of a file's pages.  Whether the guest
+ * is to have any at other times is as before. */
+static void vmm_huge_pages(struct vmm *vmm, bool allowed)
+{
+    if (vmm->huge_pages_off == allowed &&
+        !prctl(PR_SET_THP_DISABLE, allowed ? 0ul : 1ul, 0ul, 0ul, 0ul))
+        vmm->huge_pages_off = !allowed;
+}
+
 static int vmm_new_userfaultfd(int flags)
 {
     int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | flags);
@@ -440,6 +452,8 @@ static void vmm_answer(struct vmm *vmm, struct vmm_client *client, char *line)
         vmm_do_discard(vmm, client, count, words);
     else if (!strcmp(verb, "release")) {
         vmm_close(&vmm->uffd);
+        if (vmm->state != VMM_INCOMING)
+            vmm_huge_pages(vmm, true);
         vmm_reply(client, -1, "ok");
     } else if (!strcmp(verb, "stop"))
         vmm_do_stop(vmm, client);
@@ -515,6 +529,8 @@ static int vmm_listen(const char *path)
 __attribute__((noreturn)) static void vmm_serve(struct vmm *vmm, int listener)
 {
     signal(SIGPIPE, SIG_IGN);
+    if (vmm->state == VMM_INCOMING)
+        vmm_huge_pages(vmm, false);
     for (;;) {
         int client = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
         if (client < 0) {

@@ -22,7 +22,7 @@ TIMEOUT_MS = 5000
 
 USERFAULTFD_IOC_NEW = 0xAA00
 
-_CALLS = {"x86_64": {"userfaultfd": 323, "ioctl": 16, "close": 3}}
+_CALLS = {"x86_64": {"userfaultfd": 323, "ioctl": 16, "close": 3, "prctl": 157}}
 """System call numbers; adopt.c knows which architectures it can do."""
 
 
@@ -84,6 +84,16 @@ async def close_in(pid: int, number: int, *, allow_seccomp: bool) -> None:
     await trio.to_thread.run_sync(
         _call, pid, "close", (number,), allow_seccomp, limiter=threads.VMM
     )
+
+
+async def prctl(pid: int, option: int, value: int) -> None:
+    """prctl(option, value, 0, 0, 0) in the VMM. Raises AdoptionError."""
+    try:
+        await trio.to_thread.run_sync(
+            _call, pid, "prctl", (option, value, 0, 0, 0), True, limiter=threads.VMM
+        )
+    except PermissionError as error:
+        raise AdoptionError(str(error)) from None
 
 
 def duplicate(pid: int, number: int) -> int:

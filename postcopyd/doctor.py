@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import platform
 import re
@@ -39,7 +38,7 @@ QEMU_PLACES = (Path("/usr/libexec"), Path("/usr/local/bin"), Path("/usr/bin"))
 QEMU_NAMES = ("qemu-system-x86_64", "qemu-kvm", "kvm")
 QEMU_OLDEST = (7, 2)
 QEMU_TRIED = ("7.2", "10.0")
-KERNEL_OLDEST = (5, 15)
+KERNEL_OLDEST = (6, 1)
 NOFILE = 4096
 """Descriptors that a daemon with some hundred guests may need; each needs a dozen."""
 
@@ -47,10 +46,6 @@ _USERFAULTFD = 323
 _UFFDIO_API = 0xC018AA3F
 _USERFAULTFD_IOC_NEW = 0xAA00
 _UFFD_API = 0xAA
-_UFFDIO_REGISTER = 0xC020AA00
-_REGISTER_MODE_WP = 2
-_PAGEMAP_SCAN = 0xC0606610
-_PM_SCAN_WP_MATCHING, _PM_SCAN_CHECK_WPASYNC, _PAGE_IS_WRITTEN = 1, 2, 2
 
 
 class Feature(NamedTuple):
@@ -70,10 +65,6 @@ FEATURES = (
     Feature(14, "POISON", "6.6", False, "`postcopyd resolve --poison`"),
     Feature(15, "WP_ASYNC", "6.7", False, "hybrid migration: seeing written pages"),
 )
-
-
-# Write-protect faults, in shared memory and on pages not there yet, resolved by the kernel itself.
-_TRACKING = 1 << 0 | 1 << 12 | 1 << 13 | 1 << 15
 
 
 @dataclass(frozen=True)
@@ -144,7 +135,7 @@ def _kernel() -> Iterator[Check]:
     if version >= KERNEL_OLDEST:
         yield Check("kernel", OK, release)
     else:
-        yield Check("kernel", NOTE, release, "older than any this was tried with (5.15)")
+        yield Check("kernel", NOTE, release, "older than any this was tried with (6.1)")
 
 
 def open_userfaultfd() -> tuple[int, str]:
@@ -233,63 +224,33 @@ def _unprivileged_userfaultfd() -> Iterator[Check]:
 
 
 def _tracking() -> Iterator[Check]:
-    """The proof that what a guest writes can be seen: memory of our own, of which one page is
-    written."""
+    """Whether what a guest writes can be seen while it runs, on memory of our own."""
+    from postcopyd import kernel
+
     what = "seeing written pages (tried)"
-    otherwise = "guests are moved by postcopy alone, not hybrid"
-    mend = "use Linux 6.8 or later for hybrid migration; postcopy does not need it"
-    try:
-        seen = track_own_memory(written=2)
-    except OSError as error:
-        if error.errno in (errno.EPERM, errno.EACCES):
-            mend = "run as root, or give the daemon CAP_SYS_PTRACE, for hybrid migration"
-        yield Check(what, NOTE, f"{error.strerror or error}: {otherwise}", mend)
-        return
-    if seen != [2]:
-        yield Check(what, NOTE, f"page 2 was written and {seen} found: {otherwise}", mend)
-    elif platform.release().startswith("6.7."):
-        # Before v6.8-rc2 PAGEMAP_SCAN took its mmu notifier outside of the lock (4cccb6221cae).
-        yield Check(what, NOTE, f"Linux 6.7 may miss what KVM writes: {otherwise}", mend)
-    else:
+    if (why := kernel.why_no_passes()) is None:
         yield Check(what, OK, "hybrid migration: memory is copied while the guest runs")
+        return
+    mend = "update the kernel for hybrid migration, as source; postcopy does not need it"
+    yield Check(what, NOTE, f"{why}: guests leave by postcopy alone, not hybrid", mend)
 
 
-def track_own_memory(written: int) -> list[int]:
-    """Pages of 4 that are found written when one is. Raises OSError where that cannot be seen.
+def _huge_page_zeros() -> Iterator[Check]:
+    """Whether what lacks stays missing when the kernel makes huge pages, on memory of our own."""
+    from postcopyd import kernel
 
-    Shared memory, write-protected by userfaultfd, and looked at by PAGEMAP_SCAN: as the engine does
-    with guest RAM.
-    """
-    size, pages = mmap.PAGESIZE, 4
-    fd, _ = open_userfaultfd()
-    try:
-        with mmap.mmap(-1, pages * size) as memory:
-            start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-            fcntl.ioctl(fd, _UFFDIO_API, bytearray(struct.pack("=QQQ", _UFFD_API, _TRACKING, 0)))
-            register = struct.pack("=QQQQ", start, pages * size, _REGISTER_MODE_WP, 0)
-            fcntl.ioctl(fd, _UFFDIO_REGISTER, bytearray(register))
-            _written_pages(start, pages, arm=True)
-            memory[written * size] = 1
-            return _written_pages(start, pages, arm=False)
-    finally:
-        os.close(fd)
-
-
-def _written_pages(start: int, pages: int, *, arm: bool) -> list[int]:
-    size = mmap.PAGESIZE
-    ranges = (ctypes.c_uint64 * (3 * pages))()
-    flags = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC if arm else 0
-    # size, flags, start, end, walk_end, vec, vec_len, max_pages, 4 masks
-    where = (start, start + pages * size, 0, ctypes.addressof(ranges), pages, 0)
-    masks = (0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN)
-    with open("/proc/self/pagemap", "rb") as pagemap:
-        asked = bytearray(struct.pack("=12Q", 96, flags, *where, *masks))
-        count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, asked)
-    return [
-        page
-        for i in range(count)
-        for page in range((ranges[3 * i] - start) // size, (ranges[3 * i + 1] - start) // size)
-    ]
+    what = "missing pages stay missing (tried)"
+    if not kernel.fills_holes():
+        yield Check(what, OK, "also where the kernel makes huge pages of shared memory")
+        return
+    found = (
+        "this kernel puts zeros there when it makes huge pages of shared memory, so a QEMU gets "
+        "none while its guest's memory follows"
+    )
+    mend = (
+        "update the kernel, or let the guest RAM of other VMMs have no huge pages: they are refused"
+    )
+    yield Check(what, NOTE, found, mend)
 
 
 # --- what the daemon may do ----------------------------------------------------------------------
@@ -488,6 +449,7 @@ CHECKS: tuple[Callable[[], Iterator[Check]], ...] = (
     _userfaultfd_device,
     _unprivileged_userfaultfd,
     _tracking,
+    _huge_page_zeros,
     _capabilities,
     _ptrace_scope,
     _other_processes,

@@ -202,7 +202,7 @@ def find(ram: Ram) -> list[Area]:
 
 def eligible(smaps: Iterable[str], ram: Ram, settings: Path = SETTINGS) -> Iterator[Area]:
     """`find` on the lines of /proc/PID/smaps."""
-    for header, fields in entries(smaps):
+    for header, fields in procfs.smaps_entries(smaps):
         start, end = (int(address, 16) for address in header[0].split("-"))
         parts = [_whole(max(start, at), min(end, at + size)) for at, size in ram.regions]
         parts = [(first, last) for first, last in parts if first < last]
@@ -230,22 +230,6 @@ def eligible(smaps: Iterable[str], ram: Ram, settings: Path = SETTINGS) -> Itera
 def _whole(start: int, end: int) -> tuple[int, int]:
     """From the first whole huge page to the last; the other way round when there is none."""
     return -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
-
-
-def entries(smaps: Iterable[str]) -> Iterator[tuple[list[str], dict[str, list[str]]]]:
-    """The words of each mapping's first line, and those of its fields."""
-    header: list[str] = []
-    fields: dict[str, list[str]] = {}
-    for line in smaps:
-        first, *words = line.split()
-        if first.endswith(":"):
-            fields[first[:-1]] = words
-            continue
-        if header:
-            yield header, fields
-        header, fields = [first, *words], {}
-    if header:
-        yield header, fields
 
 
 def _wanted(name: str, settings: Path, advised: bool) -> bool:

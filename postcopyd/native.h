@@ -167,6 +167,21 @@ struct pc_stats *pc_source_stats(struct pc_source *s);
 
 uint64_t pc_monotonic_ns(void);
 
+/* What this kernel does with watched memory, tried on memory of our own, in milliseconds (probe.c).
+ * -errno: could not be tried; -EOPNOTSUPP: the kernel has not what is needed. */
+
+/* Whether PAGEMAP_SCAN tells the truth of written pages: 0, or what is wrong with it. */
+enum pc_probe {
+  PC_SEES_QUIET = 1,     /* a page that was not written since it was armed counts as written */
+  PC_MISSES_WRITTEN = 2, /* a write is not seen */
+  PC_MISSES_ZAPPED = 4,  /* not after the page has left the page tables (swapped out) */
+  PC_MISSES_TABLES = 8,  /* not where the page table has gone (a huge page split or swapped out) */
+};
+int pc_probe_written(void);
+/* 1: a huge page made of a file's pages (by khugepaged, at any time) has zeros where they lack, also
+ * where a userfaultfd waits for them: the guest reads zeros. 0: such a range is left alone. */
+int pc_probe_huge_zeros(void);
+
 /* process_madvise(MADV_COLLAPSE) on one range of another process: huge pages now. Needs CAP_SYS_NICE
  * there. It holds a lock of that process for as long as it copies: give it one huge page at a time.
  * Linux before 6.1 answers -EINVAL. */

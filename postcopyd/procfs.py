@@ -209,13 +209,42 @@ def other_mappers(files: Iterable[FileId], besides: Iterable[int]) -> list[tuple
 
 def reserves_huge_pages(pid: int, address: int) -> bool:
     """Whether the mapping at an address reserved its huge pages when it was made (no "nr" flag)."""
-    inside = False
-    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            first = line.split(None, 1)[0]
-            if "-" in first and not first.endswith(":"):
-                start, end = first.split("-")
-                inside = int(start, 16) <= address < int(end, 16)
-            elif inside and first == "VmFlags:":
-                return "nr" not in line.split()[1:]
+    for start, end, fields in smaps(pid):
+        if start <= address < end:
+            return "nr" not in fields.get("VmFlags", ())
     return False
+
+
+def may_become_huge(pid: int, start: int, end: int) -> bool:
+    """Whether the kernel may make huge pages by itself of memory mapped there: its own answer, with
+    settings, mount options and what the process has asked for in it."""
+    return any(
+        first < end and start < last and fields.get("THPeligible") == ["1"]
+        for first, last, fields in smaps(pid)
+    )
+
+
+def smaps(pid: int) -> Iterator[tuple[int, int, dict[str, list[str]]]]:
+    """Of each mapping of a process: start, end, the words of its fields. The kernel looks at each
+    page for this: tens of milliseconds for a GiB. Raises OSError."""
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape") as lines:
+        for header, fields in smaps_entries(lines):
+            start, end = header[0].split("-")
+            yield int(start, 16), int(end, 16), fields
+
+
+def smaps_entries(lines: Iterable[str]) -> Iterator[tuple[list[str], dict[str, list[str]]]]:
+    """Of the lines of /proc/PID/smaps: the words of each mapping's first, and those of its
+    fields."""
+    header: list[str] = []
+    fields: dict[str, list[str]] = {}
+    for line in lines:
+        first, *words = line.split()
+        if first.endswith(":"):
+            fields[first[:-1]] = words
+            continue
+        if header:
+            yield header, fields
+        header, fields = [first, *words], {}
+    if header:
+        yield header, fields

@@ -7,11 +7,14 @@ import fcntl
 import gc
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from postcopyd._native import lib
+
+from postcopyd import kernel
 
 NEWEST = Path(__file__).parent.parent / ".build/qemu/root"
 
@@ -64,6 +67,19 @@ def pytest_collection_finish() -> None:
     migration, pass it by. As a daemon does itself when it has started."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def kernel_says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """To have this process take the kernel for one of which its probes found this."""
+    from postcopyd import kernel
+    from postcopyd._native import lib
+
+    def say(*, written: int = 0, zeros: int = 0) -> None:
+        found = {lib.pc_probe_written: written, lib.pc_probe_huge_zeros: zeros}
+        monkeypatch.setattr(kernel, "_known", found)
+
+    return say
 
 
 @pytest.hookimpl(tryfirst=True)

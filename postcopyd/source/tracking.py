@@ -18,7 +18,7 @@ from typing import Self
 
 import trio
 
-from postcopyd import procfs
+from postcopyd import kernel, procfs
 from postcopyd._native import lib
 from postcopyd.errors import PostcopydError
 from postcopyd.source.engine import Look, SourceEngine
@@ -40,8 +40,8 @@ class Tracking:
     @classmethod
     async def of(cls, vm: Vm, shape: Shape, engine: SourceEngine) -> Self:
         """Begins. Raises PostcopydError when writes cannot be seen, and nothing is left of it."""
-        if shape.untracked:
-            raise PostcopydError(shape.untracked, "NotTracked")
+        if why := shape.untracked or kernel.why_no_passes():
+            raise PostcopydError(why, "NotTracked")
         uffd = await vm.attached().track()
         try:
             engine.track(uffd)

@@ -104,6 +104,21 @@ def problems(pid: int, guest_ram: tuple[Region, ...]) -> list[str]:
     return found
 
 
+def exposed(pid: int, guest_ram: tuple[Region, ...]) -> list[str]:
+    """Why the kernel may put zeros where pages of this guest RAM lack (`kernel.fills_holes`):
+    sentences. Anonymous memory is safe on every kernel. Call it in a thread."""
+    return [
+        f"the file of region {region.name} may be put in huge pages, and this host's kernel then "
+        "puts zeros where pages have not arrived: have the VMM call MADV_NOHUGEPAGE for it while "
+        "it waits, or remount its tmpfs with huge=never (a memfd: set "
+        "/sys/kernel/mm/transparent_hugepage/shmem_enabled to never)"
+        for region in guest_ram
+        if region.fd is not None
+        and region.page_size == SMALL
+        and procfs.may_become_huge(pid, region.address, region.address + region.size)
+    ]
+
+
 def _mismatch(region: Region, mapped: list[procfs.Mapping]) -> str | None:
     status = os.fstat(region.fd) if region.fd is not None else None
     at = region.address

@@ -23,7 +23,7 @@ from typing import Self
 
 import trio
 
-from postcopyd import procfs, threads
+from postcopyd import kernel, procfs, threads
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.vmm import (
     Declined,
@@ -229,6 +229,10 @@ class ProcessVmm(Vmm):
             problems = await trio.to_thread.run_sync(
                 mappings.problems, self.pid, regions, limiter=threads.WALKS
             )
+            if role == "destination" and kernel.fills_holes():
+                problems += await trio.to_thread.run_sync(
+                    mappings.exposed, self.pid, regions, limiter=threads.WALKS
+                )
             direct, unseen = await trio.to_thread.run_sync(
                 self._writers, regions, limiter=threads.WALKS
             )

@@ -38,6 +38,7 @@ from postcopyd.vmm import (
     VmmTimeout,
     process_ended,
     qemu_facts,
+    qemu_hugepages,
     qemu_ram,
     qemu_settings,
     qemu_stream,
@@ -71,6 +72,8 @@ class QemuVmm(Vmm):
         self._qmp = qmp
         self._pidfd = pidfd
         self._settings = qemu_settings.Settings(qmp)
+        # Whether we have forbidden huge pages; None: an adoption of another daemon's may have.
+        self._forbade_huge: bool | None = None
 
     @classmethod
     async def connect(cls, name: str, socket: str) -> Self:
@@ -335,6 +338,8 @@ class QemuVmm(Vmm):
         await self._qmp.execute("stop")
         descriptors: dict[int, int] = {}
         try:
+            if not self._forbade_huge:  # before it is emptied, and then there are none
+                self._forbade_huge = await qemu_hugepages.forbid(self.pid)
             await self.discard(shape)
             for _ in range(min(len(regions), MAX_DESCRIPTORS)):
                 ours, number = await qemu_userfaultfd.create(self._qmp, self.pid)
@@ -417,6 +422,9 @@ class QemuVmm(Vmm):
 
         Only after the guest is drained, or before `load`."""
         await qemu_userfaultfd.close_all(self.pid)
+        if self._forbade_huge is not False:
+            await qemu_hugepages.allow(self.pid)
+            self._forbade_huge = None
         await self._settings.restore()
 
     async def end(self) -> None:

@@ -18,7 +18,8 @@ from postcopyd._native import ffi, lib
 
 from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import open_hosts
-from postcopyd.hugepages import chosen, entries
+from postcopyd.hugepages import chosen
+from postcopyd.procfs import smaps_entries
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MADVISE, MADV_HUGEPAGE = 28, 14  # x86-64
@@ -65,7 +66,7 @@ class Memory:
 
     def __init__(self, pid: int, path: Path | None = None) -> None:
         with open(f"/proc/{pid}/smaps", encoding="utf-8") as smaps:
-            found = list(entries(smaps))
+            found = list(smaps_entries(smaps))
         self.huge, self.flags = 0, set[str]()
         self.span = (0, 0)
         for header, fields in found:

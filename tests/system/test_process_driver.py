@@ -214,6 +214,35 @@ async def test_inspect_describes_the_vmm_as_it_is(demo_vmm: Path, start: Start) 
         wrong_role.close()
 
 
+@pytest.fixture
+def huge_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "huge"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m,huge=always", "tests", folder]
+    if os.geteuid() != 0 or subprocess.run(mount).returncode:
+        missing("root, and a kernel with transparent huge pages, for a tmpfs of them")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+async def test_huge_pages_of_a_vmm_that_waits_for_a_guest(
+    demo_vmm: Path, start: Start, huge_tmpfs: Path, kernel_says: Callable[..., None]
+) -> None:
+    """Where the kernel would put zeros into RAM that is waited for, a VMM that may get huge pages
+    is refused with what to do, and one that has forbidden them is not."""
+    ram = ("--memory", "8M", "--backing", "file", "--path")
+    waits = start(demo_vmm, *ram, str(huge_tmpfs / "a"), "--incoming")  # the example forbids them
+    runs = start(demo_vmm, *ram, str(huge_tmpfs / "b"))
+    for zeros in (0, 1):
+        kernel_says(zeros=zeros)
+        for guest in (waits, runs):
+            async with driver(guest.socket) as vmm:
+                shape = await vmm.inspect("destination")
+                shape.close()
+            exposed = [problem for problem in shape.problems if "MADV_NOHUGEPAGE" in problem]
+            assert len(exposed) == (guest is runs and zeros), shape.problems
+
+
 @pytest.mark.parametrize("options", [("--backing", "file"), ("--backing", "memfd", "--wild", "5")])
 async def test_a_guest_whose_memory_is_copied_by_hand_goes_on(
     demo_vmm: Path, start: Start, shm: Path, options: tuple[str, ...]

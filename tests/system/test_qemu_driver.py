@@ -13,16 +13,24 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 import trio
 from needs import missing
-from qemu_lab import FILE, MACHINE, MIB, PAIRS, QEMUS, RAM, Lab, inspected, settings
+from qemu_lab import FILE, MACHINE, MIB, PAIRS, QEMUS, RAM, Lab, Machine, inspected, settings
 
-from postcopyd import procfs
-from postcopyd.vmm import Declined, VmmError, VmmGone, VmmTimeout, qemu_stream, qemu_userfaultfd
+from postcopyd import adoption, procfs
+from postcopyd.vmm import (
+    Declined,
+    VmmError,
+    VmmGone,
+    VmmTimeout,
+    qemu_hugepages,
+    qemu_stream,
+    qemu_userfaultfd,
+)
 from postcopyd.vmm import qemu as qemu_driver
 from postcopyd.vmm.qemu import QemuVmm
 from postcopyd.vmm.qmp import Qmp
@@ -392,6 +400,52 @@ async def test_adopt_empties_ram_and_gives_descriptors(lab: Lab, qemu: int) -> N
     assert qemu_userfaultfd.numbers(machine.pid) == []
     assert await machine.state() == "inmigrate"
     assert await settings(machine) == before
+
+
+def may_have_huge_pages(machine: Machine) -> bool:
+    return procfs.status(machine.pid)["THP_enabled"] == "1"
+
+
+async def test_no_huge_pages_while_memory_follows(
+    lab: Lab, qemu: int, kernel_says: Callable[..., None]
+) -> None:
+    """On a kernel that makes zeros of missing pages when it makes huge ones QEMU gets none from
+    adopt to release, whichever daemon releases it."""
+    kernel_says(zeros=1)
+    machine = lab.start(qemu, "-incoming", "defer")
+    driver = await lab.drive(machine)
+    for _ in range(2):
+        await adopt(driver)
+        assert not may_have_huge_pages(machine)
+    await driver.release()
+    assert may_have_huge_pages(machine)
+    await adopt(driver)
+    again = await QemuVmm.known("again", driver.socket, machine.pid)
+    await driver.aclose()  # and its daemon is gone
+    try:
+        assert not may_have_huge_pages(machine)
+        await again.release()
+        assert may_have_huge_pages(machine)
+    finally:
+        await again.aclose()
+
+
+async def test_huge_pages_that_somebody_else_has_forbidden_stay_so(
+    lab: Lab, qemu: int, kernel_says: Callable[..., None]
+) -> None:
+    """What an operator has set for a QEMU is his; and on a kernel that is right nothing is set."""
+    machine = lab.start(qemu, "-incoming", "defer")
+    driver = await lab.drive(machine)
+    kernel_says(zeros=0)
+    await adopt(driver)
+    assert may_have_huge_pages(machine)
+    await driver.release()
+    await adoption.prctl(machine.pid, qemu_hugepages.PR_SET_THP_DISABLE, 1)
+    for zeros in (0, 1):
+        kernel_says(zeros=zeros)
+        await adopt(driver)
+        await driver.release()
+        assert not may_have_huge_pages(machine)
 
 
 async def test_adopt_of_an_unprivileged_qemu(lab: Lab, qemu: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from needs import missing
+from postcopyd._native import lib
 
 from postcopyd import doctor
 from postcopyd.doctor import Check
@@ -141,47 +142,35 @@ def test_features_that_lack(
     assert all("use Linux" in check.mend for check in checks if check.state != "ok")
 
 
-def test_written_pages_are_really_seen() -> None:
-    """Exactly the page that is written is found, where the kernel has what it takes."""
-    try:
-        for page in (0, 3):
-            assert doctor.track_own_memory(page) == [page]
-    except OSError as error:
-        missing(f"tracking of written pages, Linux 6.7 ({error.strerror})")
-
-
-def no_tracking(code: int) -> Callable[[int], list[int]]:
-    def fail(written: int) -> list[int]:
-        raise OSError(code, os.strerror(code))
-
-    return fail
-
-
 @pytest.mark.parametrize(
-    ("tried", "release", "state", "words"),
+    ("found", "state", "words"),
     [
-        (lambda written: [written], "6.18.1", "ok", ["hybrid migration"]),
-        (lambda written: [written], "6.7.2", "note", ["postcopy alone", "Linux 6.8"]),
-        (lambda written: [], "6.18.1", "note", ["postcopy alone", "Linux 6.8"]),
-        (lambda written: [0, 1, 2, 3], "6.18.1", "note", ["postcopy alone", "Linux 6.8"]),
-        (no_tracking(errno.EINVAL), "6.1.0", "note", ["postcopy alone", "Linux 6.8"]),
-        (no_tracking(errno.ENOTTY), "6.1.0", "note", ["postcopy alone", "Linux 6.8"]),
-        (no_tracking(errno.EPERM), "6.18.1", "note", ["postcopy alone", "CAP_SYS_PTRACE"]),
+        (0, "ok", ["hybrid migration"]),
+        (lib.PC_MISSES_ZAPPED, "note", ["swapped out", "postcopy alone", "update the kernel"]),
+        (lib.PC_MISSES_TABLES, "note", ["huge page that was split", "postcopy alone"]),
+        (lib.PC_SEES_QUIET, "note", ["takes pages for written", "postcopy alone"]),
+        (-errno.EOPNOTSUPP, "note", ["Linux 6.7", "postcopy alone"]),
+        (-errno.ENOMEM, "note", ["could not be tried (Cannot allocate memory)", "postcopy alone"]),
     ],
 )
 def test_without_tracking_there_is_no_hybrid_migration(
-    monkeypatch: pytest.MonkeyPatch,
-    tried: Callable[[int], list[int]],
-    release: str,
-    state: str,
-    words: list[str],
+    kernel_says: Callable[..., None], found: int, state: str, words: list[str]
 ) -> None:
-    """A kernel that does not show written pages is no hindrance, and what that means is said."""
-    monkeypatch.setattr(doctor, "track_own_memory", tried)
-    monkeypatch.setattr(doctor.platform, "release", lambda: release)
+    """A kernel that does not show all written pages is no hindrance, and what it means is said."""
+    kernel_says(written=found)
     (check,) = doctor._tracking()
     assert check.state == state
-    assert all(word in check.found + check.mend for word in words)
+    assert all(word in check.found + check.mend for word in words), check
+
+
+@pytest.mark.parametrize(("found", "state"), [(0, "ok"), (1, "note"), (-errno.ENOMEM, "note")])
+def test_a_kernel_that_puts_zeros_where_pages_lack(
+    kernel_says: Callable[..., None], found: int, state: str
+) -> None:
+    """Is said to do so, also when it could not be tried."""
+    kernel_says(zeros=found)
+    (check,) = doctor._huge_page_zeros()
+    assert check.state == state
 
 
 @pytest.mark.parametrize(("value", "state"), [("", "ok"), ("1", "ok"), ("2", "ok"), ("3", "lacks")])

@@ -4,6 +4,7 @@ migration (test_sessions.py), and the others with a guest that was copied while 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,19 @@ async def test_hybrid_without_tracking(fault: Fault, tmp_path: Path, clock: Cloc
     assert result["event"] == "completed"
     assert result["passes"] == []
     assert "no userfaultfd" in result["warning"]
+
+
+async def test_hybrid_on_a_kernel_that_misses_writes(
+    kernel_says: Callable[..., None], tmp_path: Path, clock: Clock
+) -> None:
+    """Nor is a kernel relied on that does not show all that is written: the VMM is not touched."""
+    kernel_says(written=lib.PC_MISSES_ZAPPED)
+    made = await hybrid(tmp_path, {})
+    assert "source.track" not in made.went
+    result = made.source.vm.status["result"]
+    assert result["event"] == "completed"
+    assert result["passes"] == []
+    assert "a guest wrote and that were swapped out since" in result["warning"]
 
 
 async def test_precopy_without_tracking(tmp_path: Path, clock: Clock) -> None:

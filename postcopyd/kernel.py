@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this host's kernel gets wrong with memory that a userfaultfd watches, and how to say it.
+
+A feature bit says that an interface exists, not that it is right, and a version number not what a
+distribution has mended in it. So both are tried (probe.c), before they are relied on, and what was
+found holds for as long as this process lives: another kernel means another boot. Owns the answers
+and their sentences; what follows from them is decided by whoever asks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Final
+
+from postcopyd._native import lib
+
+# enum pc_probe in native.h
+_WRONG: Final = {
+    lib.PC_MISSES_WRITTEN: "pages that a guest writes",
+    lib.PC_MISSES_ZAPPED: "pages that a guest wrote and that were swapped out since",
+    lib.PC_MISSES_TABLES: "pages that a guest wrote in a huge page that was split or swapped out "
+    "since",
+}
+NO_TRACKING: Final = (
+    "this host's kernel cannot say which pages a guest writes, as Linux 6.7 and later can"
+)
+
+_known: dict[Callable[[], int], int] = {}
+
+
+def _tried(probe: Callable[[], int]) -> int:
+    """What a probe has found; asked again only where it could not be tried for want of something
+    that comes and goes."""
+    if probe not in _known:
+        found = probe()
+        if found < 0 and -found not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            return found
+        _known[probe] = found
+    return _known[probe]
+
+
+def why_no_passes() -> str | None:
+    """Why memory cannot be copied while a guest runs on this host: what it writes would be missed.
+    None: it is seen. Milliseconds the first time."""
+    found = _tried(lib.pc_probe_written)
+    if found == 0:
+        return None
+    if found in (-errno.EOPNOTSUPP, -errno.EINVAL, -errno.ENOSYS):
+        return NO_TRACKING
+    if found < 0:
+        return (
+            f"whether this host's kernel shows which pages a guest writes could not be tried "
+            f"({os.strerror(-found)})"
+        )
+    missed = [words for bit, words in _WRONG.items() if found & bit]
+    if not missed:
+        return "this host's kernel takes pages for written that are not"
+    return f"this host's kernel does not show all that is written: it misses {' and '.join(missed)}"
+
+
+def fills_holes() -> bool:
+    """Whether this kernel may put zeros where pages of a guest have not arrived, when it makes huge
+    pages of its RAM (khugepaged). Also where that could not be tried. Milliseconds the first
+    time."""
+    return _tried(lib.pc_probe_huge_zeros) != 0
