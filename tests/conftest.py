@@ -72,8 +72,6 @@ def pytest_collection_finish() -> None:
 @pytest.fixture
 def kernel_says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """To have this process take the kernel for one of which its probes found this."""
-    from postcopyd import kernel
-    from postcopyd._native import lib
 
     def say(*, written: int = 0, zeros: int = 0) -> None:
         found = {lib.pc_probe_written: written, lib.pc_probe_huge_zeros: zeros}
