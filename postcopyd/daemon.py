@@ -330,7 +330,7 @@ class Daemon:
 
     # --- leaving -------------------------------------------------------------------------------
 
-    async def check(self, name: str, to: str) -> list[str]:
+    async def check(self, name: str, to: str) -> tuple[list[str], list[str]]:
         vm = self._vm(name)
         await vm.ended()
         session = SourceSession(vm, MigrateRequest(to), self.settings, secrets.token_hex(8))

@@ -161,14 +161,15 @@ def detach(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    problems = _ask(args, "Check", name=args.name, to=str(args.to))["problems"]
+    reply = _ask(args, "Check", name=args.name, to=str(args.to))
+    problems, warnings = reply["problems"], reply.get("warnings", [])
     if args.json:
-        progress.emit(
-            {"event": "checked", "vm": args.name, "to": str(args.to), "problems": problems}
-        )
-    elif problems:
-        print("\n".join(f"{args.name}: {problem}" for problem in problems), flush=True)
-    else:
+        said = {"problems": problems, "warnings": warnings}
+        progress.emit({"event": "checked", "vm": args.name, "to": str(args.to), **said})
+        return FAILED if problems else DONE
+    for sentence in (*problems, *warnings):
+        print(f"{args.name}: {sentence}", flush=True)
+    if not problems:
         print(f"{args.name}: nothing stands in the way of a migration to {args.to}", flush=True)
     return FAILED if problems else DONE
 

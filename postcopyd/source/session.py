@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from postcopyd import counts, threads
+from postcopyd import counts, kernel, threads
 from postcopyd import protocol as p
 from postcopyd.connection import Channel, dial_control, dial_data, open_nursery
 from postcopyd.control import MigrateRequest
@@ -218,12 +218,12 @@ class SourceSession:
         self.log.exception("bug in the source's session")
         return PostcopydError(f"internal error: {error!r}", "InternalError")
 
-    async def check(self) -> list[str]:
-        """What would keep the migration from going, on both hosts. Touches nothing. Raises
-        PostcopydError, also when it was cancelled."""
+    async def check(self) -> tuple[list[str], list[str]]:
+        """What would keep the migration from going, on both hosts, and what would make it another
+        than was asked for. Touches nothing. Raises PostcopydError, also when it was cancelled."""
         with self._cancelling:
             try:
-                return await self._problems()
+                return await self._problems(), self._warnings
             finally:
                 with trio.CancelScope(shield=True):
                     await self._close()
@@ -232,6 +232,8 @@ class SourceSession:
     async def _problems(self) -> list[str]:
         shape = self._shape = await self.vm.attached().inspect("source")
         problems = [*shape.problems]
+        if why := shape.untracked or kernel.why_no_passes():
+            self._warnings.append(f"it would be moved by postcopy alone, without passes: {why}")
         try:
             if shape.regions or not problems:  # without any, there is nothing to offer
                 channel = await self._greeted()

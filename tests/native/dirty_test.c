@@ -901,6 +901,8 @@ static void killed(enum kind kind) {
     else
       check(!pthread_create(&killer, NULL, killer_run, &v), "thread");
     int64_t failed = pc_source_track(s.source, v.uffd);
+    if (failed == -EOPNOTSUPP)
+      missing("Linux 6.7");
     while (failed >= 0 && get(s.stats->failure) == PC_OK) {
       failed = pc_source_look(s.source, 1);
       if (failed >= 0)

@@ -153,6 +153,16 @@ static int new_uffd(void) {
   return fd;
 }
 
+/* For subtests that make memory errors. */
+static inline void needs_poison(void) {
+  struct uffdio_api api = {UFFD_API, 0, 0};
+  int fd = new_uffd();
+  check(!ioctl(fd, UFFDIO_API, &api), "%m");
+  close(fd);
+  if (!(api.features & 1ull << 14))
+    missing("Linux 6.6");
+}
+
 static int new_file(uint64_t bytes, uint32_t page_size) {
   int fd = memfd_create("guest", MFD_CLOEXEC | (page_size == HUGE ? MFD_HUGETLB | (21 << 26) : 0));
   check(fd >= 0 && !ftruncate(fd, (off_t)bytes), "memfd: %m");

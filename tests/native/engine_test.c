@@ -930,6 +930,7 @@ static void *toucher_run(void *argument) {
 static void poison(uint64_t pages, uint32_t page_size, bool anonymous_memory) {
   enum { TOUCHERS = 6 };
   struct sigaction action = {.sa_handler = leave_fault, .sa_flags = SA_NODEFER};
+  needs_poison();
   __sigaction(SIGBUS, &action, NULL);
   struct guest g = {0};
   struct ram *m = add_ram(&g, pages, page_size, all_data);
@@ -1005,6 +1006,7 @@ static void *late_run(void *argument) {
 
 /* A fault whose message is older than the error: the kernel would let zeros replace it. */
 static void poison_late_fault(void) {
+  needs_poison();
   struct sigaction action = {.sa_handler = leave_fault, .sa_flags = SA_NODEFER};
   __sigaction(SIGBUS, &action, NULL);
   struct guest g = {0};

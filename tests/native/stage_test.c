@@ -578,6 +578,7 @@ static void called_off(void) {
 
 /* After the seal: what is here is not lost. */
 static void given_up(void) {
+  needs_poison();
   struct guest g = {0};
   make(&g, TMPFS, 64, 1);
   g.ram->content = all_data;

@@ -46,6 +46,7 @@ class FakeDaemon:
         self.vms: dict[str, Status] = {}
         self.asked: list[tuple[Any, ...]] = []
         self.problems: list[str] = []
+        self.warnings: list[str] = []
         self.watchers = 0
         self._changed = trio.Event()
         self.fail: PostcopydError | None = None
@@ -86,10 +87,10 @@ class FakeDaemon:
         del self.vms[name]
         self._tell()
 
-    async def check(self, name: str, to: str) -> list[str]:
+    async def check(self, name: str, to: str) -> tuple[list[str], list[str]]:
         self._find(name)
         self.asked.append(("check", name, to))
-        return self.problems
+        return self.problems, self.warnings
 
     async def migrate(self, name: str, request: MigrateRequest) -> str:
         self._find(name)

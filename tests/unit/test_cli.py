@@ -300,6 +300,11 @@ async def test_the_short_verbs(tmp_path: Path) -> None:
         assert (ran.status, ran.out) == (1, "web1: host2 has too little memory: free some\n")
         ran = await h.run("check", "web1", "--to", "host2", "--json")
         assert (ran.status, ran.objects[-1]["problems"]) == (1, h.daemon.problems)
+        h.daemon.problems, h.daemon.warnings = [], ["postcopy alone"]
+        ran = await h.run("check", "web1", "--to", "host2")
+        assert (ran.status, ran.out.splitlines()[0]) == (0, "web1: postcopy alone")
+        ran = await h.run("check", "web1", "--to", "host2", "--json")
+        assert (ran.status, ran.objects[-1]["warnings"]) == (0, h.daemon.warnings)
         assert "NAME" not in (await h.run("status")).out
         assert len((await h.run("status", "--json")).objects) == 2
         ran = await h.run("status", "db", "--json")

@@ -110,7 +110,10 @@ async def test_each_method_reaches_the_daemon(tmp_path: Path) -> None:
     async with serving(daemon, tmp_path) as path:
         reply = await ask(path, "Attach", name="db", driver="qemu", socket="/run/db.qmp")
         assert reply["status"]["vm"] == "db"
-        assert await ask(path, "Check", name="db", to="host2") == {"problems": []}
+        assert await ask(path, "Check", name="db", to="host2") == {
+            "problems": [],
+            "warnings": [],
+        }
         assert await ask(path, "Migrate", name="db", to="[::1]:7") == {"migration": "m1"}
         more = {"mode": "postcopy", "bandwidth": 5, "precopyPasses": 0, "maxDowntimeMs": 30}
         await ask(path, "Migrate", name="web1", to="host2", keepSource=True, **more)
@@ -316,7 +319,7 @@ async def test_the_asyncvarlink_package_drives_it(tmp_path: Path) -> None:
             check = call("io.postcopyd.Check", {"name": "web1", "to": "host2"})
             status = call("io.postcopyd.Status", {"name": "web1"})
             replies = await asyncio.gather(protocol.call(check), protocol.call(status))
-            assert replies[0][0].parameters == {"problems": []}
+            assert replies[0][0].parameters == {"problems": [], "warnings": []}
             assert replies[1][0].parameters["status"]["vm"] == "web1"
             watch = call("io.postcopyd.Watch", {"name": "web1"}, more=True)
             follow = protocol.call_more(watch)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from fake_vmm import PAGE, PAGES, FakeVmm
 from postcopyd._native import lib
 from session_faults import (
@@ -373,6 +374,20 @@ async def test_hybrid_on_a_kernel_that_misses_writes(
     assert result["event"] == "completed"
     assert result["passes"] == []
     assert "a guest wrote and that were swapped out since" in result["warning"]
+
+
+@pytest.mark.parametrize("written", [0, lib.PC_MISSES_TABLES])
+async def test_check_says_that_there_would_be_no_passes(
+    kernel_says: Callable[..., None], written: int, tmp_path: Path, clock: Clock
+) -> None:
+    """It is no problem, and an operator may want to know."""
+    kernel_says(written=written)
+    async with world(tmp_path, {}) as made, made.network() as port:
+        problems, warnings = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
+        await trio.sleep(1)
+    assert problems == []
+    assert len(warnings) == bool(written)
+    assert all("postcopy alone" in one and "huge page that was split" in one for one in warnings)
 
 
 async def test_precopy_without_tracking(tmp_path: Path, clock: Clock) -> None:
