@@ -69,7 +69,8 @@ chaos: SEED := 1
 chaos: SECONDS := 600
 chaos: build
 	@tools/debian-packages $(GUEST_PACKAGES) iproute2
-	$(BIN)/python tests/chaos/chaos.py --seed $(SEED) --seconds $(SECONDS) $(CHAOS)
+	@tools/newest-qemu
+	PYTHONPATH=tests $(BIN)/python tests/chaos/chaos.py --seed $(SEED) --seconds $(SECONDS) $(CHAOS)
 
 # What a peer or a client may send, thought up under sanitizers, each target for so long; KEEP=--keep
 # merges what is new into tests/fuzz/corpus.

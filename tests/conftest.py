@@ -16,9 +16,6 @@ from postcopyd._native import lib
 
 from postcopyd import kernel
 
-NEWEST = Path(__file__).parent.parent / ".build/qemu/root"
-
-
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 HUGE_PAGES_WANTED = 192
 LOCK = "/run/lock/postcopyd-tests"
@@ -89,19 +86,3 @@ def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> None:
         while isinstance(reason, BaseExceptionGroup):
             reason = reason.exceptions[0]
         skipped.msg = str(reason)
-
-
-def both_qemus() -> None:
-    """The installed one and the newest that `make test` has unpacked, where none is named."""
-    newest = NEWEST / "usr/bin/qemu-system-x86_64"
-    if newest.exists() and "POSTCOPYD_QEMU" not in os.environ:
-        firmware = [
-            NEWEST / "usr/share/qemu",
-            Path("/usr/share/seabios"),
-            Path("/usr/lib/ipxe/qemu"),
-        ]
-        options = ",".join(f"-L,{folder}" for folder in firmware)
-        os.environ["POSTCOPYD_QEMU"] = f"/usr/bin/qemu-system-x86_64:{newest},{options}"
-
-
-both_qemus()  # now: a conftest.py below this one has tests for each

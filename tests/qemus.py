@@ -1,14 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The versions of QEMU that guests are booted with (conftest.py names them)."""
+"""The versions of QEMU to test with: the installed one and the newest that `make test` has
+unpacked, where $POSTCOPYD_QEMU names none."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from postcopyd.demo import qemu_guest as q
 
+NEWEST = Path(__file__).parent.parent / ".build/qemu/root"
+
+
+def both_qemus() -> None:
+    newest = NEWEST / "usr/bin/qemu-system-x86_64"
+    if newest.exists() and "POSTCOPYD_QEMU" not in os.environ:
+        firmware = [
+            NEWEST / "usr/share/qemu",
+            Path("/usr/share/seabios"),
+            Path("/usr/lib/ipxe/qemu"),
+        ]
+        options = ",".join(f"-L,{folder}" for folder in firmware)
+        os.environ["POSTCOPYD_QEMU"] = f"/usr/bin/qemu-system-x86_64:{newest},{options}"
+
+
+both_qemus()
 QEMUS = q.find_qemu()
 
 

@@ -376,6 +376,8 @@ class Guest:
 
         Raises `GuestError`, with QEMU's own words, if it ends before that.
         """
+        if not config.incoming:
+            self._ready = None  # it boots, anew perhaps
         qemu: QemuProcess = await self._nursery.start(self._run, config)
         return qemu
 

@@ -51,13 +51,6 @@ from postcopyd.vmm.qmp import Events, Qmp, QmpClosed, QmpRefused
 # costs threads. Region i belongs to descriptor i % number.
 MAX_DESCRIPTORS = 4
 
-LOOKS = trio.CapacityLimiter(4)
-"""QEMUs that are looked at, at a time: hundreds of questions each, on which this process and theirs
-are at work. Forty at once would each be slow, and be taken for stuck. Who waits has patience."""
-
-LOOK_ANSWERS = 6
-"""A look may take as long as so many late answers: on a busy host none is quick."""
-
 ANSWER_SECONDS = 10.0  # for questions; commands of the handover wait as long as they take
 FAIL_SECONDS = 2.0  # for a migration whose stream has lost its other end
 QUIT_SECONDS = 2.0  # for a QEMU whose guest is not needed any more
@@ -106,9 +99,8 @@ class QemuVmm(Vmm):
 
     async def inspect(self, role: Role) -> Shape:
         """What is there and what forbids a migration in this role. Only asks and reads."""
-        async with LOOKS:
-            with _patience(self.name, LOOK_ANSWERS):
-                return await self._inspect(role)
+        with _patience(self.name):
+            return await self._inspect(role)
 
     async def _inspect(self, role: Role) -> Shape:
         qmp = self._qmp
@@ -488,15 +480,14 @@ class QemuVmm(Vmm):
 
 
 @contextmanager
-def _patience(name: str, answers: int = 1) -> Iterator[None]:
+def _patience(name: str) -> Iterator[None]:
     """Questions are answered in milliseconds, or QEMU's main loop is stuck."""
-    patience = answers * ANSWER_SECONDS
     try:
-        with trio.fail_after(patience):
+        with trio.fail_after(ANSWER_SECONDS):
             yield
     except trio.TooSlowError:
         raise VmmTimeout(
-            f"The QEMU of {name} did not answer for {patience:g} s: see whether it is "
+            f"The QEMU of {name} did not answer for {ANSWER_SECONDS:g} s: see whether it is "
             f"stopped (SIGSTOP), waits for its disks, or for pages of a migration."
         ) from None
 

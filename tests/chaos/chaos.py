@@ -3,9 +3,10 @@
 
 Two daemons, and a QEMU guest that verifies its memory and is moved between them again and again,
 by the command line, while everything around it breaks on a schedule (schedule.py): the daemons'
-processes, and the network, which is a proxy (proxy.py) in front of each daemon. What is seen from
-outside judges (evidence.py): the guest's own reports, both QEMUs' own monitors, the exit statuses,
-the control sockets.
+processes and folders, the QEMUs, the network, which is a proxy (proxy.py) in front of each daemon;
+and while others do as they like with the same guest (meddling.py). What is seen from outside judges
+(evidence.py): the guest's own reports, both QEMUs' own monitors, the exit statuses, the control
+sockets.
 
     python tests/chaos/chaos.py --seed 1 --seconds 600
 """
@@ -17,9 +18,11 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -31,14 +34,15 @@ from typing import Any, TypeVar
 import evidence as e
 import schedule as s
 import trio
-from lab import ANSWER_S, VM, Lost, Node, Vmm, boot, can_destroy
+from lab import ANSWER_S, VM, Lost, Node, Vmm, boot, can_destroy, own_mounts
+from meddling import Others, peripherals, with_device
+from monitor import Monitor
 
 from postcopyd import config
 from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import PACKAGE
 from postcopyd.errors import PostcopydError
 from postcopyd.varlink_client import ConnectionLost
-from postcopyd.vmm.qmp import Qmp
 
 MIB = 1 << 20
 
@@ -50,7 +54,8 @@ QUIT_S = 10.0
 """How long the source's QEMU may take to end by itself after drained."""
 
 LONG_S = 300.0
-"""A run of so many seconds shall have met each phase, and a fault every 4 s."""
+"""A run of so many seconds shall have met each phase, and a fault every 8 s: a guest that was
+switched off takes as long to boot."""
 
 T = TypeVar("T")
 
@@ -97,11 +102,14 @@ class Chaos:
         self._reached = self._injected = trio.Event()
         self._here: Vmm | None = None
         self._arriving: Vmm | None = None
-        self._monitors: list[Qmp] = []
         self._destroys = True
 
     async def run(self) -> str:
         self._config = boot(self.folder, self.options.memory, self.options.rate)
+        if self._config.qemu.version < (10, 0) and "leave" in self.options.kinds:
+            self.say("no guest leaves: this QEMU's own migration loses pages of emulated guests")
+            kinds = tuple(kind for kind in self.options.kinds if kind != "leave")
+            self.options = dataclasses.replace(self.options, kinds=kinds)
         self._destroys = await can_destroy()
         try:
             async with q.open_guest(self.folder) as self.guest:
@@ -116,8 +124,6 @@ class Chaos:
         except (Exception, BaseExceptionGroup) as error:
             raise first(error) from None
         finally:
-            for monitor in self._monitors:
-                monitor.close()
             for node in self.nodes:
                 if node.host.process is not None:
                     node.host.process.kill()
@@ -131,18 +137,19 @@ class Chaos:
         missed = [phase for phase in self.options.phases if phase not in met]
         if missed:
             return f"no fault came while the migration was in {', '.join(missed)}"
-        wanted = self.options.seconds // 4
+        wanted = self.options.seconds // 8
         return f"{count} faults are fewer than {wanted:.0f}" if count < wanted else ""
 
     async def _run(self) -> None:
         """Everything, in order; Lost is raised here or in one of the tasks."""
+        self.others = Others(self.folder, self.runs, self._nursery)
         for node in self.nodes:
             await node.host.start()
             await self._nursery.start(node.proxy.run)
         self._here = await self._launch()
         self.runs.resumed(self._here.name, time.time())
         await self._attach(self.nodes[0], self._here)
-        await self.guest.ready()
+        self._size = await self.guest.ready() * 4096
         self._nursery.start_soon(self._look)
         self.say(f"guest of {self.options.memory >> 20} MiB runs, seed {self.options.seed}")
         self._began = trio.current_time()
@@ -153,6 +160,7 @@ class Chaos:
         # Nothing breaks any more: two more, so that both hosts are seen to be in order.
         for node in self.nodes:
             await node.whole.wait()
+        await trio.sleep(max(0, self._quiet - trio.current_time()))
         before = self.migrations
         while self.migrations < before + 2:
             await self._move()
@@ -193,6 +201,13 @@ class Chaos:
         mode = " ".join((self._move_now.mode, *self._move_now.words))
         self.moves[self._move_now.mode, where] += 1
         self.say(f"{mode} ended with {status}, guest at the {where}: {said}")
+        await self._patient(self.others.done.wait, "what another does to the guest did not end")
+        if self.others.off:
+            await self._patient(self._begin_anew, "a new guest could not be started")
+            return
+        if self.others.third_has_it:
+            await self._patient(self._follow_it, "the third QEMU could not be attached")
+            return
         # Without a migration's id it is the command that has lost its daemon.
         if status == 0 and where != "destination":
             raise Lost("exit status 0, and the guest is at the source")
@@ -205,7 +220,64 @@ class Chaos:
         else:
             await self._patient(self._runs_here, "the guest did not run at the source")
         await self._patient(self._untracked, "something of tracking was left in a QEMU")
+        if self.others.unplugged:
+            await self._patient(self._plug, "a device could not be plugged in again")
         self._in_one_place()
+
+    async def _begin_anew(self) -> None:
+        """The guest was switched off, wherever it was: it runs nowhere, and both hosts know it."""
+        for vmm in filter(None, (self._here, self._arriving)):
+            if (state := await vmm.state()) == "running":
+                raise Lost(f"{vmm.name} is {state}, and its guest was switched off")
+        if twice := self.runs.twice():
+            raise Lost(f"the guest ran twice: {twice}")
+        await self._let_go()
+        self.others.off = ""
+        self.runs.orderly.clear()
+        self.others.unplugged = ""
+        self._here = await self._launch()
+        self.runs.resumed(self._here.name, time.time())
+        await self._attach(self.source, self._here)
+        await self.guest.ready()
+        await self._verify()
+
+    async def _follow_it(self) -> None:
+        """Another has moved the guest to a third QEMU, which is at this host too; the one that it
+        has left is ended by whoever did that."""
+        assert self._here is not None and self.others.third is not None
+        if (state := await self._here.state()) == "running":
+            raise Lost(f"{self._here.name} is {state}, and another has moved its guest away")
+        await self._let_go()
+        self._here, self.others.third, self.others.third_has_it = self.others.third, None, False
+        await self._attach(self.source, self._here)
+        await self._verify()
+        await self._untracked()
+        self._in_one_place()
+
+    async def _let_go(self) -> None:
+        """All QEMUs of this guest end, and no host knows it any more."""
+        for vmm in filter(None, (self._here, self._arriving)):
+            vmm.process.kill()
+            await vmm.process.wait()
+        self._arriving = None
+        for node in self.nodes:
+            while True:
+                with suppress(ConnectionLost):
+                    try:
+                        await node.host.call("Detach", name=VM)
+                    except PostcopydError as error:
+                        if error.name == "NoSuchVm":
+                            break
+                await trio.sleep(0.1)
+
+    async def _plug(self) -> None:
+        """What was taken from the guest is not in it where it is now, and is then given back."""
+        here = self._here
+        assert here is not None
+        unplugged, self.others.unplugged = self.others.unplugged, ""
+        if "tablet" in await peripherals(here):
+            raise Lost(f"what was unplugged in {unplugged} is in {here.name} again")
+        await here.monitor.execute("device_add", driver="usb-tablet", id="tablet", bus="usb.0")
 
     async def _command(self) -> tuple[int, dict[str, Any]]:
         """The command line's exit status, and the last object that it printed."""
@@ -232,6 +304,8 @@ class Chaos:
         while True:
             here, there = await self.source.status(), await self.destination.status()
             where = e.where(here, there)
+            if self.others.off and e.over(here, there):
+                where = where or "source"  # for all that it still counts
             if where and where == before:
                 if where == "destination":
                     self.recoveries += (here.get("result") or {}).get("recoveries", 0)
@@ -245,6 +319,7 @@ class Chaos:
         self._at = 1 - self._at
         self.migrations += 1
         self.durations.append(seconds)
+        await left.whole.wait()
         with trio.move_on_after(QUIT_S):
             await left.process.wait()
         if not left.ended:
@@ -309,12 +384,14 @@ class Chaos:
         self._launched += 1
         own = self.folder / f"{name}.own"
         process = await self.guest.launch(
-            dataclasses.replace(self._config, name=name, second_qmp=own, incoming=incoming)
+            with_device(
+                dataclasses.replace(self._config, name=name, second_qmp=own, incoming=incoming)
+            )
         )
-        monitor = Qmp(str(own))
-        self._monitors.append(monitor)
-        await monitor.open(ANSWER_S)
-        await self._nursery.start(e.follow, monitor, name, self.runs)
+        monitor = Monitor(own)
+        with trio.fail_after(ANSWER_S):
+            await self._nursery.start(monitor.run)
+        self._nursery.start_soon(e.follow, monitor, name, self.runs)
         return Vmm(process, monitor)
 
     async def _wait_at_destination(self) -> None:
@@ -350,6 +427,8 @@ class Chaos:
     async def _break(self, end: float) -> None:
         with trio.move_on_at(end):
             for fault in s.schedule(self.options.seed, self.options.phases, self.options.kinds):
+                if fault.kind == "leave" and self.others.third is None:
+                    await self.others.expect(await self._launch(incoming=True))
                 await self._come(fault)
                 await trio.sleep(fault.delay)
                 with trio.CancelScope(shield=True):
@@ -432,12 +511,40 @@ class Chaos:
                 proxy.cut()
             case "cancel":
                 did = await self._cancel()
+            case "freeze":
+                vmm = self._here if fault.victim == s.SOURCE else self._arriving
+                did = vmm is not None and vmm.whole.is_set() and not vmm.ended
+                if vmm is not None and did:
+                    self._nursery.start_soon(vmm.freeze, fault.seconds)
+            case "full":
+                for node in hit:
+                    if not (node.host.state / "filler").exists():
+                        self._nursery.start_soon(node.fill, fault.seconds)
+            case "save" | "leave" | "unplug" | "shutdown":
+                did = await self._meddle(fault.kind)
         self._quiet = max(self._quiet, trio.current_time() + fault.seconds)
         self.say(
             f"{fault} ({fault.moment}+{fault.delay * 1e3:.0f} ms) in {phase}: "
             f"source {source}; destination {destination}{'' if did else ': nothing to break'}"
         )
         self.faults[fault.kind, phase] += did
+
+    async def _meddle(self, kind: str) -> bool:
+        """By others, with the QEMU that runs the guest, while a migration goes on."""
+        here, there = self._here, self._arriving
+        vmm = next((one for one in (here, there) if one and one.name in self.runs.since), None)
+        if vmm is None or not vmm.whole.is_set() or not self.migrating:
+            return False
+        if not self.others.done.is_set() or self.others.off or self.others.third_has_it:
+            return False
+        match kind:
+            case "save":
+                return await self.others.save(vmm, vmm is there, self._size)
+            case "leave":
+                return vmm is here and await self.others.leave(vmm)
+            case "unplug":
+                return await self.others.unplug(vmm)
+        return await self.others.switch_off(vmm, self.guest)
 
     async def _cancel(self) -> bool:
         with trio.move_on_after(2.0), suppress(PostcopydError, ConnectionLost):
@@ -504,7 +611,9 @@ class Chaos:
 
     async def _why(self, error: BaseException) -> str:
         """A failure with all that is needed to understand it."""
-        lines = [str(error) if isinstance(error, Lost) else f"{type(error).__name__}: {error}"]
+        lines = [str(error)]
+        if not isinstance(error, Lost):
+            lines = traceback.format_exception(error)
         for node in self.nodes:
             lines.append(f"--- {node.host.name}: {node.side}")
             if node.daemon == "stopped" and node.host.process is not None:
@@ -513,14 +622,29 @@ class Chaos:
             said = node.host.log.read_text().splitlines()
             asked = ("level=debug", "io.postcopyd.Status")  # by this run
             lines += [line for line in said if not any(word in line for word in asked)][-25:]
-        for vmm in filter(None, (self._here, self._arriving)):
-            lines.append(f"--- {vmm.name}: {'ended' if vmm.ended else await vmm.state()}")
+        for vmm in filter(None, (self._here, self._arriving, self.others.third)):
+            lines.append(f"--- {vmm.name}: {await self._asked_anew(vmm)}")
         if self.durations:
             lines.append(f"--- until then:\n{self.summary()}")
         lines.append(f"--- seed {self.options.seed}; everything is in {self.folder}")
         text = "\n".join(lines)
         self.note(f"failed: {text}")
         return text
+
+    async def _asked_anew(self, vmm: Vmm) -> str:
+        """Its state, once the run's own monitors are closed."""
+        if vmm.ended:
+            return "ended"
+        vmm.process.process.send_signal(signal.SIGCONT)
+        vmm.whole.set()
+        vmm.monitor = Monitor(vmm.monitor.path)
+        with suppress(Exception):
+            async with trio.open_nursery() as nursery:
+                await nursery.start(vmm.monitor.run)
+                state = await vmm.state()
+                nursery.cancel_scope.cancel()
+            return state
+        return "does not answer"
 
     def summary(self) -> str:
         """Faults by kind and phase, and what the guest has seen of them."""
@@ -566,11 +690,13 @@ def run(options: Options) -> str:
     """A whole run; what to print at its end. Raises Lost, with the folder that has all the logs."""
     # On tmpfs for guest RAM and records, its name short for sockets.
     folder = Path(tempfile.mkdtemp(prefix="postcopyd-chaos-", dir="/dev/shm"))
+    own_mounts()
 
     async def whole() -> str:
         return await Chaos(options, folder).run()
 
     said = trio.run(whole)
+    subprocess.run(["umount", *folder.glob("*.state")], check=True)
     shutil.rmtree(folder)
     return said
 

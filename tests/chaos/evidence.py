@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import schedule as s
-import trio
+from monitor import Monitor
 
 from postcopyd import procfs
-from postcopyd.errors import PostcopydError
-from postcopyd.vmm.qmp import Qmp
 
 Status = dict[str, Any]
 
@@ -35,6 +33,8 @@ class Runs:
         """The QEMUs that run the guest now."""
         self.ended = ""
         """A QEMU that has ended while it ran the guest."""
+        self.orderly: set[str] = set()
+        """The QEMUs whose guest was switched off from within."""
 
     def resumed(self, qemu: str, at: float) -> None:
         self.since.setdefault(qemu, at)
@@ -60,25 +60,21 @@ class Runs:
         return max((begin - end for end, begin in pairs), default=0.0)
 
 
-async def follow(
-    monitor: Qmp,
-    qemu: str,
-    runs: Runs,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
+async def follow(monitor: Monitor, qemu: str, runs: Runs) -> None:
     """Tells `runs` of a QEMU until that has ended."""
-    try:
-        with monitor.events("STOP", "RESUME") as events:
-            task_status.started()
-            while True:
-                event = await events.next()
-                stamp = event["timestamp"]
-                at = stamp["seconds"] + stamp["microseconds"] / 1e6
-                (runs.resumed if event["event"] == "RESUME" else runs.stopped)(qemu, at)
-    except PostcopydError:
-        if qemu in runs.since:
-            runs.ended = qemu
-        runs.stopped(qemu, time.time())
+    async for event in monitor.events:
+        stamp = event["timestamp"]
+        at = stamp["seconds"] + stamp["microseconds"] / 1e6
+        match event["event"]:
+            case "RESUME":
+                runs.resumed(qemu, at)
+            case "STOP":
+                runs.stopped(qemu, at)
+            case "SHUTDOWN" if event["data"]["guest"]:
+                runs.orderly.add(qemu)
+    if qemu in runs.since and qemu not in runs.orderly:
+        runs.ended = qemu
+    runs.stopped(qemu, time.time())
 
 
 def tracked(pid: int) -> list[str]:
@@ -150,5 +146,9 @@ def where(source: Status, destination: Status) -> str:
         same = source.get("migration") == destination.get("migration")
         return "destination" if there == "drained" and same else ""
     # A source that has just become one still says what it was: the destination of the last one.
-    ended = here in ("failed", "idle", "drained") and there in ("failed", "idle", "drained")
-    return "source" if ended else ""
+    return "source" if over(source, destination) else ""
+
+
+def over(source: Status, destination: Status) -> bool:
+    """Whether neither has anything to do, nor waits for anybody."""
+    return {source.get("phase"), destination.get("phase")} <= {"failed", "idle", "drained"}

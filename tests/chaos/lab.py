@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,13 +16,14 @@ from typing import Any
 
 import evidence as e
 import trio
+from monitor import Ended, Monitor
 from proxy import Proxy
+from qemus import QEMUS
 
 from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import Host
 from postcopyd.errors import PostcopydError
 from postcopyd.varlink_client import ConnectionLost
-from postcopyd.vmm.qmp import Qmp
 
 VM = "guest"
 
@@ -49,6 +52,7 @@ class Node:
         self.whole = trio.Event()
         """Set while nothing is being done to the daemon."""
         self.whole.set()
+        mount_folder(self.host.state)
 
     @property
     def side(self) -> e.Side:
@@ -76,6 +80,15 @@ class Node:
         self.host.process.send_signal(signal.SIGCONT)
         self._mended()
 
+    async def fill(self, seconds: float) -> None:
+        """There is no room in the folder of its records."""
+        filler = self.host.state / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        await trio.sleep(seconds)
+        filler.unlink()
+
     def broken(self, daemon: str) -> None:
         self.daemon = daemon
         self.whole = trio.Event()
@@ -95,10 +108,21 @@ class Node:
 class Vmm:
     """A QEMU and our own monitor of it."""
 
-    def __init__(self, process: q.QemuProcess, monitor: Qmp) -> None:
+    def __init__(self, process: q.QemuProcess, monitor: Monitor) -> None:
         self.process = process
         self.monitor = monitor
         self.name = process.config.name
+        self.whole = trio.Event()
+        """Set while its process is not stopped."""
+        self.whole.set()
+
+    async def freeze(self, seconds: float) -> None:
+        """The process stands still, as on a host that is overloaded."""
+        self.whole = trio.Event()
+        self.process.process.send_signal(signal.SIGSTOP)
+        await trio.sleep(seconds)
+        self.process.process.send_signal(signal.SIGCONT)
+        self.whole.set()
 
     @property
     def ended(self) -> bool:
@@ -106,10 +130,11 @@ class Vmm:
 
     async def state(self) -> str:
         """QEMU's own word, such as running or inmigrate; "ended", or "silent"."""
+        await self.whole.wait()
         with trio.move_on_after(ANSWER_S):
             try:
                 return str((await self.monitor.execute("query-status"))["status"])
-            except PostcopydError:
+            except Ended:
                 return "ended"
         return "silent"
 
@@ -119,19 +144,37 @@ def boot(folder: Path, memory: int, rate: int) -> q.GuestConfig:
 
     Raises q.MissingPartError where this machine lacks a part of it.
     """
-    kernel, qemus = q.find_kernel(), q.find_qemu()
-    if kernel is None or not qemus:
+    kernel = q.find_kernel()
+    if kernel is None or not QEMUS:
         raise q.MissingPartError(q.MISSING_QEMU if kernel else q.MISSING_KERNEL)
     initramfs = folder / "initramfs"
     q.write_initramfs(initramfs, kernel, q.find_init())
     return q.GuestConfig(
-        qemu=max(qemus, key=lambda qemu: qemu.version),
+        qemu=max(QEMUS, key=lambda qemu: qemu.version),
         kernel=kernel.image,
         initramfs=initramfs,
         memory=memory,
         backing=folder,
         workload=q.Workload(rate=rate),
     )
+
+
+def own_mounts() -> None:
+    """Mounts are this process's own from here on, and go with it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    private = MS_REC | MS_PRIVATE
+    if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, private, None):
+        raise OSError(ctypes.get_errno(), "making mounts of this run's own")
+
+
+def mount_folder(folder: Path) -> None:
+    """One for records that can be filled."""
+    folder.mkdir()
+    options = ["-o", "size=1M,mode=0700", "postcopyd-chaos"]
+    subprocess.run(["mount", "-t", "tmpfs", *options, folder], check=True)
+
+
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
 
 
 def free_port() -> int:

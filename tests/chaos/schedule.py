@@ -47,6 +47,7 @@ MOMENTS: dict[str, tuple[tuple[str, ...], float]] = {
 }
 
 BOTH, SOURCE, DESTINATION = "both", "source", "destination"
+GUEST = "guest"  # the QEMU that runs it
 ALL, CONTROL, URGENT, PUSH = "all", "control", "urgent", "push"
 
 # Whom each kind of fault may meet, and for how many seconds. Of two ranges the first is taken three
@@ -62,17 +63,32 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[Range, ...]]] = {
     "stall": ((BOTH, SOURCE, DESTINATION), ((0.2, 2), (9, 12))),  # what goes to these
     "refuse": ((ALL,), ((1, 3),)),  # cuts, and takes no new connections
     "cancel": ((SOURCE,), ()),  # by a person
+    "freeze": ((SOURCE, DESTINATION), ((0.2, 2), (4, 12))),  # its QEMU answers late
+    "full": ((SOURCE, DESTINATION, BOTH), ((0.3, 3),)),  # its state folder
+    "save": ((GUEST,), ()),  # another's, by QEMU's own migration
+    "leave": ((GUEST,), ()),  # the same to a third QEMU
+    "unplug": ((GUEST,), ()),  # devices, by another
+    "shutdown": ((GUEST,), ()),  # the guest is switched off from within
 }
-# Without a connection there is none to break; what was granted cannot be cancelled.
-IDLE_KINDS = ("kill", "terminate", "stop", "refuse")
+# Without a connection there is none to break; what was granted cannot be cancelled, and a QEMU that
+# gives its guest away, or has done so, is moved by nobody else.
+IDLE_KINDS = ("kill", "terminate", "stop", "refuse", "freeze", "full")
+EARLY = (PREPARE, ADOPTION, PRECOPY)
 LATE = (GRANTED, POSTCOPY, RECOVERY, DRAINED)
+ONLY = {
+    "cancel": (*EARLY, HANDOVER),
+    "save": (*EARLY, POSTCOPY, RECOVERY),
+    "leave": EARLY,
+    "unplug": (*EARLY, POSTCOPY, RECOVERY),
+    "shutdown": (*EARLY, POSTCOPY, RECOVERY),
+}
 
 
 def possible(phase: str) -> tuple[str, ...]:
     """The kinds of faults that can be met in a phase."""
     if phase == IDLE:
         return IDLE_KINDS
-    return tuple(kind for kind in KINDS if kind != "cancel" or phase not in LATE)
+    return tuple(kind for kind in KINDS if phase in ONLY.get(kind, PHASES))
 
 
 @dataclass(frozen=True)
