@@ -118,6 +118,10 @@ def parser() -> argparse.ArgumentParser:
         "of a precopy, 300 otherwise"
     ))  # fmt: skip
     migrate.add_argument("--keep-source", action="store_true", help="do not end the source's VMM")
+    for moving in (check, migrate):
+        moving.add_argument("--unsafe", action="store_true", help=(
+            "both hosts have the same disks, also where that cannot be seen"
+        ))  # fmt: skip
     client("list", verbs.list, "the VMs that are attached", named=None)
     client("status", verbs.status, "what is known of one VM, or of all", named="[NAME]")
     client("watch", verbs.watch, "follow a VM until interrupted")

@@ -48,6 +48,7 @@ class MigrateRequest:
     precopy_passes: int | None = None
     max_downtime_ms: float | None = None
     keep_source: bool = False
+    unsafe: bool = False
 
 
 class Daemon(Protocol):
@@ -62,7 +63,7 @@ class Daemon(Protocol):
         self, name: str, driver: Literal["qemu", "process"], socket: str
     ) -> Status: ...
     async def detach(self, name: str) -> None: ...
-    async def check(self, name: str, to: str) -> tuple[list[str], list[str]]: ...
+    async def check(self, name: str, to: str, unsafe: bool) -> tuple[list[str], list[str]]: ...
     async def migrate(self, name: str, request: MigrateRequest) -> str: ...
     async def cancel(self, name: str) -> None: ...
     async def recover(self, name: str, to: str | None) -> None: ...
@@ -100,7 +101,8 @@ class Control:
 
     async def check(self, call: varlink.Call) -> Mapping[str, Any]:
         to = str(parse_address(call.parameters["to"]))
-        problems, warnings = await self._daemon.check(call.parameters["name"], to)
+        name, unsafe = call.parameters["name"], call.parameters.get("unsafe", False)
+        problems, warnings = await self._daemon.check(name, to, unsafe)
         return {"problems": problems, "warnings": warnings}
 
     async def migrate(self, call: varlink.Call) -> Mapping[str, Any]:
@@ -112,6 +114,7 @@ class Control:
             precopy_passes=given.get("precopyPasses"),
             max_downtime_ms=given.get("maxDowntimeMs"),
             keep_source=given.get("keepSource", False),
+            unsafe=given.get("unsafe", False),
         )
         for key in ("bandwidth", "maxDowntimeMs"):
             if given.get(key, 1) <= 0:

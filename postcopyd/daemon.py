@@ -330,10 +330,13 @@ class Daemon:
 
     # --- leaving -------------------------------------------------------------------------------
 
-    async def check(self, name: str, to: str) -> tuple[list[str], list[str]]:
+    async def check(
+        self, name: str, to: str, unsafe: bool = False
+    ) -> tuple[list[str], list[str]]:
         vm = self._vm(name)
         await vm.ended()
-        session = SourceSession(vm, MigrateRequest(to), self.settings, secrets.token_hex(8))
+        request = MigrateRequest(to, unsafe=unsafe)
+        session = SourceSession(vm, request, self.settings, secrets.token_hex(8))
         with vm.claim(session):
             return await session.check()
 

@@ -121,6 +121,11 @@ def file_system(pid: int, file: FileId) -> str | None:
     return None
 
 
+def boot_id() -> str:
+    """The identity of this start of the kernel: processes in its containers have the same."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
 def command(pid: int) -> str:
     """The short name of a process, or "?"."""
     try:

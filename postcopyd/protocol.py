@@ -35,7 +35,10 @@ VERSION = 1
 QUEUE = "queue"
 """A source that understands Queued."""
 
-FEATURES: frozenset[str] = frozenset({QUEUE})
+DISKS = "disks"
+"""A destination that compares disks."""
+
+FEATURES: frozenset[str] = frozenset({QUEUE, DISKS})
 """What this daemon offers beyond the version; only what both sides name is used."""
 
 CONTROL = "postcopyd control"
@@ -72,9 +75,10 @@ MAX_ITEMS = 512
 """Items of one array or map: the facts of an offer. An unpacker makes room for what a header says
 before the items are there, so without this a few kilobytes of headers ask for gigabytes."""
 
-MAX_CONTAINERS = 1024
-"""Arrays and maps of one message: the largest offer has 259. An empty one is one byte of a message
-and 64 of memory, and there may be as many peers as there are connections."""
+MAX_CONTAINERS = 4096
+"""Arrays and maps of one message: an offer has one for each region, and two for each disk and each
+file of one. An empty one is one byte of a message and 64 of memory, and there may be as many peers
+as there are connections."""
 
 LOST = "Lost"
 """Name of the error of a destination that will never need this source's pages: a person has given
@@ -140,11 +144,35 @@ class RegionOffer(Struct, frozen=True, rename="camel"):
     page_size: Annotated[int, Meta(ge=4096, le=2 << 20)]
 
 
+class DiskFileOffer(Struct, frozen=True, rename="camel"):
+    """A file, device or server behind a disk: its name and what it is on, whether other hosts may
+    have it too by what it is on, whether the guest's writes go there. `ids` are by kind: of a kind
+    that both hosts know, the same value says that they have the same, and another that they do not.
+    """
+
+    path: Sentence
+    where: Name
+    shared: bool
+    writable: bool
+    ids: Annotated[dict[Name, Sentence], Meta(max_length=16)]
+
+
+class DiskOffer(Struct, frozen=True, rename="camel"):
+    """A disk of the guest: its device, its formats and sizes from the top of its chain down, and
+    the files of that chain in the same order."""
+
+    name: Sentence
+    chain: Sentence
+    files: Annotated[list[DiskFileOffer], Meta(max_length=MAX_ITEMS)]
+
+
 class Offer(Message, frozen=True, tag="offer"):
     """What the source wants to send. With `check` nothing is touched and `Checked` answers.
 
     `facts` are the driver's: what must be equal on both hosts. `epoch` numbers the
     ownership that this migration would hand over. `staged`: pages come before the handover too.
+    `disks` have to be the same on both hosts; a source without the feature "disks" names none.
+    `unsafe`: a person says that their files are the same, whatever can be known of them.
     """
 
     migration: Name
@@ -156,6 +184,8 @@ class Offer(Message, frozen=True, tag="offer"):
     epoch: Count
     check: bool = False
     staged: bool = False
+    disks: Annotated[list[DiskOffer], Meta(max_length=MAX_ITEMS)] | None = None
+    unsafe: bool = False
 
     def __post_init__(self) -> None:
         _must_be_vm(self.vm)

@@ -161,7 +161,7 @@ def detach(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    reply = _ask(args, "Check", name=args.name, to=str(args.to))
+    reply = _ask(args, "Check", name=args.name, to=str(args.to), unsafe=args.unsafe)
     problems, warnings = reply["problems"], reply.get("warnings", [])
     if args.json:
         said = {"problems": problems, "warnings": warnings}
@@ -188,6 +188,7 @@ def migrate(args: argparse.Namespace) -> int:
                 precopyPasses=args.precopy_passes,
                 maxDowntimeMs=args.max_downtime,
                 keepSource=args.keep_source,
+                unsafe=args.unsafe,
             )
             result = _follow(client, args, started["migration"])
     except (Failed, PostcopydError) as failed:

@@ -23,7 +23,7 @@ from typing import Any
 import trio
 from msgspec import structs, to_builtins
 
-from postcopyd import counts, headroom, hugepages, procfs, threads
+from postcopyd import alike, counts, headroom, hugepages, procfs, threads
 from postcopyd import protocol as p
 from postcopyd._native import lib
 from postcopyd.connection import (
@@ -347,7 +347,18 @@ class DestinationSession:
             raise RemoteProtocolError(
                 f"{self.channel.peer} sent {stats.passed_pages} pages in passes and says {pages}"
             )
+        await self._as_compared()
         await self.channel.send(p.Passed())
+
+    async def _as_compared(self) -> None:
+        """The VMM here is the one that was compared with the source's, while time went by."""
+        assert self._shape is not None
+        if await self.vm.attached().outline() != self._shape.outline:
+            raise PostcopydError(
+                f"somebody changed devices or disks of the VMM that waits for {self.vm.name} here: "
+                f"migrate again",
+                "Refused",
+            )
 
     async def _invite(self) -> None:
         """Data connections may come, with a token that is good for this connection only."""
@@ -379,28 +390,7 @@ class DestinationSession:
                 f"the VMM of {self.vm.name} here does not wait for a migration (it is "
                 f"{shape.state}): start it as a destination"
             ]
-        here = [(r.name, r.pages, r.page_size) for r in shape.regions]
-        there = [(r.name, r.pages, r.page_size) for r in self.offer.regions]
-        problems = []
-        if self.offer.driver != self.vm.attached().kind:
-            problems.append(
-                f"the VMM here is driven as {self.vm.attached().kind}, the source's as "
-                f"{self.offer.driver}: attach the same kind on both hosts"
-            )
-        elif here != there:
-            problems.append(
-                f"guest RAM differs: here {_regions(here)}, at the source {_regions(there)}; "
-                f"start the destination with the same memory backends"
-            )
-        facts = {key: p.fact(value) for key, value in shape.facts.items()}
-        for key in sorted(facts.keys() | self.offer.facts.keys()):
-            mine, theirs = facts.get(key), self.offer.facts.get(key)
-            if mine != theirs:
-                problems.append(
-                    f"{key} differs: {mine or 'none'} here, {theirs or 'none'} at the source; "
-                    f"start the destination as the source was started"
-                )
-        return problems
+        return alike.differences(shape, self.vm.attached().kind, self.offer)
 
     def _lacks(self, shape: Shape) -> list[str]:
         """Memory that this host lacks. Past the handover the kernel would kill the VMM for it."""
@@ -428,6 +418,7 @@ class DestinationSession:
             mode="precopy" if whole else self.vm.status.get("mode"),
             message=f"{self.vm.name} is being handed over from {self.channel.peer}",
         )
+        await self._as_compared()
         self._note()
         self.vm.record("loading")  # outside the blackout
         self._loading = True
@@ -856,9 +847,3 @@ class DestinationSession:
             peer=self.channel.peer,
             **about,
         )
-
-
-def _regions(regions: list[tuple[str, int, int]]) -> str:
-    return ", ".join(
-        f"{name} {pages * size >> 20} MiB ({size >> 10} KiB pages)" for name, pages, size in regions
-    )

@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from postcopyd import counts, kernel, threads
+from postcopyd import alike, counts, kernel, threads
 from postcopyd import protocol as p
 from postcopyd.connection import Channel, dial_control, dial_data, open_nursery
 from postcopyd.control import MigrateRequest
@@ -36,7 +36,7 @@ from postcopyd.source.retry import AGAIN_S, PATIENCE_S, Retry
 from postcopyd.source.tracking import Tracking
 from postcopyd.tls import Names, same_peer
 from postcopyd.vm import Vm
-from postcopyd.vmm import Region, Shape
+from postcopyd.vmm import Shape
 
 ROLLBACK_S = 30.0
 """How long a VMM may take to run its guest again before the operator is told that it did not."""
@@ -78,6 +78,7 @@ class SourceSession:
         self._tracking: Tracking | None = None
         self._passes: list[Pass] = []
         self._why_now = ""
+        self._as_offered = trio.Event()  # the guest that was stopped
         self._warnings: list[str] = []
         self._tracked: dict[str, float] = {}
         self._completed: dict[str, Any] | None = None
@@ -237,6 +238,7 @@ class SourceSession:
         try:
             if shape.regions or not problems:  # without any, there is nothing to offer
                 channel = await self._greeted()
+                self._compares_disks(channel, shape)
                 await channel.send(self._offer(shape, check=True))
                 problems += (await channel.expect(p.Checked)).problems
         except PostcopydError as error:
@@ -256,6 +258,7 @@ class SourceSession:
             )
         await self._hooks("prepare")
         channel = await self._greeted()  # closed in `_close`: the peer is told why it ends
+        self._compares_disks(channel, shape)
         async with channel.alive():
             self._engine = SourceEngine(shape.regions, shape.pid)
             if self.request.mode != "postcopy":
@@ -273,9 +276,14 @@ class SourceSession:
                 self._touched = True
                 await driver.prepare()
                 await self._hooks("handover")
+                if not self._passes:  # these have looked, and the guest writes again what crosses
+                    await self._still_seen(trio.Event(), "was prepared")
                 nursery.cancel_scope.cancel()
             self._engine.check()
             await self._intend()
+            assert self._shape is not None
+            if await driver.outline() != self._shape.outline:
+                await self._still_seen(trio.Event(), "was prepared")
             await self._hand_over(channel)
             await self._drain(channel)
 
@@ -306,6 +314,14 @@ class SourceSession:
         await channel.greet()
         return channel
 
+    def _compares_disks(self, channel: Channel, shape: Shape) -> None:
+        if shape.disks and p.DISKS not in channel.features and not self.request.unsafe:
+            raise PostcopydError(
+                f"the postcopyd at {self.request.to} is too old to see that the disks of "
+                f"{self.vm.name} are the same there: upgrade it, {alike.INSIST}",
+                "Refused",
+            )
+
     def _offer(self, shape: Shape, *, check: bool = False) -> p.Offer:
         return p.Offer(
             migration=self.migration,
@@ -317,6 +333,8 @@ class SourceSession:
             epoch=self.vm.epoch + 1,
             check=check,
             staged=self._tracking is not None,
+            disks=alike.offered(shape.disks),
+            unsafe=self.request.unsafe,
         )
 
     async def _turn(self, channel: Channel) -> bytes:
@@ -421,23 +439,18 @@ class SourceSession:
                 )
 
     async def _still_seen(self, seen: trio.Event, meanwhile: str = "was copied") -> None:
-        """Passes take their time, and so does waiting: what writes to guest RAM must be what it was
-        (a disk may have been plugged), guest RAM too, and whether the guest runs may have
-        changed."""
+        """Passes take their time, and so does waiting: what was offered must be so still. Only
+        whether the guest runs may have changed."""
         assert self._shape is not None
         was, now = self._shape, await self.vm.attached().inspect("source")
         now.close()
-        news = [one for one in (now.direct_io, now.untracked) if one]
-        news = [*now.problems, *(one for one in news if one not in (was.direct_io, was.untracked))]
-        if [_where(region) for region in was.regions] != [_where(region) for region in now.regions]:
-            news.append("its RAM is not what it was")
-        if news:
+        if news := alike.changes(was, now):
             raise PostcopydError(
                 f"the VMM of {self.vm.name} has changed while it {meanwhile}: {'; '.join(news)}; "
                 f"migrate again",
                 "Refused",
             )
-        self._shape = replace(was, state=now.state)
+        self._shape = replace(was, state=now.state, outline=now.outline)
         seen.set()
 
     async def _pass(self, channel: Channel) -> None:
@@ -474,6 +487,7 @@ class SourceSession:
                     )
                 self._engine.push(self._rate())
             self._loaded_at = time.monotonic()
+            await self._as_offered.wait()
             self._commit()
             await channel.send(p.Grant(self.vm.epoch))
             nursery.cancel_scope.cancel()
@@ -507,6 +521,15 @@ class SourceSession:
             await self._name_stale(channel)
         self._engine.serve()
         await channel.send(p.DeviceEnd(size, run=self.vm.attached().before != "paused"))
+        # While the destination loads it, so that the guest waits no longer for this.
+        assert self._shape is not None
+        if await self.vm.attached().outline() != self._shape.outline:
+            raise PostcopydError(
+                f"somebody changed devices or disks of {self.vm.name} as it was handed over: "
+                f"migrate again",
+                "Refused",
+            )
+        self._as_offered.set()
 
     def _commit(self) -> None:
         """The point of no return: recorded first, and no await between the looks and the record."""
@@ -1013,10 +1036,6 @@ class SourceSession:
             "phases": self.vm.phases(at),
             "passes": [one.json() for one in self._passes],
         }
-
-
-def _where(region: Region) -> tuple[object, ...]:
-    return (region.name, region.pages, region.page_size, region.address, region.offset)
 
 
 def faults_json(faults: p.Faults) -> dict[str, Any]:

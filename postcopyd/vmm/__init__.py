@@ -78,6 +78,28 @@ class Region:
 
 
 @dataclass(frozen=True)
+class DiskFile:
+    """A file, device or server behind a disk, as the VMM has it open."""
+
+    path: str  # as the VMM calls it
+    where: str  # what it is on, for people: "ext4", "block device", "nbd"
+    shared: bool  # other hosts may have it too, by what it is on
+    writable: bool  # the guest's writes go there
+    #: By kind, what two hosts may compare: one kind with the same value says that both have the
+    #: same (of what nobody writes to: the same content), and one with another that they do not.
+    ids: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk as the guest has it."""
+
+    name: str  # of its device, the same on both hosts
+    chain: str  # formats and sizes, or "empty", which must be equal on both hosts
+    files: tuple[DiskFile, ...]  # what must be the same on both; empty for what crosses by itself
+
+
+@dataclass(frozen=True)
 class Shape:
     """A VMM as `inspect` found it."""
 
@@ -94,6 +116,9 @@ class Shape:
     #: guest all the same. Both are as of now: disks come and go, so inspect again before you rely
     #: on what was seen.
     untracked: str | None = None
+    disks: tuple[Disk, ...] = ()
+    #: As `outline` was when this look began.
+    outline: str = ""
 
     def close(self) -> None:
         """Close the descriptors of all regions; call it once."""
@@ -147,6 +172,12 @@ class Vmm(abc.ABC):
         What stands in the way of the role goes to `Shape.problems`; raises only when the VMM
         cannot be asked. The caller calls `close()` on what it gets.
         """
+
+    async def outline(self) -> str:
+        """In short, what `inspect` would find to have changed if something was plugged in, taken
+        out, or put behind a disk; another text means that. Asked also while the guest stands still,
+        so it takes about a millisecond. Nothing, of a VMM where nothing can be."""
+        return ""
 
     # --- source
 

@@ -37,6 +37,7 @@ from postcopyd.vmm import (
     VmmGone,
     VmmTimeout,
     process_ended,
+    qemu_disks,
     qemu_facts,
     qemu_hugepages,
     qemu_ram,
@@ -104,11 +105,14 @@ class QemuVmm(Vmm):
 
     async def _inspect(self, role: Role) -> Shape:
         qmp = self._qmp
+        outline = await qemu_disks.outline(qmp)  # first: what changes from here on shows
         run_state = (await qmp.execute("query-status"))["status"]
         backends = await qemu_ram.backends(qmp)
         devices = [device async for device in qemu_facts.devices(qmp)]
         facts = await qemu_facts.facts(qmp, backends, devices)
         problems = await qemu_facts.refusals(qmp, self.pid, role, run_state, devices)
+        disks, unmovable = await qemu_disks.look(qmp, self.pid)
+        problems += unmovable
         regions, unfit = qemu_ram.regions(backends, self.pid, qmp.version)
         try:
             facts |= {f"pages of {r.name}": f"{r.page_size} bytes each" for r in regions}
@@ -139,7 +143,14 @@ class QemuVmm(Vmm):
             problems=tuple(problems),
             direct_io=writers.direct_sentence(direct),
             untracked=writers.unseen_sentence(unseen),
+            disks=tuple(disks),
+            outline=outline,
         )
+
+    async def outline(self) -> str:
+        """As the interface says."""
+        with _patience(self.name):
+            return await qemu_disks.outline(self._qmp)
 
     # ---- the source
 
