@@ -100,14 +100,18 @@ class Lab:
         self.machines: list[Machine] = []
         self.drivers: list[QemuVmm] = []
 
-    def start(self, qemu: int, *options: str, memory: str | None = FILE) -> Machine:
+    def start(
+        self, qemu: int, *options: str, memory: str | None = FILE, within: str = ""
+    ) -> Machine:
+        """`within`: what a shell does before it becomes this QEMU."""
         base = ["-machine", f"{MACHINE},accel=tcg" + (",memory-backend=ram0" if memory else "")]
         base += ["-m", f"{RAM // MIB}"] + (["-object", memory] if memory else [])
-        return self.start_bare(qemu, *base, *options)
+        return self.start_bare(qemu, *base, *options, within=within)
 
-    def start_bare(self, qemu: int, *options: str) -> Machine:
+    def start_bare(self, qemu: int, *options: str, within: str = "") -> Machine:
         name = f"m{len(self.machines)}"
-        machine = Machine(self.folder, QEMUS[qemu], name, list(options))
+        shell = ["sh", "-c", f'{within}; exec "$@"', "sh"] if within else []
+        machine = Machine(self.folder, [*shell, *QEMUS[qemu]], name, list(options))
         self.machines.append(machine)
         return machine
 

@@ -87,9 +87,9 @@ class FakeDaemon:
         del self.vms[name]
         self._tell()
 
-    async def check(self, name: str, to: str) -> tuple[list[str], list[str]]:
+    async def check(self, name: str, to: str, unsafe: bool) -> tuple[list[str], list[str]]:
         self._find(name)
-        self.asked.append(("check", name, to))
+        self.asked.append(("check", name, to, *(["unsafe"] if unsafe else [])))
         return self.problems, self.warnings
 
     async def migrate(self, name: str, request: MigrateRequest) -> str:

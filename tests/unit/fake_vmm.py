@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self
 import trio
 from needs import missing
 
-from postcopyd.vmm import Region, Role, Shape, State, Vmm, VmmGone
+from postcopyd.vmm import Disk, Region, Role, Shape, State, Vmm, VmmGone
 
 PAGE = 4096
 PAGES = (24, 8)  # of each region
@@ -118,6 +118,9 @@ class FakeVmm:
         self.life = Life()  # the daemon that may connect
         self.problems: tuple[str, ...] = ()
         self.direct_io: str | None = None
+        self.facts = {"version": "1"}
+        self.disks: tuple[Disk, ...] = ()
+        self.plugged = ""  # in short: the outline
         self.died = False  # by itself, which nobody answers for
         self.received: list[bytes] = []
         self.writes = 0
@@ -219,8 +222,20 @@ class FakeDriver(Vmm):
             Region(f"ram{i}", pages, PAGE, address_of(memory), os.dup(fd), 0)
             for i, (fd, pages, memory) in enumerate(zip(vmm.files, PAGES, vmm.maps, strict=True))
         )
-        state, facts = states.get(vmm.state, "paused"), {"version": "1"}
-        return Shape(state, os.getpid(), regions, facts, vmm.problems, direct_io=vmm.direct_io)
+        return Shape(
+            states.get(vmm.state, "paused"),
+            os.getpid(),
+            regions,
+            vmm.facts,
+            vmm.problems,
+            direct_io=vmm.direct_io,
+            disks=vmm.disks,
+            outline=vmm.plugged,
+        )
+
+    async def outline(self) -> str:
+        await self._at("outline")
+        return self.vmm.plugged
 
     # --- source
 

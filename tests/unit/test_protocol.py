@@ -34,6 +34,11 @@ times = st.floats(0, 1e15)
 tokens = st.binary(min_size=32, max_size=32)
 labels = st.text(seen, max_size=128)
 regions = st.builds(p.RegionOffer, names, st.integers(1, 2**40), st.integers(4096, 2 << 20))
+disk_files = st.builds(
+    p.DiskFileOffer, sentences, names, st.booleans(), st.booleans(),
+    st.dictionaries(names, sentences, max_size=3),
+)  # fmt: skip
+disks = st.builds(p.DiskOffer, sentences, sentences, st.lists(disk_files, max_size=3))
 faults = st.builds(
     p.Faults,
     counts,
@@ -53,6 +58,9 @@ messages: st.SearchStrategy[p.Message] = st.one_of(
         st.dictionaries(names, sentences, max_size=5),
         st.integers(1, p.MAX_CONNECTIONS),
         counts,
+        st.booleans(),
+        st.booleans(),
+        st.none() | st.lists(disks, max_size=3),
         st.booleans(),
     ),
     st.builds(p.Checked, st.lists(sentences, max_size=5)),
@@ -83,7 +91,11 @@ messages: st.SearchStrategy[p.Message] = st.one_of(
         for kind in (p.Serving, p.Passed, p.Loaded, p.Ran, p.Acknowledged, p.Keepalive)
     ],
 )
-offer = p.Offer("m1", "web1", "qemu", [p.RegionOffer("ram", 512, 4096)], {"CPU": "x"}, 2, 1)
+disk_file = p.DiskFileOffer("/d", "nfs4", True, True, {"inode of NFS": "7"})
+offer = p.Offer(
+    "m1", "web1", "qemu", [p.RegionOffer("ram", 512, 4096)], {"CPU": "x"}, 2, 1,
+    disks=[p.DiskOffer("vd0", "raw of 4096 bytes", [disk_file])],
+)  # fmt: skip
 samples: list[p.Message] = [
     p.Hello(1, ["a"], "postcopyd 1", "host1"),
     offer,
@@ -204,6 +216,7 @@ def test_missing_fields_are_refused(message: p.Message) -> None:
         "staged",
         "whole",
     }
+    optional |= {"disks", "unsafe"}
     for field in whole.keys() - optional - {"type"}:
         with pytest.raises(RemoteProtocolError, match=field):
             p.parse_message({key: value for key, value in whole.items() if key != field})
