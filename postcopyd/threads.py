@@ -27,6 +27,9 @@ more at once would bring nothing; a process that the kernel holds keeps one of t
 DISK = CapacityLimiter(16)
 """Until something is on disk."""
 
+STORAGE = CapacityLimiter(16)
+"""Looks at the files of disks. Storage that does not answer keeps a thread until it does."""
+
 NAMES = CapacityLimiter(64)
 """Names of hosts (resolver.py). One that nobody answers for takes its thread for half a minute."""
 

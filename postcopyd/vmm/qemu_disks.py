@@ -27,7 +27,7 @@ from typing import Any
 
 import trio
 
-from postcopyd import procfs
+from postcopyd import procfs, threads
 from postcopyd.vmm import Disk, DiskFile
 from postcopyd.vmm.qmp import Qmp
 
@@ -49,9 +49,6 @@ OF_THIS_HOST = {"nvme", "nvme-io_uring", "vvfat"}
 FILTERS = {"throttle", "copy-on-read", "preallocate", "compress"}
 # Kinds of block devices that are made of this host's memory or files.
 LOCAL_BLOCK = re.compile(r"(loop|ram|zram|pmem|brd)\d")
-
-# Threads of its own: storage that does not answer keeps nobody else waiting.
-STORAGE = trio.CapacityLimiter(16)
 
 SAMPLES, SAMPLE_BYTES = 16, 4096
 MAX_LINKS = 40  # as the kernel's
@@ -122,7 +119,9 @@ async def look(qmp: Qmp, pid: int) -> tuple[list[Disk], list[str]]:
                 found = top.leaves(not inserted["ro"])
                 leaves += [_Leaf(name, leaf, writable) for leaf, writable in found]
     see = partial(_look_at, pid, leaves, fdsets)
-    files, unfit = await trio.to_thread.run_sync(see, abandon_on_cancel=True, limiter=STORAGE)
+    files, unfit = await trio.to_thread.run_sync(
+        see, abandon_on_cancel=True, limiter=threads.STORAGE
+    )
     disks = [Disk(name, chains[name], tuple(files.get(name, ()))) for name in sorted(chains)]
     return disks, problems + unfit
 
