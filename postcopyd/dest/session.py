@@ -418,10 +418,6 @@ class DestinationSession:
             mode="precopy" if whole else self.vm.status.get("mode"),
             message=f"{self.vm.name} is being handed over from {self.channel.peer}",
         )
-        await self._as_compared()
-        self._note()
-        self.vm.record("loading")  # outside the blackout
-        self._loading = True
         state = DeviceState(self.vm.name)
         async with open_nursery() as nursery:
             nursery.start_soon(self._watch_engine)
@@ -467,6 +463,10 @@ class DestinationSession:
             await self.channel.send(p.Serving())
 
     async def _load_and_say(self, state: DeviceState, whole: bool) -> None:
+        await self._as_compared()
+        self._note()
+        self.vm.record("loading")  # the guest at the source is about to stop
+        self._loading = True
         async with aclosing(state.taken()) as pieces:
             await self.vm.attached().load(pieces)
         assert self._engine is not None

@@ -281,9 +281,6 @@ class SourceSession:
                 nursery.cancel_scope.cancel()
             self._engine.check()
             await self._intend()
-            assert self._shape is not None
-            if await driver.outline() != self._shape.outline:
-                await self._still_seen(trio.Event(), "was prepared")
             await self._hand_over(channel)
             await self._drain(channel)
 
@@ -476,7 +473,6 @@ class SourceSession:
         """Stop here, device state across, grant, run there: the blackout."""
         self.vm.show(phase="handover", message=f"handing {self.vm.name} over to {self.request.to}")
         assert self._engine is not None
-        await channel.send(p.Handover(whole=self.request.mode == "precopy"))
         async with open_nursery() as nursery:
             nursery.start_soon(self._watch_engine)
             nursery.start_soon(self._save, channel)
@@ -487,7 +483,13 @@ class SourceSession:
                     )
                 self._engine.push(self._rate())
             self._loaded_at = time.monotonic()
-            await self._as_offered.wait()
+            if not self._as_offered.is_set():
+                async with (
+                    open_nursery() as waiting
+                ):  # nothing is due; but the destination may fail
+                    waiting.start_soon(channel.receive)
+                    await self._as_offered.wait()
+                    waiting.cancel_scope.cancel()
             self._commit()
             await channel.send(p.Grant(self.vm.epoch))
             nursery.cancel_scope.cancel()
@@ -501,6 +503,10 @@ class SourceSession:
         self.log.info("guest handed over", downtime_ms=self._downtime_ms, **parts)
 
     async def _save(self, channel: Channel) -> None:
+        assert self._shape is not None
+        if await self.vm.attached().outline() != self._shape.outline:
+            await self._still_seen(trio.Event(), "was prepared")
+        await channel.send(p.Handover(whole=self.request.mode == "precopy"))
         size = 0
 
         async def send(data: bytes) -> None:
@@ -522,7 +528,6 @@ class SourceSession:
         self._engine.serve()
         await channel.send(p.DeviceEnd(size, run=self.vm.attached().before != "paused"))
         # While the destination loads it, so that the guest waits no longer for this.
-        assert self._shape is not None
         if await self.vm.attached().outline() != self._shape.outline:
             raise PostcopydError(
                 f"somebody changed devices or disks of {self.vm.name} as it was handed over: "
