@@ -330,9 +330,7 @@ class Daemon:
 
     # --- leaving -------------------------------------------------------------------------------
 
-    async def check(
-        self, name: str, to: str, unsafe: bool = False
-    ) -> tuple[list[str], list[str]]:
+    async def check(self, name: str, to: str, unsafe: bool = False) -> tuple[list[str], list[str]]:
         vm = self._vm(name)
         await vm.ended()
         request = MigrateRequest(to, unsafe=unsafe)

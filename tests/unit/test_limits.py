@@ -478,7 +478,7 @@ async def test_too_large(tmp_path: Path, clock: Clock) -> None:
         await made.check()
         assert "max-arriving-memory" in made.source.vm.status["message"]
         async with made.network() as port:
-            problems = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
+            problems, _ = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
         assert len(problems) == 1
         assert "max-arriving-memory" in problems[0]
         arrivals.join("another", 1)

@@ -461,7 +461,7 @@ async def test_check_touches_nothing(tmp_path: Path, clock: Clock) -> None:
         made.destination.vmm.problems = ("it has no shared memory",)
         before = [dict(host.vm.status) for host in made.hosts.values()]
         async with made.network() as port:
-            problems = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
+            problems, _ = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
         assert problems == ["it has no shared memory"]
         assert [host.vm.status for host in made.hosts.values()] == before
         assert (made.source.vmm.state, made.destination.vmm.state) == ("running", "incoming")
