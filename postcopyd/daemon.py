@@ -77,7 +77,7 @@ class Daemon:
         """A VM whose VMM has ended may be attached again; one that is there, once detached."""
         known = self.vms.get(name)
         if known is not None:
-            await known.ended()
+            await known.ended(self)
         if known is not None and known.status["phase"] == "paused":
             raise PostcopydError(
                 f"attaching {name} at {socket}: {name} is here already, in a migration that is not "
@@ -165,7 +165,7 @@ class Daemon:
 
     async def detach(self, name: str) -> None:
         vm = self._vm(name)
-        await vm.ended()
+        await vm.ended(self)
         if vm.claimed_by is not None:
             raise PostcopydError(
                 f"{name} is in migration {vm.status['migration']}: wait for it, or cancel it",
@@ -332,7 +332,7 @@ class Daemon:
 
     async def check(self, name: str, to: str, unsafe: bool = False) -> tuple[list[str], list[str]]:
         vm = self._vm(name)
-        await vm.ended()
+        await vm.ended(self)
         request = MigrateRequest(to, unsafe=unsafe)
         session = SourceSession(vm, request, self.settings, secrets.token_hex(8))
         with vm.claim(session):
@@ -340,7 +340,7 @@ class Daemon:
 
     async def migrate(self, name: str, request: MigrateRequest) -> str:
         vm = self._vm(name)
-        await vm.ended()
+        await vm.ended(self)
         vm.attached()
         if vm.claimed_by is None and vm.status["phase"] == "paused":
             raise PostcopydError(
@@ -565,7 +565,7 @@ class Daemon:
                     )
                     nursery.cancel_scope.cancel()
             vm = self._vm_here(offer.vm)
-            await vm.ended()
+            await vm.ended(self)
             vm.attached()
             if vm.claimed_by is None and vm.status["phase"] == "paused":
                 raise PostcopydError(

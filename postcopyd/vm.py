@@ -181,15 +181,23 @@ class Vm:
         else:
             self.settle(phase="failed", message=message, result=result)
 
-    async def ended(self) -> None:
+    async def ended(self, daemon: object) -> None:
         """Returns when no migration has the VM that is over but for its last steps: who has seen
-        its result may go on at once."""
+        its result may go on at once; and when a daemon that has just started has taken it over."""
         with trio.move_on_after(ENDING_S):
-            while self.claimed_by is not None and self.status["phase"] in ("drained", "failed"):
+            while self.claimed_by is not None and (
+                self.claimed_by is daemon or self.status["phase"] in ("drained", "failed")
+            ):
                 await self.free.wait()
 
     def attached(self) -> Vmm:
         """The driver; raises PostcopydError when the VMM is gone."""
+        if self.driver is None and self.claimed_by is not None:
+            raise PostcopydError(
+                f"{self.name} is still being taken over by this daemon, which has just started, "
+                f"and its VMM has not answered yet: try again in a moment",
+                "Busy",
+            )
         if self.driver is None:
             raise PostcopydError(
                 f"the VMM of {self.name} is gone: start it and attach it again, "

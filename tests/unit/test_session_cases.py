@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from fake_vmm import FakeDriver
 from needs import missing
 from session_faults import (
     Clock,
@@ -34,10 +35,12 @@ from session_world import Fault, Instead, World
 
 from postcopyd import protocol as p
 from postcopyd.connection import Channel, ConnectionLost, PeerError, dial
+from postcopyd.control import MigrateRequest
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Machine, Source
 from postcopyd.source.retry import PATIENCE_S
+from postcopyd.vm import ENDING_S
 from postcopyd.vmm import Declined, Role, State, VmmError
 
 
@@ -335,6 +338,35 @@ async def test_result_of_a_pause(tmp_path: Path, clock: Clock) -> None:
         await made.check()
         made.check_over()
         assert vm.status["result"]["event"] == "completed"
+
+
+# --- a daemon that has just started --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [1.0, 100.0])
+async def test_asked_before_it_has_taken_over(
+    late: float, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks a daemon that is about to find its VMMs again waits for that, and is not told to
+    start another VMM; nor when the VMM answers late."""
+    connect = FakeDriver.connect
+
+    async def connect_late(name: str, socket: str) -> FakeDriver:
+        await trio.sleep(late)
+        return await connect(name, socket)
+
+    async with world(tmp_path, {}) as made:
+        monkeypatch.setattr(FakeDriver, "connect", connect_late)
+        first = made.source.life
+        made.source.kill()
+        while made.source.life is first or not made.source.up:
+            await trio.sleep(0.1)
+        if late > ENDING_S:
+            with pytest.raises(PostcopydError, match="still being taken over"):
+                await made.source.daemon.migrate("web1", MigrateRequest("127.0.0.1:1"))
+            return
+        await made.migrate()
+        assert made.source.phase == "drained"
 
 
 # --- what a person decides ----------------------------------------------------------------------
