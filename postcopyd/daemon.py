@@ -41,6 +41,7 @@ from postcopyd.patience import END_S, within
 from postcopyd.peers import Visitor
 from postcopyd.protocol import LOST, RemoteProtocolError
 from postcopyd.settings import Settings
+from postcopyd.source.back import untouched
 from postcopyd.source.restart import let_go, look, roll_back
 from postcopyd.source.session import SourceSession
 from postcopyd.tls import TlsFailed, handshake, same_peer
@@ -268,8 +269,7 @@ class Daemon:
                 elif owner == "held" and vm.status["phase"] == "precopy":
                     vm.settle(
                         phase="failed",
-                        message=f"{name} was not moved and is at this host as it was: the daemon "
-                        f"ended while it was copied",
+                        message=untouched(name, "the daemon ended while it was copied"),
                     )
                     vm.record("held")
                 if vm.ownership != "owned":

@@ -432,12 +432,13 @@ class DestinationSession:
                     assert isinstance(message, p.Device)
                     size += len(message.data)
                     state.put(message.data)
+                self._run = message.run
+                self.vm.attached().before = "running" if message.run else "paused"
                 await self._seal(whole)
             if message.size != size:
                 raise RemoteProtocolError(
                     f"{self.channel.peer} sent {size} bytes of device state and says {message.size}"
                 )
-            self._run = message.run
             grant = await self._receive()
             nursery.cancel_scope.cancel()
         assert isinstance(grant, p.Grant)

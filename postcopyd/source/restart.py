@@ -13,7 +13,7 @@ from postcopyd.connection import dial_control
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.settings import Settings
-from postcopyd.source.session import ROLLBACK_S
+from postcopyd.source.back import ROLLBACK_S, undone_as
 from postcopyd.tls import same_peer
 from postcopyd.vm import Vm
 
@@ -42,13 +42,12 @@ async def roll_back(vm: Vm, settings: Settings) -> None:
     """Runs the guest again whose handover was under way, and not granted, when the daemon ended."""
     driver, run = vm.attached(), vm.about["run"]
     driver.before = "running" if run else "paused"
-    sentence = f"{vm.name} was not moved and is at this host as it was: the daemon ended before it"
     try:
         with trio.fail_after(ROLLBACK_S):
-            await driver.rollback()
+            left = await driver.rollback()
     except trio.TooSlowError:
         raise PostcopydError(f"its VMM did not run it again within {ROLLBACK_S:.0f} s") from None
-    sentence += " was granted"
+    sentence = undone_as(vm.name, "the daemon ended before it was granted", left)
     result = {"event": "failed", "vm": vm.name, "migration": vm.about["migration"]}
     vm.settle(phase="failed", remaining=0, message=sentence, result={**result, "error": sentence})
     vm.record("held")

@@ -29,6 +29,7 @@ from postcopyd.limits import Uplink, in_line
 from postcopyd.patience import END_S, within
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
+from postcopyd.source.back import undone, untouched
 from postcopyd.source.decision import GIVEN_UP, SILENT, Choice, Decision, still_there
 from postcopyd.source.engine import Look, SourceEngine
 from postcopyd.source.passes import Pass, why_now
@@ -37,9 +38,6 @@ from postcopyd.source.tracking import Tracking
 from postcopyd.tls import Names, same_peer
 from postcopyd.vm import Vm
 from postcopyd.vmm import Shape
-
-ROLLBACK_S = 30.0
-"""How long a VMM may take to run its guest again before the operator is told that it did not."""
 
 SHOW_S = 0.1
 """How often progress is shown."""
@@ -542,6 +540,7 @@ class SourceSession:
             raise PostcopydError("cancelled by request", "Cancelled")
         assert self._engine is not None
         self._engine.check()
+        self.vm.attached().check_saved()
         self.vm.epoch += 1
         try:
             self.vm.record("granted")
@@ -854,7 +853,7 @@ class SourceSession:
             self.machine.happened(Happened.FAILED)
         if self._engine is not None:
             await self._engine.disconnect()
-        sentence = f"{name} was not moved and is at this host as it was: {error}"
+        sentence = untouched(name, str(error))
         if self.machine.state is Source.DECLINED:
             try:
                 self._own_again()
@@ -862,17 +861,9 @@ class SourceSession:
                 self.log.error("record not written", error=str(trouble))
                 vm.epoch += 1
         if self._touched and vm.driver is not None:
-            try:
-                with trio.fail_after(ROLLBACK_S):
-                    await vm.driver.rollback()
-            except Exception as trouble:  # a driver's bug too: the rest must happen
-                why = str(trouble) or f"no answer within {ROLLBACK_S:.0f} s"
-                sentence = (
-                    f"{name} was not moved ({error}) and its VMM here did not run it again: {why}; "
-                    f"it is this host's, run it by the VMM's own means"
-                )
+            sentence, here = await undone(vm, str(error))
+            if not here:
                 self._not_here = PostcopydError(sentence, "VmmFailed")
-                self.log.error("rollback failed", error=why)
         await self._untrack()
         if self._channel is not None and self.machine.state is Source.ROLLED_BACK:
             # After the guest runs again: a peer that hears nothing would hold it up.

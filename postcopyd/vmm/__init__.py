@@ -141,7 +141,8 @@ class Vmm(abc.ABC):
     pid: int  # of the VMM's process
 
     #: What the guest did just before `save` or `still` stopped it, and what `rollback` goes back
-    #: to. A session that was started again sets it from its record, before it calls `rollback`.
+    #: to. A session that was started again sets it from its record, before it calls `rollback`; and
+    #: one at the destination before the end of what it gives to `load`, to what the guest is to do.
     before: Literal["running", "paused"] | None = None
 
     @classmethod
@@ -185,7 +186,9 @@ class Vmm(abc.ABC):
     async def prepare(self) -> None:
         """Set what must be set before the handover, while the guest runs on.
 
-        `rollback` undoes it. Sets nothing that outlasts a call to `rollback`.
+        `rollback` undoes it. Sets nothing that outlasts a call to `rollback`, and nothing that
+        would spoil what others do with the guest meanwhile. Raises VmmError, as `save` and `still`
+        do, when others move or save it, or it neither runs nor is paused.
         """
 
     @abc.abstractmethod
@@ -225,12 +228,25 @@ class Vmm(abc.ABC):
         """
         raise VmmError(f"the {self.kind} driver cannot hold {self.name} still")
 
-    @abc.abstractmethod
-    async def rollback(self) -> None:
-        """Put the guest back as it was: running, or paused if it was; idempotent.
+    def check_saved(self) -> None:  # noqa: B027 (not every VMM tells)
+        """Raises VmmError when somebody has run the guest since `save`. Asks and waits for nothing,
+        so that nothing comes between this and what is done upon it."""
 
-        From any point before the grant, also when another method was cancelled half-way. Returns
-        once the guest is as it was.
+    @abc.abstractmethod
+    async def rollback(self) -> str:
+        """Undo what this driver, or one of a daemon before, has done to the guest, and only that:
+        run it if it ran and is stopped by `still` or `save`; idempotent.
+
+        From any point before the grant, also when another method was cancelled half-way. Others
+        have a hand on the guest too: it may have been paused, moved, saved, reset or shut down by
+        the VMM's own means since it was looked at, in the middle of what we do, or while no daemon
+        ran. What they did is left as it is. A driver has to know, of a VMM that it finds stopped,
+        whose doing that is; what it cannot know is theirs, as a guest that waits for a person is
+        better than two. And a job of theirs that goes on is neither ended nor waited for.
+
+        Returns "" when the guest is as it was, else a clause that tells how it was found and left
+        ("it is paused, ..."). Raises PostcopydError when it should run here and does not; the
+        sentence says what to do, and never to run it unseen.
         """
 
     @abc.abstractmethod

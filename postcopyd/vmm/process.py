@@ -400,12 +400,18 @@ class ProcessVmm(Vmm):
                 f"the guest {self.name} was stopped for a moment and was not run again: {error}"
             ) from None
 
-    async def rollback(self) -> None:
-        if self.before is not None:
-            await self._do("run" if self.before == "running" else "stop")
+    async def rollback(self) -> str:
+        """Such a VMM does not tell who has stopped its guest. So it is run if it ran when `save` or
+        `still` stopped it, and never stopped: who has run it meanwhile was somebody else."""
+        state, before = await self._hello(), self.before
+        if state == "paused" and before == "running":
+            await self._do("run")
         self.before = None
         with contextlib.suppress(PostcopydError):
             await self._do("release")
+        if state == "running" and before == "paused":
+            return "it was paused, and somebody else has run it meanwhile"
+        return "its VMM waits for an incoming migration" if state == "incoming" else ""
 
     async def finish(self, keep: bool) -> None:
         if keep:

@@ -10,6 +10,10 @@ it found (without them the defaults are put back) and whether the guest ran.
 The source:       running --migrate--> (STOP) finish-migrate --> postmigrate --cont--> running
 The destination:  inmigrate --stop, migrate-incoming--> paused --cont--> running
 
+Others may stop, move and save the guest by QEMU's own means. What this driver did is told from
+what they did by a guard that it leaves in QEMU (`qemu_settings`, `qemu_state`), and it undoes only
+its own.
+
 `pause-before-switchover` is not used: the stop would last 1.5 ms longer (QEMU waits 1 ms for stray
 wake-ups of its semaphore), cancelling in that moment hangs QEMU 7.2, and it guards nothing, because
 after `completed` the source can still go back by `cont`.
@@ -17,6 +21,7 @@ after `completed` the source can still go back by `cont`.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
@@ -27,6 +32,7 @@ import trio
 
 from postcopyd import procfs, threads
 from postcopyd.errors import PostcopydError, shortage
+from postcopyd.names import plain
 from postcopyd.vmm import (
     Declined,
     Role,
@@ -42,20 +48,31 @@ from postcopyd.vmm import (
     qemu_hugepages,
     qemu_ram,
     qemu_settings,
+    qemu_state,
     qemu_stream,
     qemu_userfaultfd,
     writers,
 )
-from postcopyd.vmm.qmp import Events, Qmp, QmpClosed, QmpRefused
+from postcopyd.vmm.qemu_answers import Cpu, Migration, Status
+from postcopyd.vmm.qemu_settings import ARRIVING, IGNORE, LATE, MOVED, STOPPED
+from postcopyd.vmm.qemu_state import PAUSED, Now
+from postcopyd.vmm.qmp import ANSWER_SECONDS, Events, Qmp, QmpClosed, QmpRefused
 
 # Faults of one userfaultfd are read by one thread: several serve several vCPUs better, but each
 # costs threads. Region i belongs to descriptor i % number.
 MAX_DESCRIPTORS = 4
 
-ANSWER_SECONDS = 10.0  # for questions; commands of the handover wait as long as they take
+LOOKS = trio.CapacityLimiter(4)
+"""QEMUs that are looked at, at a time: hundreds of questions each, on which this process and theirs
+are at work. Forty at once would each be slow, and be taken for stuck. Who waits has patience."""
+
+LOOK_ANSWERS = 6
+"""A look may take as long as so many late answers: on a busy host none is quick."""
+
 FAIL_SECONDS = 2.0  # for a migration whose stream has lost its other end
 QUIT_SECONDS = 2.0  # for a QEMU whose guest is not needed any more
 FINISH_SECONDS = 10.0  # for one that may have disks to flush
+STOP_SECONDS = 30.0  # for a guest's disks to be drained
 CONT_SECONDS = 10.0  # for a guest that we stopped and whose disks may still be draining
 DISK_LOCK_SECONDS = 5.0  # how long a destination that was just killed may still hold a disk
 POLL_SECONDS = 0.005
@@ -75,6 +92,11 @@ class QemuVmm(Vmm):
         self._settings = qemu_settings.Settings(qmp)
         # Whether we have forbidden huge pages; None: an adoption of another daemon's may have.
         self._forbade_huge: bool | None = None
+        # What the guest did when it was last looked at.
+        self._seen: Literal["running", "paused"] | None = None
+        self._moved = False  # by our own migration, at its last stop
+        self._resumes: Events | None = None  # since `save`
+        self._made: list[int] | None = None  # userfaultfds in QEMU, by `adopt`
 
     @classmethod
     async def connect(cls, name: str, socket: str) -> Self:
@@ -83,8 +105,9 @@ class QemuVmm(Vmm):
         try:
             with _patience(name):
                 await qmp.open()
-                thread = (await qmp.execute("query-cpus-fast"))[0]["thread-id"]
+                cpus = await qmp.ask(list[Cpu], "query-cpus-fast")
             pid = qmp.peer_pid()
+            thread = cpus[0].thread_id if cpus else 0
             if not procfs.has_thread(pid, thread):  # someone else made the socket for QEMU
                 pid = int(procfs.status(thread).get("Tgid", 0))
             return cls(name, socket, qmp, pid, _pidfd(name, pid))
@@ -105,13 +128,15 @@ class QemuVmm(Vmm):
 
     async def _inspect(self, role: Role) -> Shape:
         qmp = self._qmp
-        outline = await qemu_disks.outline(qmp)  # first: what changes from here on shows
-        run_state = (await qmp.execute("query-status"))["status"]
+        with qmp.taking_apart():
+            outline = await qemu_disks.outline(qmp)  # first: what changes from here on shows
+        run_state = (await qmp.ask(Status, "query-status")).status
         backends = await qemu_ram.backends(qmp)
         devices = [device async for device in qemu_facts.devices(qmp)]
         facts = await qemu_facts.facts(qmp, backends, devices)
         problems = await qemu_facts.refusals(qmp, self.pid, role, run_state, devices)
-        disks, unmovable = await qemu_disks.look(qmp, self.pid)
+        with qmp.taking_apart():
+            disks, unmovable = await qemu_disks.look(qmp, self.pid)
         problems += unmovable
         regions, unfit = qemu_ram.regions(backends, self.pid, qmp.version)
         try:
@@ -135,6 +160,7 @@ class QemuVmm(Vmm):
             state = "running"
         elif run_state == "inmigrate":
             state = "incoming"
+        self._seen = "running" if state == "running" else "paused"
         return Shape(
             state=state,
             pid=self.pid,
@@ -149,20 +175,21 @@ class QemuVmm(Vmm):
 
     async def outline(self) -> str:
         """As the interface says."""
-        with _patience(self.name):
+        with _patience(self.name), self._qmp.taking_apart():
             return await qemu_disks.outline(self._qmp)
 
     # ---- the source
 
     async def prepare(self) -> None:
-        """Set capabilities and bandwidth; the guest does not notice."""
+        """Note what the guest does, and the settings that `save` changes; nothing is changed."""
         await self._look()
-        await self._settings.apply(qemu_settings.SOURCE)
+        await self._settings.note(qemu_settings.SOURCE)
 
     async def track(self) -> int:
         """As the interface says: some thread of QEMU makes it, between two of its instructions."""
         try:
-            await qemu_userfaultfd.close_all(self.pid)
+            if (await self._now()).migration.over:  # or they may be QEMU's own
+                await qemu_userfaultfd.close_all(self.pid)
             return await qemu_userfaultfd.borrow(self._qmp, self.pid)
         except OSError as error:
             raise VmmError(
@@ -173,18 +200,17 @@ class QemuVmm(Vmm):
     @asynccontextmanager
     async def still(self) -> AsyncIterator[None]:
         """Between QMP `stop`, which is answered when the disks are drained, and `cont`."""
-        if not await self._runs():
+        before = self.before
+        if await self._look() != "running":
+            self.before = before
             yield
             return
-        before, self.before = self.before, "running"
         with self._qmp.events("RESUME") as events:
             try:
-                await self._qmp.execute("stop")
+                await self._hold()
                 yield
-                # Its answer comes behind the event of whoever ran the guest before us.
-                resumed = await self._runs() or events.take() is not None
             finally:
-                await self._move_again()
+                resumed = await self._move_again(events)
                 self.before = before
         if resumed:
             raise VmmError(
@@ -192,19 +218,49 @@ class QemuVmm(Vmm):
                 f"looked at: leave it alone and migrate again."
             )
 
-    async def _move_again(self) -> None:
-        """Run the guest after a stop of our own, also in a task that is cancelled.
+    async def _hold(self) -> None:
+        """The guard first: a guest that is stopped under it was stopped by us."""
+        _, stopped, migration = await self._qmp.execute_all(
+            [
+                qemu_settings.parameters(tls_creds=STOPPED),
+                ("stop", None),
+                ("query-migrate", None),
+            ],
+            patience=STOP_SECONDS,
+        )
+        if isinstance(stopped, QmpRefused):
+            raise stopped
+        if not self._qmp.as_kind(Migration, migration, "`query-migrate`").over:
+            raise VmmError(
+                f"Somebody else began to move or save the guest {self.name} just now: wait for "
+                f"the end of that and migrate again."
+            )
+
+    async def _move_again(self, events: Events) -> bool:
+        """Run the guest after a stop of our own, also in a task that is cancelled. Returns whether
+        somebody else had run it.
 
         QEMU takes commands in their order: a `stop` that nobody waits for any more comes before.
         """
         try:
             with trio.fail_after(CONT_SECONDS, shield=True):
-                await self._run_again()
-        except trio.TooSlowError:
+                now = await self._quiet(STOPPED)
+                # The answers come behind the event of whoever ran the guest before us.
+                resumed = now.running or events.take() is not None
+                if now.held(STOPPED):
+                    await self._run_again()
+                elif not now.running:
+                    raise VmmError(
+                        f"The guest {self.name} was stopped for a moment and was not run again, as "
+                        f"somebody else has had a hand on it meanwhile: {now.words}."
+                    )
+                await self._settings.unguard()
+                return resumed
+        except (trio.TooSlowError, VmmTimeout):
             raise VmmTimeout(
                 f"The guest {self.name} was stopped for a moment, and QEMU has not run it again "
                 f"within {CONT_SECONDS:g} s: see what its disks wait for, then send QMP `cont` to "
-                f"{self.socket}."
+                f"{self.socket}, if nobody has moved it meanwhile."
             ) from None
 
     async def save(
@@ -218,26 +274,59 @@ class QemuVmm(Vmm):
         whatever `send` raises.
         """
         with self._qmp.events("STOP", "RESUME", "MIGRATION") as events:
+            known = await self._settings.note(qemu_settings.SOURCE)
             if await self._look() == "paused":
                 stopped()
+            self._watch()
             async with (
-                qemu_stream.opened(self._qmp, "migrate", {}) as ours,
+                qemu_stream.opened(self._qmp) as ours,
                 qemu_stream.crew() as crew,  # until the relay has seen the end of the stream
             ):
+                await self._begin(known)
                 crew.start_soon(qemu_stream.relay, ours, send)
                 await self._saved(events, stopped if self.before == "running" else None)
             while (event := events.take()) is not None:
                 self._must_not_resume(event)
 
+    async def _begin(self, known: dict[str, bool]) -> None:
+        """Our own migration, in one piece with what has to be so for its time. While it goes on
+        QEMU takes no other, and afterwards the guard is there."""
+        with trio.CancelScope(shield=True):  # or nobody would know whose migration goes on
+            ignoring, _, begun, _ = await self._qmp.execute_all(
+                [
+                    qemu_settings.capabilities(known),
+                    qemu_settings.parameters(max_bandwidth=qemu_settings.BANDWIDTH),
+                    ("migrate", {"uri": qemu_stream.URI}),
+                    qemu_settings.parameters(tls_creds=MOVED),
+                ]
+            )
+            if not isinstance(begun, QmpRefused):
+                self._moved = True
+            else:
+                await self._qmp.execute(*qemu_settings.parameters(tls_creds=""))
+                if not isinstance(ignoring, QmpRefused) and not (await self._now()).migration.over:
+                    # Somebody else's began between two of our commands and leaves guest RAM out:
+                    # what cannot be right has to fail.
+                    await self._qmp.execute("migrate_cancel")
+        for refusal in (begun, ignoring):
+            if isinstance(refusal, QmpRefused):
+                raise VmmError(
+                    f"QEMU would not save the device state of {self.name}: {refusal.reason}."
+                )
+
     async def _saved(self, events: Events, stopped: Callable[[], None] | None) -> None:
         while True:
             event = await events.next()
             self._must_not_resume(event)
-            status = event.get("data", {}).get("status")
+            status = event["data"].get("status")
             if event["event"] == "STOP" and stopped is not None:
                 stopped()
                 stopped = None
             elif status == "completed":
+                # At once, and nobody waits for it: what others save from now on is to be whole.
+                await self._qmp.tell(
+                    *qemu_settings.capabilities({IGNORE: self._settings.found_ignoring})
+                )
                 if stopped is not None:
                     raise VmmError(f"QEMU saved the guest of {self.name} without stopping it.")
                 return
@@ -254,68 +343,106 @@ class QemuVmm(Vmm):
                 f"over: leave it alone and migrate again."
             )
 
-    async def rollback(self) -> None:
-        """The guest as it was before `prepare`, from whatever state QEMU is in. Idempotent.
+    def check_saved(self) -> None:
+        if self._resumes is not None and self._resumes.queue:
+            raise VmmError(
+                f"The guest {self.name} was resumed by someone else after its state was saved: "
+                f"leave it alone and migrate again."
+            )
+
+    def _watch(self, *, on: bool = True) -> None:
+        """For who runs the guest from now on, or no more."""
+        if self._resumes is not None:
+            self._qmp.unsubscribe(self._resumes)
+        self._resumes = self._qmp.subscribe("RESUME") if on else None
+
+    async def rollback(self) -> str:
+        """The guest as it was before we stopped it, from whatever state QEMU is in. Idempotent.
 
         A guest that was paused and whose state was saved whole stays in QEMU's run state
         postmigrate (nothing leads from there to paused but running): `cont` runs it as ever, but it
         must run before it can be migrated again. Raises VmmError when it cannot be run again.
         """
-        qmp = self._qmp
-        migrated = await self._ended()
-        run_state = (await qmp.execute("query-status"))["status"]
-        lost = run_state == "postmigrate" and self.before != "paused"
-        if lost or (run_state in qemu_facts.PAUSED and self.before == "running"):
+        self._watch(on=False)
+        before = self.before or self._seen
+        now = await self._quiet(STOPPED, MOVED)
+        moved = self._moved = self._moved or now.guard == MOVED
+        if before == "running" and (now.held(STOPPED) or now.held(MOVED)):
             await self._run_again()
+            now = await self._now()
         await self._settings.restore()
-        if migrated != "none" and await self._runs():
-            # Switches may have learnt the destination's port from its announcement.
-            parameters = await qmp.execute("query-migrate-parameters")
-            keys = ("initial", "max", "rounds", "step")
-            await qmp.execute("announce-self", {key: parameters[f"announce-{key}"] for key in keys})
-        with suppress(PostcopydError, OSError):  # of no use, and no harm
-            await qemu_userfaultfd.close_all(self.pid)
+        if moved and now.running:
+            await self._announce()
+        self._seen, self.before = before, None
+        if now.migration.over:  # or they may be QEMU's own
+            with suppress(PostcopydError, OSError):  # of no use, and no harm
+                await qemu_userfaultfd.close_all(self.pid)
+        stands = PAUSED | ({"postmigrate"} if moved else set())
+        if not now.migration.over or before is None:
+            return "" if now.migration.over else now.words
+        as_it_was = now.running if before == "running" else now.run_state in stands
+        if not as_it_was and now.running:
+            return "it was paused, and somebody else has run it meanwhile"
+        return "" if as_it_was else now.words
 
-    async def _ended(self) -> str:
-        """Waits until no migration goes on; returns the state of the last one.
+    async def _announce(self) -> None:
+        """Switches may have learnt the destination's port from its announcement."""
+        found = await self._settings.read()
+        await self._qmp.execute(
+            "announce-self",
+            {
+                "initial": found.announce_initial,
+                "max": found.announce_max,
+                "rounds": found.announce_rounds,
+                "step": found.announce_step,
+            },
+        )
 
-        Our end of its stream is closed, so it fails by itself in milliseconds, unless it has been
-        written whole, and then it completes. QEMU takes its disks back after either. After
-        `migrate_cancel` past the stop, 7.2 runs the guest with its disks inactive and aborts at
-        their next use: that is for a migration that neither writes nor stops, and for a pause that
-        somebody else asked for.
+    async def _quiet(self, *guards: str) -> Now:
+        """What QEMU is at once no migration goes on that has begun under one of these guards, or
+        that a stop of ours was put upon. Others are left alone, and their end is not waited for.
+
+        Our end of our own migration's stream is closed, so it fails by itself in milliseconds,
+        unless it has been written whole, and then it completes. QEMU takes its disks back after
+        either. After `migrate_cancel` past the stop, 7.2 runs the guest with its disks inactive and
+        aborts at their next use: that is for a migration that neither writes nor stops, and for a
+        pause that somebody else asked for.
         """
         deadline = trio.current_time() + FAIL_SECONDS
         while True:
-            status = str((await self._qmp.execute("query-migrate")).get("status", "none"))
-            run_state = (await self._qmp.execute("query-status"))["status"]
-            if status in qemu_facts.OVER and run_state != "finish-migrate":
-                return status
-            stuck = run_state != "finish-migrate" and trio.current_time() > deadline
-            if status == "pre-switchover" or (stuck and status not in qemu_facts.OVER):
-                await self._qmp.execute("migrate_cancel")
-            if status == "cancelling":  # 7.2 may have missed it on its way into the pause
-                with suppress(QmpRefused):
-                    await self._qmp.execute("migrate-continue", {"state": "cancelling"})
+            now = await self._now()
+            status, stopping = now.migration.status, now.run_state == "finish-migrate"
+            if now.guard not in guards or (now.migration.over and not stopping):
+                return now
+            if now.guard == MOVED:
+                stuck = not stopping and trio.current_time() > deadline
+                if status == "pre-switchover" or (stuck and not now.migration.over):
+                    await self._qmp.execute("migrate_cancel")
+                if status == "cancelling":  # 7.2 may have missed it on its way into the pause
+                    with suppress(QmpRefused):
+                        await self._qmp.execute("migrate-continue", {"state": "cancelling"})
             await trio.sleep(POLL_SECONDS)
 
     async def _run_again(self) -> None:
+        """`cont`, for a guest of which it was just seen that we hold it."""
         deadline = trio.current_time() + DISK_LOCK_SECONDS
         while True:
             try:
-                await self._qmp.execute("cont")
+                await self._qmp.execute("cont", patience=math.inf)
                 return
             except QmpRefused as refusal:
                 if "lock" not in refusal.reason or trio.current_time() > deadline:
                     raise VmmError(
                         f"The guest {self.name} stays stopped at the source, as QEMU would not run "
-                        f"it again ({refusal.reason}): release what holds its disks, then send QMP "
+                        f"it again ({refusal.reason}): see who holds its disks, which may be this "
+                        f"same guest, running elsewhere; if it does not, release them and send QMP "
                         f"`cont` to {self.socket}."
                     ) from None
             await trio.sleep(POLL_SECONDS * 10)
 
     async def finish(self, keep: bool) -> None:
         """The guest runs elsewhere: end this QEMU, or leave it stopped. Fine if it has ended."""
+        self._watch(on=False)
         if not keep:
             await self._end(FINISH_SECONDS)
         else:
@@ -331,7 +458,7 @@ class QemuVmm(Vmm):
         QEMU, so that `adopted` can give them in the same order.
         Raises PostcopydError; then nothing is left in QEMU, and the RAM is as good as empty.
         """
-        state = (await self._qmp.execute("query-status"))["status"]
+        state = (await self._qmp.ask(Status, "query-status")).status
         if state != "inmigrate":
             raise VmmError(
                 f"The QEMU of {self.name} does not wait for a guest (run state {state}), so its "
@@ -355,6 +482,7 @@ class QemuVmm(Vmm):
             for _ in range(min(len(regions), MAX_DESCRIPTORS)):
                 ours, number = await qemu_userfaultfd.create(self._qmp, self.pid)
                 descriptors[number] = ours
+            self._made = sorted(descriptors)
         except BaseException:
             _close(descriptors.values())
             with trio.CancelScope(shield=True), suppress(PostcopydError, OSError):
@@ -378,21 +506,41 @@ class QemuVmm(Vmm):
         After any failure this QEMU is of no use any more: `end` it. Raises VmmError, VmmGone, and
         whatever `receive` raises.
         """
-        arguments = {"exit-on-error": False} if self._qmp.version >= (9, 1) else {}
+        arguments: dict[str, Any] = {"uri": qemu_stream.URI}
+        if self._qmp.version >= (9, 1):
+            arguments["exit-on-error"] = False
         with self._qmp.events("RESUME", "MIGRATION") as events:
-            async with (
-                qemu_stream.opened(self._qmp, "migrate-incoming", arguments) as ours,
-                qemu_stream.crew() as crew,
-            ):
-                crew.start_soon(qemu_stream.feed, ours, receive)
+            async with qemu_stream.opened(self._qmp) as ours, qemu_stream.crew() as crew:
+                await self._qmp.execute("migrate-incoming", arguments)
+                crew.start_soon(qemu_stream.feed, ours, receive, self._nearly_loaded)
                 await self._loaded(events)
+
+    async def _nearly_loaded(self) -> None:
+        """QEMU waits for the last byte and has read all that x-ignore-shared is about. Were it on
+        any longer, a save by somebody else would leave out guest RAM; from here on one reads it
+        all, and waits for pages as the guest does. Until the guest runs none may begin.
+
+        QEMU before 10 aborts when it gives away disks that it has not taken, which `cont` does; so
+        those of a guest that stays paused are taken now.
+        """
+        states = {IGNORE: False}
+        if self.before == "paused" and self._qmp.version < (10, 0):
+            states[LATE] = False
+        commands = [
+            qemu_settings.capabilities(states),
+            qemu_settings.parameters(tls_creds=ARRIVING),
+        ]
+        with suppress(QmpClosed):  # `_loaded` hears of it too, and says so
+            for answer in await self._qmp.execute_all(commands, patience=math.inf):
+                if isinstance(answer, QmpRefused):
+                    raise answer
 
     async def _loaded(self, events: Events) -> None:
         ran = False
         while True:
             event = await events.next()
             ran |= event["event"] == "RESUME"
-            status = event.get("data", {}).get("status")
+            status = event["data"].get("status")
             if status == "failed":
                 raise VmmError(
                     f"QEMU could not load the device state of {self.name}: "
@@ -409,7 +557,7 @@ class QemuVmm(Vmm):
         that cannot be known. Waits while QEMU waits for a page."""
         with self._qmp.events("RESUME") as events:
             try:
-                await self._qmp.execute("cont")
+                await self._qmp.execute("cont", patience=math.inf)
             except QmpClosed as closed:
                 if closed.unsent:
                     raise Declined(f"The guest {self.name} was not run: {closed}") from None
@@ -427,12 +575,15 @@ class QemuVmm(Vmm):
             raise VmmError(
                 f"QEMU accepted to run {self.name} but does not: look at QMP query-status."
             )
+        with suppress(PostcopydError):  # others may move and save it again; it runs in any case
+            await self._qmp.tell(*qemu_settings.parameters(tls_creds=""))
 
     async def release(self) -> None:
         """Close the userfaultfds in QEMU and put its settings back.
 
         Only after the guest is drained, or before `load`."""
-        await qemu_userfaultfd.close_all(self.pid)
+        await qemu_userfaultfd.close_all(self.pid, self._made)
+        self._made = None
         if self._forbade_huge is not False:
             await qemu_hugepages.allow(self.pid)
             self._forbade_huge = None
@@ -476,18 +627,26 @@ class QemuVmm(Vmm):
             self._pidfd = -1
         await trio.lowlevel.checkpoint()
 
+    async def _now(self) -> Now:
+        return await qemu_state.look(self._qmp)
+
     async def _look(self) -> Literal["running", "paused"]:
-        """Note what the guest does before we change it."""
-        self.before = "running" if await self._runs() else "paused"
+        """Note what the guest does before we change it. Raises VmmError when somebody else has a
+        hand on it, or when it does neither."""
+        now = await self._now()
+        if not now.migration.over or not (now.running or now.run_state in PAUSED):
+            raise VmmError(f"The guest {self.name} cannot be moved now: {now.words}.")
+        self._moved = False
+        self.before = self._seen = "running" if now.running else "paused"
         return self.before
 
     async def _runs(self) -> bool:
-        return bool((await self._qmp.execute("query-status"))["running"])
+        return (await self._qmp.ask(Status, "query-status")).running
 
     async def _why(self, status: str) -> str:
         """QEMU's reason for the end of a migration, or where to look for it."""
-        reason = (await self._qmp.execute("query-migrate")).get("error-desc")
-        return str(reason or f"migration {status}, its own log says why").rstrip(".")
+        reason = (await self._qmp.ask(Migration, "query-migrate")).error_desc
+        return plain(reason or f"migration {status}, its own log says why").rstrip(".")
 
 
 @contextmanager

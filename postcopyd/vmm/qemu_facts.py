@@ -12,11 +12,26 @@ import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from postcopyd import procfs
+from postcopyd.names import plain
+from postcopyd.vmm import qemu_settings, qemu_state
+from postcopyd.vmm.qemu_answers import (
+    Capability,
+    Cpu,
+    CpuWord,
+    Kvm,
+    MemoryDevice,
+    Migration,
+    Parameters,
+    Property,
+    Text,
+)
 from postcopyd.vmm.qemu_ram import Backend
 from postcopyd.vmm.qmp import Qmp, QmpRefused
+
+T = TypeVar("T")
 
 # Capabilities that may be on beside our own: the others change the stream into one that a plain
 # descriptor or ignored RAM cannot carry.
@@ -31,14 +46,6 @@ HARMLESS = {
     "zero-blocks",
     "release-ram",
 }
-OVER = {
-    "none",
-    "completed",
-    "cancelled",
-    "failed",
-}  # states of query-migrate in which nothing goes on
-PAUSED = {"paused", "prelaunch"}
-
 # Bits that follow from the number of vCPUs, which newer versions show among the features and older
 # ones add when the guest asks: HTT and CMP_LEGACY, by (leaf, subleaf or -1, register).
 FROM_TOPOLOGY = {(1, -1, "EDX"): 1 << 28, (0x80000001, -1, "ECX"): 1 << 1}
@@ -67,16 +74,16 @@ async def devices(qmp: Qmp) -> AsyncIterator[Device]:
     From QOM, because `query-pci` shows what is behind a bridge only after the firmware has run.
     """
     for container in ("peripheral", "peripheral-anon"):
-        for entry in await qmp.execute("qom-list", {"path": f"/machine/{container}"}):
-            kind = entry["type"]
-            if not kind.startswith("child<"):
+        listed = await qmp.ask(list[Property], "qom-list", {"path": f"/machine/{container}"})
+        for entry in listed:
+            if not entry.type.startswith("child<"):
                 continue
-            path = f"/machine/{container}/{entry['name']}"
-            bus = await _get(qmp, path, "parent_bus") or ""
+            path = f"/machine/{container}/{entry.name}"
+            bus = await _get(qmp, path, "parent_bus", str, "")
             address = await _get(qmp, path, "addr")
             yield Device(
-                entry["name"] if container == "peripheral" else "",
-                kind.removeprefix("child<").removesuffix(">"),
+                entry.name if container == "peripheral" else "",
+                entry.type.removeprefix("child<").removesuffix(">"),
                 bus.rpartition("/")[2],
                 address if isinstance(address, int) and address >= 0 else None,
                 path,
@@ -85,11 +92,11 @@ async def devices(qmp: Qmp) -> AsyncIterator[Device]:
 
 async def facts(qmp: Qmp, backends: list[Backend], present: list[Device]) -> dict[str, str]:
     """What must be equal on both hosts, each as text for people."""
-    cpus = await qmp.execute("query-cpus-fast")
-    smp = await _get(qmp, "/machine", "smp") or {}
-    memory = await _get(qmp, "/machine", "memory") or {}
-    plugged = await qmp.execute("query-memory-devices")
-    kvm = (await qmp.execute("query-kvm"))["enabled"]
+    cpus = await qmp.ask(list[Cpu], "query-cpus-fast")
+    smp = await _get(qmp, "/machine", "smp", dict[str, int], {})
+    memory = await _get(qmp, "/machine", "memory", dict[str, Any], {})
+    plugged = await qmp.ask(list[MemoryDevice], "query-memory-devices")
+    kvm = (await qmp.ask(Kvm, "query-kvm")).enabled
     topology = ", ".join(
         f"{smp[key]} {key}"
         for key in sorted(smp)
@@ -98,7 +105,7 @@ async def facts(qmp: Qmp, backends: list[Backend], present: list[Device]) -> dic
     found = {
         "machine": str(await _get(qmp, "/machine", "type")).removesuffix("-machine"),
         "accelerator": "KVM" if kvm else "TCG",
-        "CPU": await _cpu(qmp, cpus[0]["qom-path"]),
+        "CPU": await _cpu(qmp, cpus[0].qom_path if cpus else ""),
         "vCPUs": f"{len(cpus)} of at most {smp.get('maxcpus', len(cpus))}, {topology or 'flat'}",
         "RAM": ", ".join(f"{backend.id} of {backend.size} bytes" for backend in backends),
         "memory layout": ", ".join(
@@ -106,13 +113,12 @@ async def facts(qmp: Qmp, backends: list[Backend], present: list[Device]) -> dic
             + [f"below 4 GiB at most {await _get(qmp, '/machine', 'max-ram-below-4g')}"]
         ),
     }
-    if numa := _digestible((await _try(qmp, "x-query-numa") or {}).get("human-readable-text", "")):
+    if numa := _digestible(await _numa(qmp)):
         found["NUMA"] = numa
-    for device in plugged:
-        data = device["data"]
-        found[f"memory device {data.get('id', '')}"] = (
-            f"{device['type']} of {data.get('size')} bytes at {data.get('addr', 0):#x}, "
-            f"slot {data.get('slot')}"
+    for module in plugged:
+        data = module.data
+        found[f"memory device {data.id}"] = (
+            f"{module.type} of {data.size} bytes at {data.addr:#x}, slot {data.slot}"
         )
     nameless: dict[str, list[str]] = {}
     for device in present:
@@ -129,8 +135,8 @@ async def refusals(
     qmp: Qmp, pid: int, role: str, run_state: str, present: list[Device]
 ) -> list[str]:
     """Why this guest cannot be migrated now in this role, RAM aside; a sentence each."""
-    migration = await qmp.execute("query-migrate")
-    under_way = migration.get("status", "none")
+    migration = await qmp.ask(Migration, "query-migrate")
+    under_way = migration.status
     problems = []
     if role == "source":
         if run_state == "inmigrate":
@@ -140,10 +146,10 @@ async def refusals(
                 "The guest was stopped by an earlier migration (run state postmigrate): if it runs "
                 "nowhere else, send QMP `cont` and try again."
             )
-        elif run_state not in PAUSED | {"running"}:
+        elif run_state not in qemu_state.PAUSED | {"running"}:
             problems.append(
-                f"The guest is neither running nor paused but '{run_state}': bring it to one of "
-                f"these (QMP `cont`, `stop` or `system_reset`) and try again."
+                f"The guest is neither running nor paused (run state {run_state}): "
+                f"{qemu_state.WORDS.get(run_state, 'look at it')}; then try again."
             )
     elif run_state != "inmigrate":
         problems.append(
@@ -155,33 +161,33 @@ async def refusals(
             "QEMU has been told already where its guest comes from: start it anew with "
             "-incoming defer."
         )
-    if role == "source" and under_way not in OVER:
+    if role == "source" and not migration.over:
         problems.append(
             f"QEMU is migrating this guest already ({under_way}): wait for its end or send "
             f"QMP `migrate_cancel`."
         )
-    for reason in migration.get("blocked-reasons", []):
-        problems.append(f"QEMU says that this guest cannot be migrated: {reason.rstrip('.')}.")
+    for reason in migration.blocked_reasons:
+        problems.append(f"QEMU says that this guest cannot be migrated: {plain(reason).rstrip('.')}.")
     problems += [problem async for problem in _settings(qmp)]
     problems += [problem async for problem in _devices(qmp, present)]
     return problems
 
 
 async def _settings(qmp: Qmp) -> AsyncIterator[str]:
-    capabilities = await qmp.execute("query-migrate-capabilities")
-    on = {c["capability"] for c in capabilities if c["state"]}
-    if "x-ignore-shared" not in {c["capability"] for c in capabilities}:
+    capabilities = await qmp.ask(list[Capability], "query-migrate-capabilities")
+    on = {c.capability for c in capabilities if c.state}
+    if "x-ignore-shared" not in {c.capability for c in capabilities}:
         yield "This QEMU cannot leave RAM out of its stream: use QEMU 4.0 or later."
     for name in sorted(on - HARMLESS):
         yield (
             f"QEMU's migration capability {name} is on: switch it off with "
             f"QMP `migrate-set-capabilities`."
         )
-    parameters = await qmp.execute("query-migrate-parameters")
-    if parameters.get("tls-creds"):
+    parameters = await qmp.ask(Parameters, "query-migrate-parameters")
+    if parameters.tls_creds and parameters.tls_creds not in qemu_settings.GUARDS:
         yield "QEMU's migration parameter tls-creds is set: set it to an empty string."
-    if parameters.get("mode", "normal") != "normal":
-        yield f"QEMU's migration mode is {parameters['mode']}: set it to normal."
+    if parameters.mode != "normal":
+        yield f"QEMU's migration mode is {parameters.mode}: set it to normal."
 
 
 async def _devices(qmp: Qmp, present: list[Device]) -> AsyncIterator[str]:
@@ -199,10 +205,10 @@ async def _devices(qmp: Qmp, present: list[Device]) -> AsyncIterator[str]:
                 f"{name} reports free pages, which come and go unseen: start both QEMUs with "
                 f"free-page-reporting=off."
             )
-    for plugged in await qmp.execute("query-memory-devices"):
-        if plugged["type"] != "dimm":
+    for plugged in await qmp.ask(list[MemoryDevice], "query-memory-devices"):
+        if plugged.type != "dimm":
             yield (
-                f"Memory device '{plugged['data'].get('id', '')}' ({plugged['type']}) discards or "
+                f"Memory device '{plugged.data.id}' ({plugged.type}) discards or "
                 f"persists pages unseen: unplug it, or use a pc-dimm with a memory-backend-file."
             )
 
@@ -218,12 +224,11 @@ def _incoming(pid: int) -> str | None:
 
 async def _cpu(qmp: Qmp, path: str) -> str:
     """The CPU's type, and a digest of all that CPUID shows of it and that is set."""
-    words = await _get(qmp, path, "feature-words") or []
     features = []
-    for word in words:
-        leaf = (word["cpuid-input-eax"], word.get("cpuid-input-ecx", -1), word["cpuid-register"])
+    for word in await _get(qmp, path, "feature-words", list[CpuWord], []):
+        leaf = (word.cpuid_input_eax, word.cpuid_input_ecx, word.cpuid_register)
         # Later versions know more words; one that is zero says nothing.
-        if bits := word["features"] & ~FROM_TOPOLOGY.get(leaf, 0):
+        if bits := word.features & ~FROM_TOPOLOGY.get(leaf, 0):
             features.append((*leaf, bits))
     features.sort()
     other = [
@@ -243,16 +248,21 @@ async def _cpu(qmp: Qmp, path: str) -> str:
     return f"{str(await _get(qmp, path, 'type')).removesuffix('-cpu')}, CPUID {digest}"
 
 
-async def _get(qmp: Qmp, path: str, key: str) -> Any:
-    """A QOM property, None when the object has none of this name."""
-    return await _try(qmp, "qom-get", {"path": path, "property": key})
-
-
-async def _try(qmp: Qmp, command: str, arguments: dict[str, Any] | None = None) -> Any:
+async def _get(
+    qmp: Qmp, path: str, key: str, kind: type[T] | Any = Any, default: T | Any = None
+) -> T | Any:
+    """A QOM property, the default when the object has none of this name."""
     try:
-        return await qmp.execute(command, arguments)
+        return await qmp.ask(kind, "qom-get", {"path": path, "property": key})
     except QmpRefused:
-        return None
+        return default
+
+
+async def _numa(qmp: Qmp) -> str:
+    try:
+        return (await qmp.ask(Text, "x-query-numa")).human_readable_text
+    except QmpRefused:
+        return ""
 
 
 def _digestible(text: str) -> str:

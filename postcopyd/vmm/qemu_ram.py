@@ -11,11 +11,14 @@ import mmap
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from postcopyd import procfs
 from postcopyd.vmm import Region, VmmError
+from postcopyd.vmm.qemu_answers import Memdev, Text
 from postcopyd.vmm.qmp import Qmp, QmpRefused
+
+T = TypeVar("T")
 
 # Page sizes the engine places whole. A 1 GiB page would take its vCPU most of a second to arrive.
 PAGE_SIZES = (4096, 2 << 20)
@@ -23,6 +26,8 @@ PAGE_SIZES = (4096, 2 << 20)
 # Since this version QEMU leaves out of its stream only shared memory that has a *name*
 # (qemu_ram_is_named_file); before, all that was shared.
 NAMED_FILES_ONLY = (8, 1)
+
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]{1,16}")
 
 MAP_NORESERVE = 0x4000  # the mmap module has it from Python 3.12 or later
 
@@ -51,14 +56,15 @@ class Backend:
 
 async def backends(qmp: Qmp) -> list[Backend]:
     """All memory backends by name, so that both hosts count them alike (QEMU's order varies)."""
-    addresses = _host_addresses(await qmp.execute("x-query-ramblock"))
+    addresses = _host_addresses((await qmp.ask(Text, "x-query-ramblock")).human_readable_text)
     found = []
-    for number, backend in enumerate(await qmp.execute("query-memdev")):
-        name = backend.get("id", f"memory{number}")
+    for number, backend in enumerate(await qmp.ask(list[Memdev], "query-memdev")):
+        name = backend.id or f"memory{number}"
 
-        async def get(key: str, default: Any, name: str = name) -> Any:
+        async def get(key: str, default: T, name: str = name) -> T:
+            what = {"path": f"/objects/{name}", "property": key}
             try:
-                return await qmp.execute("qom-get", {"path": f"/objects/{name}", "property": key})
+                return await qmp.ask(type(default), "qom-get", what)
             except QmpRefused:
                 return default
 
@@ -66,8 +72,8 @@ async def backends(qmp: Qmp) -> list[Backend]:
             Backend(
                 name,
                 await get("type", "memory-backend-ram"),
-                backend["size"],
-                backend.get("share", False),
+                backend.size,
+                backend.share,
                 await get("readonly", False),
                 await get("mem-path", ""),
                 addresses.get(name, addresses.get(f"/objects/{name}")),
@@ -173,7 +179,7 @@ def _candidates(backend: Backend, pid: int, mappings: list[procfs.Mapping]) -> l
         return [m for m in fitting if m.path.startswith("/memfd:memory-backend-memfd")]
     try:
         file = procfs.file_id(_visible(backend.path, pid))
-    except OSError:
+    except (OSError, ValueError):  # no such file, or what no path can be
         file = (0, 0)
     if exact := [m for m in fitting if m.file == file]:
         return exact
@@ -245,11 +251,15 @@ def _region(backend: Backend, pid: int, mapping: procfs.Mapping) -> Region | str
     )
 
 
-def _host_addresses(answer: dict[str, str]) -> dict[str, int]:
+def _host_addresses(text: str) -> dict[str, int]:
     """Block name to address in QEMU, from `x-query-ramblock` (the column HVA came with 8.0)."""
-    lines = answer["human-readable-text"].splitlines()
+    lines = text.splitlines()
     if not lines or "HVA" not in lines[0]:
         return {}
     columns = 7 if lines[0].split()[-1] == "RO" else 6  # after the name; a page size is two words
     rows = (line.rsplit(None, columns) for line in lines[1:])
-    return {row[0].strip(): int(row[6], 16) for row in rows if len(row) == columns + 1}
+    addresses = {}
+    for row in rows:
+        if len(row) == columns + 1 and _ADDRESS.fullmatch(row[6]):
+            addresses[row[0].strip()] = int(row[6], 16)
+    return addresses

@@ -1,24 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """The migration settings of a QEMU: ours for the time of a migration, then those found before.
 
-Owns capabilities and bandwidth. They stay in QEMU when the daemon dies, so a daemon that did not
-set them itself puts QEMU's defaults back: `x-ignore-shared` must not be left on, as a later
-migration by somebody else would leave the guest's RAM behind.
+Owns capabilities, bandwidth, and the guard. They stay in QEMU when the daemon dies, so a daemon
+that did not set them itself puts QEMU's defaults back.
+
+**`x-ignore-shared`** leaves guest RAM out of the stream of whoever moves or saves the guest next.
+So it is on only where QEMU itself refuses that: at the source while our own migration goes on, at
+the destination until all of the stream but its last byte was loaded.
+
+**The guard** is `tls-creds` with a name that no credentials have: each migration and save that
+somebody else begins fails at once, in QEMU, with that name in its error. It is set while one must
+not begin, because we hold the guest stopped, or have moved it. And it says so to whoever looks: a
+stopped guest under the guard is one that we have stopped, also when the daemon that did it is dead;
+without the guard it is somebody else's doing.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from postcopyd.vmm.qmp import Qmp
+from postcopyd.vmm.qemu_answers import Capability, Parameters
+from postcopyd.vmm.qmp import Qmp, QmpRefused
 
 # The stream is 0.3 MB, or 16 MB with a VGA card, and should never be throttled.
 BANDWIDTH = 1 << 40
 QEMU_DEFAULT_BANDWIDTH = 128 << 20
 
-SOURCE = {"x-ignore-shared": True, "events": True, "pause-before-switchover": False}
+IGNORE = "x-ignore-shared"
+SOURCE = {IGNORE: True, "events": True, "pause-before-switchover": False}
 # late-block-activate: QEMU before 10 takes the disks' locks at load, where `cont` should.
-DESTINATION = {"x-ignore-shared": True, "events": True, "late-block-activate": True}
+LATE = "late-block-activate"
+DESTINATION = {IGNORE: True, "events": True, LATE: True}
+
+STOPPED = "postcopyd-holds-this-guest-stopped"
+MOVED = "postcopyd-moves-this-guest"
+ARRIVING = "postcopyd-waits-for-this-guest"
+GUARDS = {STOPPED, MOVED, ARRIVING}
+
+Command = tuple[str, dict[str, Any]]
+
+
+def capabilities(states: dict[str, bool]) -> Command:
+    what = [{"capability": name, "state": state} for name, state in states.items()]
+    return "migrate-set-capabilities", {"capabilities": what}
+
+
+def parameters(**values: Any) -> Command:
+    """A parameter is written with _ for -."""
+    names = {name.replace("_", "-"): value for name, value in values.items()}
+    return "migrate-set-parameters", names
 
 
 class Settings:
@@ -28,35 +58,62 @@ class Settings:
         self._qmp = qmp
         self._found: tuple[dict[str, bool], int] | None = None
 
-    async def apply(self, capabilities: dict[str, bool]) -> None:
-        """Set the capabilities that this QEMU knows, and the bandwidth. Raises QmpRefused."""
+    async def note(self, ours: dict[str, bool]) -> dict[str, bool]:
+        """Remember what is to be put back; of our capabilities those that this QEMU knows."""
         now = await self._capabilities()
-        ours = {name: state for name, state in capabilities.items() if name in now}
+        known = {name: state for name, state in ours.items() if name in now}
         if self._found is None:
-            self._found = ({name: now[name] for name in ours}, await self._bandwidth())
-        await self._set(ours, BANDWIDTH)
+            self._found = ({name: now[name] for name in known}, (await self.read()).max_bandwidth)
+        return known
+
+    async def apply(self, ours: dict[str, bool]) -> None:
+        """Set the capabilities that this QEMU knows, and the bandwidth. Raises QmpRefused."""
+        known = await self.note(ours)
+        await self._all([capabilities(known), parameters(max_bandwidth=BANDWIDTH)])
+
+    async def read(self) -> Parameters:
+        return await self._qmp.ask(Parameters, "query-migrate-parameters")
+
+    @property
+    def found_ignoring(self) -> bool:
+        """Whether somebody else had switched x-ignore-shared on."""
+        return self._found is not None and self._found[0].get(IGNORE, False)
 
     async def restore(self) -> None:
-        """Put back what `apply` found. Idempotent; no migration may be going on."""
-        if self._found is not None:
-            await self._set(*self._found)
-            self._found = None
-            return
-        bandwidth = await self._bandwidth()
-        if bandwidth == BANDWIDTH:  # ours, and we do not remember: set by a daemon before this one
-            ours = {
-                name: False for name in await self._capabilities() if name in SOURCE | DESTINATION
+        """Put back what `note` found, where it is ours still. Idempotent. The guard is the last to
+        go. Raises QmpRefused, when a migration goes on that began while a setting was ours."""
+        now, set_now = await self.read(), await self._capabilities()
+        ours = SOURCE | DESTINATION
+        found = self._found
+        if found is None and now.max_bandwidth == BANDWIDTH:
+            # We do not remember: set by a daemon before this one.
+            found = {name: False for name in ours if name in set_now}, QEMU_DEFAULT_BANDWIDTH
+        if found is not None:
+            states = {
+                name: state
+                for name, state in found[0].items()
+                if set_now.get(name) == ours[name] != state
             }
-            await self._set(ours, QEMU_DEFAULT_BANDWIDTH)
+            bandwidth = [parameters(max_bandwidth=found[1])]
+            await self._all(
+                ([capabilities(states)] if states else [])
+                + (bandwidth if now.max_bandwidth == BANDWIDTH else [])
+            )
+        if now.tls_creds in GUARDS:
+            await self.unguard()
+        self._found = None
 
-    async def _set(self, capabilities: dict[str, bool], bandwidth: int) -> None:
-        states = [{"capability": name, "state": state} for name, state in capabilities.items()]
-        await self._qmp.execute("migrate-set-capabilities", {"capabilities": states})
-        await self._qmp.execute("migrate-set-parameters", {"max-bandwidth": bandwidth})
+    async def unguard(self) -> None:
+        """Others may move and save the guest again."""
+        await self._all([parameters(tls_creds="")])
+
+    async def _all(self, commands: list[Command]) -> None:
+        if not commands:
+            return
+        for answer in await self._qmp.execute_all(commands):
+            if isinstance(answer, QmpRefused):
+                raise answer
 
     async def _capabilities(self) -> dict[str, bool]:
-        answer: list[dict[str, Any]] = await self._qmp.execute("query-migrate-capabilities")
-        return {entry["capability"]: entry["state"] for entry in answer}
-
-    async def _bandwidth(self) -> int:
-        return int((await self._qmp.execute("query-migrate-parameters"))["max-bandwidth"])
+        answer = await self._qmp.ask(list[Capability], "query-migrate-capabilities")
+        return {entry.capability: entry.state for entry in answer}

@@ -7,20 +7,23 @@ bytes mean, nor when the stream is good; the driver learns that from events.
 
 from __future__ import annotations
 
+import fcntl
 import socket
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 import trio
 
 from postcopyd.vmm.qmp import Qmp
 
 STREAM = "postcopyd"  # the name under which QEMU gets its end
+URI = f"fd:{STREAM}"
 CHUNK = 256 << 10
 # Holds the device state of most guests, so that QEMU never waits for us while its guest is stopped:
 # with the kernel's 208 KiB the save took 2.9 ms and not 1-1.5.
 BUFFER = 4 << 20
+LOOK_S = 0.0001  # between two looks whether QEMU has taken what it was sent, in the blackout
+SIOCOUTQ = 0x5411  # unix(7)
 SO_SNDBUFFORCE = 32  # socket(7); beyond net.core.wmem_max, for CAP_NET_ADMIN
 
 
@@ -32,10 +35,8 @@ def _widen(end: socket.socket) -> None:
 
 
 @asynccontextmanager
-async def opened(
-    qmp: Qmp, command: str, arguments: dict[str, Any]
-) -> AsyncIterator[trio.socket.SocketType]:
-    """Run a migration command on one end of a socket pair and give the other, closed at the end.
+async def opened(qmp: Qmp) -> AsyncIterator[trio.socket.SocketType]:
+    """Lend one end of a socket pair to QEMU, as URI, and give the other, closed at the end.
 
     Closing makes a QEMU that still writes fail its migration, and one that still reads its load.
     """
@@ -45,7 +46,6 @@ async def opened(
     with trio.socket.from_stdlib_socket(ours) as mine:
         with theirs:
             await qmp.execute("getfd", {"fdname": STREAM}, fd=theirs.fileno())
-        await qmp.execute(command, {"uri": f"fd:{STREAM}"} | arguments)
         yield mine
 
 
@@ -55,21 +55,47 @@ async def relay(ours: trio.socket.SocketType, send: Callable[[bytes], Awaitable[
         await send(data)
 
 
-async def feed(ours: trio.socket.SocketType, receive: AsyncIterable[bytes]) -> None:
+async def feed(
+    ours: trio.socket.SocketType,
+    receive: AsyncIterable[bytes],
+    before_the_last: Callable[[], Awaitable[None]],
+) -> None:
     """Write to QEMU until `receive` ends, then end the stream.
 
+    The last byte is held back until QEMU has taken all others and `before_the_last` has returned.
     A QEMU that stops reading says why by an event or by its own end; here the rest is dropped.
     """
-    broken = False
-    async for data in receive:
-        view = memoryview(data)
-        while view and not broken:
-            try:
-                view = view[await ours.send(view) :]
-            except OSError:
-                broken = True
-    with suppress(OSError):
-        ours.shutdown(socket.SHUT_WR)
+    held, broken = b"", False
+    async for piece in receive:
+        data = held + piece
+        broken = broken or not await _send(ours, data[:-1])
+        held = data[-1:]
+    if broken:
+        return
+    while _unread(ours):
+        await trio.sleep(LOOK_S)
+    await before_the_last()
+    if await _send(ours, held):
+        with suppress(OSError):
+            ours.shutdown(socket.SHUT_WR)
+
+
+async def _send(ours: trio.socket.SocketType, data: bytes) -> bool:
+    """Whether QEMU has its end still."""
+    view = memoryview(data)
+    try:
+        while view:
+            view = view[await ours.send(view) :]
+    except OSError:
+        return False
+    return True
+
+
+def _unread(ours: trio.socket.SocketType) -> int:
+    """Bytes that QEMU has not taken. It may have ended, and then takes none."""
+    left = bytearray(4)
+    fcntl.ioctl(ours.fileno(), SIOCOUTQ, left)
+    return int.from_bytes(left, "little")
 
 
 @asynccontextmanager

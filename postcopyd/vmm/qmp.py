@@ -18,14 +18,15 @@ import json
 import math
 import socket as stdlib_socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import msgspec
 import trio
 
 from postcopyd.names import plain
-from postcopyd.vmm import VmmError, VmmGone, VmmProtocolError
+from postcopyd.vmm import VmmError, VmmGone, VmmProtocolError, VmmTimeout
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -34,13 +35,18 @@ Json = dict[str, Any]
 # the next one is connected by the kernel and then hears nothing.
 GREETING_SECONDS = 3.0
 
-# The largest replies known are property lists of a CPU (some 60 KiB). 16 MiB is QEMU's own limit in
-# the other direction (MAX_TOKEN_SIZE is 64 MiB, and no client of it needs that).
-MAX_MESSAGE_BYTES = 16 << 20
+# The largest replies known are property lists of a CPU (some 60 KiB).
+MAX_MESSAGE_BYTES = 4 << 20
 RECEIVE_BYTES = 64 << 10
 
-# Events a subscriber has not taken yet. A migration makes a few dozen.
+# Of what a subscriber has not taken yet. A migration makes a few dozen events of a hundred bytes.
 MAX_QUEUED_EVENTS = 1024
+MAX_QUEUED_BYTES = 256 << 10
+
+# Questions and most commands are answered in milliseconds, or QEMU's main loop is stuck.
+ANSWER_SECONDS = 10.0
+
+MAX_REASON = 1000  # characters of a sentence of QEMU's
 
 
 class QmpUnreachable(VmmGone):
@@ -68,10 +74,27 @@ class QmpProtocolError(VmmProtocolError):
 class QmpRefused(VmmError):
     """QEMU answered a command with an error; `reason` is its own sentence."""
 
-    def __init__(self, command: str, error: Json) -> None:
-        self.reason = plain(str(error.get("desc", error))).rstrip(".")
-        self.missing = error.get("class") == "CommandNotFound"
+    def __init__(self, command: str, error: Any) -> None:
+        told = error if isinstance(error, dict) else {}
+        self.reason = plain(str(told.get("desc", error))[:MAX_REASON]).rstrip(".")
+        self.missing = told.get("class") == "CommandNotFound"
         super().__init__(f"QEMU refused `{command}`: {self.reason}.")
+
+
+class _Numbers(msgspec.Struct):
+    major: int
+    minor: int
+    micro: int
+
+
+class _Version(msgspec.Struct):
+    qemu: _Numbers
+
+
+class Greeting(msgspec.Struct):
+    """What a monitor says first, as far as it matters."""
+
+    version: _Version
 
 
 class Events:
@@ -80,14 +103,23 @@ class Events:
     def __init__(self, qmp: Qmp, kinds: tuple[str, ...]) -> None:
         self._qmp = qmp
         self.kinds = kinds
-        self.queue: collections.deque[Json] = collections.deque(maxlen=MAX_QUEUED_EVENTS)
+        self.queue: collections.deque[Json] = collections.deque()
+        self._bytes = 0  # of what was queued since the queue was empty
+
+    def put(self, event: Json, size: int) -> bool:
+        """Whether there was room: who loses an event does not know any more what QEMU does."""
+        self._bytes = self._bytes + size if self.queue else size
+        if len(self.queue) >= MAX_QUEUED_EVENTS or self._bytes > MAX_QUEUED_BYTES:
+            return False
+        self.queue.append(event)
+        return True
 
     def take(self) -> Json | None:
         """The next event that has been read already, or None."""
         return self.queue.popleft() if self.queue else None
 
     async def next(self) -> Json:
-        """The next event (`event`, `data`, `timestamp`). Raises QmpClosed when none can come."""
+        """The next event: its name, `event`, and `data`. Raises QmpClosed when none can come."""
         return await self._qmp._until(self.take, "waiting for an event")
 
 
@@ -99,8 +131,10 @@ class Qmp:
         self._path = path
         self._socket: trio.socket.SocketType | None = None
         self._buffer = bytearray()
-        self._scanned = 0  # of the buffer: no newline in these bytes
+        self._scanned = 0  # of the buffer: no end of a line in these bytes
+        self._lines = bytearray()  # of a message that has begun with a line of its own
         self._greeting: Json | None = None
+        self._version = (0, 0, 0)
         self._ready = False
         self._numbers = itertools.count(1)
         self._replies: dict[int, Json | None] = {}  # None until it has come
@@ -116,28 +150,36 @@ class Qmp:
 
         Raises QmpUnreachable, QmpBusy (after `patience` seconds), QmpProtocolError or QmpRefused.
         """
-        async with self._opening:
-            if self._ready or self._failure is not None:
-                return
-            self._socket = trio.socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM)
-            try:
-                with trio.fail_after(patience):
-                    await self._connect(self._socket)
-                    await self._until(lambda: self._greeting, "waiting for its greeting")
-                    await self._exchange("qmp_capabilities", {}, None)
-                self._ready = True
-            except trio.TooSlowError:
-                raise QmpBusy(
-                    f"QMP socket {self._path} gave no greeting within {patience:g} s: another "
-                    f"client holds this monitor, or QEMU is stuck; close the other client, or give "
-                    f"QEMU a second -qmp socket for postcopyd."
-                ) from None
-            finally:
-                if not self._ready:
-                    self._socket.close()
-                    self._socket = self._greeting = None
-                    self._buffer.clear()
-                    self._scanned = 0
+        try:
+            with trio.fail_after(patience):
+                async with self._opening:  # who idles may wait for the greeting for ever in there
+                    if not self._ready and self._failure is None:
+                        await self._open()
+        except trio.TooSlowError:
+            raise QmpBusy(
+                f"QMP socket {self._path} gave no greeting within {patience:g} s: another "
+                f"client holds this monitor, or QEMU is stuck; close the other client, or give "
+                f"QEMU a second -qmp socket for postcopyd."
+            ) from None
+
+    async def _open(self) -> None:
+        self._socket = trio.socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM)
+        try:
+            await self._connect(self._socket)
+            greeting = await self._until(lambda: self._greeting, "waiting for its greeting")
+            version = self.as_kind(Greeting, greeting["QMP"], "its greeting").version.qemu
+            self._version = (version.major, version.minor, version.micro)
+            (answer,) = await self._exchange([("qmp_capabilities", None)], None, math.inf)
+            if isinstance(answer, QmpRefused):
+                raise answer
+            self._ready = True
+        finally:
+            if not self._ready:
+                self._socket.close()
+                self._socket = self._greeting = None
+                self._buffer.clear()
+                self._lines.clear()
+                self._scanned = 0
 
     async def _connect(self, sock: trio.socket.SocketType) -> None:
         try:
@@ -154,8 +196,7 @@ class Qmp:
     @property
     def version(self) -> tuple[int, int, int]:
         """QEMU's version from the greeting, (10, 0, 2)."""
-        version = (self._greeting or {}).get("QMP", {}).get("version", {}).get("qemu", {})
-        return (version.get("major", 0), version.get("minor", 0), version.get("micro", 0))
+        return self._version
 
     def peer_pid(self) -> int:
         """The process that made the listening socket: QEMU, if nobody made it for QEMU."""
@@ -170,39 +211,125 @@ class Qmp:
     @contextmanager
     def events(self, *kinds: str) -> Iterator[Events]:
         """Events of these kinds that are read while the context is open; all others are dropped."""
-        events = Events(self, kinds)
-        self._subscribers.append(events)
+        events = self.subscribe(*kinds)
         try:
             yield events
         finally:
-            self._subscribers.remove(events)
+            self.unsubscribe(events)
+
+    def subscribe(self, *kinds: str) -> Events:
+        """The same for longer than a block, until `unsubscribe`."""
+        events = Events(self, kinds)
+        self._subscribers.append(events)
+        return events
+
+    def unsubscribe(self, events: Events) -> None:
+        self._subscribers.remove(events)
 
     async def execute(
-        self, command: str, arguments: Json | None = None, fd: int | None = None
+        self,
+        command: str,
+        arguments: Json | None = None,
+        fd: int | None = None,
+        patience: float = ANSWER_SECONDS,
     ) -> Any:
         """Run one command and return what it returned; `fd` is passed along (SCM_RIGHTS).
 
-        Waits as long as QEMU takes. Raises QmpRefused with QEMU's sentence, QmpClosed,
+        Waits for `patience` seconds. Raises QmpRefused with QEMU's sentence, VmmTimeout, QmpClosed,
         QmpProtocolError, and what `open` raises.
         """
+        (answer,) = await self.execute_all([(command, arguments)], fd, patience)
+        if isinstance(answer, QmpRefused):
+            raise answer
+        return answer
+
+    async def ask(self, kind: type[T], command: str, arguments: Json | None = None) -> T:
+        """Run one command whose answer has to be of such a kind, or it is a QmpProtocolError."""
+        return self.as_kind(kind, await self.execute(command, arguments), f"`{command}`")
+
+    async def ask_all(self, questions: dict[str, Any]) -> list[Any]:
+        """Several questions in one piece, each with the kind of its answer. Raises QmpRefused."""
+        answers = await self.execute_all([(command, None) for command in questions])
+        found = []
+        for (command, kind), answer in zip(questions.items(), answers, strict=True):
+            if isinstance(answer, QmpRefused):
+                raise answer
+            found.append(self.as_kind(kind, answer, f"`{command}`"))
+        return found
+
+    def as_kind(self, kind: type[T], answer: Any, what: str) -> T:
+        """Nothing that a VMM says is indexed into before it has passed here."""
+        try:
+            return msgspec.convert(answer, kind)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise QmpProtocolError(
+                f"What answers at {self._path} is no QEMU that postcopyd knows: it answered {what} "
+                f"with something else ({error})."
+            ) from None
+
+    @contextmanager
+    def taking_apart(self) -> Iterator[None]:
+        """For code that indexes into answers by itself: one of another kind is the VMM's fault."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise QmpProtocolError(
+                f"What answers at {self._path} is no QEMU that postcopyd knows: an answer of it "
+                f"has another form ({type(error).__name__}: {error})."
+            ) from error
+
+    async def execute_all(
+        self,
+        commands: Sequence[tuple[str, Json | None]],
+        fd: int | None = None,
+        patience: float = ANSWER_SECONDS,
+    ) -> list[Any]:
+        """Run commands that QEMU gets in one piece, whatever becomes of us; each one's answer, or
+        its QmpRefused. `fd` goes with the first. Another monitor's commands may come between."""
         if not self._ready:
             await self.open()
-        return await self._exchange(command, arguments, fd)
+        return await self._exchange(commands, fd, patience)
 
-    async def _exchange(self, command: str, arguments: Json | None, fd: int | None) -> Any:
-        number = next(self._numbers)
+    async def tell(self, command: str, arguments: Json) -> None:
+        """Run a command without waiting for its answer; whether it is refused is not known."""
+        await self._send(self._line(next(self._numbers), command, arguments), command, None)
+
+    async def _exchange(
+        self, commands: Sequence[tuple[str, Json | None]], fd: int | None, patience: float
+    ) -> list[Any]:
+        names = "`, `".join(command for command, _ in commands)
+        numbers = [next(self._numbers) for _ in commands]
+        lines = b"".join(
+            self._line(number, *each) for number, each in zip(numbers, commands, strict=True)
+        )
+        self._replies |= dict.fromkeys(numbers)
+        try:
+            with trio.fail_after(patience):
+                await self._send(lines, names, fd)
+                doing = f"executing `{names}`"
+                replies = [await self._until(self._reply_to(n), doing) for n in numbers]
+        except trio.TooSlowError:
+            raise VmmTimeout(
+                f"QEMU at {self._path} did not answer `{names}` for {patience:g} s: see whether it "
+                f"is stopped (SIGSTOP), waits for its disks, or for pages of a migration."
+            ) from None
+        finally:
+            for number in numbers:
+                del self._replies[number]
+        return [
+            QmpRefused(command, reply["error"]) if "error" in reply else reply.get("return")
+            for (command, _), reply in zip(commands, replies, strict=True)
+        ]
+
+    def _reply_to(self, number: int) -> Callable[[], Json | None]:
+        return lambda: self._replies[number]
+
+    @staticmethod
+    def _line(number: int, command: str, arguments: Json | None) -> bytes:
         message: Json = {"execute": command, "id": number}
         if arguments:
             message["arguments"] = arguments
-        self._replies[number] = None
-        try:
-            await self._send(json.dumps(message).encode() + b"\n", command, fd)
-            reply = await self._until(lambda: self._replies[number], f"executing `{command}`")
-        finally:
-            del self._replies[number]
-        if "error" in reply:
-            raise QmpRefused(command, reply["error"])
-        return reply.get("return")
+        return json.dumps(message).encode() + b"\n"
 
     async def drain(self) -> None:
         """Read (and drop what nobody asked for) until the connection ends, then raise QmpClosed.
@@ -259,6 +386,8 @@ class Qmp:
         assert self._socket is not None
         try:
             data = await self._socket.recv(RECEIVE_BYTES)
+        except trio.ClosedResourceError:  # by `close`, which has told everybody
+            return
         except OSError as error:
             self._fail(self._ended(error))
             return
@@ -270,27 +399,47 @@ class Qmp:
             line = bytes(self._buffer[:end])
             del self._buffer[: end + 1]
             self._scanned = 0
+            self._take_line(line.rstrip(b"\r"))
+        self._scanned = len(self._buffer)
+        if len(self._lines) + self._scanned > MAX_MESSAGE_BYTES:
+            self._fail(
+                QmpProtocolError(f"{self._path} sent a message of over {MAX_MESSAGE_BYTES} bytes.")
+            )
+
+    def _take_line(self, line: bytes) -> None:
+        """A line is a message, unless it is an opening brace: a monitor made by -qmp-pretty then
+        sends more lines, of which only the last begins with the closing one."""
+        if not self._lines and line != b"{":
             if line.strip():
                 self._dispatch(line)
-        self._scanned = len(self._buffer)
-        if self._scanned > MAX_MESSAGE_BYTES:
-            self._fail(QmpProtocolError(f"{self._path} sent a message of over 16 MiB."))
+            return
+        self._lines += line + b"\n"
+        if line == b"}":
+            message = bytes(self._lines)
+            self._lines.clear()
+            self._dispatch(message)
 
-    def _dispatch(self, line: bytes) -> None:
+    def _dispatch(self, text: bytes) -> None:
+        """Whatever is in the message: it is dropped, it ends this connection, or somebody waits for
+        it. Nothing is raised, as the task that reads may be anybody's."""
         try:
-            message = json.loads(line)
+            message = msgspec.json.decode(text)  # stricter than `json`: no half characters
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
-            self._fail(QmpProtocolError(f"{self._path} does not speak QMP: it sent {line[:40]!r}."))
-        elif "event" in message:
+            self._fail(QmpProtocolError(f"{self._path} does not speak QMP: it sent {text[:40]!r}."))
+            return
+        number = message.get("id")
+        if "event" in message:
+            data = message.get("data")
+            event = {"event": message["event"], "data": data if isinstance(data, dict) else {}}
             for events in self._subscribers:
-                if message["event"] in events.kinds:
-                    events.queue.append(message)
+                if message["event"] in events.kinds and not events.put(event, len(text)):
+                    self._fail(QmpProtocolError(f"{self._path} sent more events than make sense."))
         elif "QMP" in message and self._greeting is None:
             self._greeting = message
-        elif message.get("id") in self._replies:
-            self._replies[message["id"]] = message
+        elif type(number) is int and number in self._replies:
+            self._replies[number] = message
         # else: the reply to a command whose caller was cancelled
 
     def _ended(self, error: OSError | None) -> QmpClosed:

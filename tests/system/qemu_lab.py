@@ -147,10 +147,11 @@ async def inspected(driver: QemuVmm, role: Role) -> AsyncIterator[Shape]:
         shape.close()
 
 
-async def settings(machine: Machine) -> tuple[dict[str, bool], int]:
+async def settings(machine: Machine) -> tuple[dict[str, bool], int, str | None]:
     capabilities = await machine.ask("query-migrate-capabilities")
     parameters = await machine.ask("query-migrate-parameters")
     return (
         {c["capability"]: c["state"] for c in capabilities},
         parameters["max-bandwidth"],
+        parameters.get("tls-creds"),
     )
