@@ -167,7 +167,9 @@ async def refusals(
             f"QMP `migrate_cancel`."
         )
     for reason in migration.blocked_reasons:
-        problems.append(f"QEMU says that this guest cannot be migrated: {plain(reason).rstrip('.')}.")
+        problems.append(
+            f"QEMU says that this guest cannot be migrated: {plain(reason).rstrip('.')}."
+        )
     problems += [problem async for problem in _settings(qmp)]
     problems += [problem async for problem in _devices(qmp, present)]
     return problems

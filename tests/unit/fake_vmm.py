@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Self
 import trio
 from needs import missing
 
-from postcopyd.vmm import Disk, Region, Role, Shape, State, Vmm, VmmGone
+from postcopyd.vmm import Disk, Region, Role, Shape, State, Vmm, VmmError, VmmGone
 
 PAGE = 4096
 PAGES = (24, 8)  # of each region
@@ -56,6 +56,7 @@ class Guest:
         self.runs: set[Role] = set()
         self.granted = self.ran_there = False
         self.given_up = False  # by a person, who says that the destination is dead
+        self.elsewhere = False  # moved from the source by somebody else: it runs at a third host
         self.broken: list[str] = []
         self.vmms: dict[Role, FakeVmm] = {}
         self.recorded: Callable[[Role], str] = lambda role: ""  # the word on that host's disk
@@ -64,6 +65,7 @@ class Guest:
         there = self.vmms["destination"]
         if role == "source":
             self.never(self.ran_there and not self.given_up, "a stale guest ran at the source")
+            self.never(self.elsewhere, "two guests ran, one of them at a third host")
             self.never(
                 self.granted and there.state != "ended" and not self.given_up,
                 "the source ran a guest that it had granted",
@@ -102,7 +104,8 @@ class Guest:
 
 
 class FakeVmm:
-    """A VMM's process. `state` is running, paused, stopped, kept (source); incoming, loading,
+    """A VMM's process. `state` is running, paused, stopped, kept, taken (source; the last by
+    somebody else, who has moved or paused it); incoming, loading,
     loaded (also when it is to stay paused), running (destination); ended."""
 
     at: ClassVar[dict[str, FakeVmm]] = {}
@@ -151,6 +154,12 @@ class FakeVmm:
         byte = self.writes
         for region, page, what in ((0, 1, byte), (0, 7, byte), (0, 9, byte), (0, 13, 0), (1, 2, 1)):
             self.maps[region][page * PAGE : (page + 1) * PAGE] = bytes([what]) * PAGE
+
+    def taken(self, *, away: bool) -> None:
+        """Somebody else pauses the guest, or moves it away by the VMM's own means."""
+        self.state = "taken"
+        self.guest.stop(self.role)
+        self.guest.elsewhere = away
 
     def die(self) -> None:
         """The VMM's process ends by itself."""
@@ -247,6 +256,7 @@ class FakeDriver(Vmm):
     async def still(self) -> AsyncIterator[None]:
         await self._at("still")
         vmm = self.vmm
+        self._not_taken()
         if vmm.state != "running":
             yield
             return
@@ -264,6 +274,7 @@ class FakeDriver(Vmm):
 
     async def prepare(self) -> None:
         await self._at("prepare")
+        self._not_taken()
         if self.vmm.state == "running":
             self.vmm.write()
 
@@ -271,6 +282,7 @@ class FakeDriver(Vmm):
         self, send: Callable[[bytes], Awaitable[None]], stopped: Callable[[], None]
     ) -> None:
         await self._at("save")
+        self._not_taken()
         self.before = "running" if self.vmm.state == "running" else "paused"
         self.vmm.state = "stopped"
         self.vmm.guest.stop("source")
@@ -280,15 +292,22 @@ class FakeDriver(Vmm):
             await send(piece)
         await self._at("save sent")
 
-    async def rollback(self) -> None:
+    def _not_taken(self) -> None:
+        if self.vmm.state == "taken":
+            raise VmmError("somebody else has it")
+
+    async def rollback(self) -> str:
         await self._at("rollback")
         vmm = self.vmm
+        if vmm.state == "taken":
+            return "somebody else has it"
         vmm.guest.never(vmm.state in ("kept", "ended"), "rolled back after the end")
         if self.before == "running" and vmm.state != "running":
             vmm.guest.run("source")
         vmm.state = self.before or vmm.state
         self.before = None
         await self._at("rollback done")
+        return ""
 
     async def finish(self, keep: bool) -> None:
         await self._at("finish")

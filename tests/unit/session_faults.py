@@ -285,6 +285,15 @@ def kill_both(world: World, point: str) -> None:
     world.kill("source", "destination")
 
 
+def somebody_pauses(world: World, point: str) -> None:
+    world.source.vmm.taken(away=False)
+
+
+def somebody_moves(world: World, point: str) -> None:
+    """To a third host, by the VMM's own means."""
+    world.source.vmm.taken(away=True)
+
+
 def source_dies(world: World, point: str) -> None:
     world.source.vmm.die()
 
