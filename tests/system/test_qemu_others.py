@@ -194,6 +194,8 @@ async def test_nobody_can_save_a_guest_that_we_hold(lab: Lab, qemu: int, tmp_pat
     await driver.prepare()
     tape = Tape()
     await driver.save(tape.send, tape.stopped)
+    assert driver.before == "running"
+    await driver._now()  # answered behind what `save` has told QEMU last
     assert not (await settings(machine))[0]["x-ignore-shared"]
     with pytest.raises(QmpRefused):
         await begin_save(machine, file, 1 << 40)
