@@ -35,6 +35,11 @@ ANSWERS: dict[str, Any] = {
     "qom-get": lambda asked: PROPERTIES.get(asked["property"], "x"),
     "query-memory-devices": [{"type": "dimm", "data": {"id": "d", "size": 1, "addr": 1}}],
     "query-kvm": {"enabled": False},
+    "query-block": [],
+    "query-named-block-nodes": [],
+    "x-debug-query-block-graph": {"nodes": [], "edges": []},
+    "query-jobs": [],
+    "query-fdsets": [],
     "x-query-numa": {"human-readable-text": "0 nodes\n"},
 }
 """Of a QEMU that is in order; everything else is answered with an empty dictionary."""
