@@ -12,6 +12,7 @@ import os
 import sys
 import textwrap
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
@@ -42,9 +43,10 @@ class Screen(NamedTuple):
     def cut(self, text: str, columns: int | None = None) -> str:
         """At most so many columns of it, or as many as there are."""
         columns = self.columns if columns is None else columns
-        if columns is None or len(text) <= columns:
+        if columns is None or width(text) <= columns:
             return text
-        return text[: columns - 1] + ("…" if self.blocks else "~")
+        end = next(at for at in range(len(text), -1, -1) if width(text[:at]) < columns)
+        return text[:end] + ("…" if self.blocks else "~")
 
     def wrap(self, text: str, indent: int = 0) -> list[str]:
         """Lines of words that fit, the later ones indented."""
@@ -58,6 +60,20 @@ class Screen(NamedTuple):
 
 
 PLAIN = Screen()
+
+
+def width(text: str) -> int:
+    """Columns that it takes: characters of East Asia take two, marks on others none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def padded(text: str, columns: int) -> str:
+    return text + " " * (columns - width(text))
 
 
 def screen() -> Screen:
@@ -200,7 +216,7 @@ def live(status: Object, screen: Screen) -> str:
     columns = screen.columns or 80
     head = f"{screen.cut(str(status.get('vm', '')), max(columns // 3, 8))} {phase}"
     moves = phase in ("precopy", "postcopy")
-    parts = [head.ljust(min(24, columns // 4))]
+    parts = [padded(head, min(24, columns // 4))]
     if moves and total and columns >= _NARROW:
         room = min(24, columns // 5)
         done = max(1 - status.get("remaining", 0) / total, 0)
@@ -236,7 +252,7 @@ def _rows(rows: Sequence[tuple[str, str]], screen: Screen) -> list[str]:
         if not value:
             continue
         columns = screen.columns or _NARROW
-        narrow = columns < _NARROW and _LABEL + len(value) > columns
+        narrow = columns < _NARROW and _LABEL + width(value) > columns
         label = f"  {name}\n    " if narrow else f"  {name:<12} "
         indent = 4 if narrow else _LABEL
         room = None if screen.columns is None else screen.columns - indent
@@ -332,7 +348,7 @@ def table(statuses: Sequence[Object], screen: Screen = PLAIN) -> str:
     for status in statuses:
         facts = [str(status.get(key) or "-") for key in ("vm", "role", "phase", "peer")]
         rows.append((facts[0], facts[1], facts[2], facts[3], size(status.get("remaining", 0))))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    widths = [max(width(row[column]) for row in rows) for column in range(5)]
     shown, least_telling = [*range(5)], [1, 4, 3]
     while screen.columns and sum(widths[c] + 2 for c in shown) - 2 > screen.columns:
         widest = max(shown, key=lambda column: widths[column])
@@ -340,12 +356,12 @@ def table(statuses: Sequence[Object], screen: Screen = PLAIN) -> str:
             widths[widest] -= 1
         elif least_telling:
             shown.remove(least_telling.pop(0))
-            widths = [max(len(row[column]) for row in rows) for column in range(5)]
+            widths = [max(width(row[column]) for row in rows) for column in range(5)]
         else:
             break
     found = []
     for row in rows:
-        cells = [screen.cut(row[c], widths[c]).ljust(widths[c]) for c in shown]
+        cells = [padded(screen.cut(row[c], widths[c]), widths[c]) for c in shown]
         # Painted last, as colours take no room.
         at, phase = shown.index(2), cells[shown.index(2)].rstrip()
         cells[at] = screen.paint(phase, row[2]) + cells[at][len(phase) :]

@@ -25,6 +25,7 @@ from typing import Literal, Self
 import trio
 
 from postcopyd.errors import PostcopydError, shortage
+from postcopyd.names import plain
 
 State = Literal["running", "paused", "incoming"]
 Role = Literal["source", "destination"]
@@ -119,6 +120,13 @@ class Shape:
     disks: tuple[Disk, ...] = ()
     #: As `outline` was when this look began.
     outline: str = ""
+
+    def __post_init__(self) -> None:
+        """Names of devices and files are the VMM's: sentences with them can be shown."""
+        made = object.__setattr__  # it is frozen for everybody else
+        made(self, "problems", tuple(map(plain, self.problems)))
+        made(self, "direct_io", self.direct_io and plain(self.direct_io))
+        made(self, "untracked", self.untracked and plain(self.untracked))
 
     def close(self) -> None:
         """Close the descriptors of all regions; call it once."""

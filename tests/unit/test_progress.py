@@ -157,3 +157,21 @@ def test_a_line_for_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = bare(terminal.getvalue()).replace("\x1b[K", "").split("\n")
     left = [" ".join(line.split("\r")[-1].split()[:2]) for line in lines]
     assert left == ["web1 precopy", "web1 postcopy", "it is", "web1 drained", ""]
+
+
+def test_names_of_any_script_fit() -> None:
+    """What takes two columns is counted so: no line is too long, and columns are below each other,
+    whatever guests are called."""
+    vms = [
+        {"vm": "数据库" * n, "role": "source", "phase": "postcopy", "peer": "h", "remaining": 0}
+        for n in (1, 2, 9)
+    ]
+    assert [progress.width(text) for text in ("web1", "数据库", "e\u0301", "ö")] == [4, 6, 1, 1]
+    for columns in WIDTHS:
+        screen = Screen(columns)
+        lines = progress.table([*vms, {**vms[0], "vm": "web1"}], screen).splitlines()
+        if columns >= 60:
+            at = {progress.width(line.split("source")[0]) for line in lines[1:]}
+            assert len(at) == 1, lines
+        for line in [*lines, progress.live(vms[2], screen)]:
+            assert progress.width(line) <= columns, line

@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgpack
 import pytest
 import trio
 from fake_vmm import FakeDriver
+from msgspec import to_builtins
 from needs import missing
 from session_faults import (
     Clock,
@@ -219,6 +221,31 @@ async def test_no_data_connections(
         await made.destination.vm.free.wait()
         await made.check()
         assert made.destination.phase == "failed"
+
+
+@pytest.mark.parametrize("name", ["--help", "../../x", "a/b", "web1\x1b[2J", ".."])
+async def test_no_hook_for_what_is_no_name(name: str, tmp_path: Path, clock: Clock) -> None:
+    """An offer for a VM that cannot be called so ends before the hooks are run for it."""
+    async with world(tmp_path, {}) as made:
+        hooks = made.destination.daemon.settings.hooks
+        assert hooks is not None
+        hooks.mkdir()
+        hook = hooks / "tell"
+        hook.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/ran\n')
+        hook.chmod(0o755)
+        offer = p.Offer("m1", "web2", "process", [p.RegionOffer("ram0", 24, 4096)], {}, 1, 1)
+        for vm in (name, "web2"):
+            stream = await dial("127.0.0.1", made.destination.port, p.CONTROL)
+            async with Channel(stream, Machine(Source.OFFERING), "there") as channel:
+                await stream.send_all(p.pack(p.Hello(p.VERSION)))
+                raw = to_builtins(offer, builtin_types=(bytes,)) | {"vm": vm}
+                await stream.send_all(msgpack.packb(raw))
+                channel.machine.state = Source.GREETING
+                await channel.expect(p.Hello)
+                why = "cannot be the name of a VM" if vm == name else "no VM web2 is attached"
+                with pytest.raises(PeerError, match=why):
+                    await channel.receive()
+        assert (tmp_path / "ran").read_text() == "web2\n"
 
 
 async def test_paused_guest_is_no_destination(tmp_path: Path, clock: Clock) -> None:
