@@ -19,7 +19,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,9 @@ from postcopyd.varlink_idl import Interface, InvalidValue, parse_interface
 MAX_MESSAGE = 1024 * 1024
 # Clients at a time: a person or two, an orchestrator, and a few watchers of every guest.
 MAX_CONNECTIONS = 64
+# When there are so many: a client for which the server has waited so long, to say something or to
+# read what it was told, loses its connection to one that comes. Others forget to close theirs.
+IDLE_SECONDS = 1.0
 # File descriptors with one message; the kernel drops those beyond.
 MAX_FDS = 16
 
@@ -261,18 +264,33 @@ class Connection:
     def __init__(self, service: Service, stream: trio.SocketStream, peer: Peer) -> None:
         self._service = service
         self._stream = stream
-        self._peer = peer
+        self.peer = peer
         self._buffer = bytearray()
         self._searched = 0
         self._fds: list[int] = []
+        self.waits_since = math.inf
+        """Since when the server waits for the client; infinity: it does not."""
+        self.scope = trio.CancelScope()
 
     async def run(self) -> None:
         """Serve until the client ends the stream. Raises ClientGone and Malformed."""
         try:
-            while (data := await self._next_message()) is not None:
+            while True:
+                with self._waiting():
+                    data = await self._next_message()
+                if data is None:
+                    break
                 await self._answer(parse_message(data))
         finally:
             _close_all(self._fds)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        self.waits_since = trio.current_time()
+        try:
+            yield
+        finally:
+            self.waits_since = math.inf
 
     async def _next_message(self) -> bytearray | None:
         while True:
@@ -319,7 +337,8 @@ class Connection:
 
     async def _transmit(self, data: bytes) -> None:
         try:
-            await self._stream.send_all(data)
+            with self._waiting():
+                await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ClientGone from error
 
@@ -331,7 +350,7 @@ class Connection:
         failed = None
         try:
             handler, parameters = self._service.prepare(message)
-            call = Call(method, parameters, self._peer, self._send_more, fds)
+            call = Call(method, parameters, self.peer, self._send_more, fds)
             if method in self._service.streaming:
                 data = _reply(await self._while_listening(handler, call))
             else:
@@ -345,7 +364,7 @@ class Connection:
             _close_all(fds)
         say = log.debug if method in self._service.asking else log.info
         why = {"error": failed} if failed else {}
-        say("control call", method=method, pid=self._peer.pid, uid=self._peer.uid, **why)
+        say("control call", method=method, pid=self.peer.pid, uid=self.peer.uid, **why)
         if not message.get("oneway"):
             await self._transmit(data)
 
@@ -394,19 +413,32 @@ async def serve(
 ) -> None:
     """Serve clients of a listening unix socket, which this then owns, until cancelled."""
     path = listener.getsockname()
-    connections = 0
+    connections: set[Connection] = set()
+
+    def room() -> bool:
+        """Whether there is some, if need be because a client that keeps us waiting has to go."""
+        if len(connections) < max_connections:
+            return True
+        one = min(connections, key=lambda one: one.waits_since)
+        if one.waits_since > trio.current_time() - IDLE_SECONDS:
+            return False
+        log.warning("control client let go: too many", limit=max_connections, pid=one.peer.pid)
+        connections.remove(one)
+        one.scope.cancel()
+        return True
 
     async def serve_client(stream: trio.SocketStream) -> None:
-        nonlocal connections
         peer = Peer.of(stream.socket)
-        if connections >= max_connections:
+        if not room():
             log.warning("control client refused: too many", limit=max_connections, pid=peer.pid)
             return
-        connections += 1
+        connection = Connection(service, stream, peer)
+        connections.add(connection)
         try:
             if peer.may_use(path):
                 log.debug("control client", pid=peer.pid, uid=peer.uid, gid=peer.gid)
-                await Connection(service, stream, peer).run()
+                with connection.scope:
+                    await connection.run()
             else:
                 log.warning("control client denied", pid=peer.pid, uid=peer.uid, gid=peer.gid)
                 await stream.send_all(_reply(None, error="org.varlink.service.PermissionDenied"))
@@ -415,7 +447,7 @@ async def serve(
         except (ClientGone, trio.BrokenResourceError):
             log.debug("control client went away", pid=peer.pid)
         finally:
-            connections -= 1
+            connections.discard(connection)
 
     listener.setblocking(False)
     listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]

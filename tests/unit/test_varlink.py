@@ -385,6 +385,44 @@ async def test_connections_are_bounded(tmp_path: Path) -> None:
         assert "parameters" in await fourth.ask("org.example.test.Echo", text="a")
 
 
+@pytest.mark.trio
+@pytest.mark.parametrize("idle", ["says nothing", "says half", "does not read"])
+async def test_idle_clients_keep_nobody_out(
+    tmp_path: Path, idle: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Where there are too many, one that keeps the server waiting has to go, the longest first; one
+    that waits for the server stays, and its call is done."""
+    async with serving(tmp_path, max_connections=3) as bench, trio.open_nursery() as nursery:
+        busy, follows = await bench.connect(), await bench.connect()
+        await busy.send({"method": "org.example.test.Wait"})
+        await follows.send({"method": "org.example.test.Follow", "more": True})
+        assert (await follows.reply())["continues"]
+        forgotten = await bench.connect()
+        if idle == "says half":
+            await forgotten.stream.send_all(b'{"method": "org')
+        if idle == "does not read":
+            nursery.start_soon(ask_on_and_on, forgotten)
+        await trio.sleep(2 * varlink.IDLE_SECONDS)
+        for _ in range(2):
+            new = await bench.connect()
+            assert "parameters" in await new.ask("org.example.test.Echo", text="a")
+            await trio.sleep(2 * varlink.IDLE_SECONDS)
+        if idle != "does not read":
+            assert await forgotten.reply() is None
+        bench.release.set()
+        assert await busy.reply() == {}
+        assert not bench.left.is_set()
+
+
+async def ask_on_and_on(wire: Wire) -> None:
+    """Without ever reading."""
+    with contextlib.suppress(trio.BrokenResourceError):
+        while True:
+            await wire.send(
+                {"method": "org.example.test.Echo", "parameters": {"text": "x" * 500_000}}
+            )
+
+
 # Who may use it.
 
 
