@@ -123,8 +123,9 @@ class QemuVmm(Vmm):
 
     async def inspect(self, role: Role) -> Shape:
         """What is there and what forbids a migration in this role. Only asks and reads."""
-        with _patience(self.name):
-            return await self._inspect(role)
+        async with LOOKS:
+            with _patience(self.name, LOOK_ANSWERS):
+                return await self._inspect(role)
 
     async def _inspect(self, role: Role) -> Shape:
         qmp = self._qmp
@@ -650,14 +651,15 @@ class QemuVmm(Vmm):
 
 
 @contextmanager
-def _patience(name: str) -> Iterator[None]:
+def _patience(name: str, answers: int = 1) -> Iterator[None]:
     """Questions are answered in milliseconds, or QEMU's main loop is stuck."""
+    patience = answers * ANSWER_SECONDS
     try:
-        with trio.fail_after(ANSWER_SECONDS):
+        with trio.fail_after(patience):
             yield
     except trio.TooSlowError:
         raise VmmTimeout(
-            f"The QEMU of {name} did not answer for {ANSWER_SECONDS:g} s: see whether it is "
+            f"The QEMU of {name} did not answer for {patience:g} s: see whether it is "
             f"stopped (SIGSTOP), waits for its disks, or for pages of a migration."
         ) from None
 
