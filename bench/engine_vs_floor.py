@@ -34,7 +34,7 @@ SOURCES = [
     BENCH / "engine_bench.c",
     *(
         ENGINE / f"{name}.c"
-        for name in ("engine", "tls", "uffd_native", "stage", "source_native", "dirty")
+        for name in ("engine", "tls", "uffd_native", "place", "stage", "source_native", "dirty")
     ),
 ]
 THREADS = (1, 2, 4, 8, 16, 32)

@@ -18,7 +18,7 @@ import structlog
 import trio
 from msgspec import to_builtins
 
-from postcopyd import hugepages, procfs, vmm
+from postcopyd import hugepages, losses, procfs, vmm
 from postcopyd import protocol as p
 from postcopyd.connection import (
     CONNECT_S,
@@ -172,6 +172,7 @@ class Daemon:
                 f"{name} is in migration {vm.status['migration']}: wait for it, or cancel it",
                 "Busy",
             )
+        self._must_be_whole(vm)
         if vm.status["phase"] == "paused":
             raise PostcopydError(
                 f"{name} cannot be let go of in the middle of a migration: {vm.status['message']}; "
@@ -315,12 +316,12 @@ class Daemon:
         """Faults are taken again at once; the source asks for the rest to go on."""
         channel = Channel(Nobody(), Machine(Destination.RUNNING_LOST), vm.status["peer"])
         session = await DestinationSession.restored(vm, vm.about, channel, self.settings)
-        if session.complete:
+        if session.complete and not session.settled:
             await session.finish()
             self._after_arrival(vm, session)
         else:
             vm.waiting = session
-            if session.poisoned:
+            if session.poisoned or session.settled:
                 return
             vm.show(
                 phase="paused",
@@ -333,6 +334,7 @@ class Daemon:
     async def check(self, name: str, to: str, unsafe: bool = False) -> tuple[list[str], list[str]]:
         vm = self._vm(name)
         await vm.ended(self)
+        self._must_be_whole(vm)
         request = MigrateRequest(to, unsafe=unsafe)
         session = SourceSession(vm, request, self.settings, secrets.token_hex(8))
         with vm.claim(session):
@@ -342,6 +344,7 @@ class Daemon:
         vm = self._vm(name)
         await vm.ended(self)
         vm.attached()
+        self._must_be_whole(vm)
         if vm.claimed_by is None and vm.status["phase"] == "paused":
             raise PostcopydError(
                 f"{name} is in a migration that is not at its end: {vm.status['message']}", "Busy"
@@ -367,6 +370,11 @@ class Daemon:
         vm.settle(role="source", phase="idle", migration=migration, peer=request.to, result=None)
         self._nursery.start_soon(run)
         return migration
+
+    def _must_be_whole(self, vm: Vm) -> None:
+        """Raises PostcopydError for a guest that has lost pages in its move here."""
+        if isinstance(vm.waiting, DestinationSession) and vm.waiting.settled:
+            raise PostcopydError(losses.immovable(vm.name, vm.waiting.lost), "Refused")
 
     async def cancel(self, name: str) -> None:
         vm = self._vm(name)
@@ -611,7 +619,7 @@ class Daemon:
         with trio.move_on_after(ANSWER_S):
             await vm.free.wait()
         self._same_move(vm, asked)
-        if isinstance(vm.waiting, DestinationSession):
+        if isinstance(vm.waiting, DestinationSession) and not vm.waiting.settled:
             if vm.waiting.poisoned:
                 raise PostcopydError(
                     f"the missing pages of {vm.name} were given up at the destination by a person: "

@@ -67,7 +67,7 @@ void engine_end_connections(struct connection *connections) {
 void engine_forget_connections(struct pc_stats *stats) {
   int32_t failure = count_get(stats->failure);
   if (failure > PC_OK && failure != PC_VMM_GONE)
-    count_set(stats->failure, PC_OK);
+    __atomic_store_n(&stats->failure, PC_OK, __ATOMIC_RELEASE); /* the sentence was read */
 }
 
 int engine_thread(pthread_t *thread, const char *name, void *(*run)(void *), void *argument) {

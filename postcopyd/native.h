@@ -29,6 +29,8 @@ enum pc_failure {
   PC_BAD_FRAME = 2,  /* the peer sent what it must not */
   PC_VMM_GONE = 3,   /* the VMM's address space is gone */
   PC_MEMORY = 4,     /* pages could not be read or placed; the sentence says why */
+  PC_FOREIGN = 5,    /* destination: the kernel has put pages into guest memory. Nothing is placed
+                      * any more, and new connections do not mend it */
 };
 
 enum { PC_LATENCY_BUCKETS = 256 };
@@ -46,7 +48,8 @@ struct pc_stats {
   uint64_t precopied_pages;   /* carried in passes; destination: of the confirmed */
   uint64_t dirty_pages;       /* source: found written again after they were sent */
   uint64_t present_pages;     /* staged destination: confirmed, or in the stage and right */
-  uint64_t lost_pages;        /* destination: of the confirmed, those given up by pc_dest_poison */
+  uint64_t lost_pages;        /* memory errors now. Destination: of the confirmed, those given up by
+                               * pc_dest_poison, or that cannot be read; source: told as such */
   uint64_t existing_pages;    /* destination: the kernel had a page there already (EEXIST) */
   uint64_t faults;            /* fault messages read */
   uint64_t requests;          /* pages asked for (destination), requests received (source) */
@@ -126,7 +129,11 @@ uint64_t pc_dest_still_ns(struct pc_dest *d);
  * pc_source_push only once it is stopped for good or until pc_source_disconnect. */
 struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count, int wake,
                                 char error[200]);
+/* One step of some milliseconds. 1: there is more to look at, 0: all was looked at. */
 int pc_source_scan(struct pc_source *s);
+/* Whether the destination understands frames of lost pages; not as long as nobody has said so.
+ * Between connections. Where it does not, the engine fails once all else was pushed. */
+void pc_source_tell_losses(struct pc_source *s, int understood);
 int pc_source_connect(struct pc_source *s, int fd, struct pc_tls *tls, int urgent);
 /* These pages are at the destination (bits as pc_dest_have gives them) and are not pushed. Between
  * pc_source_connect and pc_source_push; forgotten by pc_source_disconnect. -EINVAL outside the

@@ -33,6 +33,7 @@ class Failure(IntEnum):
     BAD_FRAME = lib.PC_BAD_FRAME
     VMM_GONE = lib.PC_VMM_GONE
     MEMORY = lib.PC_MEMORY
+    FOREIGN = lib.PC_FOREIGN
 
 
 class EngineError(PostcopydError):
@@ -120,7 +121,12 @@ class Engine:
         if news:
             counts.failures[self.role, Failure(failure).name.lower()] += 1
         if failure > 0:
-            raise EngineError(Failure(failure), ffi.string(self.stats.sentence).decode())
+            raise EngineError(Failure(failure), self.sentence)
+
+    @property
+    def sentence(self) -> str:
+        """What has gone wrong first, if anything has."""
+        return str(ffi.string(self.stats.sentence).decode())
 
     def must(self, result: int, doing: str) -> None:
         """Raises for a negative result of a native function."""

@@ -38,7 +38,10 @@ QUEUE = "queue"
 DISKS = "disks"
 """A destination that compares disks."""
 
-FEATURES: frozenset[str] = frozenset({QUEUE, DISKS})
+LOSSES = "losses"
+"""Page frames of kind LOST_PAGES are sent and understood."""
+
+FEATURES: frozenset[str] = frozenset({QUEUE, DISKS, LOSSES})
 """What this daemon offers beyond the version; only what both sides name is used."""
 
 CONTROL = "postcopyd control"
@@ -315,7 +318,8 @@ class Progress(Message, frozen=True, tag="progress"):
 class Drained(Message, frozen=True, tag="drained"):
     """Every page is at the destination, counted: `confirmed` must be what the source offered.
 
-    `brownout_ms`: from running to the last urgent page, by the destination's clock.
+    `brownout_ms`: from running to the last urgent page, by the destination's clock. `lost`: of the
+    confirmed, those that the source could not read (or the destination keep): memory errors.
     """
 
     confirmed: Count
@@ -327,6 +331,7 @@ class Drained(Message, frozen=True, tag="drained"):
     discarded: Count
     brownout_ms: Time
     faults: Faults
+    lost: Count = 0
 
 
 class Acknowledged(Message, frozen=True, tag="acknowledged"):
@@ -567,7 +572,7 @@ def other_program(first: bytes, *, tls: bool) -> str:
 
 FRAME_BYTES = 24
 MAX_PAYLOAD = 2 << 20
-REQUEST, PAGES, ZERO = 1, 2, 3
+REQUEST, PAGES, ZERO, LOST_PAGES = 1, 2, 3, 4
 _HEADER = struct.Struct(">BBBHBQBIBI")
 
 
@@ -596,6 +601,6 @@ def unpack_frame(header: bytes) -> Frame:
     array, kind, m1, region, m2, page, m3, count, m4, payload = _HEADER.unpack(header)
     if (array, m1, m2, m3, m4) != (0x95, 0xCD, 0xCF, 0xCE, 0xC6):
         raise RemoteProtocolError("the peer sent what is not a page frame")
-    if kind not in (REQUEST, PAGES, ZERO) or payload > MAX_PAYLOAD:
+    if kind not in (REQUEST, PAGES, ZERO, LOST_PAGES) or payload > MAX_PAYLOAD:
         raise RemoteProtocolError(f"the peer sent a page frame of kind {kind} with {payload} bytes")
     return Frame(kind, region, page, count, payload)

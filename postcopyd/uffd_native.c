@@ -7,7 +7,7 @@
  *   (source)      answers on the urgent connection, or has it on a push connection already
  *   receive_run   reads frames                                       one thread for each connection
  *     receive       claims pages in the record
- *     place         UFFDIO_COPY, which wakes who waits
+ *     place         UFFDIO_COPY, which wakes who waits (place.h)
  *     confirm       notes it in the record
  *
  * The record has one byte for each page, in a file that outlives the process. Its states:
@@ -17,10 +17,12 @@
  *   CLAIMED          one thread is busy with it; WANTED beside it: a fault came meanwhile
  *   DONE             confirmed: placed, or known to be zeros
  *   DONE and LOST    given up, and a memory error for whoever touches it
+ *   LOST             the source cannot read it, and this kernel can make no memory errors: who
+ *                    touches it waits, unless it comes after all
  *
- * Who may change it: a fault thread sets WANTED; a receiving thread claims (from 0 or WANTED) and
- * only the claimer makes DONE of it; pc_dest_poison gives up what nobody can have claimed, as there
- * are no receiving threads then. DONE is never taken back. So a page is placed once, and a
+ * Who may change it: a fault thread sets WANTED; a receiving thread claims (from 0, WANTED or LOST)
+ * and only the claimer makes DONE of it; pc_dest_poison gives up what nobody can have claimed, as
+ * there are no receiving threads then. DONE is never taken back. So a page is placed once, and a
  * duplicate finds DONE or CLAIMED and is dropped. A fault on a DONE page is answered with zeros:
  * the page is a hole, or was placed and the guest has discarded it since (or the message is older
  * than the placing: then the kernel says EEXIST and nobody is harmed).
@@ -46,9 +48,13 @@
  *
  * What is in the file is not always mapped: the kernel reclaims pages, splits huge ones, and gives
  * a page neighbours that are zeros (a huge page of tmpfs). So a fault on a DONE page of a file is
- * answered with zeros only where the file has a hole (ZEROPAGE says EEXIST elsewhere), and else
- * with what the file has (CONTINUE). EFAULT of CONTINUE is a hole: discarded by the guest. The
- * record alone says what is right: the flags of a fault tell of the cache.
+ * answered with what the file has (MAP), and with zeros only where it has a hole: discarded by the
+ * guest. The record alone says what is right: the flags of a fault tell of the cache.
+ *
+ * A page that was there although this engine has just claimed it, where neither an engine before it
+ * nor such neighbours explain that, is FOREIGN: the kernel has put zeros into registered memory
+ * (khugepaged before Linux 6.4 does), and the guest may have read others of them. Nothing is placed
+ * from then on, who waits goes on waiting, and no connection mends it.
  *
  * A LOST page is never answered with zeros: for shared memory the kernel lets ZEROPAGE and COPY
  * replace a memory error (seen on Linux 6.18). So the error is there before the record says DONE,
@@ -64,7 +70,8 @@
  * and counters, changed by atomic operations. The fault threads alone send requests; `notice` tells
  * them of a new urgent connection, or to stop. They never wait for anything but the next message: a
  * receiving thread may, for memory, and then only its connection waits; so may settle_run's, and
- * then its run.
+ * then its run. No fault is dropped: one that could not be answered, for whatever reason, is made
+ * to come again.
  *
  * Nothing in here ever closes a userfaultfd, or unregisters what a guest may have touched, on
  * failure: a guest whose engine has stopped waits, it does not read zeros. */
@@ -84,6 +91,7 @@
 #include <unistd.h>
 
 #include "engine.h"
+#include "place.h"
 #include "stage.h"
 #include "uffd.h"
 
@@ -99,12 +107,14 @@ enum { FAULTS_AT_ONCE = 64, REQUESTS_WAITING = 4096 };
 enum { URGENT_AHEAD = 16 * (4096 + FRAME_BYTES) };
 /* When a page was asked for, kept for the latency statistics; a collision loses one sample. */
 enum { ASKED_SLOTS = 4096 };
-/* How long it takes until placing is tried again when the destination has no memory. */
-enum { NO_MEMORY_WAIT_MS = 10 };
+/* How long it takes until placing is tried again: when the destination has no memory, or when it has
+ * failed. */
+enum { AGAIN_MS = 10 };
+/* Pages of one frame between two looks whether its connection is to end: 24 bytes can name all of a
+ * guest. */
+enum { STEP_PAGES = 1 << 16 };
 /* A fault thread with nothing to do goes round as often as this, to show that it can. */
 enum { TURN_MS = 1000 };
-/* What place() takes for the address of data: memory errors are to be placed; what the file has. */
-static const uint8_t POISON[1], FILED[1];
 /* Bytes that settle_run places at a time; a fault on one of them waits for all. CONTINUE takes
  * 0.2 us a page of 4 KiB in runs from 64 KiB on, so 100 ms/GiB and 50 us for 512 KiB; page by page
  * it is 160 ms/GiB. Of hugetlbfs it takes 0.1 to 0.3 ms/GiB, 8 us for 64 MiB. A fault on a page
@@ -129,13 +139,15 @@ struct pc_dest {
   unsigned region_count;
   uint64_t slots; /* bytes of the record: all pages, each region rounded up to 64 */
   _Atomic uint8_t *record;
-  bool staged;
+  bool staged, again; /* again: it goes on with the record of another */
   struct stage stages[PC_MAX_REGIONS]; /* of the regions, if `staged` */
   unsigned stage_count;
   const uint8_t *zeros; /* one 2 MiB page of them */
   int wake, notice;
   atomic_bool stopping, ending; /* the engine; the connections */
   unsigned registered;          /* regions, from the first on */
+  _Atomic uint64_t foreign;     /* slot + 1 of the first FOREIGN page; 0: there is none */
+  _Atomic uint64_t unspoilt;    /* pages that are LOST and not DONE */
 
   struct fault_thread takers[PC_MAX_REGIONS];
   unsigned taker_count;
@@ -233,97 +245,61 @@ static void ask_flush(struct pc_dest *d) {
 
 /* --- placing ---------------------------------------------------------------------------------- */
 
-static void wake_page(struct region *r, uint64_t page) {
-  struct uffdio_range range = {r->is.address + (page << r->page_shift), r->is.page_size};
+/* Who waits faults again. */
+static void wake_all(const struct region *r) {
+  struct uffdio_range range = {r->is.address, r->is.pages << r->page_shift};
   ioctl(r->is.uffd, UFFDIO_WAKE, &range);
 }
 
 static bool called_off(struct pc_dest *d) {
-  return atomic_load(&d->stopping) || atomic_load(&d->ending);
-}
-
-/* Puts `count` pages from `from` (NULL: zeros) into the guest and wakes who waits for them. Pages
- * already there are left alone and counted in `*existing`; of FILED pages those that the guest has
- * discarded are left alone too. Returns 0, or -errno with `*placed`
- * pages done: -ESRCH the VMM is gone, what shall_try_again() says, else what the kernel says. Never
- * waits. */
-static int place(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,
-                 const uint8_t *from, uint64_t *placed, uint64_t *existing) {
-  uint64_t done = 0, span = count;
-  int failed = 0;
-  while (done < count && !failed) {
-    uint64_t pages = span < count - done ? span : count - done;
-    uint64_t to = r->is.address + ((page + done) << r->page_shift);
-    int64_t bytes;
-    int error = 0;
-    if (from == POISON) {
-      struct uffdio_poison poison = {.range = {to, pages << r->page_shift}};
-      error = ioctl(r->is.uffd, UFFDIO_POISON, &poison) ? errno : 0;
-      bytes = poison.updated;
-    } else if (from == FILED) {
-      struct uffdio_continue map = {.range = {to, pages << r->page_shift}};
-      error = ioctl(r->is.uffd, UFFDIO_CONTINUE, &map) ? errno : 0;
-      bytes = map.mapped;
-    } else if (from || r->is.page_size != 4096) { /* ZEROPAGE does not exist for hugetlbfs */
-      struct uffdio_copy copy = {
-          .dst = to,
-          .src = (uintptr_t)(from ? from + (done << r->page_shift) : d->zeros),
-          .len = (from ? pages : 1) << r->page_shift};
-      error = ioctl(r->is.uffd, UFFDIO_COPY, &copy) ? errno : 0;
-      bytes = copy.copy;
-      pages = copy.len >> r->page_shift;
-    } else {
-      struct uffdio_zeropage zero = {.range = {to, pages << r->page_shift}};
-      error = ioctl(r->is.uffd, UFFDIO_ZEROPAGE, &zero) ? errno : 0;
-      bytes = zero.zeropage;
-    }
-    if (!error) {
-      done += pages;
-      span = 2 * pages;
-      continue;
-    }
-    if (bytes > 0) { /* partly done: the rest tells by itself why it stopped */
-      done += (uint64_t)bytes >> r->page_shift;
-      continue;
-    }
-    if (error == EEXIST || (error == EFAULT && from == FILED)) {
-      wake_page(r, page + done); /* there already, and what waits for it may still sleep */
-      *existing += error == EEXIST;
-      done++;
-      continue;
-    }
-    switch (error) {
-    case ENOENT: /* a run may lie across two mappings; one page cannot */
-      failed = pages > 1 ? 0 : -ENOENT;
-      span = pages / 2;
-      break;
-    default:
-      failed = -error;
-    }
-  }
-  *placed = done;
-  return failed;
+  return atomic_load(&d->stopping) || atomic_load(&d->ending) || atomic_load(&d->foreign);
 }
 
 /* Whether placing may go well a while later: there is no memory now (the guest waits rather than
  * lose a page), or the VMM is changing its mappings. */
-static bool shall_try_again(struct pc_dest *d, int failed) {
-  if (failed != -ENOMEM && failed != -ENOSPC)
-    return failed == -EAGAIN;
+static bool shall_try_again(struct pc_dest *d, enum meaning is) {
+  if (is != LATER)
+    return is == AGAIN;
   count_add(d->stats.stalls, 1);
   engine_wake(d->wake); /* so that somebody is told */
   return true;
 }
 
+static void wait_to_try(enum meaning is) {
+  poll(NULL, 0, is == AGAIN ? 0 : AGAIN_MS);
+}
+
 static void place_failed(struct pc_dest *d, struct region *r, uint64_t page, int error) {
-  if (error == -ESRCH)
+  if (error == ESRCH)
     engine_fail(&d->stats, d->wake, PC_VMM_GONE, "the VMM has ended while its pages were placed");
   else
     engine_fail(&d->stats, d->wake, PC_MEMORY, "placing page %llu of region %d at %#llx: %s",
                 (unsigned long long)page, (int)(r - d->regions),
                 (unsigned long long)(r->is.address + (page << r->page_shift)),
-                error == -ENOENT ? "the VMM has no registered mapping there any more"
-                                 : strerrordesc_np(-error));
+                error == ENOENT ? "the VMM has no registered mapping there any more"
+                                : strerrordesc_np(error));
+}
+
+static void foreign_failed(struct pc_dest *d) {
+  uint64_t slot = atomic_load(&d->foreign) - 1;
+  struct region *r = d->regions + d->region_count - 1;
+  while (slot < r->first)
+    r--;
+  engine_fail(&d->stats, d->wake, PC_FOREIGN,
+              "page %llu of region %d was in guest memory before it came: the kernel has put zeros "
+              "there (khugepaged before Linux 6.4 does), and the guest may have read others",
+              (unsigned long long)(slot - r->first), (int)(r - d->regions));
+}
+
+/* Of pages that this thread had claimed, some were there. False: nothing explains them. */
+static bool explained(struct pc_dest *d, struct region *r, const struct placing *p) {
+  uint64_t none = 0;
+  count_add(d->stats.existing_pages, p->existing);
+  if (!p->existing || d->again || filed(d, r))
+    return true;
+  atomic_compare_exchange_strong(&d->foreign, &none, r->first + p->first_existing + 1);
+  foreign_failed(d);
+  return false;
 }
 
 /* So many pages more are HERE or DONE. A word of its own, as no two can be read as one. */
@@ -333,11 +309,22 @@ static void present(struct pc_dest *d, uint64_t count) {
     engine_wake(d->wake);
 }
 
+/* All is here but for LOST pages of which no memory errors can be made: this is as far as it goes. */
+static void look_at_unspoilt(struct pc_dest *d, uint64_t confirmed) {
+  uint64_t lost = atomic_load(&d->unspoilt);
+  if (lost && confirmed + lost == d->stats.total_pages)
+    engine_fail(&d->stats, d->wake, PC_MEMORY, "%llu pages could not be read at the source, and "
+                "this kernel cannot make memory errors of them (UFFDIO_POISON, Linux 6.6 can): "
+                "what touches one waits for ever", (unsigned long long)lost);
+}
+
 /* So many pages more are DONE, of which `news` were not HERE. */
 static void confirmed(struct pc_dest *d, uint64_t count, uint64_t news) {
   uint64_t all = __atomic_add_fetch(&d->stats.confirmed_pages, count, __ATOMIC_ACQ_REL);
   if (count && all == d->stats.total_pages)
     engine_wake(d->wake);
+  if (count)
+    look_at_unspoilt(d, all);
   present(d, news);
 }
 
@@ -376,14 +363,31 @@ static bool claim(struct pc_dest *d, struct region *r, uint64_t page, uint8_t as
       return false;
   } while (!atomic_compare_exchange_weak(&d->record[r->first + page], &state,
                                          as | (state & CACHED)));
+  if (state & LOST)
+    atomic_fetch_sub(&d->unspoilt, 1);
   *was = state;
   return true;
 }
 
+/* Makes memory errors of one page that this thread has claimed, and notes it. One that was there may
+ * be what a killed engine has left, so it is LOST too. */
+static enum meaning lose(struct pc_dest *d, struct region *r, uint64_t page, struct placing *p) {
+  enum meaning is = place(r, SPOIL, page, 1, NULL, p);
+  if (is == PLACED) {
+    count_add(d->stats.lost_pages, 1);
+    confirm(d, r, page, 1, DONE | LOST);
+  }
+  return is;
+}
+
 /* --- from the stage --------------------------------------------------------------------------- */
 
-static const uint8_t *staged_at(struct pc_dest *d, struct region *r, uint64_t page) {
-  return filed(d, r) ? FILED : stage_of(d, r)->at + (page << r->page_shift);
+/* Places claimed pages that are HERE and CACHED. */
+static enum meaning place_staged(struct pc_dest *d, struct region *r, uint64_t page,
+                                 uint64_t count, struct placing *p) {
+  if (filed(d, r))
+    return place(r, MAP, page, count, NULL, p);
+  return place(r, COPY, page, count, stage_of(d, r)->at + (page << r->page_shift), p);
 }
 
 /* Notes HERE pages that this thread has claimed and placed, or that are zeros and stay holes. */
@@ -418,55 +422,64 @@ static bool claim_here(_Atomic uint8_t *state, int *cached) {
   return true;
 }
 
+/* Places a run that settle_run has claimed, as far as it goes; `*placed` of it are dealt with. False:
+ * it did not go. */
+static bool settle(struct pc_dest *d, struct region *r, uint64_t page, uint64_t run, bool cached,
+                   uint64_t *placed) {
+  *placed = cached ? 0 : run; /* zeros stay holes */
+  if (!cached)
+    confirm_here(d, r, page, run, false);
+  while (*placed < run && !atomic_load(&d->stopping)) {
+    struct placing p;
+    enum meaning is = place_staged(d, r, page + *placed, run - *placed, &p);
+    if (!explained(d, r, &p))
+      return false;
+    confirm_here(d, r, page + *placed, p.done, true);
+    *placed += p.done;
+    if (is == BROKEN && (is = lose(d, r, page + *placed, &p)) == PLACED) {
+      *placed += 1;
+    } else if (is != PLACED && !shall_try_again(d, is)) {
+      place_failed(d, r, page + *placed, p.error);
+      return false;
+    } else if (is != PLACED) {
+      wait_to_try(is);
+    }
+  }
+  return true;
+}
+
 /* Places what is HERE and no fault has asked for, from the first page to the last. */
 static void *settle_run(void *argument) {
   struct pc_dest *d = argument;
   bool passed_by; /* a page that a fault thread has in hand, and may have to give back unplaced */
-again:
-  passed_by = false;
-  for (struct region *r = d->regions; r < d->regions + d->region_count; r++) {
-    uint64_t most = (stage_of(d, r)->huge ? SETTLE_HUGE_BYTES : SETTLE_BYTES) >> r->page_shift;
-    most = most ? most : 1; /* huge pages of anonymous memory */
-    for (uint64_t page = 0, run, placed; page < r->is.pages && !atomic_load(&d->stopping);
-         page += run ? run : 1) {
-      _Atomic uint8_t *state = &d->record[r->first + page];
-      int cached = -1, failed = 0;
-      run = 0, placed = 0;
-      if (page % 8 == 0 &&
-          !(__atomic_load_n((uint64_t *)state, __ATOMIC_RELAXED) & EIGHT(HERE))) {
-        run = 8;
-        continue;
+  bool good = true;
+  do {
+    passed_by = false;
+    for (struct region *r = d->regions; good && r < d->regions + d->region_count; r++) {
+      uint64_t most = (stage_of(d, r)->huge ? SETTLE_HUGE_BYTES : SETTLE_BYTES) >> r->page_shift;
+      most = most ? most : 1; /* huge pages of anonymous memory */
+      for (uint64_t page = 0, run, placed;
+           good && page < r->is.pages && !atomic_load(&d->stopping); page += run ? run : 1) {
+        _Atomic uint8_t *state = &d->record[r->first + page];
+        int cached = -1;
+        run = 0;
+        if (page % 8 == 0 &&
+            !(__atomic_load_n((uint64_t *)state, __ATOMIC_RELAXED) & EIGHT(HERE))) {
+          run = 8;
+          continue;
+        }
+        while (run < most && page + run < r->is.pages && claim_here(&state[run], &cached))
+          run++;
+        passed_by |= !run && (atomic_load(state) & (HERE | CLAIMED)) == (HERE | CLAIMED);
+        good = settle(d, r, page, run, cached > 0, &placed);
+        if (!atomic_load(&d->foreign))
+          unclaim_here(d, r, page + placed, run - placed);
+        count_set(d->stats.beat_ns, pc_monotonic_ns());
       }
-      while (run < most && page + run < r->is.pages && claim_here(&state[run], &cached))
-        run++;
-      if (cached == 0)
-        placed = run;
-      passed_by |= !run && (atomic_load(state) & (HERE | CLAIMED)) == (HERE | CLAIMED);
-      while (placed < run && !atomic_load(&d->stopping)) {
-        uint64_t more, existing = 0;
-        failed = place(d, r, page + placed, run - placed, staged_at(d, r, page + placed), &more,
-                       &existing);
-        count_add(d->stats.existing_pages, existing);
-        placed += more;
-        if (failed && !shall_try_again(d, failed))
-          break;
-        if (failed)
-          poll(NULL, 0, failed == -EAGAIN ? 0 : NO_MEMORY_WAIT_MS);
-      }
-      confirm_here(d, r, page, placed, cached > 0);
-      unclaim_here(d, r, page + placed, run - placed);
-      if (failed && !atomic_load(&d->stopping)) {
-        place_failed(d, r, page + placed, failed);
-        goto end;
-      }
-      count_set(d->stats.beat_ns, pc_monotonic_ns());
     }
-  }
-  if (passed_by && !atomic_load(&d->stopping)) {
-    poll(NULL, 0, 1);
-    goto again;
-  }
-end:
+    if (passed_by)
+      poll(NULL, 0, 1);
+  } while (good && passed_by && !atomic_load(&d->stopping));
   atomic_store(&d->settling, false);
   return NULL;
 }
@@ -501,15 +514,32 @@ static int put_in_file(struct pc_dest *d, struct region *r, uint64_t page, uint6
   return 0;
 }
 
-/* Places the pages of one frame that nobody has yet, in runs as long as they go. */
+/* Counts pages that have come, for whom. */
+static void note_received(struct pc_dest *d, struct region *r, uint64_t page, uint64_t count,
+                          bool wanted, bool urgent, bool data) {
+  for (uint64_t i = page; wanted && i < page + count; i++)
+    note_latency(d, r, i);
+  if (wanted || urgent)
+    count_set(d->stats.last_urgent_ns, pc_monotonic_ns());
+  if (!data)
+    count_add(d->stats.zero_pages, count);
+  else if (urgent)
+    count_add(d->stats.urgent_pages, count);
+  else
+    count_add(d->stats.pushed_pages, count);
+}
+
+/* Places the pages of one frame that nobody has yet, in runs as long as they go; zeros (payload
+ * NULL) one by one. */
 static bool receive_pages(struct pc_dest *d, struct region *r, const struct frame *f,
                           const uint8_t *payload, bool urgent) {
   bool by_file = filed(d, r);
   for (uint64_t i = 0; i < f->count;) {
-    uint64_t first = f->page + i, run = 0, placed = 0, existing = 0;
+    uint64_t first = f->page + i, run = 0, placed = 0;
     uint8_t was, any = 0;
-    bool again;
-    while (i + run < f->count &&
+    enum meaning is = AGAIN;
+    struct placing p = {.done = 0};
+    while (i + run < f->count && (payload || run == 0) &&
            claim(d, r, first + run, by_file && payload ? CLAIMED | CACHED : CLAIMED, &was))
       run++, any |= was;
     if (run == 0) {
@@ -517,43 +547,36 @@ static bool receive_pages(struct pc_dest *d, struct region *r, const struct fram
       i++;
       continue;
     }
-    int failed = 0;
+    const uint8_t *from = payload ? payload + (i << r->page_shift) : NULL;
     bool to_put = by_file;
     if (by_file && !payload && !(any & WANTED)) /* zeros that nobody waits for need no page */
       placed = run;
-    do {
-      const uint8_t *from = payload ? payload + (i << r->page_shift) : NULL;
-      failed = to_put ? put_in_file(d, r, first, run, from, any & CACHED) : 0;
-      if (!failed) {
-        uint64_t more;
-        to_put = false;
-        from = !payload ? NULL : by_file ? FILED : from + (placed << r->page_shift);
-        failed = place(d, r, first + placed, run - placed, from, &more, &existing);
-        placed += more;
-      }
-      again = failed && shall_try_again(d, failed) && !called_off(d);
-      if (again)
-        poll(NULL, 0, failed == -EAGAIN ? 0 : NO_MEMORY_WAIT_MS);
-    } while (again);
-    if (to_put)
-      placed = 0;
-    count_add(d->stats.existing_pages, existing);
-    if (any & WANTED)
-      for (uint64_t page = first; page < first + placed; page++)
-        note_latency(d, r, page);
-    if (any & WANTED || urgent)
-      count_set(d->stats.last_urgent_ns, pc_monotonic_ns());
-    if (!payload)
-      count_add(d->stats.zero_pages, placed);
-    else if (urgent)
-      count_add(d->stats.urgent_pages, placed);
-    else
-      count_add(d->stats.pushed_pages, placed);
+    while (to_put || placed < run) {
+      int failed = to_put ? put_in_file(d, r, first, run, from, any & CACHED) : 0;
+      bool zeros;
+      p = (struct placing){.error = -failed};
+      is = failed == -ENOMEM || failed == -ENOSPC ? LATER : failed ? WRONG : PLACED;
+      to_put = to_put && failed;
+      if (!failed && placed < run)
+        is = !payload  ? place_zeros(r, by_file, first, d->zeros, &zeros, &p)
+             : by_file ? place(r, MAP, first + placed, run - placed, NULL, &p)
+                       : place(r, COPY, first + placed, run - placed,
+                               from + (placed << r->page_shift), &p);
+      if (!explained(d, r, &p))
+        return false; /* what is claimed stays so: never all is here */
+      placed += p.done;
+      if (is != PLACED && (!shall_try_again(d, is) || called_off(d)))
+        break;
+      if (is != PLACED)
+        wait_to_try(is);
+    }
+    placed = to_put ? 0 : placed;
+    note_received(d, r, first, placed, any & WANTED, urgent, payload);
     confirm(d, r, first, placed, DONE);
-    if (failed) {
+    if (to_put || placed < run) {
       unclaim(d, r, first + placed, run - placed);
       if (!called_off(d))
-        place_failed(d, r, first + placed, failed);
+        place_failed(d, r, first + placed, p.error);
       return false;
     }
     i += run;
@@ -561,18 +584,54 @@ static bool receive_pages(struct pc_dest *d, struct region *r, const struct fram
   return true;
 }
 
+/* The source cannot read these pages: who touches one gets a memory error. What is here is not
+ * lost, so a page that came before it could not be read any more stays. */
+static bool receive_lost(struct pc_dest *d, struct region *r, const struct frame *f, bool urgent) {
+  for (uint64_t page = f->page; page < f->page + f->count; page++) {
+    struct placing p;
+    enum meaning is;
+    uint8_t was;
+    if (!claim(d, r, page, CLAIMED, &was)) {
+      count_add(d->stats.duplicate_pages, 1);
+      continue;
+    }
+    while ((is = lose(d, r, page, &p)) == AGAIN || is == LATER) {
+      if (!shall_try_again(d, is) || called_off(d))
+        break;
+      wait_to_try(is);
+    }
+    if (is == PLACED) {
+      if (was & WANTED)
+        note_latency(d, r, page);
+      if (was & WANTED || urgent)
+        count_set(d->stats.last_urgent_ns, pc_monotonic_ns());
+    } else if (is == NEVER) {
+      atomic_fetch_add(&d->unspoilt, 1);
+      atomic_store(&d->record[r->first + page], LOST | (was & CACHED));
+      look_at_unspoilt(d, count_get(d->stats.confirmed_pages));
+    } else {
+      unclaim(d, r, page, 1);
+      if (!called_off(d))
+        place_failed(d, r, page, p.error);
+      return false;
+    }
+  }
+  return true;
+}
+
 /* Pages of zeros are noted, not placed: the guest stays as sparse as it was. Only a page that a
  * fault waits for is placed. Eight pages at a time where nobody knows anything of them yet. */
 static bool receive_zeros(struct pc_dest *d, struct region *r, const struct frame *f, bool urgent) {
-  uint64_t noted = 0;
+  uint64_t noted = 0, twice = 0;
   bool good = true;
   for (uint64_t page = f->page, end = f->page + f->count; page < end && good;) {
     _Atomic uint8_t *state = &d->record[r->first + page];
-    uint64_t unknown = 0;
+    uint64_t eight = 0;
     if (page % 8 == 0 && end - page >= 8 &&
-        __atomic_compare_exchange_n((uint64_t *)state, &unknown, EIGHT(DONE), false,
-                                    __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
-      noted += 8, page += 8;
+        (__atomic_compare_exchange_n((uint64_t *)state, &eight, EIGHT(DONE), false,
+                                     __ATOMIC_SEQ_CST, __ATOMIC_RELAXED) ||
+         eight == EIGHT(DONE))) {
+      *(eight ? &twice : &noted) += 8, page += 8;
       continue;
     }
     uint8_t none = 0;
@@ -585,6 +644,7 @@ static bool receive_zeros(struct pc_dest *d, struct region *r, const struct fram
     page++;
   }
   count_add(d->stats.zero_pages, noted);
+  count_add(d->stats.duplicate_pages, twice);
   confirmed(d, noted, noted);
   return good;
 }
@@ -608,12 +668,13 @@ static bool receive_early(struct pc_dest *d, struct region *r, const struct fram
                           const uint8_t *payload) {
   for (uint64_t page = f->page, end = f->page + f->count, run; page < end; page += run) {
     _Atomic uint8_t *state = &d->record[r->first + page];
-    uint64_t unknown = 0, here = 0;
+    uint64_t eight = 0, here = 0;
     if (!payload && page % 8 == 0 && end - page >= 8 &&
-        __atomic_compare_exchange_n((uint64_t *)state, &unknown, EIGHT(HERE), false,
-                                    __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) {
+        (__atomic_compare_exchange_n((uint64_t *)state, &eight, EIGHT(HERE), false,
+                                     __ATOMIC_SEQ_CST, __ATOMIC_RELAXED) ||
+         eight == EIGHT(HERE))) {
       run = 8;
-      present(d, run);
+      present(d, eight ? 0 : run);
       continue;
     }
     int cached = -1, failed = 0;
@@ -649,9 +710,22 @@ static bool receive_early(struct pc_dest *d, struct region *r, const struct fram
   return true;
 }
 
+/* Some pages of a frame. */
+static bool receive_part(struct pc_dest *d, struct region *r, const struct frame *f,
+                         const uint8_t *payload, bool urgent) {
+  if (!sealed(d))
+    return receive_early(d, r, f, f->kind == FRAME_ZERO ? NULL : payload);
+  if (f->kind == FRAME_ZERO)
+    return receive_zeros(d, r, f, urgent);
+  if (f->kind == FRAME_LOST)
+    return receive_lost(d, r, f, urgent);
+  return receive_pages(d, r, f, payload, urgent);
+}
+
 static bool receive(struct pc_dest *d, const struct frame *f, const uint8_t *payload, bool urgent) {
   struct region *r = f->region < d->region_count ? &d->regions[f->region] : NULL;
-  if (!r || f->kind == FRAME_REQUEST || !frame_fits(f, r->is.pages, r->is.page_size)) {
+  if (!r || f->kind == FRAME_REQUEST || (f->kind == FRAME_LOST && !sealed(d)) ||
+      !frame_fits(f, r->is.pages, r->is.page_size)) {
     engine_fail(&d->stats, d->wake, PC_BAD_FRAME,
                 "the source sent a frame that does not fit the guest: kind %d, region %d, "
                 "page %llu, count %u, payload %u",
@@ -661,10 +735,14 @@ static bool receive(struct pc_dest *d, const struct frame *f, const uint8_t *pay
   count_add(d->stats.transferred_bytes, FRAME_BYTES + f->payload);
   if (urgent)
     count_add(d->stats.unanswered, -(int64_t)f->count);
-  if (!sealed(d))
-    return receive_early(d, r, f, f->kind == FRAME_ZERO ? NULL : payload);
-  return f->kind == FRAME_ZERO ? receive_zeros(d, r, f, urgent)
-                               : receive_pages(d, r, f, payload, urgent);
+  bool good = true;
+  struct frame part = *f;
+  for (uint64_t done = 0; good && done < f->count; done += part.count) {
+    part.page = f->page + done; /* what has a payload is less than one step */
+    part.count = f->count - done < STEP_PAGES ? f->count - (uint32_t)done : STEP_PAGES;
+    good = !called_off(d) && receive_part(d, r, &part, payload, urgent);
+  }
+  return good;
 }
 
 static void *receive_run(void *argument) {
@@ -703,47 +781,49 @@ static struct region *region_at(struct pc_dest *d, int uffd, uint64_t address) {
 
 /* One fault: answered from what is known or left to who is placing the page; else the page is to be
  * asked for, or to be tried again later. */
-enum answer { ANSWERED, ASK, LATER };
+enum answer { ANSWERED, ASK, PUT_OFF };
 
-static enum answer fault_failed(struct pc_dest *d, struct region *r, uint64_t page, int failed) {
-  if (shall_try_again(d, failed))
-    return LATER;
-  place_failed(d, r, page, failed);
-  return ANSWERED;
-}
-
-/* Zeros, or what the file has: somebody else may have made the page (a neighbour in a huge one). */
-static int place_zeros(struct pc_dest *d, struct region *r, uint64_t page, uint64_t *zeros) {
-  uint64_t placed, existing = 0, mapped = 0;
-  int failed = place(d, r, page, 1, NULL, &placed, &existing);
-  *zeros = placed - existing;
-  return existing && filed(d, r) ? place(d, r, page, 1, FILED, &placed, &mapped) : failed;
+/* Whatever has failed, the guest's thread is not left behind: it faults again a while later. */
+static enum answer fault_answer(struct pc_dest *d, struct region *r, uint64_t page,
+                                enum meaning is, const struct placing *p) {
+  if (is == PLACED)
+    return ANSWERED;
+  if (!shall_try_again(d, is))
+    place_failed(d, r, page, p->error);
+  return PUT_OFF;
 }
 
 static enum answer fault_done(struct pc_dest *d, struct region *r, uint64_t page, bool lost) {
-  uint64_t zeros = 0, placed, existing;
-  int failed = lost ? place(d, r, page, 1, POISON, &placed, &existing)
-                    : place_zeros(d, r, page, &zeros);
+  struct placing p;
+  bool zeros = false;
+  enum meaning is = lost ? BROKEN : place_zeros(r, filed(d, r), page, d->zeros, &zeros, &p);
   count_add(d->stats.discarded_pages, zeros);
-  return failed ? fault_failed(d, r, page, failed) : ANSWERED;
+  if (is == BROKEN) {
+    is = place(r, SPOIL, page, 1, NULL, &p);
+    if (is == PLACED && !(atomic_fetch_or(&d->record[r->first + page], LOST) & LOST))
+      count_add(d->stats.lost_pages, 1);
+  }
+  return fault_answer(d, r, page, is, &p);
 }
 
 /* With the page claimed. */
 static enum answer fault_here(struct pc_dest *d, struct region *r, uint64_t page, bool cached) {
-  uint64_t placed, existing = 0;
-  int failed = cached ? place(d, r, page, 1, staged_at(d, r, page), &placed, &existing)
-                      : place_zeros(d, r, page, &placed);
-  count_add(d->stats.existing_pages, existing);
-  if (!failed)
+  struct placing p;
+  bool zeros;
+  enum meaning is = cached ? place_staged(d, r, page, 1, &p)
+                           : place_zeros(r, filed(d, r), page, d->zeros, &zeros, &p);
+  if (!explained(d, r, &p))
+    return ANSWERED; /* it waits */
+  if (is == PLACED)
     confirm_here(d, r, page, 1, cached);
-  else
+  else if (is != BROKEN || (is = lose(d, r, page, &p)) != PLACED)
     unclaim_here(d, r, page, 1);
-  return failed ? fault_failed(d, r, page, failed) : ANSWERED;
+  return fault_answer(d, r, page, is, &p);
 }
 
 static enum answer fault(struct pc_dest *d, struct region *r, uint64_t page, uint64_t now) {
-  if (!sealed(d))
-    return ANSWERED; /* by pc_dest_seal */
+  if (!sealed(d) || atomic_load(&d->foreign))
+    return ANSWERED; /* by pc_dest_seal; by nobody */
   _Atomic uint8_t *state = &d->record[r->first + page];
   uint8_t is = atomic_load(state);
   bool here;
@@ -751,7 +831,7 @@ static enum answer fault(struct pc_dest *d, struct region *r, uint64_t page, uin
     if (is & DONE)
       return fault_done(d, r, page, is & LOST);
     here = (is & (HERE | CLAIMED)) == HERE;
-    if (is & WANTED && !here)
+    if (is & (WANTED | LOST) && !here)
       return ANSWERED;
   } while (!atomic_compare_exchange_weak(state, &is,
                                          here ? (is | CLAIMED) & ~WANTED : is | WANTED));
@@ -765,13 +845,38 @@ static enum answer fault(struct pc_dest *d, struct region *r, uint64_t page, uin
   return ASK;
 }
 
+/* The guest's threads whose faults could not be answered, until they fault again. */
+struct laters {
+  struct { struct region *region; uint64_t page; } of[FAULTS_AT_ONCE];
+  unsigned count; /* more than FAULTS_AT_ONCE: these and others */
+  uint64_t at_ns;
+};
+
+static void put_off(struct laters *l, struct region *r, uint64_t page, uint64_t now) {
+  if (!l->count)
+    l->at_ns = now + AGAIN_MS * 1000000u;
+  if (l->count < FAULTS_AT_ONCE)
+    l->of[l->count].region = r, l->of[l->count].page = page;
+  l->count += l->count <= FAULTS_AT_ONCE;
+}
+
+static void wake_put_off(struct fault_thread *taker, struct laters *l) {
+  struct pc_dest *d = taker->dest;
+  for (unsigned i = 0; l->count <= FAULTS_AT_ONCE && i < l->count; i++)
+    wake_page(l->of[i].region, l->of[i].page);
+  for (struct region *r = d->regions; l->count > FAULTS_AT_ONCE && r < d->regions + d->registered;
+       r++)
+    if (r->is.uffd == taker->uffd)
+      wake_all(r);
+  l->count = 0;
+}
+
 static void *faults_run(void *argument) {
   struct fault_thread *taker = argument;
   struct pc_dest *d = taker->dest;
   struct uffd_msg messages[FAULTS_AT_ONCE];
-  struct { struct region *region; uint64_t page; } ask[FAULTS_AT_ONCE], later[FAULTS_AT_ONCE];
-  unsigned laters = 0;
-  uint64_t later_ns = 0; /* when the guest's threads in `later` are to fault again */
+  struct { struct region *region; uint64_t page; } ask[FAULTS_AT_ONCE];
+  struct laters later = {.count = 0};
   while (!atomic_load(&d->stopping)) {
     pthread_mutex_lock(&d->asking);
     bool unsent = d->urgent.fd >= 0 && (d->waiting_to > 0 || d->look_again < d->slots);
@@ -779,7 +884,7 @@ static void *faults_run(void *argument) {
                               {.fd = d->notice, .events = POLLIN},
                               {.fd = unsent ? d->urgent.fd : -1, .events = POLLOUT}};
     pthread_mutex_unlock(&d->asking);
-    poll(ready, 3, laters ? NO_MEMORY_WAIT_MS : TURN_MS);
+    poll(ready, 3, later.count ? AGAIN_MS : TURN_MS);
     eventfd_t noticed;
     if (ready[1].revents)
       eventfd_read(d->notice, &noticed);
@@ -787,14 +892,13 @@ static void *faults_run(void *argument) {
     if (n < 0 && errno != EAGAIN && errno != EINTR) {
       engine_fail(&d->stats, d->wake, PC_MEMORY, "reading faults from the userfaultfd: %s",
                   strerrordesc_np(errno));
-      break;
+      poll(NULL, 0, AGAIN_MS); /* and it is tried again, for as long as the engine lives */
     }
     uint64_t now = pc_monotonic_ns();
     count_set(d->stats.beat_ns, now);
     atomic_store_explicit(&taker->turned_ns, now, memory_order_relaxed);
-    if (now >= later_ns)
-      while (laters)
-        laters--, wake_page(later[laters].region, later[laters].page);
+    if (later.count && now >= later.at_ns)
+      wake_put_off(taker, &later);
     unsigned asks = 0;
     for (ssize_t i = 0; i < n / (ssize_t)sizeof *messages; i++) {
       uint64_t address = messages[i].arg.pagefault.address;
@@ -804,14 +908,10 @@ static void *faults_run(void *argument) {
       count_add(d->stats.faults, 1);
       uint64_t page = (address - r->is.address) >> r->page_shift;
       enum answer answer = fault(d, r, page, now);
-      if (answer == ASK) {
+      if (answer == ASK)
         ask[asks].region = r, ask[asks++].page = page;
-      } else if (answer == LATER && laters < FAULTS_AT_ONCE) {
-        later_ns = laters ? later_ns : now + NO_MEMORY_WAIT_MS * 1000000u;
-        later[laters].region = r, later[laters++].page = page;
-      } else if (answer == LATER) {
-        wake_page(r, page); /* faults again at once: the kernel keeps what does not fit here */
-      }
+      else if (answer == PUT_OFF)
+        put_off(&later, r, page, now);
     }
     if (!asks && !unsent)
       continue;
@@ -858,8 +958,8 @@ static uint8_t kept(struct pc_dest *d, struct region *r, uint8_t is) {
 static int record_map(struct pc_dest *d, int record, char error[200]) {
   struct stat file;
   int failed = fstat(record, &file) ? errno : 0;
-  if (!failed && file.st_size)
-    d->staged = (uint64_t)file.st_size != d->slots;
+  if (!failed && file.st_size) /* another engine has been here */
+    d->again = true, d->staged = (uint64_t)file.st_size != d->slots;
   uint64_t bytes = d->slots + d->staged;
   if (!failed && file.st_size && (uint64_t)file.st_size != bytes) {
     snprintf(error, 200, "the page record has %lld bytes and this guest needs %llu: it is not this "
@@ -989,11 +1089,8 @@ int pc_dest_register(struct pc_dest *d, int again) {
     }
     d->takers[i].running = true;
   }
-  for (unsigned i = 0; again && i < d->region_count; i++) {
-    struct region *r = &d->regions[i];
-    struct uffdio_range range = {r->is.address, r->is.pages << r->page_shift};
-    ioctl(r->is.uffd, UFFDIO_WAKE, &range); /* a message is read once, and was by another engine */
-  }
+  for (unsigned i = 0; again && i < d->region_count; i++)
+    wake_all(&d->regions[i]); /* a message is read once, and was by another engine */
   return 0;
 }
 
@@ -1062,17 +1159,15 @@ int pc_dest_seal(struct pc_dest *d) {
     return 0;
   atomic_store(&d->record[d->slots], 1);
   /* Who has faulted faults again, and is answered. */
-  for (struct region *r = d->regions; r < d->regions + d->registered; r++) {
-    struct uffdio_range range = {r->is.address, r->is.pages << r->page_shift};
-    ioctl(r->is.uffd, UFFDIO_WAKE, &range);
-  }
+  for (struct region *r = d->regions; r < d->regions + d->registered; r++)
+    wake_all(r);
   return 0;
 }
 
 int pc_dest_settle(struct pc_dest *d) {
   if (!sealed(d))
     return -EBUSY;
-  if (!d->staged || atomic_load(&d->settling))
+  if (!d->staged || atomic_load(&d->settling) || atomic_load(&d->foreign))
     return 0;
   if (d->settler_started)
     pthread_join(d->settler, NULL);
@@ -1095,6 +1190,8 @@ void pc_dest_disconnect(struct pc_dest *d) {
   engine_end_connections(d->connections);
   atomic_store(&d->ending, false);
   engine_forget_connections(&d->stats);
+  if (atomic_load(&d->foreign))
+    foreign_failed(d);
 }
 
 int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t count,
@@ -1115,32 +1212,32 @@ int64_t pc_dest_poison(struct pc_dest *d) {
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
     if (d->connections[i].stream.fd >= 0)
       return -EBUSY;
-  if (!sealed(d))
+  if (!sealed(d) || atomic_load(&d->foreign))
     return -EBUSY;
   for (struct region *r = d->regions; r < d->regions + d->region_count; r++) {
     _Atomic uint8_t *state = d->record + r->first;
-    for (uint64_t page = 0, run; page < r->is.pages; page += run ? run : 1) {
-      uint64_t placed = 0, existing = 0;
-      run = 0;
+    for (uint64_t page = 0; page < r->is.pages;) {
+      struct placing p;
+      uint64_t run = 0;
       while (page + run < r->is.pages && !(atomic_load(&state[page + run]) & (DONE | HERE)))
         run++;
-      if (!run)
+      if (!run && ++page)
         continue;
-      int failed = place(d, r, page, run, POISON, &placed, &existing);
+      enum meaning is = place(r, SPOIL, page, run, NULL, &p);
       /* What is there already may be the error that a killed engine has left, so it is LOST too. */
-      confirm(d, r, page, placed, DONE | LOST);
-      count_add(d->stats.lost_pages, placed);
-      poisoned += (int64_t)(placed - existing);
-      run = placed;
-      if (failed == -EAGAIN) {
-        sched_yield();
-      } else if (failed == -EINVAL) {
+      confirm(d, r, page, p.done, DONE | LOST);
+      count_add(d->stats.lost_pages, p.done);
+      poisoned += (int64_t)(p.done - p.existing);
+      page += p.done;
+      if (is == AGAIN) {
+        sched_yield(); /* from the page that did not go */
+      } else if (is == NEVER) {
         engine_fail(&d->stats, d->wake, PC_MEMORY, "giving up the pages that lack: this kernel "
                     "has no UFFDIO_POISON, Linux 6.6 or later is needed");
-        return failed;
-      } else if (failed) {
-        place_failed(d, r, page + placed, failed);
-        return failed;
+        return -EINVAL;
+      } else if (is != PLACED) {
+        place_failed(d, r, page, p.error);
+        return -p.error;
       }
     }
   }

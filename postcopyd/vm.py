@@ -35,7 +35,8 @@ UNDER_WAY = frozenset({"precopy", "handover", "postcopy"})
 
 
 class Waiting(Protocol):
-    """An arrival that is paused: its engine holds the faults until the source is there again."""
+    """An arrival whose engine goes on taking faults: until the source is there again, or for good
+    where pages were lost."""
 
     async def close(self) -> None:
         """Ends it for good; only when the VMM has ended."""

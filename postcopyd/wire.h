@@ -6,7 +6,8 @@
  * comparing marks. All numbers are big-endian, as msgpack has them:
  *
  *    0  0x95        array of 5
- *    1  kind        1 request (destination to source), 2 pages, 3 zero (source to destination)
+ *    1  kind        1 request (destination to source); 2 pages, 3 zero, 4 lost: cannot be read
+ *                   (source to destination; lost only where both have the feature "losses")
  *    2  0xcd u16    region, index in the offer
  *    5  0xcf u64    first page, in pages of the region's page size
  *   14  0xce u32    count of pages, at least 1
@@ -22,7 +23,7 @@
 #include <string.h>
 
 enum { FRAME_BYTES = 24, FRAME_MAX_PAYLOAD = 2 << 20 };
-enum frame_kind { FRAME_REQUEST = 1, FRAME_PAGES = 2, FRAME_ZERO = 3 };
+enum frame_kind { FRAME_REQUEST = 1, FRAME_PAGES = 2, FRAME_ZERO = 3, FRAME_LOST = 4 };
 
 struct frame {
   uint64_t page;
@@ -52,7 +53,7 @@ static inline int frame_decode(const uint8_t in[FRAME_BYTES], struct frame *f) {
   memcpy(&count, in + 15, 4), memcpy(&payload, in + 20, 4);
   f->kind = in[1], f->region = be16toh(region), f->page = be64toh(page);
   f->count = be32toh(count), f->payload = be32toh(payload);
-  if (f->kind < FRAME_REQUEST || f->kind > FRAME_ZERO || f->payload > FRAME_MAX_PAYLOAD)
+  if (f->kind < FRAME_REQUEST || f->kind > FRAME_LOST || f->payload > FRAME_MAX_PAYLOAD)
     return -1;
   return 0;
 }

@@ -105,6 +105,16 @@ class DestinationEngine(Engine):
     def complete(self) -> bool:
         return bool(self.stats.confirmed_pages == self.stats.total_pages)
 
+    @property
+    def lost(self) -> int:
+        """Pages that are memory errors: given up by a person, or not to be read at the source."""
+        return int(self.stats.lost_pages)
+
+    @property
+    def foreign(self) -> bool:
+        """The kernel has put pages into guest memory: nothing is placed any more, ever."""
+        return bool(self.stats.failure == lib.PC_FOREIGN)
+
     def unregister(self, *, called_off: bool = False) -> None:
         """Gives guest RAM back to the kernel. Missing pages read as zeros from then on, and so may
         lost ones: only when all are there and none was lost, or when the guest here shall never run

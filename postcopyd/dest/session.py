@@ -23,7 +23,7 @@ from typing import Any
 import trio
 from msgspec import structs, to_builtins
 
-from postcopyd import alike, counts, headroom, hugepages, procfs, threads
+from postcopyd import alike, counts, headroom, hugepages, losses, procfs, threads
 from postcopyd import protocol as p
 from postcopyd._native import lib
 from postcopyd.connection import (
@@ -83,6 +83,7 @@ class DestinationSession:
         self._run = True
         self._ran = False
         self._told = False  # the operator's programs, that it runs here
+        self._given_up = False  # by a person, what was missing
         self.ram_here: hugepages.Ram | None = None  # once drained: for huge pages, afterwards
 
     @classmethod
@@ -99,6 +100,9 @@ class DestinationSession:
         session._accepted = session._adopted = session._loading = True
         session._run, session._ran, session._told = about["run"], about["ran"], about["told"]
         session._ran_ns = about["ran_ns"]
+        session._given_up = about.get("given_up", False)
+        if distrust := about.get("foreign"):
+            raise PostcopydError(distrust, "NotTrusted")
         session.identity = tuple(about.get("identity", ()))
         driver = vm.attached()
         try:
@@ -128,6 +132,7 @@ class DestinationSession:
                 session._shape.close()
             raise
         settings.arriving[vm.name] = session._shape
+        session._all_here = session.complete and "answer" in about
         return session
 
     @property
@@ -138,13 +143,23 @@ class DestinationSession:
 
     @property
     def complete(self) -> bool:
-        """Every page is here, and only the source does not know."""
+        """Every page is here or lost, and perhaps the source does not know."""
         return self._engine is not None and self._engine.complete and not self.poisoned
 
     @property
     def poisoned(self) -> bool:
         """A person has given pages up that were missing."""
-        return self._engine is not None and self._engine.stats.lost_pages > 0
+        return self._given_up
+
+    @property
+    def settled(self) -> bool:
+        """Every page is here or lost, and that is recorded. One that is kept has lost some: the
+        engine serves for as long as its VMM lives, see `poison`."""
+        return self._all_here
+
+    @property
+    def lost(self) -> int:
+        return self._engine.lost if self._engine is not None else 0
 
     async def run(self) -> None:
         """The whole arrival. What goes wrong ends in the VM's status and is told to the source."""
@@ -180,6 +195,7 @@ class DestinationSession:
                     "VmmGone",
                 ) from None
             raise
+        self._given_up = True
         if self._run and not self._ran:
             await self.vm.attached().run()
         self._ran = True
@@ -201,7 +217,7 @@ class DestinationSession:
         await self._drained()
         self.machine.happened(Happened.LOST)
         await self._hooks("drained")
-        await self.close()
+        await self._leave()
 
     async def drop(self) -> None:
         """The source has lost this connection and asks again: it is over for this side too."""
@@ -276,7 +292,7 @@ class DestinationSession:
             await self._load(handover.whole)
             await self._run_guest()
             await self._drain()
-        await self.close()
+        await self._leave()
 
     async def _prepare(self) -> None:
         """Everything up to *serving*."""
@@ -577,7 +593,7 @@ class DestinationSession:
                 await self.channel.send(p.Serving())
                 nursery.cancel_scope.cancel()
             await self._drain()
-        await self.close()
+        await self._leave()
 
     @property
     def _ram(self) -> Shape:
@@ -604,6 +620,7 @@ class DestinationSession:
             "ran": self._ran,
             "told": self._told,
             "ran_ns": self._ran_ns,  # the clock of this boot, as this record
+            "given_up": self._given_up,
             "identity": self.identity,
             **({"answer": to_builtins(answer)} if answer else {}),
         }
@@ -647,9 +664,11 @@ class DestinationSession:
         """Nothing waits for pages any more, and both hosts are told."""
         engine = self._engine
         assert engine is not None
-        engine.unregister()
+        lost = engine.lost
+        if not lost:
+            engine.unregister()
         self._all_here = True
-        if self._shape is not None:
+        if self._shape is not None and not lost:
             self.ram_here = hugepages.Ram.of(self._shape.pid, self._shape.regions)
         stats = engine.stats
         last = stats.last_urgent_ns
@@ -663,18 +682,17 @@ class DestinationSession:
             discarded=stats.discarded_pages,
             brownout_ms=max(last - self._ran_ns, 0) / 1e6,
             faults=faults(stats),
+            lost=lost,
         )
-        self.vm.settle(
-            phase="drained", remaining=0, message=f"{self.vm.name} is here, with all of its memory"
-        )
+        sentence = losses.arrived(self.vm.name, self.channel.peer, lost)
+        self.vm.settle(phase="drained", remaining=0, message=sentence)
         self._note(drained)
-        self._record_settled("held")
+        self._record_settled(None if lost else "held")
         # After the record: a daemon that is started in between needs them no more.
-        try:
-            with within(RELEASE_S, f"closing the userfaultfds of {self.vm.name}"):
-                await self.vm.attached().release()
-        except Exception as error:  # an unused descriptor stays in the VMM
-            self.log.warning("the VMM keeps its userfaultfd", error=str(error))
+        if lost:
+            self.log.error("memory lost", pages=lost)
+        else:
+            await self._release()
         self.settings.store.forget_intent(self.vm.name)  # of a move from here, once: it is back
         self.log.info(
             "migration completed",
@@ -684,6 +702,24 @@ class DestinationSession:
         )
         with suppress(PostcopydError):  # who listens for the answer sees it too
             await self.channel.send(drained)
+
+    async def _release(self) -> None:
+        try:
+            with within(RELEASE_S, f"closing the userfaultfds of {self.vm.name}"):
+                await self.vm.attached().release()
+        except Exception as error:  # an unused descriptor stays in the VMM
+            self.log.warning("the VMM keeps its userfaultfd", error=str(error))
+
+    async def _leave(self) -> None:
+        """Nothing is due any more: all is closed, but where pages were lost (`settled`)."""
+        engine = self._engine
+        if engine is None or not engine.lost:
+            await self.close()
+            return
+        with trio.CancelScope(shield=True):
+            await engine.disconnect()
+        self.settings.arriving.pop(self.vm.name, None)  # its memory is there, or is not wanted
+        self.vm.waiting = self
 
     async def _listen(self) -> None:
         """Nothing is due from the source now; but it may fail, or be gone."""
@@ -740,7 +776,7 @@ class DestinationSession:
             if self._all_here:
                 self.log.warning("after drained", error=str(error))
                 self.machine.happened(Happened.LOST)
-                await self.close()
+                await self._leave()
             elif self.machine.state in DESTINATION_RUNS:
                 await self._paused(error)
             else:
@@ -811,6 +847,11 @@ class DestinationSession:
             if self._engine is not None:
                 await self._engine.disconnect()
                 vm.waiting = self
+        if vm.waiting is self and self._engine is not None and self._engine.foreign:
+            vm.waiting = None
+            message = losses.foreign(vm.name, peer, self._engine.sentence)
+            vm.about["foreign"] = message  # no engine after this one takes it for explained
+            await self.close()
         vm.show(phase="paused", message=message)
         self._record_settled(None)
         tell = self.log.error if vm.waiting is None else self.log.warning

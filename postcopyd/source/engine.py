@@ -44,7 +44,14 @@ class SourceEngine(Engine):
 
     async def scan(self) -> None:
         """Finds data and holes. May be called while the guest runs: the push looks again."""
-        await trio.to_thread.run_sync(lib.pc_source_scan, self.handle, limiter=threads.ENGINE)
+        while await trio.to_thread.run_sync(
+            lib.pc_source_scan, self.handle, limiter=threads.ENGINE
+        ):
+            pass  # it may be cancelled between two steps
+
+    def tell_losses(self, understood: bool) -> None:
+        """Whether the destination understands that pages cannot be read. Before `connect`."""
+        lib.pc_source_tell_losses(self.handle, understood)
 
     def track(self, uffd: int) -> None:
         """Sees writes to guest RAM, by a new userfaultfd of the VMM that is borrowed until

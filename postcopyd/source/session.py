@@ -18,7 +18,7 @@ from typing import Any
 
 import trio
 
-from postcopyd import alike, counts, kernel, threads
+from postcopyd import alike, counts, kernel, losses, threads
 from postcopyd import protocol as p
 from postcopyd.connection import Channel, dial_control, dial_data, open_nursery
 from postcopyd.control import MigrateRequest
@@ -359,7 +359,8 @@ class SourceSession:
 
     async def _connect(self, token: bytes) -> None:
         """The data connections: one urgent, the others for pushing."""
-        assert self._engine is not None
+        assert self._engine is not None and self._channel is not None
+        self._engine.tell_losses(p.LOSSES in self._channel.features)
         for urgent in (True, *[False] * self.settings.connections):
             wire = await dial_data(
                 self.request.to, self.settings, self.migration, token, urgent=urgent
@@ -606,7 +607,12 @@ class SourceSession:
         await self._untrack()
         result = self._result(message, at=moved)
         self._completed = result
-        sentence = f"{self.vm.name} is at {self.request.to}, with all of its memory"
+        sentence = (
+            f"{self.vm.name} is at {self.request.to}, with all of its memory"
+            f"{losses.but(message.lost)}"
+        )
+        if message.lost:
+            self.log.error("memory lost", pages=message.lost)
         self.vm.settle(phase="drained", remaining=0, message=sentence)
         self._record_settled("granted")
         await self._acknowledge(channel)
@@ -1024,6 +1030,7 @@ class SourceSession:
                 "pushedPages": drained.placed - drained.urgent if drained else 0,
                 "urgentPages": drained.urgent if drained else 0,
                 "duplicatePages": drained.duplicate if drained else 0,
+                "lostPages": drained.lost if drained else 0,
             },
             "faults": faults_json(self._faults),
             "transferredBytes": moved,

@@ -37,6 +37,7 @@ enum { MOST_SENT = 150000, MOST_REQUESTED = 40 * FRAME_BYTES };
 static struct pc_dest *dest, *staged;
 static struct pc_source *source;
 static int guest_file, source_file, record_file, wake;
+static uint8_t *guest_at; /* where guest_file is mapped */
 static uint8_t is[FILE_PAGES * PAGE];   /* the guest's memory as it is */
 static uint8_t want[FILE_PAGES * PAGE]; /* as the model has it */
 static uint8_t states[ALL];
@@ -98,6 +99,7 @@ static void make_engines(void) {
   must(!ftruncate(guest_file, sizeof is) && !ftruncate(source_file, sizeof source_pages));
   uint8_t *at = mmap(NULL, sizeof is, PROT_READ | PROT_WRITE, MAP_SHARED, guest_file, 0);
   must(at != MAP_FAILED);
+  guest_at = at;
   int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
   if (uffd < 0) {
     fprintf(stderr, "missing: userfaultfd\n");
@@ -109,6 +111,7 @@ static void make_engines(void) {
        .uffd = uffd}};
   dest = pc_dest_new(regions, 2, record_file, wake, 0, error);
   must(dest && !pc_dest_register(dest, 0));
+  dest->again = true; /* see begin() */
   regions[0].fd = regions[1].fd = source_file;
   regions[1].offset = FIRST * PAGE;
   for (unsigned page = 0; page < ALL; page++) /* every third a hole, every seventh written zeros */
@@ -154,7 +157,7 @@ static int connected(const uint8_t *data, size_t size, int *peer) {
 
 /* What the model expects to be counted, and why the connection ended. */
 struct counts {
-  uint64_t confirmed, zero, carried, duplicate, existing, bytes, passed, precopied;
+  uint64_t confirmed, zero, carried, lost, duplicate, existing, bytes, passed, precopied;
   int64_t answered;
   int failure;
 };
@@ -162,6 +165,7 @@ struct counts {
 /* The guest and its host before the peer sends: some pages are waited for, some are in the file
  * already (an engine was killed before it confirmed them), some are confirmed. */
 static void begin(unsigned seed) {
+  must(!madvise(guest_at, sizeof is, MADV_DONTNEED)); /* memory errors too */
   must(!fallocate(guest_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, sizeof is));
   memset(want, 0, sizeof want);
   memset(states, 0, sizeof states);
@@ -191,9 +195,15 @@ static bool there(unsigned page) {
   return page_at(want, page)[0] == 0x77;
 }
 
-static void model_page(struct counts *c, unsigned page, bool zero, const uint8_t *payload) {
-  if (states[page] == DONE) {
+static void model_page(struct counts *c, unsigned page, unsigned kind, const uint8_t *payload) {
+  bool zero = kind == FRAME_ZERO;
+  if (states[page] & DONE) {
     c->duplicate++;
+    return;
+  }
+  if (kind == FRAME_LOST) { /* what is in the file and not mapped is hidden by the error */
+    states[page] = DONE | LOST;
+    c->confirmed++, c->lost++;
     return;
   }
   if (!zero || states[page] == WANTED) { /* else it is noted, and nothing is placed */
@@ -214,7 +224,9 @@ static uint64_t number(const uint8_t *from, unsigned bytes) {
   return n;
 }
 
-typedef void page_model(struct counts *c, unsigned page, bool zero, const uint8_t *payload);
+typedef void page_model(struct counts *c, unsigned page, unsigned kind, const uint8_t *payload);
+
+static bool may_be_lost = true; /* not before the seal */
 
 static void model(struct counts *c, const uint8_t *at, size_t left, page_model *each) {
   for (;;) {
@@ -226,14 +238,14 @@ static void model(struct counts *c, const uint8_t *at, size_t left, page_model *
     c->failure = PC_BAD_FRAME;
     if (at[0] != 0x95 || at[2] != 0xcd || at[5] != 0xcf || at[14] != 0xce || at[19] != 0xc6)
       return;
-    if (kind < 1 || kind > 3 || bytes > 2 << 20)
+    if (kind < 1 || kind > 4 || bytes > 2 << 20)
       return;
     if (left - FRAME_BYTES < bytes) {
       c->failure = PC_CONNECTION;
       return;
     }
     uint64_t pages = pages_of(region);
-    if (kind == 1 || count == 0 || page >= pages || count > pages - page)
+    if (kind == 1 || (kind == 4 && !may_be_lost) || count == 0 || page >= pages || count > pages - page)
       return;
     if (bytes != (kind == 2 ? count * PAGE : 0))
       return;
@@ -241,7 +253,7 @@ static void model(struct counts *c, const uint8_t *at, size_t left, page_model *
     c->bytes += FRAME_BYTES + bytes;
     c->answered += (int64_t)count;
     for (unsigned i = 0; i < count; i++)
-      each(c, first + i, kind == 3, kind == 2 ? at + FRAME_BYTES + i * PAGE : NULL);
+      each(c, first + i, kind, kind == 2 ? at + FRAME_BYTES + i * PAGE : NULL);
     at += FRAME_BYTES + bytes, left -= FRAME_BYTES + bytes;
   }
 }
@@ -260,6 +272,7 @@ static void to_destination(const uint8_t *data, size_t size, bool urgent, unsign
   must(s->failure == c.failure && s->sentence[0]);
   must(s->confirmed_pages == before.confirmed_pages + c.confirmed);
   must(s->zero_pages == c.zero && s->duplicate_pages == c.duplicate);
+  must(s->lost_pages == c.lost);
   must(s->existing_pages == c.existing && s->transferred_bytes == c.bytes);
   must((urgent ? s->urgent_pages : s->pushed_pages) == c.carried);
   must((urgent ? s->pushed_pages : s->urgent_pages) == 0);
@@ -278,7 +291,8 @@ static void place_as(unsigned page, uint8_t content) {
   shadow[page].state = DONE, shadow[page].mapped = true, shadow[page].guest = content;
 }
 
-static void model_staged(struct counts *c, unsigned page, bool zero, const uint8_t *payload) {
+static void model_staged(struct counts *c, unsigned page, unsigned kind, const uint8_t *payload) {
+  bool zero = kind == FRAME_ZERO;
   uint8_t *state = &shadow[page].state;
   c->passed += !is_sealed;
   if (!is_sealed) {
@@ -286,6 +300,9 @@ static void model_staged(struct counts *c, unsigned page, bool zero, const uint8
     shadow[page].content = zero ? 0 : payload[0];
   } else if (*state & (DONE | HERE)) {
     c->duplicate++;
+  } else if (kind == FRAME_LOST) {
+    *state = DONE | LOST;
+    c->confirmed++, c->lost++;
   } else {
     bool wanted = *state & WANTED, known = *state;
     /* Zeros for which nobody waits need no page; known anonymous memory gets one. */
@@ -314,7 +331,7 @@ static void model_fault(struct counts *c, unsigned page) {
     return;
   if (*state & HERE)
     model_here(c, page, true);
-  else if (*state & DONE && !shadow[page].mapped)
+  else if (*state & DONE && !(*state & LOST) && !shadow[page].mapped)
     place_as(page, 0);
   else if (!(*state & DONE))
     *state |= WANTED;
@@ -353,6 +370,7 @@ static void look_at_staged(const struct counts *c) {
   must(s->present_pages == present && s->confirmed_pages == c->confirmed);
   must(s->zero_pages == c->zero && s->pushed_pages == c->carried && s->urgent_pages == 0);
   must(s->duplicate_pages == c->duplicate && s->precopied_pages == c->precopied);
+  must(s->lost_pages == c->lost);
   must(s->passed_pages == c->passed && s->transferred_bytes == c->bytes);
   must(sealed(staged) == is_sealed);
 }
@@ -413,7 +431,9 @@ static size_t have_step(const uint8_t *data, size_t size) {
 
 static void frames_step(struct counts *c, const uint8_t *data, size_t size) {
   int peer;
+  may_be_lost = is_sealed;
   model(c, data, size, model_staged);
+  may_be_lost = true;
   struct connection connection = {.engine = staged, .stream = {connected(data, size, &peer), NULL}};
   receive_run(&connection);
   close(connection.stream.fd), close(peer);

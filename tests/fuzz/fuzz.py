@@ -22,6 +22,7 @@ CORPUS = HERE / "corpus"
 WORK = HERE.parents[1] / ".build/fuzz"
 PYTHON_TARGETS = ("control", "call")
 FRAMES = "frames"
+FILES = ("engine.c", "tls.c", "place.c", "stage.c", "dirty.c")
 MISSING = 77  # exit status: the last line says what this machine lacks
 MOST = 1000  # bytes of an input of frame_fuzz.c; payloads are made by it
 # More would be lost to looking for leaks after each input than it could find.
@@ -34,7 +35,7 @@ def build(folder: Path) -> Path:
     command = ["clang", "-std=gnu11", "-g", "-O1", "-pthread", "-Wall", "-Wextra", "-Wshadow"]
     command += ["-Werror", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
     command += [f"-I{ENGINE}", str(HERE / "frame_fuzz.c")]
-    command += [str(ENGINE / name) for name in ("engine.c", "tls.c", "stage.c", "dirty.c")]
+    command += [str(ENGINE / name) for name in FILES]
     subprocess.run(
         [*command, "-lssl", "-lcrypto", "-o", str(program)],
         check=True,

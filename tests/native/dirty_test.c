@@ -911,8 +911,7 @@ static void killed(enum kind kind) {
     }
     check(get(s.stats->failure) == PC_VMM_GONE, "%ld, %d: %s", failed, s.stats->failure,
           s.stats->sentence);
-    check(strstr(s.stats->sentence, kind == FILE_RAM ? "has ended" : ":"), "%s",
-          s.stats->sentence);
+    check(strstr(s.stats->sentence, "has ended"), "%s", s.stats->sentence);
     pc_source_untrack(s.source);
     pc_source_disconnect(s.source);
     check(get(s.stats->failure) == PC_VMM_GONE, "that is not forgotten");

@@ -8,7 +8,9 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sched.h>
+#include <setjmp.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -100,6 +102,46 @@ UNSEEN static uint64_t mix(uint64_t x) {
 
 static uint64_t draw(void) {
   return mix(drawn++);
+}
+
+/* --- the kernel's part ------------------------------------------------------------------------ */
+
+/* What an ioctl of the engine is to be answered with, instead of the kernel's answer. */
+struct refusal {
+  _Atomic uint64_t request, from, bytes; /* the ioctl (0: none) and the addresses it is about */
+  _Atomic int error;
+  _Atomic uint64_t times; /* how often it was */
+};
+static struct refusal refusal;
+
+static void refuse(uint64_t request, int error, const void *from, uint64_t bytes) {
+  atomic_store(&refusal.error, error);
+  atomic_store(&refusal.from, (uintptr_t)from);
+  atomic_store(&refusal.bytes, bytes);
+  atomic_store(&refusal.times, 0);
+  atomic_store(&refusal.request, request);
+}
+
+int ioctl(int fd, unsigned long request, ...) {
+  va_list list;
+  va_start(list, request);
+  uint64_t *argument = va_arg(list, uint64_t *);
+  va_end(list);
+  if (request == refusal.request && *argument - refusal.from < refusal.bytes) {
+    refusal.times++;
+    errno = refusal.error;
+    return -1;
+  }
+  uint64_t before = request == refusal.request ? refusal.from - *argument : 0;
+  if (before && request != UFFDIO_COPY && before < argument[1]) {
+    uint64_t bytes = argument[1]; /* of a range the part before it goes, as the kernel does it */
+    argument[1] = before;
+    if (!syscall(SYS_ioctl, fd, request, argument))
+      errno = EAGAIN;
+    argument[1] = bytes;
+    return -1;
+  }
+  return (int)syscall(SYS_ioctl, fd, request, argument);
 }
 
 /* --- guest memory ----------------------------------------------------------------------------- */
@@ -391,6 +433,7 @@ static void new_source(struct pair *p) {
   regions_of(p->guest, regions, SOURCE);
   p->source = pc_source_new(regions, p->guest->count, p->wake, error);
   check(p->source, "%s", error);
+  pc_source_tell_losses(p->source, true);
   p->from = pc_source_stats(p->source);
 }
 
@@ -587,6 +630,29 @@ static uint64_t request_from(struct stream s) {
 
 static uint64_t read_request(int fd) {
   return request_from(plain(fd));
+}
+
+/* A signal takes a thread out of an access: SIGBUS of a memory error, or one sent while it waits for
+ * a page. Past the sanitizers' sigaction, which would hold the signal back. */
+extern int __sigaction(int, const struct sigaction *, struct sigaction *);
+static _Thread_local jmp_buf out_of_fault;
+
+static void leave_fault(int signal) {
+  (void)signal;
+  _longjmp(out_of_fault, 1);
+}
+
+static void leave_faults_on(int signal) {
+  struct sigaction action = {.sa_handler = leave_fault, .sa_flags = SA_NODEFER};
+  __sigaction(signal, &action, NULL);
+}
+
+/* Reads a word; false: a memory error. */
+static bool reads(struct ram *m, uint64_t page, uint64_t *value) {
+  if (_setjmp(out_of_fault))
+    return false;
+  *value = load(m, page, 7);
+  return true;
 }
 
 struct reader {

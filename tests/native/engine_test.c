@@ -13,7 +13,6 @@
 #include <dirent.h>
 #include <poll.h>
 #include <sched.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
@@ -351,7 +350,13 @@ static void existing(void) {
   fill_source(m, 0, m->pages);
   for (uint64_t page = 10; page < 110; page += 10)
     check(pwrite(m->file, "guest's", 8, (off_t)(page * SMALL)) == 8, "%m");
-  struct pair p = start(&g, 1, 0);
+  struct pair p = {.guest = &g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  int record = memfd_create("record", MFD_CLOEXEC);
+  check(!ftruncate(record, m->pages), "%m"); /* an engine before this one has placed them */
+  dest_on(&p, record, false);
+  new_source(&p);
+  connect_engines(&p, true), connect_engines(&p, false);
+  check(!pc_source_serve(p.source) && !pc_source_push(p.source, 0), " ");
   wait_until(drained(&p));
   check(get(p.at->existing_pages) == 10, "%llu", (unsigned long long)p.at->existing_pages);
   for (uint64_t page = 0; page < m->pages; page++) {
@@ -883,23 +888,8 @@ static void have_marks(void) {
 }
 
 /* Wants many pages at once without as many threads: a signal takes the thread out of each fault
- * once the engine has it. Past the sanitizers' sigaction, which would hold the signal back. */
-extern int __sigaction(int, const struct sigaction *, struct sigaction *);
-static _Thread_local jmp_buf out_of_fault;
+ * once the engine has it. */
 enum { WANTERS = 16 };
-
-static void leave_fault(int signal) {
-  (void)signal;
-  _longjmp(out_of_fault, 1);
-}
-
-/* Reads a word; false: a memory error. */
-static bool reads(struct ram *m, uint64_t page, uint64_t *value) {
-  if (_setjmp(out_of_fault))
-    return false;
-  *value = load(m, page, 7);
-  return true;
-}
 
 enum given { LACKS, GIVEN, ZEROED };
 
@@ -929,9 +919,8 @@ static void *toucher_run(void *argument) {
 
 static void poison(uint64_t pages, uint32_t page_size, bool anonymous_memory) {
   enum { TOUCHERS = 6 };
-  struct sigaction action = {.sa_handler = leave_fault, .sa_flags = SA_NODEFER};
   needs_poison();
-  __sigaction(SIGBUS, &action, NULL);
+  leave_faults_on(SIGBUS);
   struct guest g = {0};
   struct ram *m = add_ram(&g, pages, page_size, all_data);
   if (anonymous_memory)
@@ -1007,8 +996,7 @@ static void *late_run(void *argument) {
 /* A fault whose message is older than the error: the kernel would let zeros replace it. */
 static void poison_late_fault(void) {
   needs_poison();
-  struct sigaction action = {.sa_handler = leave_fault, .sa_flags = SA_NODEFER};
-  __sigaction(SIGBUS, &action, NULL);
+  leave_faults_on(SIGBUS);
   struct guest g = {0};
   struct ram *m = add_ram(&g, 64, SMALL, all_data);
   struct pair p = {.guest = &g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
@@ -1050,8 +1038,7 @@ static void *wanter_run(void *argument) {
 static void want_all(struct pair *p) {
   struct wanter w[WANTERS];
   struct ram *m = p->guest->ram;
-  struct sigaction action = {.sa_handler = leave_fault, .sa_flags = SA_NODEFER};
-  __sigaction(SIGUSR1, &action, NULL);
+  leave_faults_on(SIGUSR1);
   for (unsigned i = 0; i < WANTERS; i++) {
     w[i] = (struct wanter){.ram = m, .at = i};
     pthread_create(&w[i].thread, NULL, wanter_run, &w[i]);
@@ -1134,7 +1121,10 @@ static const struct {
     {FRAME_ZERO, 0, 0, ~0u, 0},            {FRAME_ZERO, 0, ~0ull, 2, 0},
     {FRAME_ZERO, 0, 0, 1, SMALL},          {FRAME_ZERO, 1, 0, 1, 0},
     {FRAME_ZERO, 0, 0, 0, 0},              {0, 0, 0, 1, 0},
-    {4, 0, 0, 1, 0},                       {255, 0, 0, 1, 0},
+    {FRAME_LOST, 0, 0, 65, 0},             {FRAME_LOST, 0, ~0ull, 1, 0},
+    {FRAME_LOST, 0, 0, 1, SMALL},          {FRAME_LOST, 1, 0, 1, 0},
+    {FRAME_LOST, 0, 0, 0, 0},              {5, 0, 0, 1, 0},
+    {255, 0, 0, 1, 0},
 };
 enum { BADS = sizeof BAD / sizeof *BAD };
 

@@ -19,7 +19,7 @@ from needs import missing
 
 HERE = Path(__file__).parent
 ENGINE = HERE.parents[1] / "postcopyd"
-PARTS = ("engine", "tls", "uffd_native", "stage", "source_native", "dirty")
+PARTS = ("engine", "tls", "uffd_native", "place", "stage", "source_native", "dirty")
 SOURCES = [path for path in (ENGINE / f"{part}.c" for part in PARTS) if path.exists()]
 PROGRAMS = [path for path in sorted(HERE.glob("*_test.c")) if path.name != "adopt_test.c"]
 SUBTESTS = [

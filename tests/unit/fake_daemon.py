@@ -31,6 +31,7 @@ RESULT = {
         "pushedPages": 202134,
         "urgentPages": 10,
         "duplicatePages": 3,
+        "lostPages": 0,
     },
     "faults": {**FAULTS, "histogramUs": {"64": 1, "128": 8, "256": 0, "512": 1}},
     "transferredBytes": 828000000,

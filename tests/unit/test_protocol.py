@@ -563,7 +563,7 @@ def test_kinds_of_connections_fit_a_short_string() -> None:
 
 frames = st.builds(
     p.Frame,
-    st.sampled_from([p.REQUEST, p.PAGES, p.ZERO]),
+    st.sampled_from([p.REQUEST, p.PAGES, p.ZERO, p.LOST_PAGES]),
     st.integers(0, 2**16 - 1),
     st.integers(0, 2**64 - 1),
     st.integers(0, 2**32 - 1),
@@ -627,10 +627,10 @@ def test_each_mark_is_checked_by_both(at: int) -> None:
 
 @pytest.mark.parametrize("kind", range(256))
 def test_kinds_are_judged_alike(kind: int) -> None:
-    """Only the three kinds there are pass, in both."""
+    """Only the four kinds there are pass, in both."""
     header = bytearray(p.pack_frame(p.Frame(p.ZERO, 0, 0, 1, 0)))
     header[1] = kind
-    known = kind in (p.REQUEST, p.PAGES, p.ZERO)
+    known = kind in (p.REQUEST, p.PAGES, p.ZERO, p.LOST_PAGES)
     assert (c_decode(bytes(header)) is not None) is known
     assert (python_decode(bytes(header)) is not None) is known
 
