@@ -122,6 +122,11 @@ static void refuse(uint64_t request, int error, const void *from, uint64_t bytes
   atomic_store(&refusal.request, request);
 }
 
+/* The kernel answers again; who was on the way to be refused still is, by that errno. */
+static void refuse_no_more(void) {
+  atomic_store(&refusal.request, 0);
+}
+
 int ioctl(int fd, unsigned long request, ...) {
   va_list list;
   va_start(list, request);

@@ -347,7 +347,7 @@ static void no_memory_errors(void) {
 
   /* And the next engine, which may be another version's or kernel's. */
   pc_dest_free(p.dest);
-  refuse(0, 0, NULL, 0);
+  refuse_no_more();
   dest_on(&p, p.record, true);
   pc_source_disconnect(p.source);
   serve(&p, true);
@@ -374,7 +374,7 @@ static void placing_fails(void) {
   check(strstr(p.at->sentence, "placing page") != NULL, "%s", p.at->sentence);
   pc_dest_disconnect(p.dest);
   close(urgent), close(push);
-  refuse(0, 0, NULL, 0);
+  refuse_no_more();
   for (unsigned i = 0; i < ZEROES; i++) {
     pthread_join(r[i].thread, NULL);
     check(r[i].value == 0, " ");
@@ -390,7 +390,7 @@ static void placing_fails(void) {
   wait_until(get(p.at->failure) == PC_MEMORY);
   pc_dest_disconnect(p.dest);
   close(urgent), close(push);
-  refuse(0, 0, NULL, 0);
+  refuse_no_more();
   urgent = by_hand(&p, true);
   for (unsigned i = ZEROES; i < ALL; i++)
     send_page(urgent, m, read_request(urgent));
