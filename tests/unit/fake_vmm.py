@@ -178,8 +178,12 @@ class FakeVmm:
             self.uffd = -1
 
     def memory(self) -> list[bytes]:
-        """Guest RAM as its files have it; reading those never waits for a page."""
-        return [os.pread(fd, n * PAGE, 0) for fd, n in zip(self.files, PAGES, strict=True)]
+        """Guest RAM as its files have it; reading those never waits for a page. Where one was cut
+        short: zeros, as where the destination has a memory error."""
+        return [
+            os.pread(fd, n * PAGE, 0).ljust(n * PAGE, b"\0")
+            for fd, n in zip(self.files, PAGES, strict=True)
+        ]
 
     def registered(self) -> bool:
         """Whether an access to guest RAM may still wait for somebody."""

@@ -215,6 +215,7 @@ def test_missing_fields_are_refused(message: p.Message) -> None:
         "look",
         "staged",
         "whole",
+        "lost",
     }
     optional |= {"disks", "unsafe"}
     for field in whole.keys() - optional - {"type"}:
