@@ -76,6 +76,7 @@ static uint8_t state_of(struct pair *p, uint64_t page) {
 /* The end of the RAM file is gone: those pages are lost, and told as lost; all others follow, asked
  * for or not, and who waits for a lost page gets an error. */
 static void unreadable(bool secure) {
+  needs_poison();
   with_tls = secure;
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, true);
@@ -116,6 +117,7 @@ static void unreadable_tls(void) { unreadable(true); }
 /* A destination that cannot be told has all that can be read before the engine fails, however often
  * it asks again. */
 static void unreadable_untold(void) {
+  needs_poison();
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, true);
   check(!ftruncate(m->source, CUT * SMALL), "%m");
@@ -206,6 +208,7 @@ static void source_of(struct pair *p, struct vmm *v, struct ram *m) {
 
 /* Anonymous memory says the same of a page that is lost and of one that cannot be had just now. */
 static void unreadable_anonymous(void) {
+  needs_poison();
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, false);
   to_anonymous(m);
@@ -243,6 +246,7 @@ static void unreadable_anonymous(void) {
 
 /* A pass leaves out what cannot be read; it stays to be sent, and is not called lost. */
 static void unreadable_in_a_pass(void) {
+  needs_poison();
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, true);
   check(!ftruncate(m->source, CUT * SMALL), "%m");
@@ -281,6 +285,7 @@ static struct pair by_hand_dest(struct guest *g, bool staged, int *urgent, int *
 
 /* What is here is not lost, whatever the source says later; and before the seal nothing is. */
 static void lost_and_here(void) {
+  needs_poison();
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, false);
   int urgent, push;
@@ -310,6 +315,7 @@ static void lost_and_here(void) {
 /* A kernel without memory errors: who touches a lost page waits; all others are served, and the
  * failure comes when nothing else lacks. */
 static void no_memory_errors(void) {
+  needs_poison();
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, true);
   check(!ftruncate(m->source, CUT * SMALL), "%m");
@@ -439,6 +445,7 @@ static void full_tmpfs(void) {
 /* Memory of the destination breaks: of a page that waits in the file, touched or settled, and of one
  * that the guest had already. */
 static void broken_here(void) {
+  needs_poison();
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, false);
   int urgent, push;
@@ -568,6 +575,7 @@ static void flood_early(void) { flood(true); }
 
 static void flood_lost(void) {
   enum { MANY = 4 << 20 };
+  needs_poison();
   struct guest g = {.count = 1};
   struct ram *m = g.ram;
   *m = (struct ram){.pages = MANY, .page_size = SMALL, .content = all_data, .file = -1,
