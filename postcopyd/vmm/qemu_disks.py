@@ -14,22 +14,24 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self, TypeVar
 
 import trio
+from msgspec import Meta, Struct, ValidationError, convert
 
 from postcopyd import procfs, threads
 from postcopyd.vmm import Disk, DiskFile
-from postcopyd.vmm.qmp import Qmp
+from postcopyd.vmm.qmp import Qmp, QmpProtocolError
 
 # File systems that other hosts mount too, as libvirt knows them (virFileIsSharedFS), by the name
 # that the kernel has for them; behind each the word for those whose inode numbers are the file's on
@@ -52,6 +54,7 @@ LOCAL_BLOCK = re.compile(r"(loop|ram|zram|pmem|brd)\d")
 
 SAMPLES, SAMPLE_BYTES = 16, 4096
 MAX_LINKS = 40  # as the kernel's
+MAX_DEPTH = 250  # of a backing chain; QEMU itself ends sooner
 
 # Of a finished job nothing is left to do.
 OVER = {"concluded", "null"}
@@ -60,14 +63,102 @@ OVER = {"concluded", "null"}
 DELETED = " (deleted)"  # what /proc says behind the path of a file that has no name any more
 
 
-@dataclass
+MAX_NODES = 1000
+"""Of one disk, those that several nodes share counted for each."""
+
+T = TypeVar("T")
+Driver = Annotated[str, Meta(max_length=64, pattern=r"\A[A-Za-z0-9_.-]+\Z")]
+
+
+class _Inserted(Struct, rename="kebab"):
+    node_name: str
+    ro: bool
+
+
+class _Backend(Struct):
+    """One of query-block."""
+
+    device: str
+    qdev: str = ""
+    inserted: _Inserted | None = None
+
+
+class _Image(Struct, rename="kebab"):
+    virtual_size: int
+
+
+class _Described(Struct, rename="kebab"):
+    """One of query-named-block-nodes."""
+
+    node_name: str
+    drv: Driver
+    file: str
+    image: _Image
+
+    @property
+    def file_name(self) -> str:
+        """QEMU makes JSON of what no plain name says."""
+        name = self.file
+        if name.startswith("json:"):
+            with suppress(ValueError, RecursionError):
+                options = json.loads(name.removeprefix("json:"))
+                name = str(options.get("filename", name)) if isinstance(options, dict) else name
+        return name.removeprefix("file:")
+
+
+class _GraphNode(Struct):
+    id: int
+    type: str
+    name: str
+
+
+class _Edge(Struct):
+    parent: int
+    child: int
+    name: str
+
+
+class _Graph(Struct):
+    """x-debug-query-block-graph."""
+
+    nodes: list[_GraphNode]
+    edges: list[_Edge]
+
+
+class _Job(Struct):
+    """One of query-jobs."""
+
+    id: str
+    type: str
+    status: str
+
+
+class _Fd(Struct):
+    fd: int
+
+
+class _FdSet(Struct, rename="kebab"):
+    """One of query-fdsets."""
+
+    fdset_id: int
+    fds: list[_Fd]
+
+
+class _Property(Struct):
+    """One of qom-list."""
+
+    name: str
+    type: str
+
+
+@dataclass(frozen=True)
 class _Node:
     """One node of QEMU's block graph, with those below it."""
 
     driver: str
     name: str  # of the file, as QEMU has it
     size: int
-    below: list[tuple[str, _Node]] = field(default_factory=list)
+    below: tuple[tuple[str, _Node], ...] = ()
 
     @property
     def chain(self) -> str:
@@ -101,22 +192,22 @@ class _Leaf:
 async def look(qmp: Qmp, pid: int) -> tuple[list[Disk], list[str]]:
     """The disks of the guest by name, and a sentence for each reason why they cannot go along."""
     problems = await _jobs(qmp)
-    backends = await qmp.execute("query-block")
-    graph = await _graph(qmp)
+    backends = await _ask(qmp, list[_Backend], "query-block")
+    nodes = await _Nodes.of(qmp)
     fdsets = await _fdsets(qmp)
     chains: dict[str, str] = {}
     leaves: list[_Leaf] = []
     for backend in backends:
-        name, inserted = _device(backend), backend.get("inserted")
+        name, inserted = _device(backend), backend.inserted
         if inserted is None:
             chains[name] = "empty"
-        elif (top := graph.get(inserted["node-name"])) is None:
+        elif (top := nodes.tree(inserted.node_name)) is None:
             problems.append(f"Disk '{name}' changed while it was looked at: try again.")
         else:
-            chains[name] = top.chain + (", read-only" if inserted["ro"] else "")
+            chains[name] = top.chain + (", read-only" if inserted.ro else "")
             # What is in flash memory crosses with the guest, and is written to the file there.
             if not await _is_flash(qmp, backend):
-                found = top.leaves(not inserted["ro"])
+                found = top.leaves(not inserted.ro)
                 leaves += [_Leaf(name, leaf, writable) for leaf, writable in found]
     see = partial(_look_at, pid, leaves, fdsets)
     files, unfit = await trio.to_thread.run_sync(
@@ -129,79 +220,102 @@ async def look(qmp: Qmp, pid: int) -> tuple[list[Disk], list[str]]:
 async def outline(qmp: Qmp) -> str:
     """What is plugged in, and how the block graph hangs together: within a millisecond, as it is
     asked for while the guest stands still. Names of nodes are good enough within one QEMU."""
-    graph = await qmp.execute("x-debug-query-block-graph")
-    devices = [
-        [entry["name"], entry["type"]]
-        for container in ("peripheral", "peripheral-anon")
-        for entry in await qmp.execute("qom-list", {"path": f"/machine/{container}"})
-    ]
-    names = {node["id"]: [node["type"], node["name"]] for node in graph["nodes"]}
-    edges = [[names[e["parent"]], e["name"], names[e["child"]]] for e in graph["edges"]]
+    graph = await _ask(qmp, _Graph, "x-debug-query-block-graph")
+    devices = []
+    for container in ("peripheral", "peripheral-anon"):
+        about = {"path": f"/machine/{container}"}
+        entries = await _ask(qmp, list[_Property], "qom-list", about)
+        devices += [[entry.name, entry.type] for entry in entries]
+    names = {node.id: [node.type, node.name] for node in graph.nodes}
+    edges = [[names.get(e.parent, []), e.name, names.get(e.child, [])] for e in graph.edges]
     parts = [sorted(names.values()), sorted(edges), sorted(devices)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-async def _graph(qmp: Qmp) -> dict[str, _Node]:
-    """All block nodes by name. QEMU has the edges between them in this one answer only."""
-    graph = await qmp.execute("x-debug-query-block-graph")
-    described = await qmp.execute("query-named-block-nodes", {"flat": True})
-    nodes = {
-        node["node-name"]: _Node(node["drv"], _file_name(node), node["image"]["virtual-size"])
-        for node in described
-    }
-    names = {node["id"]: node["name"] for node in graph["nodes"] if node["type"] == "block-driver"}
-    for edge in sorted(graph["edges"], key=lambda edge: str(edge["name"])):
-        parent, child = (nodes.get(names.get(edge[end], "")) for end in ("parent", "child"))
-        if parent is not None and child is not None:
-            parent.below.append((edge["name"], child))
-    return nodes
+async def _ask(qmp: Qmp, kind: type[T], command: str, arguments: dict[str, Any] | None = None) -> T:
+    """Nothing that a VMM says is indexed into before it has passed here."""
+    answer = await qmp.execute(command, arguments)
+    try:
+        return convert(answer, kind)
+    except (ValidationError, RecursionError) as error:
+        raise QmpProtocolError(
+            f"QEMU answered `{command}` with what postcopyd does not know ({error})."
+        ) from None
 
 
-def _file_name(node: dict[str, Any]) -> str:
-    """QEMU makes JSON of what no plain name says."""
-    name = str(node["file"])
-    if name.startswith("json:"):
-        options = json.loads(name.removeprefix("json:"))
-        name = str(options.get("filename", name))
-    return name.removeprefix("file:")
+class _Nodes:
+    """All block nodes by name, and what is below each."""
+
+    def __init__(self, graph: _Graph, described: list[_Described]) -> None:
+        self._described = {node.node_name: node for node in described}
+        names = {node.id: node.name for node in graph.nodes if node.type == "block-driver"}
+        self._below: dict[str, list[tuple[str, str]]] = {}
+        for edge in graph.edges:
+            parent, child = names.get(edge.parent), names.get(edge.child)
+            if parent is not None and child in self._described:
+                self._below.setdefault(parent, []).append((edge.name, child))
+
+    @classmethod
+    async def of(cls, qmp: Qmp) -> Self:
+        """QEMU tells what is below what in this one answer only."""
+        graph = await _ask(qmp, _Graph, "x-debug-query-block-graph")
+        flat = {"flat": True}
+        return cls(graph, await _ask(qmp, list[_Described], "query-named-block-nodes", flat))
+
+    def tree(self, name: str) -> _Node | None:
+        """A node with all that is below it. None when it has gone meanwhile."""
+        left = itertools.count(1)
+
+        def tree(name: str, depth: int) -> _Node:
+            if depth > MAX_DEPTH or next(left) > MAX_NODES:
+                raise QmpProtocolError(f"QEMU says that the nodes of a disk ('{name}') never end.")
+            below = sorted(self._below.get(name, ()))
+            node = self._described[name]
+            return _Node(
+                node.drv,
+                node.file_name,
+                node.image.virtual_size,
+                tuple((edge, tree(child, depth + 1)) for edge, child in below),
+            )
+
+        return tree(name, 0) if name in self._described else None
 
 
 async def _jobs(qmp: Qmp) -> list[str]:
     return [
-        f"QEMU runs the job '{job['id']}' ({job['type']}, {job['status']}), which would not go "
-        f"along with the guest: wait for its end, or end it with QMP `job-cancel`."
-        for job in await qmp.execute("query-jobs")
-        if job["status"] not in OVER
+        f"QEMU runs the job '{job.id}' ({job.type}, {job.status}), which would not go along with "
+        f"the guest: wait for its end, or end it with QMP `job-cancel`."
+        for job in await _ask(qmp, list[_Job], "query-jobs")
+        if job.status not in OVER
     ]
 
 
 async def _fdsets(qmp: Qmp) -> dict[str, int]:
     """Names of descriptors that QEMU was given, and their numbers in it."""
     return {
-        f"/dev/fdset/{entry['fdset-id']}": entry["fds"][0]["fd"]
-        for entry in await qmp.execute("query-fdsets")
-        if entry["fds"]
+        f"/dev/fdset/{entry.fdset_id}": entry.fds[0].fd
+        for entry in await _ask(qmp, list[_FdSet], "query-fdsets")
+        if entry.fds
     }
 
 
-def _device(backend: dict[str, Any]) -> str:
+def _device(backend: _Backend) -> str:
     """What the guest's device is called, the same in all versions of QEMU."""
-    path = str(backend.get("qdev", ""))
+    path = backend.qdev
     if not path.startswith("/"):
-        return path or str(backend["device"])
-    folder, *rest = path.removeprefix("/machine/").split("/")
+        return path or backend.device
+    folder, _, rest = path.removeprefix("/machine/").partition("/")
     if folder == "peripheral":
-        return rest[0]
+        return rest.partition("/")[0]
     if folder == "peripheral-anon":
-        return f"{folder}/{rest[0]}"
-    return str(backend["device"]) or path
+        return f"{folder}/{rest.partition('/')[0]}"
+    return backend.device or path
 
 
-async def _is_flash(qmp: Qmp, backend: dict[str, Any]) -> bool:
-    path = str(backend.get("qdev", ""))
-    if not path.startswith("/machine/"):
+async def _is_flash(qmp: Qmp, backend: _Backend) -> bool:
+    if not backend.qdev.startswith("/machine/"):
         return False
-    kind = await qmp.execute("qom-get", {"path": path, "property": "type"})
+    kind = await qmp.execute("qom-get", {"path": backend.qdev, "property": "type"})
     return str(kind).startswith("cfi.pflash")
 
 

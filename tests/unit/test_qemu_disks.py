@@ -13,7 +13,21 @@ import pytest
 
 from postcopyd import procfs
 from postcopyd.vmm import DiskFile, qemu_disks
-from postcopyd.vmm.qemu_disks import _device, _device_ids, _file_name, _Leaf, _look_at, _Node
+from postcopyd.vmm.qemu_disks import (
+    _Backend,
+    _Described,
+    _device,
+    _device_ids,
+    _Edge,
+    _Graph,
+    _GraphNode,
+    _Image,
+    _Leaf,
+    _look_at,
+    _Node,
+    _Nodes,
+)
+from postcopyd.vmm.qmp import QmpProtocolError
 
 
 @contextmanager
@@ -138,7 +152,7 @@ LEAF = _Node("file", "/d", 197120)
 
 
 def node(driver: str, size: int, **below: _Node) -> _Node:
-    return _Node(driver, "/d", size, sorted(below.items()))
+    return _Node(driver, "/d", size, tuple(sorted(below.items())))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +194,7 @@ def test_chains_in_words(top: _Node, chain: str, leaves: str) -> None:
 )  # fmt: skip
 def test_disks_by_the_names_of_their_devices(backend: dict[str, str], name: str) -> None:
     """Not by those of QEMU's nodes, nor by numbers that differ between its versions."""
-    assert _device(backend) == name
+    assert _device(_Backend(**backend)) == name
 
 
 @pytest.mark.parametrize(
@@ -190,13 +204,48 @@ def test_disks_by_the_names_of_their_devices(backend: dict[str, str], name: str)
         ("file:/d", "/d"),
         ('json:{"driver": "file", "filename": "/d"}', "/d"),
         ('json:{"driver": "null-co"}', 'json:{"driver": "null-co"}'),
+        ("json:[]", "json:[]"),
+        ("json:{", "json:{"),
     ],
 )
 def test_names_of_files(file: str, name: str) -> None:
-    assert _file_name({"file": file}) == name
+    assert _Described("n", "file", file, _Image(9)).file_name == name
 
 
 def test_only_kinds_of_block_devices_that_are_local_are_told_by_name() -> None:
     local = [name for name in ("loop0", "zram1", "sda", "nvme0n1", "dm-3", "rbd0", "drbd1", "ram0")
              if qemu_disks.LOCAL_BLOCK.match(name)]  # fmt: skip
     assert local == ["loop0", "zram1", "ram0"]
+
+
+def nodes(*edges: tuple[int, int]) -> _Nodes:
+    numbers = range(60)
+    return _Nodes(
+        _Graph(
+            [_GraphNode(n, "block-driver", f"n{n}") for n in numbers],
+            [_Edge(parent, child, "file") for parent, child in edges],
+        ),
+        [_Described(f"n{n}", "raw", f"/{n}", _Image(9)) for n in numbers],
+    )
+
+
+@pytest.mark.parametrize(
+    "edges",
+    [
+        [(0, 0)],
+        [(0, 1), (1, 0)],
+        [(n, n + 1) for n in range(59) for _ in range(2)],  # 2^59 ways down
+    ],
+)
+def test_nodes_that_never_end_are_no_answer(edges: list[tuple[int, int]]) -> None:
+    """A QEMU whose guest has taken it over may say that a disk is below itself."""
+    with pytest.raises(QmpProtocolError, match="never end"):
+        nodes(*edges).tree("n0")
+
+
+def test_nodes_hang_together_as_qemu_says() -> None:
+    tree = nodes((0, 1), (1, 2), (77, 2), (2, 99)).tree("n0")
+    assert tree is not None
+    assert tree.chain == "raw of 9 bytes in raw of 9 bytes"
+    assert [leaf.name for leaf, _ in tree.leaves(True)] == ["/2"]
+    assert nodes().tree("gone") is None
