@@ -24,13 +24,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Self
 
 import trio
-from msgspec import Meta, Struct, ValidationError, convert
+from msgspec import Meta, Struct
 
 from postcopyd import procfs, threads
 from postcopyd.vmm import Disk, DiskFile
+from postcopyd.vmm.qemu_answers import Property
 from postcopyd.vmm.qmp import Qmp, QmpProtocolError
 
 # File systems that other hosts mount too, as libvirt knows them (virFileIsSharedFS), by the name
@@ -66,7 +67,6 @@ DELETED = " (deleted)"  # what /proc says behind the path of a file that has no 
 MAX_NODES = 1000
 """Of one disk, those that several nodes share counted for each."""
 
-T = TypeVar("T")
 Driver = Annotated[str, Meta(max_length=64, pattern=r"\A[A-Za-z0-9_.-]+\Z")]
 
 
@@ -144,13 +144,6 @@ class _FdSet(Struct, rename="kebab"):
     fds: list[_Fd]
 
 
-class _Property(Struct):
-    """One of qom-list."""
-
-    name: str
-    type: str
-
-
 @dataclass(frozen=True)
 class _Node:
     """One node of QEMU's block graph, with those below it."""
@@ -192,7 +185,7 @@ class _Leaf:
 async def look(qmp: Qmp, pid: int) -> tuple[list[Disk], list[str]]:
     """The disks of the guest by name, and a sentence for each reason why they cannot go along."""
     problems = await _jobs(qmp)
-    backends = await _ask(qmp, list[_Backend], "query-block")
+    backends = await qmp.ask(list[_Backend], "query-block")
     nodes = await _Nodes.of(qmp)
     fdsets = await _fdsets(qmp)
     chains: dict[str, str] = {}
@@ -220,27 +213,16 @@ async def look(qmp: Qmp, pid: int) -> tuple[list[Disk], list[str]]:
 async def outline(qmp: Qmp) -> str:
     """What is plugged in, and how the block graph hangs together: within a millisecond, as it is
     asked for while the guest stands still. Names of nodes are good enough within one QEMU."""
-    graph = await _ask(qmp, _Graph, "x-debug-query-block-graph")
+    graph = await qmp.ask(_Graph, "x-debug-query-block-graph")
     devices = []
     for container in ("peripheral", "peripheral-anon"):
         about = {"path": f"/machine/{container}"}
-        entries = await _ask(qmp, list[_Property], "qom-list", about)
+        entries = await qmp.ask(list[Property], "qom-list", about)
         devices += [[entry.name, entry.type] for entry in entries]
     names = {node.id: [node.type, node.name] for node in graph.nodes}
     edges = [[names.get(e.parent, []), e.name, names.get(e.child, [])] for e in graph.edges]
     parts = [sorted(names.values()), sorted(edges), sorted(devices)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-async def _ask(qmp: Qmp, kind: type[T], command: str, arguments: dict[str, Any] | None = None) -> T:
-    """Nothing that a VMM says is indexed into before it has passed here."""
-    answer = await qmp.execute(command, arguments)
-    try:
-        return convert(answer, kind)
-    except (ValidationError, RecursionError) as error:
-        raise QmpProtocolError(
-            f"QEMU answered `{command}` with what postcopyd does not know ({error})."
-        ) from None
 
 
 class _Nodes:
@@ -258,9 +240,9 @@ class _Nodes:
     @classmethod
     async def of(cls, qmp: Qmp) -> Self:
         """QEMU tells what is below what in this one answer only."""
-        graph = await _ask(qmp, _Graph, "x-debug-query-block-graph")
+        graph = await qmp.ask(_Graph, "x-debug-query-block-graph")
         flat = {"flat": True}
-        return cls(graph, await _ask(qmp, list[_Described], "query-named-block-nodes", flat))
+        return cls(graph, await qmp.ask(list[_Described], "query-named-block-nodes", flat))
 
     def tree(self, name: str) -> _Node | None:
         """A node with all that is below it. None when it has gone meanwhile."""
@@ -285,7 +267,7 @@ async def _jobs(qmp: Qmp) -> list[str]:
     return [
         f"QEMU runs the job '{job.id}' ({job.type}, {job.status}), which would not go along with "
         f"the guest: wait for its end, or end it with QMP `job-cancel`."
-        for job in await _ask(qmp, list[_Job], "query-jobs")
+        for job in await qmp.ask(list[_Job], "query-jobs")
         if job.status not in OVER
     ]
 
@@ -294,7 +276,7 @@ async def _fdsets(qmp: Qmp) -> dict[str, int]:
     """Names of descriptors that QEMU was given, and their numbers in it."""
     return {
         f"/dev/fdset/{entry.fdset_id}": entry.fds[0].fd
-        for entry in await _ask(qmp, list[_FdSet], "query-fdsets")
+        for entry in await qmp.ask(list[_FdSet], "query-fdsets")
         if entry.fds
     }
 
@@ -315,8 +297,8 @@ def _device(backend: _Backend) -> str:
 async def _is_flash(qmp: Qmp, backend: _Backend) -> bool:
     if not backend.qdev.startswith("/machine/"):
         return False
-    kind = await qmp.execute("qom-get", {"path": backend.qdev, "property": "type"})
-    return str(kind).startswith("cfi.pflash")
+    kind = await qmp.ask(str, "qom-get", {"path": backend.qdev, "property": "type"})
+    return kind.startswith("cfi.pflash")
 
 
 def _look_at(

@@ -67,6 +67,11 @@ def boot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return kernel.image, initramfs
 
 
-@pytest.fixture(params=range(len(QEMUS)), ids=lambda number: f"qemu{number}")
+@pytest.fixture(
+    params=[
+        pytest.param(number, id=f"qemu{number}", marks=[pytest.mark.long] if number else [])
+        for number in range(len(QEMUS))
+    ]
+)
 def qemu(request: pytest.FixtureRequest) -> int:
     return int(request.param)

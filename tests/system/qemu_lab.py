@@ -15,7 +15,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
+from qemus import both_qemus
 
 from postcopyd.vmm import Role, Shape, VmmGone
 from postcopyd.vmm.qemu import QemuVmm
@@ -27,6 +29,7 @@ MACHINE = "pc-q35-7.2"  # every version tried here knows it
 
 
 def find_qemus() -> list[list[str]]:
+    both_qemus()
     named = os.environ.get("POSTCOPYD_QEMU", "")
     if named:
         return [entry.split(",") for entry in named.split(os.pathsep)]
@@ -34,7 +37,12 @@ def find_qemus() -> list[list[str]]:
 
 
 QEMUS = find_qemus()
-PAIRS = [(a, b) for a in range(len(QEMUS)) for b in range(len(QEMUS))]
+# `make test` has the first with itself, `make test-long` all others.
+PAIRS = [
+    pytest.param(a, b, marks=[pytest.mark.long] if a or b else [])
+    for a in range(len(QEMUS))
+    for b in range(len(QEMUS))
+]
 
 
 class Machine:

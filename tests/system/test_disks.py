@@ -111,13 +111,13 @@ FIT: list[Callable[[Path], tuple[list[str], list[str]]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(("source", "destination"), PAIRS)
 @pytest.mark.parametrize("case", FIT)
 async def test_disks_that_fit(
-    lab: Lab, tmp_path: Path, case: Callable[[Path], Any], pair: tuple[int, int]
+    lab: Lab, tmp_path: Path, case: Callable[[Path], Any], source: int, destination: int
 ) -> None:
     """What both QEMUs have is the same to the guest, and is not refused."""
-    assert await problems(lab, *case(tmp_path), pair) == []
+    assert await problems(lab, *case(tmp_path), (source, destination)) == []
 
 
 def temporary(at: Path) -> tuple[list[str], list[str]]:

@@ -35,11 +35,22 @@ ANSWERS: dict[str, Any] = {
     "qom-get": lambda asked: PROPERTIES.get(asked["property"], "x"),
     "query-memory-devices": [{"type": "dimm", "data": {"id": "d", "size": 1, "addr": 1}}],
     "query-kvm": {"enabled": False},
-    "query-block": [],
-    "query-named-block-nodes": [],
-    "x-debug-query-block-graph": {"nodes": [], "edges": []},
-    "query-jobs": [],
-    "query-fdsets": [],
+    "query-block": [
+        {
+            "device": "",
+            "qdev": "/machine/peripheral/vd0",
+            "inserted": {"node-name": "n", "ro": False},
+        }
+    ],
+    "query-named-block-nodes": [
+        {"node-name": "n", "drv": "nbd", "file": "nbd://h/e", "image": {"virtual-size": 1}}
+    ],
+    "x-debug-query-block-graph": {
+        "nodes": [{"id": 1, "type": "block-driver", "name": "n"}],
+        "edges": [{"parent": 7, "child": 1, "name": "root"}],
+    },
+    "query-jobs": [{"id": "j", "type": "backup", "status": "concluded"}],
+    "query-fdsets": [{"fdset-id": 1, "fds": [{"fd": 3}]}],
     "x-query-numa": {"human-readable-text": "0 nodes\n"},
 }
 """Of a QEMU that is in order; everything else is answered with an empty dictionary."""
