@@ -240,13 +240,10 @@ def _huge_page_zeros() -> Iterator[Check]:
     from postcopyd import kernel
 
     what = "missing pages stay missing (tried)"
-    if not kernel.fills_holes():
+    if (why := kernel.why_zeros()) is None:
         yield Check(what, OK, "also where the kernel makes huge pages of shared memory")
         return
-    found = (
-        "this kernel puts zeros there when it makes huge pages of shared memory, so a QEMU gets "
-        "none while its guest's memory follows"
-    )
+    found = f"{why}: a QEMU gets none while its guest's memory follows"
     mend = (
         "update the kernel, or let the guest RAM of other VMMs have no huge pages: they are refused"
     )

@@ -60,8 +60,22 @@ def why_no_passes() -> str | None:
     return f"this host's kernel does not show all that is written: it misses {' and '.join(missed)}"
 
 
-def fills_holes() -> bool:
-    """Whether this kernel may put zeros where pages of a guest have not arrived, when it makes huge
-    pages of its RAM (khugepaged). Also where that could not be tried. Milliseconds the first
+def why_zeros() -> str | None:
+    """Why pages of a guest that have not arrived may read as zeros here, once the kernel
+    (khugepaged) makes huge pages of its RAM; None: they stay missing. Milliseconds the first
     time."""
-    return _tried(lib.pc_probe_huge_zeros) != 0
+    found = _tried(lib.pc_probe_huge_zeros)
+    if found == 0:
+        return None
+    when = "when it makes huge pages of shared memory"
+    if found > 0:
+        return f"this host's kernel puts zeros where pages are missing, {when}"
+    return (
+        f"whether this host's kernel puts zeros where pages are missing, {when}, could not be "
+        f"tried ({os.strerror(-found)})"
+    )
+
+
+def fills_holes() -> bool:
+    """Whether it may be so: also where it could not be tried."""
+    return why_zeros() is not None

@@ -163,14 +163,22 @@ def test_without_tracking_there_is_no_hybrid_migration(
     assert all(word in check.found + check.mend for word in words), check
 
 
-@pytest.mark.parametrize(("found", "state"), [(0, "ok"), (1, "note"), (-errno.ENOMEM, "note")])
+@pytest.mark.parametrize(
+    ("found", "state", "words"),
+    [
+        (0, "ok", "also where"),
+        (1, "note", "puts zeros where pages are missing"),
+        (-errno.ENOMEM, "note", "could not be tried (Cannot allocate memory)"),
+    ],
+)
 def test_a_kernel_that_puts_zeros_where_pages_lack(
-    kernel_says: Callable[..., None], found: int, state: str
+    kernel_says: Callable[..., None], found: int, state: str, words: str
 ) -> None:
-    """Is said to do so, also when it could not be tried."""
+    """Is said to do so, and one of which it is not known may."""
     kernel_says(zeros=found)
     (check,) = doctor._huge_page_zeros()
     assert check.state == state
+    assert words in check.found
 
 
 @pytest.mark.parametrize(("value", "state"), [("", "ok"), ("1", "ok"), ("2", "ok"), ("3", "lacks")])
