@@ -586,7 +586,7 @@ class QemuVmm(Vmm):
         await qemu_userfaultfd.close_all(self.pid, self._made)
         self._made = None
         if self._forbade_huge is not False:
-            await qemu_hugepages.allow(self.pid)
+            await qemu_hugepages.allow(self.pid, known=bool(self._forbade_huge))
             self._forbade_huge = None
         await self._settings.restore()
 

@@ -28,7 +28,8 @@ async def forbid(pid: int) -> bool:
     return True
 
 
-async def allow(pid: int) -> None:
-    """Undoes `forbid`. Raises AdoptionError."""
-    if forbidden(pid):
+async def allow(pid: int, *, known: bool) -> None:
+    """Undoes `forbid`, `known` to be this daemon's; else it is taken for one of a daemon before it
+    where the kernel gives reason to. Raises AdoptionError."""
+    if (known or kernel.fills_holes()) and forbidden(pid):
         await adoption.prctl(pid, PR_SET_THP_DISABLE, 0)

@@ -447,6 +447,14 @@ async def test_huge_pages_that_somebody_else_has_forbidden_stay_so(
         await adopt(driver)
         await driver.release()
         assert not may_have_huge_pages(machine)
+    kernel_says(zeros=0)
+    again = await QemuVmm.known("again", driver.socket, machine.pid)
+    await driver.aclose()
+    try:
+        await again.release()
+        assert not may_have_huge_pages(machine)
+    finally:
+        await again.aclose()
 
 
 async def test_adopt_of_an_unprivileged_qemu(lab: Lab, qemu: int) -> None:
