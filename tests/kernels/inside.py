@@ -21,7 +21,7 @@ from typing import Any
 SITE, REPO, PROGRAMS = Path("/site"), Path("/repo"), Path("/programs")
 os.environ |= {"PYTHONPATH": str(SITE), "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}
 sys.path.insert(0, str(SITE))
-GIVE_UP_S = 240
+GIVE_UP_S = 600
 MEMORY = 24 << 20
 
 results = os.fdopen(3, "w")

@@ -27,6 +27,7 @@ ENGINE = [
     for part in ("engine", "tls", "uffd_native", "stage", "source_native", "dirty")
 ]
 FLAGS = ["-std=gnu11", "-g", "-O2", "-pthread", f"-I{ROOT / 'postcopyd'}", "-DTLS_KEY_RECORDS=50"]
+FLAGS += ["-DEMULATED"]
 FEATURES = {  # what doctor has to find
     "bookworm": {"userfaultfd POISON": "note", "seeing written pages (tried)": "note",
                  "missing pages stay missing (tried)": "note", "adoption (tried)": "ok"},

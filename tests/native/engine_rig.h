@@ -63,13 +63,27 @@ static void stuck(int signal) {
   _exit(2);
 }
 
+/* How often something random is repeated: ThreadSanitizer takes ten times as long for it, and sees
+ * a race the first time that two threads meet. Nor is an emulated machine (EMULATED, tests/kernels)
+ * quick. */
+#if defined(__SANITIZE_THREAD__) || defined(EMULATED)
+enum { RARELY = 4 };
+#else
+enum { RARELY = 1 };
+#endif
+#ifdef EMULATED
+enum { PATIENCE_S = 600 };
+#else
+enum { PATIENCE_S = 60 };
+#endif
+
 /* Runs the subtest that is named, with other random numbers if a number follows; or names all. */
 static uint64_t drawn = 1;
 
 static int subtest_main(int argc, char **argv, const struct subtest *subtests, size_t count) {
   struct sigaction action = {.sa_handler = stuck};
   sigaction(SIGALRM, &action, NULL);
-  alarm(60);
+  alarm(PATIENCE_S);
   drawn = argc == 3 ? strtoull(argv[2], NULL, 10) << 32 : drawn;
   for (const struct subtest *s = subtests; s < subtests + count; s++) {
     if (argc >= 2 && !strcmp(argv[1], s->name)) {
@@ -82,13 +96,6 @@ static int subtest_main(int argc, char **argv, const struct subtest *subtests, s
   return argc == 1 ? 0 : 64;
 }
 
-/* How often something random is repeated: ThreadSanitizer takes ten times as long for it, and sees
- * a race the first time that two threads meet. */
-#ifdef __SANITIZE_THREAD__
-enum { RARELY = 4 };
-#else
-enum { RARELY = 1 };
-#endif
 /* For what goes through all of guest memory: nothing in there is shared with an engine's threads
  * but by the kernel, which ThreadSanitizer does not see. */
 #define UNSEEN __attribute__((no_sanitize_thread))
