@@ -24,7 +24,7 @@ pytestmark = pytest.mark.long
 NATIVE = ROOT / "tests/native"
 ENGINE = [
     ROOT / "postcopyd" / f"{part}.c"
-    for part in ("engine", "tls", "uffd_native", "stage", "source_native", "dirty")
+    for part in ("engine", "tls", "uffd_native", "place", "stage", "source_native", "dirty")
 ]
 FLAGS = ["-std=gnu11", "-g", "-O2", "-pthread", f"-I{ROOT / 'postcopyd'}", "-DTLS_KEY_RECORDS=50"]
 FLAGS += ["-DEMULATED"]
