@@ -583,7 +583,10 @@ class QemuVmm(Vmm):
         """Close the userfaultfds in QEMU and put its settings back.
 
         Only after the guest is drained, or before `load`."""
-        await qemu_userfaultfd.close_all(self.pid, self._made)
+        if self._made is None:  # by an adoption of another daemon's, if any
+            await qemu_userfaultfd.close_all(self.pid)
+        else:
+            await qemu_userfaultfd.close(self.pid, self._made)
         self._made = None
         if self._forbade_huge is not False:
             await qemu_hugepages.allow(self.pid, known=bool(self._forbade_huge))

@@ -83,9 +83,13 @@ def duplicates(pid: int) -> list[int]:
     return ours
 
 
-async def close_all(pid: int, made: list[int] | None = None) -> None:
-    """Close all of them in QEMU, or those of a list that are there still. Raises PostcopydError."""
-    for number in numbers(pid):
-        if made is not None and number not in made:
-            continue  # QEMU's own, for a snapshot in the background
+async def close_all(pid: int) -> None:
+    """Close all of them in QEMU. Raises PostcopydError."""
+    await close(pid, numbers(pid))
+
+
+async def close(pid: int, made: list[int]) -> None:
+    """Close these where they are there still: others may be QEMU's own, for a snapshot in the
+    background. Raises PostcopydError."""
+    for number in sorted(set(made) & set(numbers(pid))):
         await adoption.close_in(pid, number, allow_seccomp=True)
