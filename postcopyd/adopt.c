@@ -54,6 +54,7 @@
 #ifndef PTRACE_GET_RSEQ_CONFIGURATION
 #define PTRACE_GET_RSEQ_CONFIGURATION 0x420f
 #endif
+#define GET_SYSCALL_USER_DISPATCH_CONFIG 0x4211 /* PTRACE_, Linux 6.4 */
 
 int adopt_getfd(int pid, int fd)
 {
@@ -287,7 +288,7 @@ static void close_job(struct job *job)
 struct try {
     struct job *job;
     pid_t tid;
-    int filtered;    /* the thread has a seccomp filter */
+    int filtered;    /* a system call may end in SIGSYS: a seccomp filter, or who knows */
     int64_t stop_by; /* when to give up waiting for it to stop */
     int code;
 };
@@ -420,6 +421,20 @@ static int in_restartable_sequence(const struct job *job, pid_t tid, unsigned lo
            ip - sequence.start < sequence.length;
 }
 
+/* Whether system calls of this thread are turned into SIGSYS, for a handler of its own process (as
+ * Wine does, PR_SET_SYSCALL_USER_DISPATCH): our call would be, while its signals are blocked, and
+ * that kills. -1: this kernel does not tell. */
+static int dispatches(pid_t tid)
+{
+    struct {
+        uint64_t mode, selector, offset, len;
+    } setting = { 0 };
+
+    if (trace(GET_SYSCALL_USER_DISPATCH_CONFIG, tid, sizeof setting, &setting) < 0)
+        return -1;
+    return setting.mode != 0;
+}
+
 /* What a thread was before we touched it. */
 struct before {
     arch_regs regs;
@@ -432,7 +447,7 @@ struct before {
 /* Reads what the thread is, writes its frame, and sets it up to make the call; its registers
  * last. Whatever fails before that has changed nothing. Signals are blocked only then: a thread
  * with our registers gets its mask back from the frame, one with its own would keep ours. */
-static int set_up(const struct try *try, struct before *before)
+static int set_up(struct try *try, struct before *before)
 {
     struct job *job = try->job;
     pid_t tid = try->tid;
@@ -456,6 +471,13 @@ static int set_up(const struct try *try, struct before *before)
     if (in_restartable_sequence(job, tid, arch_ip(&before->regs)))
         return fail(job->error, TRY_ANOTHER, "cannot adopt process %d: its thread %d was in a "
                     "restartable sequence; try again", job->pid, tid);
+    int dispatched = dispatches(tid);
+    if (dispatched > 0)
+        return fail(job->error, TRY_ANOTHER, "cannot adopt process %d: its thread %d handles its "
+                    "system calls by itself (PR_SET_SYSCALL_USER_DISPATCH), and would handle ours; "
+                    "let the VMM hand over its userfaultfd", job->pid, tid);
+    if (dispatched < 0) /* if it does, the signal can be taken back */
+        try->filtered = 1;
 
     before->frame_size = arch_build_frame(&before->regs, xstate, vector.iov_len, before->mask,
                                           &job->code, frame, &before->frame);
@@ -563,8 +585,9 @@ static int run(const struct try *try, const struct before *before)
     if (refused) {
         send_home(try, before);
         return fail(job->error, -EACCES,
-                    "cannot adopt process %d: its seccomp filter refuses system call %ld; start "
-                    "the VMM with a filter that allows it", job->pid, job->nr);
+                    "cannot adopt process %d: its seccomp filter refuses system call %ld (or it "
+                    "handles system calls by itself); start the VMM with a filter that allows it",
+                    job->pid, job->nr);
     }
     if (arch_call_done(&regs, &job->code)) {
         job->result = arch_result(&regs);

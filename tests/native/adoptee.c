@@ -529,6 +529,13 @@ static int in_vfork(void)
     return child < 0;
 }
 
+static void *sleep_for_ever(void *unused)
+{
+    for (;;)
+        pause();
+    return unused;
+}
+
 /* A thread that waits for a page, which it gets at the end. */
 static void *touch(void *page)
 {
@@ -573,6 +580,28 @@ static int on_small_stack(void)
     return len < 0;
 }
 
+/* Its system calls become SIGSYS, for which it has no handler, but those of this program's own text;
+ * with `others` there is a thread whose calls do not. */
+static int in_dispatch(int others)
+{
+    static volatile char selector;
+    uintptr_t text = (uintptr_t)in_dispatch & ~0xfffful;
+    pthread_t thread;
+    char byte;
+    long len;
+
+    if (others && pthread_create(&thread, NULL, sleep_for_ever, NULL))
+        return 1;
+    if (prctl(59 /* PR_SET_SYSCALL_USER_DISPATCH */, 1, text, 0x20000, &selector))
+        return 1;
+    ready();
+    selector = 1; /* SYSCALL_DISPATCH_FILTER_BLOCK */
+    __asm__ volatile("syscall" : "=a"(len) : "0"(SYS_read), "D"(0), "S"(&byte), "d"(1)
+                     : "rcx", "r11", "memory");
+    selector = 0;
+    return len < 0;
+}
+
 int main(int argc, char **argv)
 {
     const char *kind = argc > 1 ? argv[1] : "";
@@ -588,6 +617,8 @@ int main(int argc, char **argv)
         return filter(SECCOMP_RET_ERRNO | EPERM, SYS_userfaultfd) || wait_for_end();
     if (!strcmp(kind, "seccomp-trap"))
         return filter(SECCOMP_RET_TRAP, SYS_userfaultfd) || wait_for_end();
+    if (!strncmp(kind, "dispatch", 8))
+        return in_dispatch(!strcmp(kind, "dispatch-one"));
     if (!strcmp(kind, "fault"))
         return in_fault();
     if (!strcmp(kind, "vfork"))

@@ -279,6 +279,15 @@ def test_a_seccomp_filter_that_refuses_the_call_does_no_harm(programs: Programs)
         assert_adoptable(programs, adoptee, "--allow-seccomp")
 
 
+def test_a_thread_that_handles_its_own_system_calls_is_left_alone(programs: Programs) -> None:
+    """Our call in it would be a signal that kills: another thread makes it, or none."""
+    adoptee = Adoptee(programs, "dispatch")
+    result = programs.call("--timeout", 200, adoptee.pid, "call", SYS_GETPID)
+    assert_refused(result, EBUSY, "PR_SET_SYSCALL_USER_DISPATCH", "hand over its userfaultfd")
+    assert_refused(programs.call("--timeout", 200, adoptee.pid, "call", SYS_GETPID), EBUSY)
+    assert_adoptable(programs, Adoptee(programs, "dispatch-one"))
+
+
 def test_a_stopped_process_is_adopted_and_stays_stopped(programs: Programs) -> None:
     """After SIGSTOP it remains in state T, even if the tracer dies, until SIGCONT."""
     adoptee = Adoptee(programs, "plain")
