@@ -147,7 +147,7 @@ class Daemon:
                 vm.log.warning("VMM ended")
                 waiting, vm.waiting = vm.waiting, None
                 if waiting is not None:
-                    await waiting.close()
+                    await waiting.vmm_ended(driver.farewell)
                 if vm.status["phase"] == "idle":
                     vm.show(
                         message=f"the VMM of {vm.name} here has ended; attach it again once it runs"

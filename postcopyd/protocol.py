@@ -87,6 +87,10 @@ LOST = "Lost"
 """Name of the error of a destination that will never need this source's pages: a person has given
 up there what was missing, or the guest. A source that is told so asks no more by itself."""
 
+ENDED = "Ended"
+"""Name of the error of a destination at which the guest has ended, as was meant, before all of its
+memory had come. A source that is told so needs its copy no more; an older one goes on asking."""
+
 MAX_SENTENCE = 4096
 """Characters of a sentence or a fact."""
 

@@ -202,6 +202,8 @@ def migrate(args: argparse.Namespace) -> int:
         print(progress.summary(result, peer, progress.screen()), flush=True)
     if result["event"] == "completed":
         return DONE
+    if result["event"] == "ended":  # there, as was meant: nothing is left to do for anybody
+        return DONE if args.json else say(result["error"], DONE)
     sentence = result.get("error") or f"the migration of {args.name} ended: {result['event']}"
     if result["event"] == "paused":
         again = f"it goes on by itself: {_again(args, 'watch')}; {_again(args, 'recover')} tries"
@@ -368,7 +370,7 @@ def _settled(status: dict[str, Any]) -> bool:
         case _, "idle":  # otherwise a migration is being prepared
             return not status.get("migration")
         case "source", "failed":  # a resolved migration has failed too; only these ended here
-            return result.get("event") in ("failed", "cancelled")
+            return result.get("event") in ("failed", "cancelled", "ended")
         case "destination", "drained" | "failed":
             return True
     return False

@@ -38,8 +38,8 @@ class Waiting(Protocol):
     """An arrival whose engine goes on taking faults: until the source is there again, or for good
     where pages were lost."""
 
-    async def close(self) -> None:
-        """Ends it for good; only when the VMM has ended."""
+    async def vmm_ended(self, farewell: str | None) -> None:
+        """Ends it for good, as the VMM has ended; `farewell` is what it has said of that."""
 
 
 class Vm:

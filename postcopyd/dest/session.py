@@ -42,7 +42,7 @@ from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import DESTINATION_RUNS, Destination, Happened, Machine
 from postcopyd.hooks import run_hooks
 from postcopyd.limits import in_line
-from postcopyd.native import faults
+from postcopyd.native import Failure, faults
 from postcopyd.patience import END_S, RELEASE_S, within
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.settings import Settings
@@ -52,6 +52,8 @@ from postcopyd.vmm import Declined, Shape, VmmTimeout
 
 PROGRESS_S = 0.1
 ACKNOWLEDGE_S = 10.0
+ENDS_S = 5.0
+"""How long a VMM may take to end whose memory is gone already."""
 CONNECTIONS_S = 30.0
 """How long the source may take to make its data connections; they take milliseconds."""
 COUNT_S = 0.001
@@ -833,29 +835,58 @@ class DestinationSession:
         await self.channel.aclose()
         self.token = secrets.token_bytes(32)  # what still comes with the old one is of no use
         peer = self.channel.peer
-        if vm.driver is None or self._vmm_ended():
-            message = (
-                f"the VMM of {vm.name} here has ended in the middle of its move from {peer}, where "
-                f"part of its memory still is: the guest is lost"
-            )
-            await self.close()
-        else:
-            message = (
-                f"{vm.name} {'runs here' if self._ran else 'was granted to this host'} and waits "
-                f"for pages that are still at {peer}: {error}; that host connects again by itself"
-            )
-            if self._engine is not None:
-                await self._engine.disconnect()
-                vm.waiting = self
-        if vm.waiting is self and self._engine is not None and self._engine.foreign:
+        if driver := vm.driver:
+            # Who has ended is seen here in several ways, and its last words come a moment later.
+            ends = error.name == "VmmGone" or getattr(error, "failure", None) is Failure.VMM_GONE
+            with trio.move_on_after(ENDS_S if ends or self._vmm_ended() else 0):
+                await driver.gone()
+        if driver is None or self._vmm_ended():
+            await self.vmm_ended(driver.farewell if driver else None)
+            return
+        message = (
+            f"{vm.name} {'runs here' if self._ran else 'was granted to this host'} and waits "
+            f"for pages that are still at {peer}: {error}; that host connects again by itself"
+        )
+        if self._engine is not None:
+            await self._engine.disconnect()
+            vm.waiting = self
+        if self._engine is not None and self._engine.foreign:
             vm.waiting = None
             message = losses.foreign(vm.name, peer, self._engine.sentence)
             vm.about["foreign"] = message  # no engine after this one takes it for explained
             await self.close()
         vm.show(phase="paused", message=message)
         self._record_settled(None)
-        tell = self.log.error if vm.waiting is None else self.log.warning
-        tell("migration paused", error=str(error))
+        self.log.warning("migration paused", error=str(error))
+
+    async def vmm_ended(self, farewell: str | None) -> None:
+        """Of a guest that was this host's: it can go on nowhere. Where that was meant it is over,
+        and a source that asks is told; else a person decides, as disks may have been changed."""
+        vm, peer = self.vm, self.channel.peer
+        await self.close()
+        if vm.status["phase"] == "failed":
+            return  # a person was faster
+        if farewell is None:
+            vm.show(
+                phase="paused",
+                message=f"the VMM of {vm.name} here has ended in the middle of its move from "
+                f"{peer}, where part of its memory still is: the guest is lost",
+            )
+            self._record_settled(None)
+            self.log.error("migration paused", error="the VMM here has ended")
+            return
+        said = f"{vm.name} has ended there before all of its memory had come: {farewell}"
+        self._note(p.Error(name=p.ENDED, message=p.sentence(said)))
+        vm.settle(
+            phase="failed",
+            remaining=0,
+            message=f"{vm.name} has ended here before all of its memory had come from {peer}: "
+            f"{farewell}; it may be started again",
+        )
+        self._record_settled("held")
+        self.settings.store.forget_intent(vm.name)  # of a move from here, once
+        self.log.warning("guest ended while its memory followed", why=farewell)
+        await self._hooks("ended", message=farewell)
 
     def _record_settled(self, ownership: str | None) -> None:
         try:

@@ -672,7 +672,11 @@ class SourceSession:
                 await self._ask()
                 return
             except Exception as error:
-                await self._end_early(trouble := self._ours(error))
+                trouble = self._ours(error)
+                if trouble.name == p.ENDED:
+                    await self._guest_ended(str(trouble))
+                    return
+                await self._end_early(trouble)
             now = trio.current_time()
             went_on = self._recoveries > recoveries
             wait = retry.failed(trouble.name, now, self._arrived, went_on)
@@ -685,6 +689,27 @@ class SourceSession:
                 await self._poke.wait()
         if self._decision is not None and self._decision.choice == "take_back":
             self._decision.done(self._not_here)  # it was declined just then
+
+    async def _guest_ended(self, said: str) -> None:
+        """It ran at the destination and was ended there, as was meant: the copy here is of no use
+        to anybody, and the guest may be started again, on any host."""
+        vm, name, to = self.vm, self.vm.name, self.request.to
+        trouble = await self._let_go()
+        ended = f"{name} ran at {to} and was ended there before all of its memory had come: {said}"
+        over = vm.driver is None and not trouble
+        if not over:
+            ended += f"{trouble}; its VMM here is left: end it before you start {name} again"
+        vm.settle(
+            phase="failed",
+            remaining=0,
+            message=ended,
+            result=self._result(None, event="ended", error=ended),
+        )
+        self._record_settled("held" if over else "granted")
+        if over:
+            self.settings.store.forget_intent(name)
+        self.log.warning("guest ended while its memory followed", why=said)
+        await self._hooks("ended", message=said)
 
     def _tell_paused(self, trouble: PostcopydError) -> None:
         """Who waits for the result is told that it is a pause, which is a long one."""

@@ -153,6 +153,11 @@ class Vmm(abc.ABC):
     #: one at the destination before the end of what it gives to `load`, to what the guest is to do.
     before: Literal["running", "paused"] | None = None
 
+    #: What the VMM has said of its end, once `gone` has returned: a few words for people ("its
+    #: guest shut down"). It was meant then, and the guest runs nowhere. None: the VMM crashed, or
+    #: was killed, or its driver cannot tell.
+    farewell: str | None = None
+
     @classmethod
     @abc.abstractmethod
     async def connect(cls, name: str, socket: str) -> Self:

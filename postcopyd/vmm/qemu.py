@@ -45,6 +45,7 @@ from postcopyd.vmm import (
     process_ended,
     qemu_disks,
     qemu_facts,
+    qemu_farewell,
     qemu_hugepages,
     qemu_ram,
     qemu_settings,
@@ -75,6 +76,7 @@ FINISH_SECONDS = 10.0  # for one that may have disks to flush
 STOP_SECONDS = 30.0  # for a guest's disks to be drained
 CONT_SECONDS = 10.0  # for a guest that we stopped and whose disks may still be draining
 DISK_LOCK_SECONDS = 5.0  # how long a destination that was just killed may still hold a disk
+FAREWELL_SECONDS = 1.0  # for the rest of what a QEMU that has ended has said
 POLL_SECONDS = 0.005
 
 
@@ -611,12 +613,16 @@ class QemuVmm(Vmm):
 
     async def gone(self) -> None:
         """Returns when QEMU has ended. Also reads the monitor meanwhile: keep it running."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._idle)
-            await self._exit()
-            nursery.cancel_scope.cancel()
+        with self._qmp.events(*qemu_farewell.EVENTS) as events:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._idle)
+                await self._exit()
+                nursery.cancel_scope.deadline = trio.current_time() + FAREWELL_SECONDS
+            while (event := events.take()) is not None:
+                self.farewell = qemu_farewell.farewell(event)
 
     async def _idle(self) -> None:
+        """Reads to the end: what QEMU has said last may still be on its way."""
         with suppress(PostcopydError):
             await self._qmp.drain()
 

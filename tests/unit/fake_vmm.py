@@ -125,6 +125,7 @@ class FakeVmm:
         self.disks: tuple[Disk, ...] = ()
         self.plugged = ""  # in short: the outline
         self.died = False  # by itself, which nobody answers for
+        self.farewell: str | None = None
         self.received: list[bytes] = []
         self.writes = 0
         self.gone = trio.Event()
@@ -161,9 +162,9 @@ class FakeVmm:
         self.guest.stop(self.role)
         self.guest.elsewhere = away
 
-    def die(self) -> None:
-        """The VMM's process ends by itself."""
-        self.died = True
+    def die(self, farewell: str | None = None) -> None:
+        """The VMM's process ends by itself, or as its guest, or somebody, had it do."""
+        self.died, self.farewell = True, farewell
         self.ended()
 
     def ended(self) -> None:
@@ -316,8 +317,9 @@ class FakeDriver(Vmm):
     async def finish(self, keep: bool) -> None:
         await self._at("finish")
         vmm = self.vmm
-        there = vmm.guest.vmms["destination"].memory()
-        vmm.guest.never(there != vmm.memory(), "memory let go of too early")
+        there = vmm.guest.vmms["destination"]
+        needed = there.memory() != vmm.memory() and there.farewell is None
+        vmm.guest.never(needed, "memory let go of too early")
         if keep:
             vmm.state = "kept"
         else:
@@ -380,6 +382,7 @@ class FakeDriver(Vmm):
 
     async def gone(self) -> None:
         await self.vmm.gone.wait()
+        self.farewell = self.vmm.farewell
 
     async def aclose(self) -> None:
         await self._at("aclose", alive=False)

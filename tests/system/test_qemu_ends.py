@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real guests of QEMU that are ended at their destination while their memory follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+import trio
+from qemus import EACH_QEMU, QEMUS
+from test_qemu_migration import VM, Pair, own_monitor, pair
+
+from postcopyd.demo import qemu_guest as q
+from postcopyd.vmm.qmp import Qmp, QmpClosed
+
+MIB = 1 << 20
+End = Callable[[Qmp, q.QemuProcess], Awaitable[None]]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """On tmpfs, with a short name."""
+    with tempfile.TemporaryDirectory(prefix="pc-", dir="/dev/shm") as made:
+        yield Path(made)
+
+
+async def power_off(qmp: Qmp, qemu: q.QemuProcess) -> None:
+    """What a guest does last in `poweroff`, by ACPI: S5 to PM1a_CNT of q35."""
+    await qmp.execute("human-monitor-command", {"command-line": "o/w 0x604 0x2000"})
+
+
+async def reset(qmp: Qmp, qemu: q.QemuProcess) -> None:
+    """A QEMU with -no-reboot ends by it."""
+    await qmp.execute("system_reset")
+
+
+async def quit_it(qmp: Qmp, qemu: q.QemuProcess) -> None:
+    await qmp.execute("quit")
+
+
+async def terminate(qmp: Qmp, qemu: q.QemuProcess) -> None:
+    qemu.process.send_signal(signal.SIGTERM)
+
+
+@asynccontextmanager
+async def following(
+    folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary
+) -> AsyncIterator[tuple[Pair, q.QemuProcess, q.QemuProcess, Qmp, str]]:
+    """A guest that runs at its destination, with seconds to go until its memory is there."""
+    monitor = folder / "own.qmp"
+    async with pair(folder, boot, qemu=qemu, memory=256 * MIB) as it:
+        here = await it.boot()
+        there = await it.wait_for_it(second_qmp=monitor)
+        started = await it.here.call(
+            "Migrate", name=VM, to=it.there.address, mode="postcopy", bandwidth=8 * MIB
+        )
+        while (await it.there.status(VM))["phase"] != "postcopy":
+            await trio.sleep(0.01)
+        async with own_monitor(monitor) as qmp:
+            yield it, here, there, qmp, started["migration"]
+
+
+ENDS = [(qemu, end) for qemu in QEMUS for end in (power_off, terminate)]
+ENDS += [(QEMUS[-1], end) for end in (reset, quit_it)]
+
+
+@pytest.mark.parametrize(
+    ("qemu", "end"), ENDS, ids=[f"{qemu.version}-{end.__name__}" for qemu, end in ENDS]
+)
+async def test_guest_is_ended(
+    folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary, end: End
+) -> None:
+    """Both hosts settle by themselves, and each may start the guest again."""
+    async with following(folder, boot, qemu) as (it, here, there, qmp, migration):
+        with suppress(QmpClosed):
+            await end(qmp, there)
+        with trio.fail_after(30):
+            result = await it.here.result(VM, migration)
+            assert result["event"] == "ended", result
+            await here.wait()
+            await there.wait()
+            while (await it.there.status(VM))["phase"] != "failed":
+                await trio.sleep(0.01)
+        for host in (it.here, it.there):
+            assert not list(host.state.glob("*.intent"))
+            status = await host.status(VM)
+            assert "was ended there" in status["message"] or "has ended here" in status["message"]
+        # And so it is, at once.
+        again = await it.guest.launch(dataclasses.replace(it.config, name="qemu9"))
+        await it.here.attach(VM, "qemu", again.qmp_path)
+
+
+@EACH_QEMU
+async def test_guest_that_stays(folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary) -> None:
+    """With -no-shutdown, as libvirt has it, a guest that has shut down is there still, and may be
+    reset: all of its memory comes."""
+    stays = dataclasses.replace(qemu, options=(*qemu.options, "-no-shutdown"))
+    async with following(folder, boot, stays) as (it, here, _, qmp, migration):
+        await power_off(qmp, here)
+        with trio.fail_after(120):
+            result = await it.here.result(VM, migration)
+        assert result["event"] == "completed", result
+        assert (await qmp.execute("query-status"))["status"] == "shutdown"
+        assert (await it.there.status(VM))["phase"] == "drained"

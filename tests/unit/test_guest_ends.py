@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests that are ended at their destination while their memory follows: by themselves, or by
+somebody who told their VMM. Both hosts settle, and either may start the guest again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from session_faults import (
+    Clock,
+    destination_dies,
+    goes_down,
+    made_clock,
+    source_ends,
+    world,
+)
+from session_world import World
+
+from postcopyd import verbs
+from postcopyd.vmm import Role, qemu_farewell
+
+FAREWELL = "its guest shut down"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return made_clock(monkeypatch)
+
+
+def shuts_down(made: World, point: str) -> None:
+    made.destination.vmm.die(FAREWELL)
+
+
+def assert_over(made: World) -> None:
+    """Nothing is left for anybody to do, and any host may start the guest."""
+    assert made.guest.broken == []
+    for host in made.hosts.values():
+        status = host.vm.status
+        assert host.vmm.state == "ended"
+        assert (host.phase, host.recorded()) == ("failed", "held")
+        assert FAREWELL in status["message"]
+        assert host.vm.claimed_by is host.vm.waiting is None
+        assert not host.store.intents()
+        assert not (host.store.directory / "web1.pages").exists()
+        assert verbs._settled(status)
+    assert not [entry for entry in made.logs if str(entry["event"]).startswith("bug")]
+
+
+@pytest.mark.parametrize(
+    "point", ["destination.run done", "<- ran", "destination.record owned#2", "<- progress"]
+)
+async def test_guest_shuts_down(point: str, tmp_path: Path, clock: Clock) -> None:
+    """A guest that is shut down by its user is over for both hosts, by themselves, and who waits
+    for the migration is told so."""
+    async with world(tmp_path, {point: shuts_down}) as made:
+        await made.migrate()
+        assert not made.stuck
+        assert_over(made)
+        result = made.source.vm.status["result"]
+        assert result["event"] == "ended"
+        assert "web1 ran at" in result["error"]
+
+
+@pytest.mark.parametrize("killed", [[], ["source"], ["destination"]])
+async def test_guest_shuts_down_in_a_pause(
+    killed: list[Role], tmp_path: Path, clock: Clock
+) -> None:
+    """The same while the source is away: it is told when it asks."""
+    async with world(tmp_path, {"<- progress": goes_down}) as made, made.migrating():
+        await made.paused_there()
+        made.kill(*killed)
+        await trio.sleep(5)
+        made.destination.vmm.die(FAREWELL)
+        await trio.sleep(5)
+        assert made.destination.phase == "failed"
+        made.down = False
+        await made.settled()
+        assert_over(made)
+
+
+async def test_answer_outlives_the_daemon(tmp_path: Path, clock: Clock) -> None:
+    """A source that asks a daemon which was started after the end is told the same."""
+    async with world(tmp_path, {"<- progress": goes_down}) as made, made.migrating():
+        await made.paused_there()
+        made.destination.vmm.die(FAREWELL)
+        await trio.sleep(5)
+        made.destination.kill()
+        await trio.sleep(5)
+        made.down = False
+        await made.settled()
+        assert_over(made)
+
+
+async def test_poisoned_guest_shuts_down(tmp_path: Path, clock: Clock) -> None:
+    """A guest with lost pages, which is to be shut down when that can be, is over then."""
+    async with world(tmp_path, {"<- progress": source_ends}) as made, made.migrating():
+        await made.paused_there()
+        await made.destination.daemon.resolve("web1", "poison")
+        made.destination.vmm.die(FAREWELL)
+        await trio.sleep(5)
+        assert (made.destination.phase, made.destination.recorded()) == ("failed", "held")
+
+
+async def test_source_vmm_is_kept(tmp_path: Path, clock: Clock) -> None:
+    """With --keep-source its VMM is left, and so is what forbids to start the guest beside it."""
+    async with world(tmp_path, {"<- progress": shuts_down}) as made:
+        await made.migrate(keep_source=True)
+        assert made.guest.broken == []
+        assert made.source.recorded() == "granted"
+        assert made.source.store.intents()
+        assert made.source.vm.status["result"]["event"] == "ended"
+
+
+async def test_crash_is_no_end(tmp_path: Path, clock: Clock) -> None:
+    """A VMM that ends without a word leaves it to a person: its guest may be taken back."""
+    async with world(tmp_path, {"<- progress": destination_dies}) as made, made.migrating():
+        await trio.sleep(30)
+        assert (made.source.phase, made.destination.phase) == ("paused", "paused")
+        assert made.source.recorded() == "granted"
+
+
+async def test_killed_guest_is_no_end(tmp_path: Path, clock: Clock) -> None:
+    """What a person has ended by `resolve --kill` is told as that, whatever its VMM says of it."""
+    async with world(tmp_path, {"<- progress": goes_down}) as made, made.migrating():
+        await made.paused_there()
+        made.guest.given_up = True
+        made.destination.vmm.farewell = "its VMM was told to quit"
+        await made.destination.daemon.resolve("web1", "kill")
+        await trio.sleep(5)
+        assert made.destination.recorded() == "declined"
+        assert "operator's decision" in made.destination.vm.status["message"]
+        made.down = False
+        await trio.sleep(20)
+        assert made.source.phase == "paused"
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        ({"event": "SHUTDOWN", "data": {"guest": True, "reason": "guest-shutdown"}}, FAREWELL),
+        ({"event": "SHUTDOWN", "data": {"guest": False, "reason": "host-error"}}, None),
+        ({"event": "SHUTDOWN", "data": {"guest": False, "reason": ["odd"]}}, None),
+        ({"event": "SHUTDOWN", "data": "odd"}, None),
+        ({"event": "SHUTDOWN"}, None),
+        ({"event": "RESET", "data": {"reason": "guest-shutdown"}}, None),
+        ({"event": "RESUME"}, None),
+        (None, None),
+    ],
+)
+def test_last_words_of_qemu(event: Any, said: str | None) -> None:
+    """Only a shutdown that was meant is an end, and only if nothing came after it."""
+    assert qemu_farewell.farewell(event) == said
