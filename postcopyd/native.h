@@ -116,6 +116,11 @@ int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t co
  * reads it gets those (so must no source's engine), and making huge pages of what is not registered
  * makes guest memory of them. */
 int64_t pc_dest_poison(struct pc_dest *d);
+/* The VMM has unmapped this region for good: nobody needs its pages any more, and they count as
+ * confirmed. The caller has seen that by /proc; who is wrong in that makes zeros of the pages.
+ * -EBUSY while there are connections, or not sealed. Before pc_dest_register of an engine that goes
+ * on with a record, or after it. */
+int pc_dest_gone(struct pc_dest *d, unsigned region);
 /* Refused with -EBUSY while pages lack or when some were lost, unless the guest is called off. */
 int pc_dest_unregister(struct pc_dest *d, int called_off);
 void pc_dest_stop(struct pc_dest *d);

@@ -148,6 +148,7 @@ struct pc_dest {
   unsigned registered;          /* regions, from the first on */
   _Atomic uint64_t foreign;     /* slot + 1 of the first FOREIGN page; 0: there is none */
   _Atomic uint64_t unspoilt;    /* pages that are LOST and not DONE */
+  bool gone[PC_MAX_REGIONS];    /* regions that the VMM has unmapped; set and read by the session */
 
   struct fault_thread takers[PC_MAX_REGIONS];
   unsigned taker_count;
@@ -1065,7 +1066,7 @@ int pc_dest_register(struct pc_dest *d, int again) {
                                     .mode = UFFDIO_REGISTER_MODE_MISSING};
     if (filed(d, r))
       range.mode |= UFFDIO_REGISTER_MODE_MINOR;
-    if (ioctl(r->is.uffd, UFFDIO_REGISTER, &range)) {
+    if (!d->gone[i] && ioctl(r->is.uffd, UFFDIO_REGISTER, &range)) {
       int failed = errno;
       engine_fail(&d->stats, d->wake, PC_MEMORY,
                   "registering region %u at %#llx with userfaultfd: %s%s", i,
@@ -1244,6 +1245,37 @@ int64_t pc_dest_poison(struct pc_dest *d) {
   return poisoned;
 }
 
+/* Without connections only the thread that places staged pages may have some in hand: it finds the
+ * region gone too, and gives them back. */
+int pc_dest_gone(struct pc_dest *d, unsigned region) {
+  struct region *r = region < d->region_count ? &d->regions[region] : NULL;
+  uint64_t count = 0, news = 0;
+  if (!r)
+    return -EINVAL;
+  for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
+    if (d->connections[i].stream.fd >= 0)
+      return -EBUSY;
+  if (!sealed(d))
+    return -EBUSY;
+  d->gone[region] = true;
+  for (_Atomic uint8_t *state = d->record + r->first, *end = state + r->is.pages; state < end;
+       state++) {
+    uint8_t was = atomic_load(state);
+    while (!(was & DONE)) {
+      if (was & CLAIMED) {
+        poll(NULL, 0, 1);
+        was = atomic_load(state);
+      } else if (atomic_compare_exchange_weak(state, &was, DONE)) {
+        count++;
+        news += !(was & HERE);
+        break;
+      }
+    }
+  }
+  confirmed(d, count, news);
+  return 0;
+}
+
 int pc_dest_unregister(struct pc_dest *d, int called_off) {
   /* Lost pages: huge pages are made of what is not registered, and of a memory error they make
    * zeros (MADV_COLLAPSE and khugepaged on shared memory, seen on Linux 6.18). */
@@ -1254,6 +1286,8 @@ int pc_dest_unregister(struct pc_dest *d, int called_off) {
   for (unsigned i = 0; i < d->registered; i++) {
     struct region *r = &d->regions[i];
     struct uffdio_range range = {r->is.address, r->is.pages << r->page_shift};
+    if (d->gone[i]) /* what is mapped there now is none of ours */
+      continue;
     /* Of a VMM that is gone the kernel says ENOMEM here. */
     if (ioctl(r->is.uffd, UFFDIO_UNREGISTER, &range) && errno != ENOMEM)
       failed = -errno;

@@ -96,6 +96,11 @@ class DestinationEngine(Engine):
         self.must(poisoned, "giving up the pages that lack")
         return poisoned
 
+    def gone(self, region: int) -> None:
+        """The VMM maps this region no more, for certain: its pages count as here. Only without
+        connections. Waits for pages that are being placed, so call it in a thread."""
+        self.must(lib.pc_dest_gone(self.handle, region), f"giving up region {region}")
+
     @property
     def whole(self) -> bool:
         """Every page of a staged guest is here, placed or not."""

@@ -62,6 +62,10 @@ def regions_again(pid: int, ram: list[dict[str, Any]], *, files: bool) -> tuple[
             about, fd = dict(recorded), None
             if about.pop("file", True) and files:
                 at = [m for m in mappings if m.start <= about["address"] < m.end and m.shared]
+                end = about["address"] + about["pages"] * about["page_size"]
+                if not any(m.start < end and about["address"] < m.end for m in mappings):
+                    regions.append(Region(**about, fd=None))  # unplugged meanwhile
+                    continue
                 if not at:
                     raise PostcopydError(
                         f"process {pid} does not map the file of guest RAM {about['name']} at "

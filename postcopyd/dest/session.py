@@ -38,6 +38,7 @@ from postcopyd.connection import (
 from postcopyd.dest.device_state import DeviceState
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.dest.restart import regions_again
+from postcopyd.dest.unplugged import unplugged
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import DESTINATION_RUNS, Destination, Happened, Machine
 from postcopyd.hooks import run_hooks
@@ -122,6 +123,7 @@ class DestinationSession:
             session._engine = DestinationEngine(
                 regions, session._uffds, session._record, staged=offer.staged
             )
+            await session._give_up_unplugged()
             session._engine.register(again=True)
             session._engine.settle()
         except BaseException:
@@ -849,6 +851,8 @@ class DestinationSession:
         )
         if self._engine is not None:
             await self._engine.disconnect()
+            if getattr(error, "failure", None) is Failure.MEMORY:
+                await self._give_up_unplugged()
             vm.waiting = self
         if self._engine is not None and self._engine.foreign:
             vm.waiting = None
@@ -858,6 +862,17 @@ class DestinationSession:
         vm.show(phase="paused", message=message)
         self._record_settled(None)
         self.log.warning("migration paused", error=str(error))
+
+    async def _give_up_unplugged(self) -> None:
+        """Guest RAM that was unplugged here meanwhile needs no pages any more."""
+        engine, shape = self._engine, self._ram
+        assert engine is not None
+        try:
+            for number in unplugged(shape.pid, shape.regions):
+                await trio.to_thread.run_sync(engine.gone, number)
+                self.log.warning("guest RAM was unplugged", region=shape.regions[number].name)
+        except (OSError, PostcopydError) as error:  # then its pages lack, as far as is known
+            self.log.error("unplugged guest RAM not looked for", error=str(error))
 
     async def vmm_ended(self, farewell: str | None) -> None:
         """Of a guest that was this host's: it can go on nowhere. Where that was meant it is over,
