@@ -48,24 +48,28 @@ async def _discard(driver: Vmm) -> None:
         shape.close()
 
 
-def regions_again(pid: int, ram: list[dict[str, Any]], *, files: bool) -> tuple[Region, ...]:
+def regions_again(
+    pid: int, ram: list[dict[str, Any]], *, files: bool
+) -> tuple[tuple[Region, ...], list[int]]:
     """The regions of a record; with the files behind them, where they are needed, found by address
-    as the VMM may not be able to answer.
+    as the VMM may not be able to answer. And the numbers of those that were unplugged meanwhile:
+    the VMM has mappings, and none of them is there.
 
     Raises PostcopydError, above all when a file is not found: an engine without it would take what
     the file has, which may be old, for what belongs there.
     """
     regions: list[Region] = []
+    gone: list[int] = []
     try:
-        mappings = list(procfs.mappings(pid)) if files else []
+        mappings = list(procfs.mappings(pid))
         for recorded in ram:
             about, fd = dict(recorded), None
-            if about.pop("file", True) and files:
+            end = about["address"] + about["pages"] * about["page_size"]
+            if mappings and not any(m.start < end and about["address"] < m.end for m in mappings):
+                about.pop("file", None)
+                gone.append(len(regions))
+            elif about.pop("file", True) and files:
                 at = [m for m in mappings if m.start <= about["address"] < m.end and m.shared]
-                end = about["address"] + about["pages"] * about["page_size"]
-                if not any(m.start < end and about["address"] < m.end for m in mappings):
-                    regions.append(Region(**about, fd=None))  # unplugged meanwhile
-                    continue
                 if not at:
                     raise PostcopydError(
                         f"process {pid} does not map the file of guest RAM {about['name']} at "
@@ -82,4 +86,4 @@ def regions_again(pid: int, ram: list[dict[str, Any]], *, files: bool) -> tuple[
         raise shortage(error) or PostcopydError(
             f"opening guest RAM of process {pid} again: {error}"
         ) from None
-    return tuple(regions)
+    return tuple(regions), gone

@@ -109,7 +109,7 @@ class DestinationSession:
         session.identity = tuple(about.get("identity", ()))
         driver = vm.attached()
         try:
-            regions = regions_again(driver.pid, about["ram"], files=offer.staged)
+            regions, gone = regions_again(driver.pid, about["ram"], files=offer.staged)
             session._shape = Shape("paused", driver.pid, regions, {}, ())
             session._uffds = await driver.adopted()
             if len(session._uffds) != about["userfaultfds"]:
@@ -123,7 +123,8 @@ class DestinationSession:
             session._engine = DestinationEngine(
                 regions, session._uffds, session._record, staged=offer.staged
             )
-            await session._give_up_unplugged()
+            for number in gone:
+                session._engine.gone(number)
             session._engine.register(again=True)
             session._engine.settle()
         except BaseException:
