@@ -31,7 +31,7 @@ def folder() -> Iterator[Path]:
 
 async def power_off(qmp: Qmp, qemu: q.QemuProcess) -> None:
     """What a guest does last in `poweroff`, by ACPI: S5 to PM1a_CNT of q35."""
-    await qmp.execute("human-monitor-command", {"command-line": "o/w 0x604 0x2000"})
+    await qmp.execute("human-monitor-command", {"command-line": "o/h 0x604 0x2000"})
 
 
 async def reset(qmp: Qmp, qemu: q.QemuProcess) -> None:

@@ -50,11 +50,11 @@ async def test_dimm_is_unplugged(folder: Path, boot: tuple[Path, Path], qemu: q.
                 await qmp.execute("human-monitor-command", {"command-line": line})
 
             # What a guest does to eject memory, by the registers of ACPI memory hotplug: slot 0.
-            await outb("o/l 0xa00 0")
+            await outb("o/w 0xa00 0")
             await outb("o/b 0xa14 8")
             with trio.fail_after(30):
                 while await qmp.execute("query-memory-devices"):
-                    await outb("o/l 0xa00 0")
+                    await outb("o/w 0xa00 0")
                     await outb("o/b 0xa14 8")
                     await trio.sleep(0.05)
             assert (await it.here.status(VM))["phase"] in ("postcopy", "paused")
