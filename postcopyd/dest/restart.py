@@ -64,12 +64,16 @@ def regions_again(
         mappings = list(procfs.mappings(pid))
         for recorded in ram:
             about, fd = dict(recorded), None
-            end = about["address"] + about["pages"] * about["page_size"]
-            if mappings and not any(m.start < end and about["address"] < m.end for m in mappings):
-                about.pop("file", None)
+            # Its device and inode; older records only say whether there is one.
+            file, start = about.pop("file", True), about["address"]
+            end = start + about["pages"] * about["page_size"]
+            there = [m for m in mappings if m.start < end and start < m.end]
+            if isinstance(file, list):  # its place may be another's by now
+                there = [m for m in there if list(m.file) == file]
+            if mappings and not there:
                 gone.append(len(regions))
-            elif about.pop("file", True) and files:
-                at = [m for m in mappings if m.start <= about["address"] < m.end and m.shared]
+            elif file and files:
+                at = [m for m in there if m.start <= start < m.end and m.shared]
                 if not at:
                     raise PostcopydError(
                         f"process {pid} does not map the file of guest RAM {about['name']} at "

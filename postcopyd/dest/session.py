@@ -613,7 +613,7 @@ class DestinationSession:
         """What `restored` needs, or what a source is told that asks later, for the next record."""
         ram = [
             {"name": r.name, "pages": r.pages, "page_size": r.page_size, "address": r.address,
-             "offset": r.offset, "file": r.fd is not None}
+             "offset": r.offset, "file": r.fd is not None and procfs.file_id(r.fd)}
             for r in (self._shape.regions if self._shape else ())
         ]  # fmt: skip
         self.vm.about = {
