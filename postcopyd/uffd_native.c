@@ -1268,6 +1268,8 @@ int pc_dest_gone(struct pc_dest *d, unsigned region) {
       } else if (atomic_compare_exchange_weak(state, &was, DONE)) {
         count++;
         news += !(was & HERE);
+        if (was & LOST)
+          atomic_fetch_sub(&d->unspoilt, 1);
         break;
       }
     }
