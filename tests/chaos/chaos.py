@@ -95,6 +95,7 @@ class Chaos:
         self._began = trio.current_time()
         self._at = 0  # the host that has the guest
         self._launched = 0
+        self._whole = True  # nothing was taken from the guest
         self._quiet = 0.0  # when the last fault is over
         self._granted = self._copying = False
         self._news = trio.Event()
@@ -161,8 +162,10 @@ class Chaos:
         for node in self.nodes:
             await node.whole.wait()
         await trio.sleep(max(0, self._quiet - trio.current_time()))
-        before = self.migrations
+        before, attempts = self.migrations, self.attempts
         while self.migrations < before + 2:
+            if self.attempts >= attempts + 10:
+                raise Lost("nothing breaks any more, and the guest cannot be moved")
             await self._move()
         await self._verify()
         for node in self.nodes:
@@ -221,7 +224,7 @@ class Chaos:
             await self._patient(self._runs_here, "the guest did not run at the source")
         await self._patient(self._untracked, "something of tracking was left in a QEMU")
         if self.others.unplugged:
-            await self._patient(self._plug, "a device could not be plugged in again")
+            await self._stays_away()
         self._in_one_place()
 
     async def _begin_anew(self) -> None:
@@ -235,6 +238,10 @@ class Chaos:
         self.others.off = ""
         self.runs.orderly.clear()
         self.others.unplugged = ""
+        self._whole = True
+        if self.others.third is not None:
+            self.others.third.process.kill()
+            self.others.third = None
         self._here = await self._launch()
         self.runs.resumed(self._here.name, time.time())
         await self._attach(self.source, self._here)
@@ -270,14 +277,17 @@ class Chaos:
                             break
                 await trio.sleep(0.1)
 
-    async def _plug(self) -> None:
-        """What was taken from the guest is not in it where it is now, and is then given back."""
+    async def _stays_away(self) -> None:
+        """What was taken from the guest is not in it where it is now; nor has its next QEMU it."""
         here = self._here
         assert here is not None
         unplugged, self.others.unplugged = self.others.unplugged, ""
         if "tablet" in await peripherals(here):
             raise Lost(f"what was unplugged in {unplugged} is in {here.name} again")
-        await here.monitor.execute("device_add", driver="usb-tablet", id="tablet", bus="usb.0")
+        self._whole = False
+        for vmm in filter(None, (self._arriving, self.others.third)):
+            vmm.process.kill()
+        self.others.third = None
 
     async def _command(self) -> tuple[int, dict[str, Any]]:
         """The command line's exit status, and the last object that it printed."""
@@ -385,7 +395,8 @@ class Chaos:
         own = self.folder / f"{name}.own"
         process = await self.guest.launch(
             with_device(
-                dataclasses.replace(self._config, name=name, second_qmp=own, incoming=incoming)
+                dataclasses.replace(self._config, name=name, second_qmp=own, incoming=incoming),
+                self._whole,
             )
         )
         monitor = Monitor(own)
@@ -638,7 +649,7 @@ class Chaos:
         vmm.process.process.send_signal(signal.SIGCONT)
         vmm.whole.set()
         vmm.monitor = Monitor(vmm.monitor.path)
-        with suppress(Exception):
+        with suppress(Exception), trio.move_on_after(ANSWER_S):
             async with trio.open_nursery() as nursery:
                 await nursery.start(vmm.monitor.run)
                 state = await vmm.state()

@@ -184,8 +184,10 @@ async def peripherals(vmm: Vmm) -> set[str]:
     return {one["name"] for one in found}
 
 
-def with_device(config: q.GuestConfig) -> q.GuestConfig:
-    """The same guest with a device that can be taken from it."""
-    options = ("-device", "qemu-xhci,id=usb", "-device", "usb-tablet,id=tablet,bus=usb.0")
+def with_device(config: q.GuestConfig, whole: bool) -> q.GuestConfig:
+    """The same guest with a device that can be taken from it, or after that was done."""
+    options = ["-device", "qemu-xhci,id=usb"]
+    if whole:
+        options += ["-device", "usb-tablet,id=tablet,bus=usb.0"]
     qemu = dataclasses.replace(config.qemu, options=(*config.qemu.options, *options))
     return dataclasses.replace(config, qemu=qemu)

@@ -37,19 +37,21 @@ class Monitor:
         self._stream = await trio.open_unix_socket(str(self.path))
         buffer = b""
         try:
-            async for data in self._stream:
-                *lines, buffer = (buffer + data).split(b"\n")
-                for line in lines:
-                    said = json.loads(line)
-                    if "QMP" in said:
-                        await self._send({"execute": "qmp_capabilities", "id": -1})
-                    elif said.get("id") == -1:
-                        task_status.started()
-                    elif "event" in said:
-                        self._put.send_nowait(said)
-                    else:
-                        self._answers[said["id"]] = said
-                        self._heard.unpark_all()
+            # Closed whatever ends this: QEMU hears no other client before.
+            async with self._stream:
+                async for data in self._stream:
+                    *lines, buffer = (buffer + data).split(b"\n")
+                    for line in lines:
+                        said = json.loads(line)
+                        if "QMP" in said:
+                            await self._send({"execute": "qmp_capabilities", "id": -1})
+                        elif said.get("id") == -1:
+                            task_status.started()
+                        elif "event" in said:
+                            self._put.send_nowait(said)
+                        else:
+                            self._answers[said["id"]] = said
+                            self._heard.unpark_all()
         except trio.BrokenResourceError:
             pass
         # Not when the run is called off: that says nothing of QEMU.
