@@ -23,6 +23,7 @@ os.environ |= {"PYTHONPATH": str(SITE), "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"}
 sys.path.insert(0, str(SITE))
 GIVE_UP_S = 600
 MEMORY = 24 << 20
+PATIENT = ("--timeout", 60000)  # ms: a thread of an emulated machine stops when it gets a turn
 
 results = os.fdopen(3, "w")
 
@@ -80,7 +81,7 @@ def adoption() -> None:
         assert adoptee.stdin
         assert adoptee.stdout
         tids = json.loads(adoptee.stdout.readline())["tids"]
-        status, result = adopt(adoptee.pid, "cycle", 50, *tids.values())
+        status, result = adopt(*PATIENT, adoptee.pid, "cycle", 50, *tids.values())
         calls = adopt("--tid", adoptee.pid, adoptee.pid, "call", 39)[1].get("ptraceCalls", 0)
         died = 0
         for number in range(1, calls + 1):
@@ -92,7 +93,7 @@ def adoption() -> None:
         adoptee.stdin.close()
         ended = adoptee.wait(GIVE_UP_S)
     say("adoption", status=status, done=result.get("done"), calls=calls, died=died,
-        bad=after["bad"], ended=ended)  # fmt: skip
+        bad=after["bad"], ended=ended, error=result.get("error"))  # fmt: skip
 
 
 def migration() -> None:

@@ -136,7 +136,7 @@ def test_the_engines(kernel: Found) -> None:
 def test_adoption(kernel: Found) -> None:
     """Neither many system calls nor tracers that die at any ptrace call do harm."""
     (adoption,) = kernel.of("adoption")
-    assert (adoption["status"], adoption["done"]) == (0, 50)
+    assert (adoption["status"], adoption["done"]) == (0, 50), adoption["error"]
     assert adoption["died"] >= adoption["calls"] - 1 > 5
     assert (adoption["bad"], adoption["ended"]) == (0, 0)
 
