@@ -9,16 +9,18 @@ migration is the sessions' business; what makes a process of it is service.py's.
 from __future__ import annotations
 
 import gc
+import os
 import secrets
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import structlog
 import trio
 from msgspec import to_builtins
 
-from postcopyd import hugepages, losses, procfs, vmm
+from postcopyd import guard, hugepages, locks, losses, vmm
 from postcopyd import protocol as p
 from postcopyd.connection import (
     CONNECT_S,
@@ -34,7 +36,7 @@ from postcopyd.connection import (
 from postcopyd.control import Decision, MigrateRequest
 from postcopyd.dest.restart import call_off
 from postcopyd.dest.session import DestinationSession
-from postcopyd.errors import NoResources, PostcopydError, shortage
+from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Destination, Machine, Source
 from postcopyd.hooks import run_hooks
 from postcopyd.patience import END_S, within
@@ -57,6 +59,9 @@ ANSWER_S = 10.0
 LOOK_S = 5.0
 """How long until a host that did not answer is asked again."""
 
+AGAIN_S, SELDOM_S = 1.0, 30.0
+"""How long until what time may mend is tried again: the first time, and at most."""
+
 log = structlog.get_logger()
 
 Status = dict[str, Any]
@@ -70,53 +75,128 @@ class Daemon:
         self.vms: dict[str, Vm] = {}
         self._nursery = nursery
         self._arrivals: dict[str, DestinationSession] = {}
+        self._owing: set[Vm] = set()
+        self._restoring: dict[Vm, trio.Event] = {}
         self._peers = settings.limits.peers
+
+    # --- tasks ---------------------------------------------------------------------------------
+
+    def _spawn(self, vm: Vm, task: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """A task for one VM. What nobody expected of it is that VM's trouble, and no other's."""
+        self._nursery.start_soon(guard.outlived, partial(self._failed, vm), task, *args)
+
+    def _failed(self, vm: Vm, error: Exception) -> None:
+        going_on = vm.status["phase"] in ("precopy", "handover", "postcopy")
+        if vm.claimed_by is None and going_on:  # nobody settles it any more
+            vm.show(phase="paused", message=f"{vm.name} met an internal error: {error!r}")
+
+    def _known(self, name: str) -> Vm:
+        """A VM of this daemon, in its registry or about to be."""
+        vm = Vm(name, self.settings.store, None)
+        vm.owing = partial(self._owes, vm)
+        return vm
+
+    def _owes(self, vm: Vm) -> None:
+        if vm not in self._owing:
+            self._owing.add(vm)
+            self._spawn(vm, self._write_later, vm)
+
+    async def _write_later(self, vm: Vm) -> None:
+        """What could not be written, or removed, until it can; and what had to stay with it."""
+        try:
+            for pause in patience():
+                await trio.sleep(pause)
+                if self.vms.get(vm.name) is not vm:
+                    return
+                if vm.unwritten:
+                    with suppress(PostcopydError):
+                        vm.record()
+                if not vm.unwritten and vm.forget() is None:
+                    break
+        finally:
+            self._owing.discard(vm)
+        vm.log.info("record written")
+        if vm.claimed_by is None and vm.ownership in ("held", "declined"):
+            vm.remove_pages()
+            if vm.status["phase"] == "drained" and vm.driver is not None:
+                with vm.claim(self):
+                    await vm.driver.release()
 
     # --- VMs -----------------------------------------------------------------------------------
 
     async def attach(self, name: str, driver: Literal["qemu", "process"], socket: str) -> Status:
         """A VM whose VMM has ended may be attached again; one that is there, once detached."""
-        known = self.vms.get(name)
-        if known is not None:
+        if (known := self.vms.get(name)) is not None:
             await known.ended(self)
-        if known is not None and known.status["phase"] == "paused":
+        self._attachable(name, socket)
+        connected, lock = await DRIVERS[driver].connect(name, socket), -1
+        try:
+            lock = await self._lock(name, connected.pid, f"attaching {name} at {socket}")
+            # Others may have been faster, or have detached it.
+            vm = self._attachable(name, socket) or self._known(name)
+            vm.have(connected, lock)
+        except BaseException:
+            if lock >= 0:
+                os.close(lock)
+            with trio.CancelScope(shield=True):
+                await connected.aclose()
+            raise
+        try:
+            vm.record("held")
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await vm.leave()
+            raise
+        self.vms[name] = vm
+        self._spawn(vm, self._follow, vm, connected)
+        vm.show(**({"message": "attached, no migration"} if vm.status["phase"] == "idle" else {}))
+        log.info("attached", vm=name, driver=driver, socket=socket)
+        await self._look_at(vm, connected)
+        return vm.status
+
+    def _attachable(self, name: str, socket: str) -> Vm | None:
+        """The VM of this name, if it is known here and may be attached. Raises PostcopydError."""
+        known = self.vms.get(name)
+        if known is None:
+            self.settings.limits.one_more_vm(name, [*self.vms])
+        elif known.status["phase"] == "paused":
             raise PostcopydError(
                 f"attaching {name} at {socket}: {name} is here already, in a migration that is not "
                 f"at its end: {known.status['message']}; `postcopyd resolve {name} --kill` ends "
                 f"its VMM here when you know that you must",
                 "Busy",
             )
-        if known is not None and (known.driver is not None or known.claimed_by is not None):
+        elif known.driver is not None or known.claimed_by is not None:
             raise PostcopydError(
                 f"attaching {name} at {socket}: {name} is attached already, at "
                 f"{known.driver.socket if known.driver else 'a VMM that ended in its migration'}; "
                 f"if that is the wrong one, `postcopyd detach {name}` lets go of it first",
                 "AlreadyAttached",
             )
-        self.settings.limits.one_more_vm(name, [*self.vms])
-        connected = await DRIVERS[driver].connect(name, socket)
-        vm = known or Vm(name, self.settings.store, None)
-        if vm.driver is not None or self.vms.get(name, vm) is not vm:
-            await connected.aclose()  # somebody else was faster
-            raise PostcopydError(
-                f"attaching {name} at {socket}: {name} is attached already, by somebody else just "
-                f"now; if that is the wrong one, `postcopyd detach {name}` lets go of it first",
-                "AlreadyAttached",
-            )
-        vm.driver = connected
+        for other in self.vms.values():
+            if other.driver is not None and same_socket(other.driver.socket, socket):
+                raise PostcopydError(
+                    f"attaching {name} at {socket}: the VMM there is attached already as "
+                    f"{other.name}, and one VMM has one name; `postcopyd detach {other.name}` "
+                    f"first, if that is the wrong one",
+                    "AlreadyAttached",
+                )
+        return known
+
+    async def _lock(self, name: str, pid: int, doing: str) -> int:
+        """One VMM, one name, one daemon. Raises PostcopydError."""
+        for other in self.vms.values():
+            if other.driver is not None and other.driver.pid == pid and other.name != name:
+                raise PostcopydError(
+                    f"{doing}: its VMM, process {pid}, is attached already as {other.name}, and "
+                    f"one VMM has one name; `postcopyd detach {other.name}` first, if that is the "
+                    f"wrong one",
+                    "AlreadyAttached",
+                )
         try:
-            self.settings.limits.one_more_vm(name, [*self.vms])  # others may have been faster
-            vm.record("held")
-        except PostcopydError:
-            vm.driver = None
-            await connected.aclose()
-            raise
-        self.vms[name] = vm
-        self._nursery.start_soon(self._follow, vm, connected)
-        vm.show(**({"message": "attached, no migration"} if vm.status["phase"] == "idle" else {}))
-        log.info("attached", vm=name, driver=driver, socket=socket)
-        await self._look_at(vm, connected)
-        return vm.status
+            return await locks.vmm(pid, name)
+        except locks.Taken as taken:
+            raise PostcopydError(f"{doing}: {taken}", "AlreadyAttached") from None
 
     async def _look_at(self, vm: Vm, driver: vmm.Vmm) -> None:
         """Says what stands in the way of a migration of a VM that has just been attached. It may
@@ -139,11 +219,10 @@ class Daemon:
     async def _follow(self, vm: Vm, driver: vmm.Vmm) -> None:
         """Lets go of a VMM that has ended, once no session uses it: that notices by itself."""
         with trio.CancelScope() as vm.following:
-            await driver.gone()
+            await self._gone(vm, driver)
             await vm.free.wait()
             if vm.driver is driver:
-                vm.driver = None
-                await driver.aclose()
+                await vm.leave()
                 vm.log.warning("VMM ended")
                 waiting, vm.waiting = vm.waiting, None
                 if waiting is not None:
@@ -158,6 +237,19 @@ class Daemon:
                         f"and what its guest did here is lost; `postcopyd resolve {vm.name} "
                         f"--kill` here, then decide at {vm.status['peer']}"
                     )
+
+    async def _gone(self, vm: Vm, driver: vmm.Vmm) -> None:
+        """Returns when the VMM has ended, or was let go of, whatever its driver makes of it."""
+        try:
+            await driver.gone()
+        except Exception:
+            if vm.driver is driver:
+                vm.log.exception("bug in following a VMM, its process is looked at instead")
+            while vm.driver is driver:
+                with suppress(OSError):
+                    if vm.attachment is None or vm.attachment.ended():
+                        return
+                await trio.sleep(LOOK_S)
 
     @property
     def peers(self) -> int:
@@ -179,13 +271,12 @@ class Daemon:
                 f"`postcopyd resolve {name} --kill` ends its VMM here when you know that you must",
                 "Busy",
             )
-        driver, vm.driver = vm.driver, None
-        if driver is not None:
-            vm.following.cancel()
-            await driver.aclose()
         self.settings.store.remove(name)
+        # It is known here no more before anybody else's turn comes, who may attach it anew.
         del self.vms[name]
         vm.let_go()
+        vm.following.cancel()
+        await vm.leave()
         log.info("detached", vm=name)
 
     def _vm(self, name: str) -> Vm:
@@ -210,32 +301,41 @@ class Daemon:
         records, unread = store.load_each()
         intents, torn = store.intents_each()
         for name, record in records.items():
-            vm = self.vms[name] = Vm(name, store, None)
-            vm.epoch, vm.ownership, vm.about = record["epoch"], record["ownership"], record["about"]
-            vm.known(record["status"])
+            vm = self.vms[name] = self._known(name)
+            vm.remember(record)
             claimed = vm.claim(self)
             claimed.__enter__()
-            self._nursery.start_soon(self._restore, vm, record, claimed)
+            self._spawn(vm, self._restore, vm, claimed)
+            if name in intents and came_back(vm, intents[name]):
+                vm.home()
         for name, intent in intents.items():
-            if name not in records:
+            if name not in records and name not in unread:
                 unread[name] = (
                     f"{name} was handed over, or about to be, to {intent['peer']}, and this host "
                     f"has restarted since: it may run there, see `postcopyd status {name}` there; "
                     f"when you know, `postcopyd resolve {name} --kill` and `postcopyd detach "
                     f"{name}` here"
                 )
-        for name, sentence in (unread | torn).items():
-            vm = self.vms.setdefault(name, Vm(name, store, None))
+        for name, sentence in (torn | unread).items():
+            if name in records:  # which says more than an intent
+                log.error("intent not read", vm=name, why=sentence)
+                continue
+            vm = self.vms.setdefault(name, self._known(name))
             vm.show(role="source", phase="paused", message=sentence)
             log.error("VM not known any more", vm=name, why=sentence)
             if name in intents:
-                vm.show(peer=intents[name]["peer"])
-                self._nursery.start_soon(self._look, vm, intents[name], sentence)
+                self._ask_about(vm, intents[name], sentence)
 
-    async def _look(self, vm: Vm, intent: dict[str, Any], sentence: str) -> None:
+    def _ask_about(self, vm: Vm, intent: Mapping[str, Any], sentence: str) -> None:
+        vm.show(peer=intent["peer"])
+        self._spawn(vm, self._look, vm, intent, sentence)
+
+    async def _look(self, vm: Vm, intent: Mapping[str, Any], sentence: str) -> None:
         """Shows what the other host says of a guest that may have gone there; decides nothing."""
         why = ""
         while self.vms.get(vm.name) is vm and vm.status["phase"] == "paused":
+            if vm.status["peer"] != intent["peer"]:  # or a person has said where else to ask
+                return
             try:
                 said = await look(vm.name, intent, self.settings)
             except PostcopydError as error:
@@ -243,74 +343,104 @@ class Daemon:
                     vm.log.warning("destination not asked", error=why)
                 await trio.sleep(LOOK_S)
             else:
-                vm.show(message=f"{sentence}; {intent['peer']} says: {said}")
+                if (vm.status["phase"], vm.status["peer"]) == ("paused", intent["peer"]):
+                    vm.show(message=f"{sentence}; {intent['peer']} says: {said}")
                 return
 
-    async def _restore(self, vm: Vm, record: dict[str, Any], claimed: Any) -> None:
-        """What this VM's record says is to be done now. Gives back the claim."""
-        owner, name = vm.ownership, vm.name
-        drained = vm.status["phase"] == "drained"
-        with claimed_for(claimed):
-            try:
-                await self._reach(vm, record)
-                if owner == "granted" and drained:
-                    await let_go(vm)
-                elif owner == "granted":
-                    session = await SourceSession.restored(
-                        vm, vm.about, self.settings, Machine(Source.GRANTED_LOST)
-                    )
-                    vm.claimed_by = session
-                    await session.resume()
-                elif owner == "owned":
-                    await self._restore_arrival(vm)
-                elif owner == "intent":
-                    await roll_back(vm, self.settings)
-                elif owner in ("arriving", "loading"):
-                    await call_off(vm)
-                elif owner == "held" and vm.status["phase"] == "precopy":
-                    vm.settle(
-                        phase="failed",
-                        message=untouched(name, "the daemon ended while it was copied"),
-                    )
-                    vm.record("held")
-                if vm.ownership != "owned":
-                    self.settings.store.remove_pages(name)  # of an arrival that is over
-            except Exception as raised:  # one VM's bug is not the others' end
-                error = shortage(raised) or raised
-                if not isinstance(error, PostcopydError):
-                    log.exception("bug in restoring", vm=name)
-                    error = PostcopydError(f"internal error: {error!r}", "InternalError")
-                vm.show(
-                    **({} if drained or owner in ("held", "declined") else {"phase": "paused"}),
-                    message=f"going on with {name} after a restart of the daemon "
-                    f"(here: {owner}, with {vm.status['peer'] or 'nobody'}): {error}",
-                )
-                vm.log.error("VM not restored", ownership=owner, error=str(error))
-                if isinstance(error, NoResources):
-                    self._nursery.start_soon(self._restore_later, vm, record)
-
-    async def _restore_later(self, vm: Vm, record: dict[str, Any]) -> None:
-        """Unless a person has decided meanwhile, or it was attached anew."""
-        before = (vm.ownership, vm.driver)
-        await trio.sleep(LOOK_S)
-        untouched = self.vms.get(vm.name) is vm and (vm.ownership, vm.driver) == before
-        if untouched and vm.claimed_by is None:
+    async def _restore(self, vm: Vm, claimed: Any) -> None:
+        """What this VM's record says is to be done now. What cannot be done now is tried again, the
+        VM free meanwhile, until its VMM has ended, or a person has decided, or attached it anew.
+        Gives back the claim."""
+        told = vm.status
+        for pause in patience():
+            with claimed_for(claimed):
+                try:
+                    await self._restored(vm, told)
+                    return
+                except Exception as raised:  # one VM's bug is not the others' end
+                    self._not_restored(vm, told, raised)
+            if certainly_ended(vm):
+                if vm.ownership == "granted":
+                    self._ask_about(vm, intent_of(vm), vm.status["message"])
+                return
+            before = (vm.ownership, vm.driver)
+            poked = self._restoring[vm] = trio.Event()
+            with trio.move_on_after(pause):
+                await poked.wait()
+            del self._restoring[vm]
+            same = self.vms.get(vm.name) is vm and (vm.ownership, vm.driver) == before
+            if not same or vm.claimed_by is not None:
+                return
             claimed = vm.claim(self)
             claimed.__enter__()
-            await self._restore(vm, record, claimed)
 
-    async def _reach(self, vm: Vm, record: dict[str, Any]) -> None:
+    async def _restored(self, vm: Vm, told: Status) -> None:
+        """One attempt. Raises whatever keeps it from being done."""
+        owner, name = vm.ownership, vm.name
+        drained = told["phase"] == "drained"
+        await self._reach(vm)
+        if owner == "granted" and drained:
+            await let_go(vm)
+        elif owner == "granted":
+            session = await SourceSession.restored(
+                vm, vm.about, self.settings, Machine(Source.GRANTED_LOST)
+            )
+            vm.claimed_by = session
+            await session.resume()
+        elif owner == "owned":
+            await self._restore_arrival(vm)
+        elif owner == "intent":
+            await roll_back(vm, self.settings)
+        elif owner in ("arriving", "loading"):
+            await call_off(vm)
+        elif owner == "held" and told["phase"] == "precopy":
+            vm.settle(
+                phase="failed",
+                message=untouched(name, "the daemon ended while it was copied"),
+            )
+            vm.record("held")
+        elif vm.status["message"] != told["message"]:  # it was not restored at once
+            vm.show(message=told["message"])
+        if vm.ownership != "owned":
+            vm.remove_pages()  # of an arrival that is over
+
+    def _not_restored(self, vm: Vm, told: Status, raised: Exception) -> None:
+        error = shortage(raised) or raised
+        if not isinstance(error, PostcopydError):
+            log.exception("bug in restoring", vm=vm.name)
+            error = PostcopydError(f"internal error: {error!r}", "InternalError")
+        owner = vm.ownership
+        calm = told["phase"] == "drained" or owner in ("held", "declined")
+        message = (
+            f"going on with {vm.name} after a restart of the daemon "
+            f"(here: {owner}, with {vm.status['peer'] or 'nobody'}): {error}"
+        )
+        if vm.status["message"] != message:
+            vm.show(**({} if calm else {"phase": "paused"}), message=message)
+            vm.log.error("VM not restored", ownership=owner, error=str(error))
+
+    async def _reach(self, vm: Vm) -> None:
         """The VMM of a known VM, if it is the same process still."""
-        if not record["socket"] or vm.driver is not None:
+        known = vm.attachment
+        if known is None or vm.driver is not None:
             return
-        if procfs.started(record["pid"]) != record["started"]:
+        if known.ended():
             if vm.ownership in ("held", "declined", "arriving", "loading"):
                 return
             if vm.ownership == "granted" and vm.status["phase"] == "drained":
                 return
-            raise vmm.VmmGone(f"process {record['pid']}, its VMM here, has ended")
-        vm.driver = await DRIVERS[record["driver"]].known(vm.name, record["socket"], record["pid"])
-        self._nursery.start_soon(self._follow, vm, vm.driver)
+            raise vmm.VmmGone(f"process {known.pid}, its VMM here, has ended")
+        if known.driver not in DRIVERS:
+            raise PostcopydError(f"this version has no driver {known.driver}")
+        lock = await locks.vmm(known.pid, vm.name)
+        try:
+            driver = await DRIVERS[known.driver].known(vm.name, known.socket, known.pid)
+        except BaseException:
+            if lock >= 0:
+                os.close(lock)
+            raise
+        vm.have_again(driver, lock)
+        self._spawn(vm, self._follow, vm, driver)
 
     async def _restore_arrival(self, vm: Vm) -> None:
         """Faults are taken again at once; the source asks for the rest to go on."""
@@ -368,7 +498,7 @@ class Daemon:
                     log.exception("bug in a session", vm=name, migration=migration)
 
         vm.settle(role="source", phase="idle", migration=migration, peer=request.to, result=None)
-        self._nursery.start_soon(run)
+        self._spawn(vm, run)
         return migration
 
     def _must_be_whole(self, vm: Vm) -> None:
@@ -433,7 +563,7 @@ class Daemon:
                     with within(END_S, f"ending the VMM of {name} here"):
                         await vm.driver.end()
                     ended = "was ended in the middle of its migration"
-                if vm.driver is not None or self._certainly_ended(vm):
+                if vm.driver is not None or certainly_ended(vm):
                     vm.about["answer"] = to_builtins(_lost_here(name))
                 before = vm.status
                 vm.settle(
@@ -452,12 +582,6 @@ class Daemon:
                         error.name,
                     ) from None
             vm.log.warning("ownership changed by a person", decision=decision)
-
-    def _certainly_ended(self, vm: Vm) -> bool:
-        """Whether the VMM that the record names is no process any more."""
-        record = self.settings.store.load_each()[0].get(vm.name, {})
-        pid: int = record.get("pid", 0)
-        return pid != 0 and procfs.started(pid) != int(record["started"])
 
     def _must_have_arrived(self, vm: Vm) -> None:
         """Or what is asked for cannot be had, because this source has lost its memory."""
@@ -676,7 +800,7 @@ class Daemon:
     def _after_arrival(self, vm: Vm, session: DestinationSession) -> None:
         ending = self._nursery.cancel_scope.cancel_called
         if session.ram_here is not None and not ending:  # drained, and the VM is free again
-            self._nursery.start_soon(hugepages.give_back, vm, session.ram_here)
+            self._spawn(vm, hugepages.give_back, vm, session.ram_here)
 
     async def _hear_end(self, channel: Channel) -> None:
         """Raises when the source takes its offer back or is gone; nothing else is due."""
@@ -695,6 +819,43 @@ class Daemon:
     # Last, because inside the class it hides the builtin from annotations.
     def list(self) -> list[Status]:
         return [self.vms[name].status for name in sorted(self.vms)]
+
+
+def patience() -> Iterator[float]:
+    """How long to wait before each further attempt at what time may mend."""
+    pause = AGAIN_S
+    while True:
+        yield pause
+        pause = min(2 * pause, SELDOM_S)
+
+
+def certainly_ended(vm: Vm) -> bool:
+    """Whether the VMM that the VM had is no process any more; who cannot look does not know."""
+    with suppress(OSError):
+        return vm.attachment is not None and vm.attachment.ended()
+    return False
+
+
+def same_socket(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def came_back(vm: Vm, intent: Mapping[str, Any]) -> bool:
+    """Whether an intent is older than what the record says: its guest is this host's again."""
+    if vm.ownership != "held":
+        return False
+    arrived = vm.status["role"] == "destination" and vm.status["phase"] == "drained"
+    return vm.void or (arrived and vm.about.get("migration") != intent["migration"])
+
+
+def intent_of(vm: Vm) -> dict[str, Any]:
+    """Of a guest that was given away: whom to ask, as its intent has it."""
+    return {
+        "migration": vm.about["migration"],
+        "peer": vm.status["peer"],
+        "epoch": vm.epoch,
+        "identity": vm.about.get("identity", ()),
+    }
 
 
 def _lost_here(name: str) -> p.Error:

@@ -24,7 +24,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from postcopyd import __version__, control, counts, journal
+from postcopyd import __version__, control, counts, guard, journal
 from postcopyd.config import MODES, parse_address
 from postcopyd.errors import PostcopydError
 from postcopyd.settings import Settings
@@ -196,7 +196,7 @@ class Metrics(Collector):
         cancelled. Raises PostcopydError when it cannot listen."""
         listeners = await _listen(address)
         task_status.started()
-        await trio.serve_listeners(self._serve, listeners)
+        await trio.serve_listeners(guard.each(self._serve), listeners)
 
     async def _serve(self, stream: trio.SocketStream) -> None:
         try:

@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 import trio
 
-from postcopyd import control
+from postcopyd import control, guard, locks
 from postcopyd.config import Address, ServeOptions
 from postcopyd.daemon import Daemon
 from postcopyd.errors import PostcopydError
@@ -64,6 +64,13 @@ async def serve(options: ServeOptions) -> None:
 
 async def _serve(options: ServeOptions, manager: Manager) -> None:
     store = Store(options.state_dir, options.durable)
+    state, durable = (store.directory, "--state-dir"), (store.durable, "--durable-dir")
+    async with locks.folders(state, durable):
+        await _serve_alone(options, manager, store)
+
+
+async def _serve_alone(options: ServeOptions, manager: Manager, store: Store) -> None:
+    """With records that no other daemon has."""
     tls = None
     if options.tls != "off":
         # Guests of the daemon before this one are not left alone for a certificate.
@@ -94,11 +101,11 @@ async def _serve(options: ServeOptions, manager: Manager) -> None:
             await nursery.start(_signals, manager, settings, ending, nursery, migrations)
             control_at = control_listener.getsockname()
             await nursery.start(control.serve, daemon, control_listener)
-            await nursery.start(trio.serve_listeners, daemon.serve_peer, listeners)
+            await nursery.start(trio.serve_listeners, guard.each(daemon.serve_peer), listeners)
             at = [str(Address(*listener.socket.getsockname()[:2])) for listener in listeners]
             log.info("serving", control=control_at, listen=at)
             manager.tell("READY=1", f"STATUS={summary(daemon.list())}")
-            process.start_soon(_tell, manager, daemon, ending)
+            process.start_soon(guard.always, _tell, manager, daemon, ending)
             await trio.sleep_forever()
         process.cancel_scope.cancel()
 
@@ -251,4 +258,6 @@ def _reload(manager: Manager, settings: Settings) -> None:
         log.info("certificates reloaded")
     except PostcopydError as error:
         log.error("certificates not reloaded, those before stay in use", error=str(error))
+    except Exception:
+        log.exception("bug in reloading certificates, those before stay in use")
     manager.tell("READY=1")

@@ -26,21 +26,15 @@ import re
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from postcopyd import procfs, records
 from postcopyd.errors import PostcopydError, shortage
+from postcopyd.records import VERSION, Intent, Record
 
-VERSION = 1
-
-INTENT = frozenset(
-    ("version", "vm", "migration", "peer", "epoch", "driver", "socket", "boot", "time")
-)
-"""The fields of an intent. A reader of this version does with these, and ignores others."""
-
-Record = dict[str, Any]
+T = TypeVar("T", Record, Intent)
 
 
 class StateNotWritten(PostcopydError):
@@ -59,7 +53,7 @@ class Store:
         _make(self.directory, "--state-dir")
         _make(self.durable, "--durable-dir")
 
-    def save(self, name: str, record: Record, *, durable: bool = False) -> None:
+    def save(self, name: str, record: dict[str, Any], *, durable: bool = False) -> None:
         """Replaces the record of a VM; `durable` also syncs it. Raises StateNotWritten."""
         path = self._path(name, "json")
         if _name(path) is None:
@@ -81,30 +75,30 @@ class Store:
 
         What cannot be read stays as it is, for somebody to look at.
         """
-        return _each(self.directory, "json", _read)
+        return _each(self.directory, "json", _read_record)
 
     def under_way(self) -> bool:
         """Whether a guest may be waiting for a daemon, by the records; one that cannot be read may
         be of such a guest."""
-        records, unread = self.load_each()
+        found, unread = self.load_each()
         return bool(unread) or any(
             record["ownership"] not in ("held", "declined")
             and record["status"]["phase"] != "drained"
-            for record in records.values()
+            for record in found.values()
         )
 
-    def save_intent(self, name: str, intent: Record) -> None:
+    def save_intent(self, name: str, intent: dict[str, Any]) -> None:
         """Returns once it is on disk that the guest may leave: before its VMM is stopped.
 
         `intent` has `migration`, `peer` (HOST:PORT, whom to ask), `epoch`, `driver` and `socket`,
         and `identity` (the names of its certificate; an older version wrote none);
-        added are `vm`, `boot` (see `boot_id`) and `time` (for people). Takes as long as the disk
-        takes to sync, so call it in a thread. Raises StateNotWritten.
+        added are `vm`, `boot` (see `procfs.boot_id`) and `time` (for people). Takes as long as the
+        disk takes to sync, so call it in a thread. Raises StateNotWritten.
         """
         path = self._intent(name)
         try:
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            _write(path, {**intent, "vm": name, "boot": boot_id(), "time": when}, sync=True)
+            _write(path, {**intent, "vm": name, "boot": procfs.boot_id(), "time": when}, sync=True)
         except OSError as error:
             raise StateNotWritten(
                 f"writing to {path} that {name} may leave: {error.strerror}; it was not stopped: "
@@ -112,24 +106,26 @@ class Store:
             ) from None
 
     def forget_intent(self, name: str) -> None:
-        """The outcome is known, and recorded. Without fsync: an intent too many only asks again,
-        and so does one that cannot be removed."""
-        with suppress(OSError):
-            self._intent(name).unlink()
+        """The guest is this host's: no intent of its leaving holds any more. Without fsync: an
+        intent too many only asks again. Raises StateNotWritten."""
+        _unlink(
+            self._intent(name),
+            f"until it is removed, `postcopyd may-run {name}` here says that it may be elsewhere",
+        )
 
-    def intents(self) -> dict[str, Record]:
+    def intents(self) -> dict[str, Intent]:
         """All intents by VM name. Raises PostcopydError for the first that cannot be read."""
         return _all(self.intents_each())
 
-    def intents_each(self) -> tuple[dict[str, Record], dict[str, str]]:
+    def intents_each(self) -> tuple[dict[str, Intent], dict[str, str]]:
         """Like `load_each`; a VM whose intent cannot be read may be at another host."""
         return _each(self.durable, "intent", _read_intent)
 
     def remove(self, name: str) -> None:
-        """Forgets a VM; its intent last, so that a daemon that dies in between asks again."""
-        self._path(name, "json").unlink(missing_ok=True)
-        self.remove_pages(name)
-        self.forget_intent(name)
+        """Forgets a VM; its intent last, so that a daemon that dies in between asks again. Raises
+        StateNotWritten."""
+        for path in (self._path(name, "json"), self._path(name, "pages"), self._intent(name)):
+            _unlink(path, f"{name} is not forgotten: mend that and try again")
 
     def open_pages(self, name: str, again: bool = False) -> int:
         """A new, empty page record, or `again` the one that is there; the descriptor is the
@@ -158,7 +154,8 @@ class Store:
             ) from None
 
     def remove_pages(self, name: str) -> None:
-        self._path(name, "pages").unlink(missing_ok=True)
+        """Of an arrival that is over. Raises StateNotWritten."""
+        _unlink(self._path(name, "pages"), "it is of no use any more, and takes room")
 
     def _path(self, name: str, kind: str) -> Path:
         return self.directory / f"{to_file(name)}.{kind}"
@@ -199,7 +196,7 @@ def read_record(directory: Path, name: str) -> Record | None:
     return _of(directory, f"{to_file(name)}.json", _read_status, "--state-dir")
 
 
-def read_intent(durable: Path, name: str) -> Record | None:
+def read_intent(durable: Path, name: str) -> Intent | None:
     """The intent of one VM, for who is not the daemon; makes nothing, takes any name.
 
     Raises PostcopydError when there is one, or may be, and it cannot be read.
@@ -207,7 +204,7 @@ def read_intent(durable: Path, name: str) -> Record | None:
     return _of(durable, f"{to_file(name)}.intent", _read_intent, "--durable-dir")
 
 
-def _of(folder: Path, file: str, read: Callable[[Path], Record], option: str) -> Record | None:
+def _of(folder: Path, file: str, read: Callable[[Path], T], option: str) -> T | None:
     try:
         there = file in os.listdir(folder)
     except FileNotFoundError:
@@ -220,9 +217,13 @@ def _of(folder: Path, file: str, read: Callable[[Path], Record], option: str) ->
     return read(folder / file) if there else None
 
 
-def boot_id() -> str:
-    """Another one after each start of the host: random(4)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+def _unlink(path: Path, or_else: str) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        pass  # its folder too
+    except OSError as error:
+        raise StateNotWritten(f"removing {path}: {error.strerror}; {or_else}") from None
 
 
 def _make(folder: Path, option: str) -> None:
@@ -238,7 +239,7 @@ def _make(folder: Path, option: str) -> None:
         ) from None
 
 
-def _write(path: Path, record: Record, *, sync: bool) -> None:
+def _write(path: Path, record: dict[str, Any], *, sync: bool) -> None:
     """Replaces a file as a whole. Raises OSError; the old one stands then, or the new one does."""
     body = json.dumps({"version": VERSION, **record}, sort_keys=True).encode()
     data = b"%08x %s\n" % (zlib.crc32(body), body)
@@ -264,62 +265,61 @@ def _sync(folder: Path) -> None:
         os.close(fd)
 
 
-def _read(path: Path, fields: frozenset[str] = frozenset()) -> Record:
-    """A record that has these fields, `vm` as the file says. Raises PostcopydError naming it."""
+def _read(path: Path, checked: Callable[[Any], T]) -> T:
+    """A record that is one, by its checksum and by its schema. Raises PostcopydError naming it."""
     try:
         checksum, _, body = path.read_bytes().rstrip(b"\n").partition(b" ")
         if checksum != b"%08x" % zlib.crc32(body):
             raise ValueError("its checksum is wrong")
-        record: Record = json.loads(body)
-        version = record.get("version") if isinstance(record, dict) else None
-        if version != VERSION:
-            raise ValueError(f"it is of version {version}, not {VERSION}")
-        if missing := fields - record.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if "vm" in fields and to_file(str(record["vm"])) != path.stem:
-            raise ValueError(f"it is about {record['vm']}")
-    except (OSError, ValueError) as error:
+        found = checked(json.loads(body))
+        if (name := found.get("vm")) is not None and to_file(name) != path.stem:
+            raise ValueError(f"it is about {name}")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise PostcopydError(
             f"reading the record {path}: {why}; move it away when its VM is known to be in order"
         ) from None
-    return record
 
 
-def _read_intent(path: Path) -> Record:
-    return _read(path, INTENT)
+def _read_record(path: Path) -> Record:
+    return _read(path, records.checked)
+
+
+def _read_intent(path: Path) -> Intent:
+    return _read(path, records.checked_intent)
 
 
 def _read_status(path: Path) -> Record:
-    record = _read(path, frozenset({"status"}))
-    status = record["status"]
-    if not isinstance(status, dict) or not {"role", "phase", "message"} <= status.keys():
+    record = _read_record(path)
+    if not {"role", "phase", "message"} <= record["status"].keys():
         raise PostcopydError(f"reading the record {path}: it does not say how its VM is")
     return record
 
 
 def _each(
-    folder: Path, kind: str, read: Callable[[Path], Record]
-) -> tuple[dict[str, Record], dict[str, str]]:
+    folder: Path, kind: str, read: Callable[[Path], T]
+) -> tuple[dict[str, T], dict[str, str]]:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise PostcopydError(
             f"reading what is recorded in {folder}: {error.strerror}; mend that and try again"
         ) from None
-    records, unreadable = {}, {}
+    found: dict[str, T] = {}
+    unreadable = {}
     for path in (folder / name for name in names if name.endswith(f".{kind}")):
         name = _name(path)
         try:
             record = read(path)
-            records[name or str(record.get("vm", path.stem))] = record
+            found[name or record.get("vm", path.stem)] = record
         except PostcopydError as error:
             unreadable[name or path.stem] = str(error)
-    return records, unreadable
+    return found, unreadable
 
 
-def _all(read: tuple[dict[str, Record], dict[str, str]]) -> dict[str, Record]:
-    records, unreadable = read
+def _all(read: tuple[dict[str, T], dict[str, str]]) -> dict[str, T]:
+    found, unreadable = read
     if unreadable:
         raise PostcopydError(next(iter(unreadable.values())))
-    return records
+    return found

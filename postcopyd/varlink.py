@@ -26,6 +26,7 @@ from typing import Any
 import structlog
 import trio
 
+from postcopyd import guard
 from postcopyd.varlink_idl import Interface, InvalidValue, parse_interface
 
 # The largest message accepted. systemd's limit is 16 MiB; the largest call here is under 1 KiB.
@@ -451,4 +452,4 @@ async def serve(
 
     listener.setblocking(False)
     listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]
-    await trio.serve_listeners(serve_client, listeners, task_status=task_status)
+    await trio.serve_listeners(guard.each(serve_client), listeners, task_status=task_status)

@@ -11,6 +11,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -363,7 +364,7 @@ def _state_dir(args: argparse.Namespace) -> Path:
     return durable.parent if durable.name == "durable" else config.DEFAULT_STATE_DIR
 
 
-def _settled(status: dict[str, Any]) -> bool:
+def _settled(status: Mapping[str, Any]) -> bool:
     """Whether the guest is not at the other host, nor on its way there or here."""
     result = status.get("result") or {}
     match status["role"], status["phase"]:
@@ -378,7 +379,7 @@ def _settled(status: dict[str, Any]) -> bool:
 
 def _disk_against(args: argparse.Namespace) -> str:
     """The same by what is on disk, where the guest may have left and the outcome is not known."""
-    from postcopyd import store
+    from postcopyd import procfs, store
 
     folder = Path(args.durable_dir or config.DEFAULT_DURABLE_DIR)
     if args.durable_dir and not folder.is_dir():
@@ -387,7 +388,7 @@ def _disk_against(args: argparse.Namespace) -> str:
     if intent is None:
         return ""
     peer, since = intent["peer"], ""
-    if intent["boot"] != store.boot_id():
+    if intent["boot"] != procfs.boot_id():
         since = ", which has restarted since,"
     return (
         f"it was to be handed to {peer} at {intent['time']} (migration {intent['migration']}), and "

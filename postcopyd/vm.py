@@ -8,8 +8,9 @@ Owns the driver's connection and the status object. At most one migration uses a
 from __future__ import annotations
 
 import contextlib
+import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import trio
 
 from postcopyd import counts, procfs
 from postcopyd.errors import PostcopydError, shortage
+from postcopyd.records import Attachment, Ownership, Record
 from postcopyd.store import StateNotWritten, Store
 from postcopyd.vmm import Vmm
 
@@ -45,19 +47,26 @@ class Waiting(Protocol):
 class Vm:
     """`epoch` counts changes of ownership; it belongs to the guest and travels with it. `about` is
     what a session needs to go on with its migration after the daemon's death, and to answer a peer
-    that asks how it ended: JSON, the session's own, in the record until the next migration."""
+    that asks how it ended: JSON, the session's own (records.py), in the record until the next
+    migration. `attachment` is which process its VMM is, or was; `unwritten`: the record on disk is
+    behind what is known here; `void`: an intent may be on disk that holds no more."""
 
     def __init__(self, name: str, store: Store, driver: Vmm | None) -> None:
         self.name = name
         self.driver = driver
         self.epoch = 0
-        self.ownership = "held"
+        self.ownership: Ownership = "held"
         self.claimed_by: Any = None
         self.free = trio.Event()
         self.free.set()
         self.following = trio.CancelScope()  # of the task that waits for the VMM's end
         self.waiting: Waiting | None = None
         self.about: dict[str, Any] = {}
+        self.attachment: Attachment | None = None
+        self.void = False
+        self.unwritten = False
+        self.owing: Callable[[], None] = lambda: None  # somebody writes later: the daemon's
+        self._lock = -1
         self._store = store
         self.status: Status = {
             "vm": name,
@@ -84,10 +93,6 @@ class Vm:
     def show(self, **changes: Any) -> None:
         """Changes the status and tells who watches. None removes a field."""
         self._put(self.status | changes)
-
-    def known(self, status: Status) -> None:
-        """The status that the daemon before this one has left: nothing has happened here."""
-        self.status = self.status | status
 
     def _put(self, status: Status, cancelled: bool = False) -> None:
         before, self.status = self.status, {k: v for k, v in status.items() if v is not None}
@@ -207,30 +212,110 @@ class Vm:
             )
         return self.driver
 
-    def record(self, ownership: str | None = None) -> None:
+    # --- its VMM ---------------------------------------------------------------------------------
+
+    def have(self, driver: Vmm, lock: int) -> None:
+        """`driver`, and the lock on its process, are this VM's from here on. Raises OSError, and
+        then they are not."""
+        started, boot = procfs.started(driver.pid), procfs.boot_id()
+        self.attachment = Attachment(driver.kind, driver.socket, driver.pid, started, boot)
+        self.have_again(driver, lock)
+
+    def have_again(self, driver: Vmm, lock: int) -> None:
+        """The same, of the process that the record names."""
+        self.driver, self._lock = driver, lock
+
+    async def leave(self) -> None:
+        """Lets go of the VMM, which goes on as it is, or has ended. Idempotent."""
+        driver, self.driver = self.driver, None
+        self.unlock()
+        if driver is not None:
+            await driver.aclose()
+
+    def unlock(self) -> None:
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
+
+    # --- what outlives the daemon ----------------------------------------------------------------
+
+    def remember(self, record: Record) -> None:
+        """The record that the daemon before this one has left: nothing has happened here."""
+        self.epoch, self.ownership, self.about = (
+            record["epoch"],
+            record["ownership"],
+            record["about"],
+        )
+        self.attachment = Attachment.of(record)
+        self.void = record.get("void", False)
+        self.status = self.status | record["status"]
+
+    def record(self, ownership: Ownership | None = None) -> None:
         """Writes the record before what it says is acted on. Raises PostcopydError.
 
         `ownership` is one of held, intent, granted (source: given away), arriving, loading, owned,
         declined (destination). A start of the daemon, and recovery, read it.
         """
-        before = self.ownership
+        before, void = self.ownership, self.void
         self.ownership = ownership or before
+        self.void &= ownership not in ("intent", "granted")
+        known = self.attachment or Attachment("", "", 0, 0, "")
         try:
             self._store.save(
                 self.name,
                 {
-                    "driver": self.driver.kind if self.driver else "",
-                    "socket": self.driver.socket if self.driver else "",
-                    "pid": self.driver.pid if self.driver else 0,
-                    "started": procfs.started(self.driver.pid) if self.driver else 0,
+                    **known._asdict(),
                     "epoch": self.epoch,
                     "ownership": self.ownership,
+                    "void": self.void,
                     "status": {k: v for k, v in self.status.items() if k in PERMANENT},
                     "about": self.about,
                 },
             )
         except (PostcopydError, OSError) as error:
-            self.ownership = before
+            self.ownership, self.void = before, void
             if short := shortage(error):
                 raise StateNotWritten(f"writing the record of {self.name}: {short}") from None
             raise
+        self.unwritten = False
+
+    def record_settled(self, ownership: Ownership | None) -> bool:
+        """`record`, for what has happened already: what cannot be written now is written later.
+
+        Until then the record from before stands, and what it needs must stay with it. Returns
+        whether it is written.
+        """
+        try:
+            self.record(ownership)
+        except PostcopydError as error:
+            self.log.error("record not written, it is tried again", error=str(error))
+            self.ownership = ownership or self.ownership
+            self.unwritten = True
+            self.owing()
+            return False
+        return True
+
+    def remove_pages(self) -> None:
+        """The page record of an arrival that is over; one that stays is in nobody's way."""
+        try:
+            self._store.remove_pages(self.name)
+        except PostcopydError as error:
+            self.log.error("page record not removed", error=str(error))
+
+    def home(self) -> None:
+        """The guest is this host's, so no intent of its leaving holds any more. Before that is
+        recorded: who dies in between finds a record by which it comes here again."""
+        self.void = True
+        if (why := self.forget()) is not None:
+            self.log.error("intent not forgotten, it is tried again", error=why)
+            self.owing()
+
+    def forget(self) -> str | None:
+        """What is `void` goes. Returns why not."""
+        try:
+            if self.void:
+                self._store.forget_intent(self.name)
+        except PostcopydError as error:
+            return str(error)
+        self.void = False
+        return None

@@ -36,7 +36,7 @@ async def call_off(vm: Vm) -> None:
         message += "; its VMM here has ended, start it anew for another attempt"
     vm.settle(phase="failed", remaining=0, message=message)
     vm.about["answer"] = to_builtins(p.Declined(p.sentence(message)))
-    vm.record("declined")
+    vm.record_settled("declined")
     vm.log.warning("migration failed", error=message)
 
 

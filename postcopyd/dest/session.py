@@ -46,6 +46,7 @@ from postcopyd.limits import in_line
 from postcopyd.native import Failure, faults
 from postcopyd.patience import END_S, RELEASE_S, within
 from postcopyd.protocol import RemoteProtocolError
+from postcopyd.records import Ownership
 from postcopyd.settings import Settings
 from postcopyd.store import StateNotWritten
 from postcopyd.vm import Vm
@@ -692,13 +693,14 @@ class DestinationSession:
         sentence = losses.arrived(self.vm.name, self.channel.peer, lost)
         self.vm.settle(phase="drained", remaining=0, message=sentence)
         self._note(drained)
-        self._record_settled(None if lost else "held")
-        # After the record: a daemon that is started in between needs them no more.
+        self.vm.home()
+        written = self._record_settled(None if lost else "held")
+        # After the record: a daemon that is started in between needs them no more. Without it they
+        # stay, and the page record with them, by which it sees that the guest is whole.
         if lost:
             self.log.error("memory lost", pages=lost)
-        else:
+        elif written:
             await self._release()
-        self.settings.store.forget_intent(self.vm.name)  # of a move from here, once: it is back
         self.log.info(
             "migration completed",
             brownout_ms=round(drained.brownout_ms, 2),
@@ -826,9 +828,8 @@ class DestinationSession:
             self.log.warning("migration failed", error=str(error))
         await self.close()
         if self._loading and driver is not None and clean:  # or it is there still
-            vm.driver = None
             with suppress(VmmTimeout), within(RELEASE_S, "closing its socket"):
-                await driver.aclose()
+                await vm.leave()
         await self._hooks("failed", message=str(error))
 
     async def _paused(self, error: PostcopydError) -> None:
@@ -904,11 +905,8 @@ class DestinationSession:
         self.log.warning("guest ended while its memory followed", why=farewell)
         await self._hooks("ended", message=farewell)
 
-    def _record_settled(self, ownership: str | None) -> None:
-        try:
-            self.vm.record(ownership)
-        except PostcopydError as error:
-            self.log.error("record not written", error=str(error))
+    def _record_settled(self, ownership: Ownership | None) -> bool:
+        return self.vm.record_settled(ownership)
 
     async def close(self) -> None:
         """Only when nothing is registered any more, or the VMM has ended."""
@@ -918,8 +916,8 @@ class DestinationSession:
                 await engine.aclose()
             for fd in (*self._uffds, *([self._record] if self._record >= 0 else [])):
                 os.close(fd)
-            if self._record >= 0:
-                self.settings.store.remove_pages(self.vm.name)
+            if self._record >= 0 and not self.vm.unwritten:
+                self.vm.remove_pages()
             if self._shape is not None:
                 if self.settings.arriving.get(self.vm.name) is self._shape:
                     del self.settings.arriving[self.vm.name]

@@ -4,6 +4,7 @@ that was drained, that was not granted, or of which this host has nothing but th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import trio
@@ -18,7 +19,7 @@ from postcopyd.tls import same_peer
 from postcopyd.vm import Vm
 
 
-async def look(vm: str, intent: dict[str, Any], settings: Settings) -> str:
+async def look(vm: str, intent: Mapping[str, Any], settings: Settings) -> str:
     """What the destination of a handover says of it, which this host only knows to have intended.
     Nothing goes on by that. Raises PostcopydError."""
     async with await dial_control(intent["peer"], Machine(Source.GREETING), settings) as channel:
@@ -29,13 +30,14 @@ async def look(vm: str, intent: dict[str, Any], settings: Settings) -> str:
 
 
 async def let_go(vm: Vm) -> None:
-    """Ends the VMM of a guest that was drained, if that was left to do when the daemon ended."""
-    driver, vm.driver = vm.driver, None
-    if driver is not None:
-        try:
-            await driver.finish(vm.about["request"]["keep_source"])
-        finally:
-            await driver.aclose()
+    """Ends the VMM of a guest that was drained, if that was left to do when the daemon ended; or
+    leaves it stopped and attached, as it was."""
+    if vm.driver is None:
+        return
+    keep = vm.about["request"].get("keep_source", False)
+    await vm.driver.finish(keep)
+    if not keep:
+        await vm.leave()
 
 
 async def roll_back(vm: Vm, settings: Settings) -> None:
@@ -50,6 +52,6 @@ async def roll_back(vm: Vm, settings: Settings) -> None:
     sentence = undone_as(vm.name, "the daemon ended before it was granted", left)
     result = {"event": "failed", "vm": vm.name, "migration": vm.about["migration"]}
     vm.settle(phase="failed", remaining=0, message=sentence, result={**result, "error": sentence})
-    vm.record("held")
-    settings.store.forget_intent(vm.name)
+    vm.home()
+    vm.record_settled("held")
     vm.log.warning("migration failed", error=sentence)

@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import trio
 
 from postcopyd import alike, counts, kernel, losses, threads
@@ -28,6 +29,7 @@ from postcopyd.hooks import run_hooks
 from postcopyd.limits import Uplink, in_line
 from postcopyd.patience import END_S, within
 from postcopyd.protocol import RemoteProtocolError
+from postcopyd.records import Ownership
 from postcopyd.settings import Settings
 from postcopyd.source.back import undone, untouched
 from postcopyd.source.decision import GIVEN_UP, SILENT, Choice, Decision, still_there
@@ -96,7 +98,8 @@ class SourceSession:
 
         Raises PostcopydError when the VMM cannot be asked for its RAM.
         """
-        session = cls(vm, MigrateRequest(**about["request"]), settings, about["migration"])
+        request = msgspec.convert(about["request"], MigrateRequest)
+        session = cls(vm, request, settings, about["migration"])
         session.machine = machine
         session._committed = True
         session._identity = tuple(about.get("identity", ()))
@@ -113,6 +116,8 @@ class SourceSession:
             raise PostcopydError(
                 f"the VMM of {vm.name} here has other RAM than the one that was migrated"
             )
+        # What the guest did before it was stopped for this is what it goes back to.
+        session._shape = replace(shape, state=vm.attached().before or "paused")
         session._engine = SourceEngine(shape.regions, shape.pid)
         return session
 
@@ -650,8 +655,7 @@ class SourceSession:
             return f"; the VMM here: {error}"
         finally:
             if not self.request.keep_source:
-                await driver.aclose()
-                self.vm.driver = None
+                await self.vm.leave()
         return ""
 
     # --- after a connection was lost -------------------------------------------------------------
@@ -834,7 +838,7 @@ class SourceSession:
             "migration": self.migration,
             "request": asdict(self.request),
             "regions": [[r.name, r.pages, r.page_size] for r in self._shape.regions],
-            "run": self._shape.state == "running",
+            "run": self._shape.state == "running",  # before its stop
             "downtime": [self._downtime_ms, self._downtime_parts],
             "recoveries": self._recoveries,
             "passes": [asdict(one) for one in self._passes],
@@ -910,20 +914,17 @@ class SourceSession:
             message=sentence,
             result=self._result(None, event="cancelled" if cancelled else "failed", error=sentence),
         )
+        vm.home()
         self._record_settled("held")
-        self.settings.store.forget_intent(name)
         if cancelled:
             self.log.info("migration cancelled", error=str(error))
         else:
             self.log.warning("migration failed", error=str(error))
         await self._hooks("failed", message=str(error))
 
-    def _record_settled(self, ownership: str | None) -> None:
-        try:
-            self.vm.record(ownership)
-        except PostcopydError as error:
-            # What was recorded before it stands, and is the careful side of the truth.
-            self.log.error("record not written", error=str(error))
+    def _record_settled(self, ownership: Ownership | None) -> None:
+        # Where it is not written, what was recorded before stands: the careful side of the truth.
+        self.vm.record_settled(ownership)
 
     async def _untrack(self) -> None:
         tracking, self._tracking = self._tracking, None

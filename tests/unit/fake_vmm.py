@@ -148,6 +148,12 @@ class FakeVmm:
         """As procfs.started."""
         return int(any(vmm.pid == pid and vmm.state != "ended" for vmm in cls.at.values()))
 
+    @classmethod
+    def locked(cls, pid: int) -> int:
+        """As locks.process: what every daemon finds of this process, for flock(2)."""
+        vmm = next(vmm for vmm in cls.at.values() if vmm.pid == pid)
+        return os.open(f"/proc/self/fd/{vmm.files[0]}", os.O_RDONLY | os.O_CLOEXEC)
+
     def write(self) -> None:
         """The guest writes: to data, to a hole, and zeros to what was none, in both regions."""
         self.guest.never(self.state != "running", f"written while {self.state}")

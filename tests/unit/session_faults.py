@@ -25,7 +25,7 @@ import trio.testing
 from fake_vmm import FakeDriver, FakeVmm
 from session_world import BUGS, LONG_S, Fault, FullStore, Host, Instead, ToldEngine, World
 
-from postcopyd import connection, daemon, procfs
+from postcopyd import connection, daemon, locks, procfs
 from postcopyd import protocol as p
 from postcopyd.connection import ConnectionLost
 from postcopyd.dest import session as arriving
@@ -78,6 +78,7 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of a world, and the parts of it that are made."""
     monkeypatch.setattr(daemon, "DRIVERS", {"process": FakeDriver})
     monkeypatch.setattr(procfs, "started", FakeVmm.started)
+    monkeypatch.setattr(locks, "process", FakeVmm.locked)
     for name in ("mappings", "open_file"):  # guest RAM of a FakeVmm is mapped here
         monkeypatch.setattr(procfs, name, partial(_of_this_process, getattr(procfs, name)))
     monkeypatch.setattr(arriving, "DestinationEngine", ToldEngine)

@@ -142,6 +142,8 @@ class Host:
             for session in self.life.sessions:  # as the end of a process does
                 end = session.close if isinstance(session, DestinationSession) else session._close
                 await end()
+            for vm in self.daemon.vms.values():
+                vm.unlock()
             if self._again:
                 await trio.sleep(START_S)
             if self._ending:

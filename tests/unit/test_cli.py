@@ -23,7 +23,7 @@ import trio.testing
 from fake_daemon import FAULTS, RESULT, FakeDaemon
 
 import postcopyd
-from postcopyd import cli, config, control, progress, store, verbs
+from postcopyd import cli, config, control, procfs, progress, verbs
 from postcopyd.control import MigrateRequest
 from postcopyd.errors import PostcopydError
 from postcopyd.store import Store
@@ -616,7 +616,7 @@ def test_may_run_after_a_restart(
 ) -> None:
     """A host that has restarted since the guest was to leave says so."""
     durable = intent(tmp_path)
-    monkeypatch.setattr(store, "boot_id", lambda: "another")
+    monkeypatch.setattr(procfs, "boot_id", lambda: "another")
     args = ["--durable-dir", str(durable), "--control", str(tmp_path / "none")]
     assert cli.main(["may-run", "web1", *args]) == 1
     assert "this host, which has restarted since, has not recorded" in capsys.readouterr().err

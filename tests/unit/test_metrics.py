@@ -22,6 +22,7 @@ from session_world import World
 from postcopyd import counts, journal, metrics
 from postcopyd.limits import Limits
 from postcopyd.metrics import Metrics
+from postcopyd.records import RecordedStatus
 from postcopyd.store import Store
 from postcopyd.vm import Vm
 
@@ -213,7 +214,11 @@ def test_migrations_that_do_not_complete(tmp_path: Path, cancelled: bool) -> Non
 def test_what_an_earlier_daemon_has_counted(tmp_path: Path) -> None:
     """A daemon that is started again finds migrations that are over, and does not count them."""
     vm = Vm("web1", Store(tmp_path), None)
-    vm.known({"vm": "web1", "role": "source", "phase": "drained", "migration": "m1"})
+    status: RecordedStatus = {"role": "source", "phase": "drained", "migration": "m1"}
+    vm.remember(
+        {"version": 1, "ownership": "granted", "epoch": 1, "driver": "", "socket": "", "pid": 0,
+         "started": 0, "status": status, "about": {}}
+    )  # fmt: skip
     vm.show(message="it is there")
     assert not counts.ended
 

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from needs import missing
 
+from postcopyd import procfs, records
 from postcopyd import store as store_module
 from postcopyd.errors import PostcopydError
 from postcopyd.names import problem
@@ -32,9 +33,20 @@ from pathlib import Path
 from postcopyd.store import Store
 store = Store(Path(sys.argv[1]))
 for n in range(2000):
-    store.save("web1", {"fill": str(n % 10) * (5000 - n % 7)})
+    store.save("web1", {**RECORD, "about": {"fill": str(n % 10) * (5000 - n % 7)}})
 """
-RECORD = {"epoch": 3, "ownership": "granted", "status": {"phase": "paused"}}
+RECORD: dict[str, Any] = {
+    "ownership": "held",
+    "epoch": 3,
+    "driver": "qemu",
+    "socket": "/run/web1.qmp",
+    "pid": 9,
+    "started": 77,
+    "status": {"phase": "paused"},
+    "about": {},
+}
+OTHER = {**RECORD, "epoch": 4}
+WRITER = f"RECORD = {RECORD}\n{WRITER}"
 INTENT = {
     "migration": "m1",
     "peer": "host2:16525",
@@ -73,18 +85,20 @@ def test_record_survives(tmp_path: Path) -> None:
     """What was saved is loaded by the next daemon, one record for each VM."""
     store = Store(tmp_path / "made" / "anew")
     store.save("web1", RECORD)
-    store.save("web.2:a@b", {"epoch": 0})
+    store.save("web.2:a@b", OTHER)
     loaded = Store(store.directory).load()
     assert loaded == {
         "web1": {"version": store_module.VERSION, **RECORD},
-        "web.2:a@b": {"version": store_module.VERSION, "epoch": 0},
+        "web.2:a@b": {"version": store_module.VERSION, **OTHER},
     }
 
 
 @given(st.dictionaries(st.text(), st.integers() | st.text() | st.none(), max_size=5))
-def test_any_record_survives(tmp_path_factory: pytest.TempPathFactory, record: Any) -> None:
-    """Whatever text a peer's sentence puts into a record, it is loaded as it was saved."""
+def test_any_record_survives(tmp_path_factory: pytest.TempPathFactory, result: Any) -> None:
+    """Whatever text a peer's sentence puts into a record, and whatever a newer version adds to it,
+    it is loaded as it was saved."""
     store = Store(tmp_path_factory.mktemp("state"))
+    record = {**result, **RECORD, "status": {"phase": "paused", "result": result}}
     record.pop("version", None)
     store.save("web1", record)
     assert store.load()["web1"] == {"version": store_module.VERSION, **record}
@@ -136,7 +150,7 @@ def test_a_record_of_a_long_name_that_cannot_be_read(tmp_path: Path) -> None:
 def test_save_replaces_the_whole_record(tmp_path: Path) -> None:
     """A second save leaves nothing of the first, and no other file."""
     store = Store(tmp_path)
-    store.save("web1", {"long": "x" * 5000})
+    store.save("web1", {**RECORD, "long": "x" * 5000})
     store.save("web1", RECORD)
     assert "long" not in store.load()["web1"]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["web1.json"]
@@ -201,7 +215,7 @@ def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "web1.new").write_bytes(b"torn")
     (tmp_path / "README").write_text("hello")
     assert list(store.load()) == ["web1"]
-    store.save("web1", {"epoch": 4})
+    store.save("web1", OTHER)
     assert store.load()["web1"]["epoch"] == 4
 
 
@@ -212,10 +226,10 @@ def test_full_disk_leaves_the_record_before(tmp_path: Path, room: int) -> None:
     store.save("web1", RECORD)
     before = store.load()
     with no_room(room), pytest.raises(PostcopydError, match="make room") as caught:
-        store.save("web1", {"epoch": 4, "long": "x" * 4000})
+        store.save("web1", {**OTHER, "long": "x" * 4000})
     assert caught.value.name == "StateNotWritten"
     assert store.load() == before
-    store.save("web1", {"epoch": 4})
+    store.save("web1", OTHER)
     assert store.load()["web1"]["epoch"] == 4
 
 
@@ -244,12 +258,12 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_a_reader_sees_the_old_record_or_the_new(tmp_path: Path) -> None:
     """While one process saves again and again, another never reads anything in between."""
     store = Store(tmp_path)
-    store.save("web1", {"fill": "0" * 5000})
+    store.save("web1", {**RECORD, "about": {"fill": "0" * 5000}})
     seen = set()
     with subprocess.Popen([sys.executable, "-c", WRITER, tmp_path]) as writer:
         try:
             while writer.poll() is None:
-                fill = store.load()["web1"]["fill"]
+                fill = store.load()["web1"]["about"]["fill"]
                 assert len(set(fill)) == 1
                 seen.add(fill[0])
         finally:
@@ -333,8 +347,8 @@ def test_intent_survives(tmp_path: Path) -> None:
     intents = Store(tmp_path / "lost", store.durable).intents()
     assert sorted(intents) == ["web.2:a@b", "web1"]
     intent = intents["web1"]
-    assert intent.items() >= {**INTENT, "vm": "web1", "boot": store_module.boot_id()}.items()
-    assert intent.keys() == store_module.INTENT
+    assert intent.items() >= {**INTENT, "vm": "web1", "boot": procfs.boot_id()}.items()
+    assert intent.keys() == records.Intent.__required_keys__
     assert intent["time"].endswith("Z")
     assert read_intent(store.durable, "web1") == intent
     assert [*store.directory.iterdir()] == []
@@ -468,7 +482,8 @@ def test_full_file_system(tmp_path: Path) -> None:
 
 
 def test_read_only_folder(tmp_path: Path) -> None:
-    """A folder that cannot be written to fails the intent and no record; forgetting may fail."""
+    """A folder that cannot be written to fails the intent and no record; and forgetting, which is
+    said."""
     with mounted(tmp_path / "disk", "size=1m") as disk:
         store = Store(tmp_path / "state", disk)
         store.save_intent("web1", INTENT)
@@ -476,7 +491,12 @@ def test_read_only_folder(tmp_path: Path) -> None:
         with pytest.raises(StateNotWritten, match="Read-only file system"):
             store.save_intent("web2", INTENT)
         store.save("web1", RECORD)
-        store.forget_intent("web1")
+        with pytest.raises(
+            StateNotWritten, match=r"removing .*web1\.intent: Read-only file system"
+        ):
+            store.forget_intent("web1")
+        with pytest.raises(StateNotWritten, match="web1 is not forgotten"):
+            store.remove("web1")
         assert [*store.intents()] == ["web1"]
 
 
