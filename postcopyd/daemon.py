@@ -34,7 +34,7 @@ from postcopyd.connection import (
     tune,
 )
 from postcopyd.control import Decision, MigrateRequest
-from postcopyd.dest.restart import call_off
+from postcopyd.dest.restart import call_off, finish_unwritten
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Destination, Machine, Source
@@ -77,6 +77,7 @@ class Daemon:
         self._arrivals: dict[str, DestinationSession] = {}
         self._owing: set[Vm] = set()
         self._restoring: dict[Vm, trio.Event] = {}
+        self._asking: dict[Vm, tuple[Mapping[str, Any], str]] = {}
         self._peers = settings.limits.peers
 
     # --- tasks ---------------------------------------------------------------------------------
@@ -327,15 +328,20 @@ class Daemon:
                 self._ask_about(vm, intents[name], sentence)
 
     def _ask_about(self, vm: Vm, intent: Mapping[str, Any], sentence: str) -> None:
-        vm.show(peer=intent["peer"])
-        self._spawn(vm, self._look, vm, intent, sentence)
+        """Has the host that may have the guest asked, in place of one that was asked before."""
+        asking = self._asking[vm] = (intent, sentence)
+        vm.show(peer=intent["peer"], message=sentence)
+        self._spawn(vm, self._look, vm, asking)
 
-    async def _look(self, vm: Vm, intent: Mapping[str, Any], sentence: str) -> None:
+    async def _look(self, vm: Vm, asking: tuple[Mapping[str, Any], str]) -> None:
         """Shows what the other host says of a guest that may have gone there; decides nothing."""
-        why = ""
-        while self.vms.get(vm.name) is vm and vm.status["phase"] == "paused":
-            if vm.status["peer"] != intent["peer"]:  # or a person has said where else to ask
-                return
+        (intent, sentence), why = asking, ""
+
+        def wanted() -> bool:
+            here = self.vms.get(vm.name) is vm and vm.status["phase"] == "paused"
+            return here and self._asking.get(vm) is asking
+
+        while wanted():
             try:
                 said = await look(vm.name, intent, self.settings)
             except PostcopydError as error:
@@ -343,9 +349,11 @@ class Daemon:
                     vm.log.warning("destination not asked", error=why)
                 await trio.sleep(LOOK_S)
             else:
-                if (vm.status["phase"], vm.status["peer"]) == ("paused", intent["peer"]):
+                if wanted():
                     vm.show(message=f"{sentence}; {intent['peer']} says: {said}")
                 return
+        if self._asking.get(vm) is asking:
+            del self._asking[vm]
 
     async def _restore(self, vm: Vm, claimed: Any) -> None:
         """What this VM's record says is to be done now. What cannot be done now is tried again, the
@@ -444,6 +452,8 @@ class Daemon:
 
     async def _restore_arrival(self, vm: Vm) -> None:
         """Faults are taken again at once; the source asks for the rest to go on."""
+        if await finish_unwritten(vm):
+            return
         channel = Channel(Nobody(), Machine(Destination.RUNNING_LOST), vm.status["peer"])
         session = await DestinationSession.restored(vm, vm.about, channel, self.settings)
         if session.complete and not session.settled:
@@ -520,14 +530,36 @@ class Daemon:
 
     async def recover(self, name: str, to: str | None) -> None:
         vm = self._paused(name)
-        if not isinstance(vm.claimed_by, SourceSession):
-            self._must_have_arrived(vm)
-            raise PostcopydError(
-                f"continuing the migration of {name}: its source does that, {vm.status['peer']}; "
-                f"it dials by itself, or at once by `postcopyd recover {name}` there",
-                "NotMigrating",
-            )
-        vm.claimed_by.recover(to)
+        leaving, restoring = vm.claimed_by, self._restoring.get(vm)
+        asking = self._asking.get(vm)
+        if not isinstance(leaving, SourceSession) and asking is None:
+            if vm.status["role"] == "destination" and restoring is not None:
+                restoring.set()
+                return
+            if restoring is None:
+                self._must_have_arrived(vm)
+            if vm.status["role"] == "destination":
+                raise PostcopydError(
+                    f"continuing the migration of {name}: its source does that, "
+                    f"{vm.status['peer']}; it dials by itself, or at once by `postcopyd recover "
+                    f"{name}` there",
+                    "NotMigrating",
+                )
+        if to is not None:
+            # First: a host that is started again asks where a person has said.
+            redirect = self.settings.store.redirect_intent
+            await trio.to_thread.run_sync(redirect, name, to)
+        if isinstance(leaving, SourceSession):
+            leaving.recover(to)
+        elif asking is not None:
+            intent, sentence = asking
+            self._ask_about(vm, {**intent, "peer": to or intent["peer"]}, sentence)
+        elif restoring is not None:
+            if to is not None and "request" in vm.about:
+                vm.about["request"] = {**vm.about["request"], "to": to}
+                vm.show(peer=to)
+                vm.record_settled(None)
+            restoring.set()
 
     async def resolve(self, name: str, decision: Decision) -> None:
         """What only a person can decide about a paused migration; to wait changes nothing."""
@@ -584,11 +616,11 @@ class Daemon:
             vm.log.warning("ownership changed by a person", decision=decision)
 
     def _must_have_arrived(self, vm: Vm) -> None:
-        """Or what is asked for cannot be had, because this source has lost its memory."""
+        """Or what is asked for cannot be had from this source as it is."""
         if vm.status["role"] == "source":
             raise PostcopydError(
-                f"{vm.name} cannot go on from here: its VMM has ended, and its memory with it; see "
-                f"`postcopyd status {vm.name}` at {vm.status['peer']}",
+                f"{vm.name} cannot go on from here: {vm.status['message']}; see `postcopyd status "
+                f"{vm.name}` at {vm.status['peer']}",
                 "NotMigrating",
             )
 

@@ -25,10 +25,10 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from postcopyd import procfs, records
 from postcopyd.errors import PostcopydError, shortage
@@ -105,6 +105,19 @@ class Store:
                 f"make room there, or name another folder with --durable-dir"
             ) from None
 
+    def redirect_intent(self, name: str, peer: str) -> None:
+        """Whom to ask is at another address. Syncs, as `save_intent`. Raises PostcopydError."""
+        path = self._intent(name)
+        if not os.path.lexists(path):
+            return
+        try:
+            _write(path, {**_read_intent(path), "peer": peer}, sync=True)
+        except OSError as error:
+            raise StateNotWritten(
+                f"writing to {path} that {name} is asked for at {peer}: {error.strerror}; mend "
+                f"that and try again"
+            ) from None
+
     def forget_intent(self, name: str) -> None:
         """The guest is this host's: no intent of its leaving holds any more. Without fsync: an
         intent too many only asks again. Raises StateNotWritten."""
@@ -151,6 +164,21 @@ class Store:
         except OSError as error:
             raise StateNotWritten(
                 f"making the page record {path}: {error.strerror}; make room there"
+            ) from None
+
+    def lacks_pages(self, name: str, whole: bytes, regions: Sequence[int]) -> bool:
+        """Whether there is a page record, and any page of these regions (their numbers of pages) is
+        in another state there than those of `whole`. Raises PostcopydError when that cannot be
+        known."""
+        path = self._path(name, "pages")
+        try:
+            with path.open("rb") as record:
+                return any(_differ(record, pages, whole) for pages in regions)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise PostcopydError(
+                f"reading the page record {path}: {error.strerror}; mend that"
             ) from None
 
     def remove_pages(self, name: str) -> None:
@@ -215,6 +243,21 @@ def _of(folder: Path, file: str, read: Callable[[Path], T], option: str) -> T | 
             f"run this as root, or name the folder of the daemon with {option}"
         ) from None
     return read(folder / file) if there else None
+
+
+_ROUND = 64
+"""Each region of a page record is rounded up to so many bytes (uffd_native.c)."""
+
+
+def _differ(record: BinaryIO, pages: int, states: bytes) -> bool:
+    """Whether the next region of a page record lacks a page, or has one in another state."""
+    left = pages
+    while left and (some := record.read(min(left, 1 << 20))):
+        left -= len(some)
+        if some.translate(None, states):
+            return True
+    record.seek(-pages % _ROUND, os.SEEK_CUR)
+    return left > 0
 
 
 def _unlink(path: Path, or_else: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
@@ -294,6 +294,11 @@ class Vm:
             self.owing()
             return False
         return True
+
+    def lacks_pages(self, whole: bytes, regions: Sequence[int]) -> bool:
+        """Whether a page record is there in which a page of these regions has a state other than
+        these. Raises PostcopydError when that cannot be known."""
+        return self._store.lacks_pages(self.name, whole, regions)
 
     def remove_pages(self) -> None:
         """The page record of an arrival that is over; one that stays is in nobody's way."""

@@ -16,6 +16,10 @@ from postcopyd.patience import END_S, RELEASE_S, within
 from postcopyd.vm import Vm
 from postcopyd.vmm import Region, Vmm
 
+WHOLE = bytes(state for state in range(256) if state & 12 == 4)
+"""States of a page that is here and not lost, in the page record: DONE without LOST, as
+uffd_native.c has them."""
+
 
 async def call_off(vm: Vm) -> None:
     """Ends an arrival that was not granted when the daemon ended: no vCPU has run here."""
@@ -38,6 +42,31 @@ async def call_off(vm: Vm) -> None:
     vm.about["answer"] = to_builtins(p.Declined(p.sentence(message)))
     vm.record_settled("declined")
     vm.log.warning("migration failed", error=message)
+
+
+async def finish_unwritten(vm: Vm) -> bool:
+    """Settles a guest that has all of its memory, where only the record does not say so: it could
+    not be written. Returns whether it is such a guest.
+
+    By then its VMM has no userfaultfd any more, and the page record says that every page is here,
+    or is gone: the daemon takes both away together, and only then. Userfaultfds that are gone alone
+    prove nothing, nor does the page record.
+    """
+    driver, about = vm.attached(), vm.about
+    descriptors = await driver.adopted()
+    for fd in descriptors:
+        os.close(fd)
+    regions = [region["pages"] for region in about["ram"]]
+    if descriptors or not about["ran"] or vm.lacks_pages(WHOLE, regions):
+        return False
+    pages = sum(regions)
+    drained = p.Drained(pages, 0, pages, 0, 0, 0, 0, 0.0, p.Faults())
+    vm.settle(phase="drained", remaining=0, message=f"{vm.name} is here, with all of its memory")
+    about["answer"] = to_builtins(drained)
+    vm.home()
+    vm.record_settled("held")
+    vm.log.info("migration completed", pages=pages)
+    return True
 
 
 async def _discard(driver: Vmm) -> None:

@@ -136,6 +136,8 @@ class DestinationSession:
                 os.close(fd)
             if session._shape is not None:
                 session._shape.close()
+            session._engine = session._shape = None
+            session._uffds, session._record = [], -1
             raise
         settings.arriving[vm.name] = session._shape
         session._all_here = session.complete and "answer" in about

@@ -147,6 +147,7 @@ class SourceSession:
             self.request = replace(self.request, to=to)
             self._note()
             self.vm.show(peer=to)
+            self._record_settled(None)
         self._poke.set()
 
     async def resolve(self, choice: Choice) -> None:

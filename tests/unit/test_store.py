@@ -114,14 +114,15 @@ def test_any_name_has_files_of_its_own(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert not any(problem(name) for name in NAMES)
     for name in NAMES:
-        store.save(name, {"of": name})
+        store.save(name, {**RECORD, "about": {"of": name}})
         store.save_intent(name, INTENT)
         os.close(store.open_pages(name))
     files = os.listdir(tmp_path) + os.listdir(store.durable)
     assert len(files) == 3 * len(NAMES) + 1
     assert all(name.isascii() and name.isprintable() and " " not in name for name in files)
     later = Store(tmp_path)
-    assert {name: record["of"] for name, record in later.load().items()} == {n: n for n in NAMES}
+    found = {name: record["about"]["of"] for name, record in later.load().items()}
+    assert found == {name: name for name in NAMES}
     assert set(later.intents()) == set(NAMES)
     for name in NAMES:
         assert read_intent(store.durable, name) == later.intents()[name]
