@@ -564,6 +564,10 @@ class Daemon:
     async def resolve(self, name: str, decision: Decision) -> None:
         """What only a person can decide about a paused migration; to wait changes nothing."""
         vm = self._paused(name)
+        if vm.claimed_by is self:  # its VMM is being asked, after a restart
+            with trio.move_on_after(ANSWER_S):
+                await vm.free.wait()
+            vm = self._paused(name)
         arrived = vm.waiting if isinstance(vm.waiting, DestinationSession) else None
         if decision == "poison" and arrived is None:
             raise PostcopydError(

@@ -315,6 +315,10 @@ class Vm:
             self.log.error("intent not forgotten, it is tried again", error=why)
             self.owing()
 
+    def leaving(self) -> None:
+        """An intent is about to be written that holds: none on disk is void from here on."""
+        self.void = False
+
     def forget(self) -> str | None:
         """What is `void` goes. Returns why not."""
         try:

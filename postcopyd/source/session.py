@@ -299,6 +299,7 @@ class SourceSession:
             "socket": driver.socket,
             "identity": self._identity,
         }
+        self.vm.leaving()
         save = self.settings.store.save_intent
         await trio.to_thread.run_sync(save, self.vm.name, intent, limiter=threads.DISK)
         self._note()

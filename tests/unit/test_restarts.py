@@ -21,10 +21,11 @@ from session_faults import (
     made_clock,
     world,
 )
-from session_world import Fault, World
+from session_world import Fault, FullStore, World
 
 from postcopyd.daemon import SELDOM_S
 from postcopyd.errors import PostcopydError
+from postcopyd.store import StateNotWritten
 from postcopyd.vmm import Role, VmmTimeout
 
 
@@ -149,13 +150,7 @@ async def test_a_person_decides_while_it_is_tried(
     async with world(tmp_path, {"<- progress": slows}) as made, made.migrating():
         await trio.sleep(13)
         made.guest.given_up = True
-        with trio.fail_after(100):
-            while True:
-                try:
-                    await made.destination.daemon.resolve("web1", "kill")
-                    break
-                except PostcopydError:  # it is being asked
-                    await trio.sleep(0.5)
+        await made.destination.daemon.resolve("web1", "kill")
         await trio.sleep(1000)
         assert made.destination.phase == "failed"
         assert made.destination.recorded() == "declined"
@@ -274,6 +269,34 @@ async def test_full_when_called_off(role: Role, tmp_path: Path, clock: Clock) ->
         made.hosts[role].store.full = False
         await trio.sleep(2 * SELDOM_S)
         assert made.hosts[role].recorded() == word
+
+
+async def test_a_void_intent_and_the_next_one(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An intent that could not be removed is removed later, but not the one of the next migration,
+    which has taken its place by then."""
+    forget = FullStore.forget_intent
+
+    def fails(store: FullStore, name: str) -> None:
+        raise StateNotWritten("removing it: Read-only file system")
+
+    async def in_time(made: World, point: str) -> None:
+        monkeypatch.setattr(FullStore, "forget_intent", forget)
+        await trio.sleep(2 * SELDOM_S)
+
+    def cancelled(made: World, point: str) -> None:
+        monkeypatch.setattr(FullStore, "forget_intent", fails)
+        made.cancel()
+
+    faults: dict[str, Fault] = {"source.prepare": cancelled, "source.save": in_time}
+    async with world(tmp_path, faults) as made:
+        await made.migrate()
+        assert made.source.vm.void
+        assert made.source.phase == "failed"
+        await made.migrate()
+        assert made.source.phase == "drained"
+        assert "web1" in made.source.store.intents()
 
 
 # --- attach and detach ---------------------------------------------------------------------------
