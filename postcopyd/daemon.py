@@ -304,6 +304,12 @@ class Daemon:
         for name, record in records.items():
             vm = self.vms[name] = self._known(name)
             vm.remember(record)
+            if vm.ownership == "held" and vm.under_way:
+                vm.settle(
+                    phase="failed",
+                    message=untouched(name, "the daemon ended while it was copied"),
+                )
+                vm.record_settled("held")
             claimed = vm.claim(self)
             claimed.__enter__()
             self._spawn(vm, self._restore, vm, claimed)
@@ -384,7 +390,7 @@ class Daemon:
 
     async def _restored(self, vm: Vm, told: Status) -> None:
         """One attempt. Raises whatever keeps it from being done."""
-        owner, name = vm.ownership, vm.name
+        owner = vm.ownership
         drained = told["phase"] == "drained"
         await self._reach(vm)
         if owner == "granted" and drained:
@@ -401,12 +407,6 @@ class Daemon:
             await roll_back(vm, self.settings)
         elif owner in ("arriving", "loading"):
             await call_off(vm)
-        elif owner == "held" and told["phase"] == "precopy":
-            vm.settle(
-                phase="failed",
-                message=untouched(name, "the daemon ended while it was copied"),
-            )
-            vm.record("held")
         elif vm.status["message"] != told["message"]:  # it was not restored at once
             vm.show(message=told["message"])
         if vm.ownership != "owned":

@@ -166,13 +166,19 @@ class Vm:
             self._must_be_told()
             self.free.set()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether by what is shown a migration is on its way, and not at its end or paused."""
+        phase, migration = self.status["phase"], self.status["migration"]
+        preparing = phase == "idle" and bool(migration) and "result" not in self.status
+        return preparing or phase in UNDER_WAY
+
     def _must_be_told(self) -> None:
         """Whoever had this VM has said how that ended, or could not, by a bug: then it is said
         here, so that nobody waits for ever who waits for a migration."""
-        phase, migration = self.status["phase"], self.status["migration"]
-        preparing = phase == "idle" and migration and "result" not in self.status
-        if not preparing and phase not in UNDER_WAY:
+        if not self.under_way:
             return
+        migration = self.status["migration"]
         away = self.ownership in ("granted", "owned")
         where = "may be at either host" if away else "is as that left it"
         message = (

@@ -689,9 +689,11 @@ def test_may_run_when_nobody_answers(
     durable = intent(tmp_path)
     state = Store(tmp_path / "state")
     status = {"role": "destination", "phase": "paused", "message": "web2 waits for pages"}
-    state.save("web2", {"ownership": "owned", "status": status})
-    state.save("web3", {"ownership": "owned", "status": {**status, "phase": "drained"}})
-    state.save("web4", {"ownership": "owned", "status": "what?"})
+    record = {"ownership": "held", "epoch": 1, "driver": "qemu", "socket": "/run/web.qmp", "pid": 9,
+              "started": 7, "about": {}}  # fmt: skip
+    state.save("web2", {**record, "status": status})
+    state.save("web3", {**record, "status": {**status, "phase": "drained"}})
+    state.save("web4", {**record, "status": "what?"})
 
     def asked(name: str, *where: str) -> tuple[int, str]:
         status = cli.main(["may-run", name, "--control", held, *where])
@@ -708,7 +710,7 @@ def test_may_run_when_nobody_answers(
             "start it, it goes on with that\n",
         )
         assert asked("web3", *where) == (0, "")
-        assert "does not say how its VM is" in asked("web4", *where)[1]
+        assert "web4.json: it does not make sense" in asked("web4", *where)[1]
         assert asked("web5", *where) == (0, "")
     elsewhere = ("--durable-dir", str(durable), "--state-dir", str(tmp_path / "none"))
     assert asked("web2", *elsewhere)[0] == 0

@@ -134,7 +134,7 @@ async def test_a_bad_record_is_the_trouble_of_its_vm(word: str, tmp_path: Path) 
     for number, (_, record) in enumerate(spoilt(EACH[word])):
         names.append(f"bad{number}")
         write(store, names[-1], record)
-    write(store, "web1", EACH["held"])
+    write(store, "web1", RECORD)
     assert len(names) > 50
     async with started(store) as made:
         assert made.status("web1")["phase"] == "idle"
