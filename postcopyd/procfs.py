@@ -165,11 +165,6 @@ def started(pid: int) -> int:
     return 0 if state in ("Z", "X") else int(fields[18])
 
 
-def boot_id() -> str:
-    """Another one after each start of the host: random(4)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
 def usage(pid: int) -> tuple[int, float] | None:
     """(page faults without I/O, CPU seconds) of all threads of a process; None when it has ended.
 
