@@ -918,7 +918,7 @@ class DestinationSession:
                 await engine.aclose()
             for fd in (*self._uffds, *([self._record] if self._record >= 0 else [])):
                 os.close(fd)
-            if self._record >= 0 and not self.vm.unwritten:
+            if self._record >= 0 and not (self._all_here and self.vm.unwritten):
                 self.vm.remove_pages()
             if self._shape is not None:
                 if self.settings.arriving.get(self.vm.name) is self._shape:
