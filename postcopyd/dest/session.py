@@ -902,8 +902,8 @@ class DestinationSession:
             message=f"{vm.name} has ended here before all of its memory had come from {peer}: "
             f"{farewell}; it may be started again",
         )
+        vm.home()
         self._record_settled("held")
-        self.settings.store.forget_intent(vm.name)  # of a move from here, once
         self.log.warning("guest ended while its memory followed", why=farewell)
         await self._hooks("ended", message=farewell)
 

@@ -711,9 +711,9 @@ class SourceSession:
             message=ended,
             result=self._result(None, event="ended", error=ended),
         )
-        self._record_settled("held" if over else "granted")
         if over:
-            self.settings.store.forget_intent(name)
+            vm.home()
+        self._record_settled("held" if over else "granted")
         self.log.warning("guest ended while its memory followed", why=said)
         await self._hooks("ended", message=said)
 
