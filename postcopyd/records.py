@@ -88,7 +88,9 @@ class RecordedRegion(TypedDict):
     page_size: Count
     address: Count
     offset: Count
-    file: NotRequired[bool]
+    file: NotRequired[
+        bool | list[Count] | None
+    ]  # its device and inode; older ones: whether there is one
 
 
 class Arrival(TypedDict):
