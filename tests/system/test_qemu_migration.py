@@ -276,3 +276,58 @@ async def test_pages_given_up_end_an_emulated_guest(
         with trio.fail_after(30):
             assert await arriving.wait() == -signal.SIGBUS
         assert it.guest.bad == []
+
+
+@EACH_QEMU
+@pytest.mark.parametrize("end", ["cancel", "destination", "source"])
+async def test_a_guest_that_somebody_else_moves_meanwhile(
+    folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary, end: str
+) -> None:
+    """By QEMU's own `migrate`, in the middle of a pass: it may run at a third host now. Whatever
+    ends our migration then, the guest is not run here again, and the message says why."""
+    monitor = folder / "second"
+    async with pair(folder, boot, qemu=qemu, memory=256 * MIB) as it:
+        it.config = dataclasses.replace(it.config, second_qmp=monitor)
+        await it.boot()
+        await it.wait_for_it(second_qmp=folder / "third")
+        await it.here.call(
+            "Migrate", name=VM, to=it.there.address, mode="hybrid", bandwidth=4 * MIB
+        )
+        while (await it.here.status(VM))["phase"] != "precopy":
+            await trio.sleep(0.01)
+        async with trio.open_nursery() as nursery, own_monitor(monitor) as qmp:
+            await qmp.execute(
+                "migrate-set-parameters", {"max-bandwidth": 1 << 40, "downtime-limit": 100_000}
+            )
+            elsewhere = Path(f"{folder}/elsewhere")  # the guest's QEMU may start no programs
+            listener = trio.socket.socket(trio.socket.AF_UNIX)
+            await listener.bind(str(elsewhere))
+            listener.listen()
+            nursery.start_soon(_swallow, listener)
+            await qmp.execute("migrate", {"uri": f"unix:{elsewhere}"})
+            with trio.fail_after(60):
+                while (await qmp.execute("query-migrate")).get("status") != "completed":
+                    await trio.sleep(0.02)
+            if end == "cancel":
+                with suppress(PostcopydError):  # it may have been seen already
+                    await it.here.call("Cancel", name=VM)
+            else:
+                (it.there if end == "destination" else it.here).end(signal.SIGTERM)
+            with trio.fail_after(60):
+                while end != "source" and (await it.here.status(VM))["phase"] != "failed":
+                    await trio.sleep(0.02)
+            if end == "source":
+                await trio.sleep(1)  # for a mistake to show
+            else:
+                message = (await it.here.status(VM))["message"]
+                assert "was left here as it was found: somebody else" in message
+            assert (await qmp.execute("query-status"))["status"] == "postmigrate"
+
+
+async def _swallow(listener: trio.socket.SocketType) -> None:
+    """A third host, as far as QEMU can tell."""
+    with listener:
+        stream, _ = await listener.accept()
+        with stream:
+            while await stream.recv(1 << 20):
+                pass
