@@ -204,9 +204,9 @@ class Vm:
 
     def attached(self) -> Vmm:
         """The driver; raises PostcopydError when the VMM is gone."""
-        if self.driver is None and self.claimed_by is not None:
+        if self.driver is None and (self.claimed_by is not None or self._lives()):
             raise PostcopydError(
-                f"{self.name} is still being taken over by this daemon, which has just started, "
+                f"{self.name} is still being taken over by this daemon, which was started anew, "
                 f"and its VMM has not answered yet: try again in a moment",
                 "Busy",
             )
@@ -217,6 +217,13 @@ class Vm:
                 "NotAttached",
             )
         return self.driver
+
+    def _lives(self) -> bool:
+        """Whether the VMM that is not reached is a process all the same, as far as is known."""
+        try:
+            return self.attachment is not None and not self.attachment.ended()
+        except OSError:
+            return True
 
     # --- its VMM ---------------------------------------------------------------------------------
 
