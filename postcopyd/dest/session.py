@@ -674,7 +674,12 @@ class DestinationSession:
         assert engine is not None
         lost = engine.lost
         if not lost:
-            engine.unregister()
+            try:
+                engine.unregister()
+            except PostcopydError:  # of memory that is not there any more, all of it zeros
+                await engine.disconnect()
+                await self._give_up_unplugged()
+                engine.unregister()
         self._all_here = True
         if self._shape is not None and not lost:
             self.ram_here = hugepages.Ram.of(self._shape.pid, self._shape.regions)
