@@ -71,6 +71,7 @@ static struct {
     bool report;
     char *unlink;
     char *_Atomic misbehave; /* HOW:VERB, until it was done */
+    int spared;              /* times that it is told the verb before that */
 } guest = {.lock = PTHREAD_MUTEX_INITIALIZER, .data = PTHREAD_MUTEX_INITIALIZER};
 
 static struct vmm vmm = {.name = "demo", VMM_INIT};
@@ -587,7 +588,7 @@ static void do_balloon(struct vmm_client *client, int count, char **words)
 static bool misbehave(struct vmm_client *client, const char *verb)
 {
     const char *how = guest.misbehave, *when = how ? strchr(how, ':') + 1 : NULL;
-    if (!how || strcmp(verb, when))
+    if (!how || strcmp(verb, when) || guest.spared-- > 0)
         return false;
     guest.misbehave = NULL;
     if (!strncmp(how, "exit:", 5))
@@ -790,7 +791,7 @@ static const char usage[] =
     "  --device-state N   bytes added to the device state (default 0)\n"
     "  --load-touches N   pages that loading the device state reads (default 1)\n"
     "  --writes HOW       seen, direct or unseen: what `hello` says of them (default seen)\n"
-    "  --misbehave HOW:VERB  refuse, hang or exit, once, when told this (for tests)\n"
+    "  --misbehave HOW:VERB[@N]  refuse, hang or exit, once, when told this (the Nth time; for tests)\n"
     "  --incoming         wait for a guest instead of starting one\n"
     "  --report           a line of JSON on stdout each 100 ms\n";
 
@@ -846,6 +847,11 @@ int main(int argc, char **argv)
     }
     if (guest.misbehave && !strchr(guest.misbehave, ':'))
         fail("--misbehave %s has no verb; write it as refuse:load", guest.misbehave);
+    char *nth = guest.misbehave ? strchr(guest.misbehave, '@') : NULL;
+    if (nth) {
+        *nth = '\0';
+        guest.spared = atoi(nth + 1) - 1;
+    }
     bool huge = !strcmp(backing, "hugetlbfs"), file = !strcmp(backing, "file");
     if (!huge && !file && strcmp(backing, "memfd") && strcmp(backing, "anonymous"))
         fail("--backing %s is unknown; it is file, memfd, anonymous or hugetlbfs", backing);

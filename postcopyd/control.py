@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import grp
 import os
 import socket
@@ -75,6 +76,7 @@ class Daemon(Protocol):
     def list(self) -> list[Status]: ...
 
 
+@functools.cache
 def interface() -> Interface:
     """The interface file that is shipped."""
     text = resources.files("postcopyd").joinpath(f"{INTERFACE}.varlink").read_text("utf-8")

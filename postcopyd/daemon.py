@@ -20,7 +20,7 @@ import structlog
 import trio
 from msgspec import to_builtins
 
-from postcopyd import guard, hugepages, locks, losses, vmm
+from postcopyd import guard, hugepages, locks, losses, threads, vmm
 from postcopyd import protocol as p
 from postcopyd.connection import (
     CONNECT_S,
@@ -548,7 +548,7 @@ class Daemon:
         if to is not None:
             # First: a host that is started again asks where a person has said.
             redirect = self.settings.store.redirect_intent
-            await trio.to_thread.run_sync(redirect, name, to)
+            await trio.to_thread.run_sync(redirect, name, to, limiter=threads.DISK)
         if isinstance(leaving, SourceSession):
             leaving.recover(to)
         elif asking is not None:

@@ -94,6 +94,7 @@ async def _serve_alone(options: ServeOptions, manager: Manager, store: Store) ->
     async with trio.open_nursery() as process:
         async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
             daemon = Daemon(settings, migrations)
+            control.interface()  # while there are descriptors to read it with
             await daemon.restore()
             if options.metrics:
                 await _metered(daemon, options.metrics, nursery)

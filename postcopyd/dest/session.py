@@ -878,7 +878,7 @@ class DestinationSession:
         assert engine is not None
         try:
             for number in unplugged(shape.pid, shape.regions):
-                await trio.to_thread.run_sync(engine.gone, number)
+                await trio.to_thread.run_sync(engine.gone, number, limiter=threads.ENGINE)
                 self.log.warning("guest RAM was unplugged", region=shape.regions[number].name)
         except (OSError, PostcopydError) as error:  # then its pages lack, as far as is known
             self.log.error("unplugged guest RAM not looked for", error=str(error))

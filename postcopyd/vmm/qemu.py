@@ -98,6 +98,7 @@ class QemuVmm(Vmm):
         self._seen: Literal["running", "paused"] | None = None
         self._moved = False  # by our own migration, at its last stop
         self._resumes: Events | None = None  # since `save`
+        self._last_words = qmp.last(*qemu_farewell.EVENTS)
         self._made: list[int] | None = None  # userfaultfds in QEMU, by `adopt`
 
     @classmethod
@@ -613,13 +614,12 @@ class QemuVmm(Vmm):
 
     async def gone(self) -> None:
         """Returns when QEMU has ended. Also reads the monitor meanwhile: keep it running."""
-        with self._qmp.events(*qemu_farewell.EVENTS) as events:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._idle)
-                await self._exit()
-                nursery.cancel_scope.deadline = trio.current_time() + FAREWELL_SECONDS
-            while (event := events.take()) is not None:
-                self.farewell = qemu_farewell.farewell(event)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._idle)
+            await self._exit()
+            nursery.cancel_scope.deadline = trio.current_time() + FAREWELL_SECONDS
+        if self._last_words.queue:  # the same for each that waits here, whoever is first
+            self.farewell = qemu_farewell.farewell(self._last_words.queue[-1])
 
     async def _idle(self) -> None:
         """Reads to the end: what QEMU has said last may still be on its way."""

@@ -123,6 +123,15 @@ class Events:
         return await self._qmp._until(self.take, "waiting for an event")
 
 
+class Last(Events):
+    """Of the events of some kinds only the last one, which stays: however many come."""
+
+    def put(self, event: Json, size: int) -> bool:
+        self.queue.clear()
+        self.queue.append(event)
+        return True
+
+
 class Qmp:
     """One monitor. Any number of tasks may use it at once."""
 
@@ -220,6 +229,12 @@ class Qmp:
     def subscribe(self, *kinds: str) -> Events:
         """The same for longer than a block, until `unsubscribe`."""
         events = Events(self, kinds)
+        self._subscribers.append(events)
+        return events
+
+    def last(self, *kinds: str) -> Last:
+        """The last event of these kinds, for as long as this monitor is there."""
+        events = Last(self, kinds)
         self._subscribers.append(events)
         return events
 

@@ -19,6 +19,7 @@ from pair import (
     completed,
     ended,
     hung,
+    misbehaving,
     status_until,
     unmoved,
     until,
@@ -147,7 +148,7 @@ async def another_attempt(pair: Pair, name: str, there: ProcessGuest, spent: boo
 )
 async def test_vmm_fails(pair: Pair, side: str, fault: str, why: str) -> None:
     """A VMM that refuses or ends before the guest runs there leaves it running at the source."""
-    options = {"here" if side == "source" else "there": ("--misbehave", fault)}
+    options = {"here" if side == "source" else "there": misbehaving(side, fault)}
     name, here, there = await pair.place(*SMALL, **options)
     a, b = pair
     result = await a.migrate(name, b)

@@ -81,7 +81,7 @@ async def test_guest_is_ended(
             await end(qmp, there)
         with trio.fail_after(30):
             result = await it.here.result(VM, migration)
-            assert result["event"] == "ended", result
+            assert result["event"] == "ended", it.there.log.read_text()[:9000]
             await here.wait()
             await there.wait()
             while (await it.there.status(VM))["phase"] != "failed":

@@ -454,6 +454,8 @@ async def test_ctrl_c_leaves_the_migration_alone(tmp_path: Path) -> None:
                 env=environment(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                # Who runs the tests in the background has it ignored, and so would the client.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             async with process.stdout, process.stderr:
                 await process.stdout.receive_some()
