@@ -635,6 +635,26 @@ static int batch_write(struct pc_source *s, struct batch *b, struct connection *
   return 0;
 }
 
+static void untold_failed(struct pc_source *s, uint64_t slot) {
+  struct region *r = s->regions + s->region_count - 1;
+  while (slot < r->first)
+    r--;
+  engine_fail(&s->stats, s->wake, PC_MEMORY, "page %llu of region %d, and perhaps others, cannot be "
+              "read any more, and the version at the destination cannot be told of that; all else "
+              "was sent", (unsigned long long)(slot - r->first), (int)(r - s->regions));
+}
+
+/* Whoever is the last to see it says so: the push that ends, or a request answered after that. */
+static void look_at_untold(struct pc_source *s) {
+  uint64_t untold = atomic_load(&s->untold);
+  pthread_mutex_lock(&s->choosing);
+  bool begun = s->holes == HOLES_SENT;
+  pthread_mutex_unlock(&s->choosing);
+  if (untold && begun && !s->pass && !atomic_load(&s->stopping) &&
+      !__atomic_load_n(&s->stats.pushing, __ATOMIC_SEQ_CST))
+    untold_failed(s, untold - 1);
+}
+
 /* Puts one page into a batch that could not be read with others, or says that it is lost. What was
  * gathered goes first: nobody waits for this page but who wants it. Returns 0, -errno of the
  * connection, or 1: not to go on. */
@@ -658,10 +678,12 @@ static int batch_doubtful(struct pc_source *s, struct batch *b, struct connectio
     read_failed(s, r, page, failed);
     return 1;
   }
-  if (failed && !s->losses)
+  if (failed && !s->losses) {
     atomic_store(&s->untold, slot + 1);
-  else
+    look_at_untold(s);
+  } else {
     batch_add(b, r, (unsigned)(r - s->regions), page, failed);
+  }
   return 0;
 }
 
@@ -868,15 +890,6 @@ static int holes_first(struct pc_source *s, struct stream to) {
   return failed;
 }
 
-static void untold_failed(struct pc_source *s, uint64_t slot) {
-  struct region *r = s->regions + s->region_count - 1;
-  while (slot < r->first)
-    r--;
-  engine_fail(&s->stats, s->wake, PC_MEMORY, "page %llu of region %d, and perhaps others, cannot be "
-              "read any more, and the version at the destination cannot be told of that; all else "
-              "was sent", (unsigned long long)(slot - r->first), (int)(r - s->regions));
-}
-
 static void *push_run(void *argument) {
   struct connection *c = argument;
   struct pc_source *s = c->engine;
@@ -902,10 +915,8 @@ static void *push_run(void *argument) {
   if (failed < 0)
     connection_failed(s, c, failed);
   free(b.pages);
-  uint64_t untold = atomic_load(&s->untold);
-  if (__atomic_sub_fetch(&s->stats.pushing, 1, __ATOMIC_ACQ_REL) == 0) {
-    if (untold && !s->pass && !atomic_load(&s->stopping))
-      untold_failed(s, untold - 1);
+  if (__atomic_sub_fetch(&s->stats.pushing, 1, __ATOMIC_SEQ_CST) == 0) {
+    look_at_untold(s);
     engine_wake(s->wake);
   }
   return NULL;

@@ -550,7 +550,7 @@ static bool receive_pages(struct pc_dest *d, struct region *r, const struct fram
     }
     const uint8_t *from = payload ? payload + (i << r->page_shift) : NULL;
     bool to_put = by_file;
-    if (by_file && !payload && !(any & WANTED)) /* zeros that nobody waits for need no page */
+    if (by_file && !payload && !(any & (WANTED | LOST))) /* none waits: zeros need no page */
       placed = run;
     while (to_put || placed < run) {
       int failed = to_put ? put_in_file(d, r, first, run, from, any & CACHED) : 0;
@@ -1255,13 +1255,13 @@ int pc_dest_gone(struct pc_dest *d, unsigned region) {
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
     if (d->connections[i].stream.fd >= 0)
       return -EBUSY;
-  if (!sealed(d))
+  if (!sealed(d) || atomic_load(&d->foreign)) /* what is FOREIGN stays CLAIMED */
     return -EBUSY;
   d->gone[region] = true;
   for (_Atomic uint8_t *state = d->record + r->first, *end = state + r->is.pages; state < end;
        state++) {
     uint8_t was = atomic_load(state);
-    while (!(was & DONE)) {
+    while (!(was & DONE) && !atomic_load(&d->foreign)) {
       if (was & CLAIMED) {
         poll(NULL, 0, 1);
         was = atomic_load(state);

@@ -87,6 +87,7 @@ class DestinationSession:
         self._run = True
         self._ran = False
         self._told = False  # the operator's programs, that it runs here
+        self._noted: list[dict[str, Any]] = []  # of guest RAM, by a daemon before this one
         self._given_up = False  # by a person, what was missing
         self.ram_here: hugepages.Ram | None = None  # once drained: for huge pages, afterwards
 
@@ -105,6 +106,7 @@ class DestinationSession:
         session._run, session._ran, session._told = about["run"], about["ran"], about["told"]
         session._ran_ns = about["ran_ns"]
         session._given_up = about.get("given_up", False)
+        session._noted = about["ram"]  # with the files, which are not opened where none needs them
         if distrust := about.get("foreign"):
             raise PostcopydError(distrust, "NotTrusted")
         session.identity = tuple(about.get("identity", ()))
@@ -614,7 +616,7 @@ class DestinationSession:
 
     def _note(self, answer: p.Message | None = None) -> None:
         """What `restored` needs, or what a source is told that asks later, for the next record."""
-        ram = [
+        ram = self._noted or [
             {"name": r.name, "pages": r.pages, "page_size": r.page_size, "address": r.address,
              "offset": r.offset, "file": r.fd is not None and procfs.file_id(r.fd)}
             for r in (self._shape.regions if self._shape else ())

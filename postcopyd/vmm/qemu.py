@@ -286,8 +286,8 @@ class QemuVmm(Vmm):
                 qemu_stream.opened(self._qmp) as ours,
                 qemu_stream.crew() as crew,  # until the relay has seen the end of the stream
             ):
-                await self._begin(known)
                 crew.start_soon(qemu_stream.relay, ours, send)
+                await self._begin(known)
                 await self._saved(events, stopped if self.before == "running" else None)
             while (event := events.take()) is not None:
                 self._must_not_resume(event)
@@ -296,19 +296,27 @@ class QemuVmm(Vmm):
         """Our own migration, in one piece with what has to be so for its time. While it goes on
         QEMU takes no other, and afterwards the guard is there."""
         with trio.CancelScope(shield=True):  # or nobody would know whose migration goes on
-            ignoring, _, begun, _ = await self._qmp.execute_all(
+            # What comes after `migrate` may be answered only when the device state was read: QEMU
+            # holds its main loop up while it writes that.
+            _, ignoring, begun = await self._qmp.execute_all(
                 [
-                    qemu_settings.capabilities(known),
-                    qemu_settings.parameters(max_bandwidth=qemu_settings.BANDWIDTH),
+                    *qemu_settings.ours(known),
                     ("migrate", {"uri": qemu_stream.URI}),
-                    qemu_settings.parameters(tls_creds=MOVED),
-                ]
+                ],
+                unheard=[qemu_settings.parameters(tls_creds=MOVED)],
             )
             if not isinstance(begun, QmpRefused):
                 self._moved = True
             else:
-                await self._qmp.execute(*qemu_settings.parameters(tls_creds=""))
-                if not isinstance(ignoring, QmpRefused) and not (await self._now()).migration.over:
+                # In this order: without the guard nobody's save may leave guest RAM out.
+                put_back, _ = await self._qmp.execute_all(
+                    [
+                        qemu_settings.capabilities({IGNORE: self._settings.found_ignoring}),
+                        qemu_settings.parameters(tls_creds=""),
+                    ]
+                )
+                refused = isinstance(put_back, QmpRefused) and not isinstance(ignoring, QmpRefused)
+                if refused and not (await self._now()).migration.over:
                     # Somebody else's began between two of our commands and leaves guest RAM out:
                     # what cannot be right has to fail.
                     await self._qmp.execute("migrate_cancel")

@@ -51,6 +51,12 @@ def parameters(**values: Any) -> Command:
     return "migrate-set-parameters", names
 
 
+def ours(known: dict[str, bool]) -> list[Command]:
+    """Both settings. The bandwidth first: it tells who finds it that they are ours, and of a
+    daemon that is killed QEMU may take the first command and not the second."""
+    return [parameters(max_bandwidth=BANDWIDTH), capabilities(known)]
+
+
 class Settings:
     """The settings of one QEMU."""
 
@@ -58,18 +64,17 @@ class Settings:
         self._qmp = qmp
         self._found: tuple[dict[str, bool], int] | None = None
 
-    async def note(self, ours: dict[str, bool]) -> dict[str, bool]:
+    async def note(self, wanted: dict[str, bool]) -> dict[str, bool]:
         """Remember what is to be put back; of our capabilities those that this QEMU knows."""
         now = await self._capabilities()
-        known = {name: state for name, state in ours.items() if name in now}
+        known = {name: state for name, state in wanted.items() if name in now}
         if self._found is None:
             self._found = ({name: now[name] for name in known}, (await self.read()).max_bandwidth)
         return known
 
-    async def apply(self, ours: dict[str, bool]) -> None:
+    async def apply(self, wanted: dict[str, bool]) -> None:
         """Set the capabilities that this QEMU knows, and the bandwidth. Raises QmpRefused."""
-        known = await self.note(ours)
-        await self._all([capabilities(known), parameters(max_bandwidth=BANDWIDTH)])
+        await self._all(ours(await self.note(wanted)))
 
     async def read(self) -> Parameters:
         return await self._qmp.ask(Parameters, "query-migrate-parameters")
@@ -83,16 +88,16 @@ class Settings:
         """Put back what `note` found, where it is ours still. Idempotent. The guard is the last to
         go. Raises QmpRefused, when a migration goes on that began while a setting was ours."""
         now, set_now = await self.read(), await self._capabilities()
-        ours = SOURCE | DESTINATION
+        both = SOURCE | DESTINATION
         found = self._found
         if found is None and now.max_bandwidth == BANDWIDTH:
             # We do not remember: set by a daemon before this one.
-            found = {name: False for name in ours if name in set_now}, QEMU_DEFAULT_BANDWIDTH
+            found = {name: False for name in both if name in set_now}, QEMU_DEFAULT_BANDWIDTH
         if found is not None:
             states = {
                 name: state
                 for name, state in found[0].items()
-                if set_now.get(name) == ours[name] != state
+                if set_now.get(name) == both[name] != state
             }
             bandwidth = [parameters(max_bandwidth=found[1])]
             await self._all(

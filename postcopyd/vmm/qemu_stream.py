@@ -22,7 +22,7 @@ CHUNK = 256 << 10
 # Holds the device state of most guests, so that QEMU never waits for us while its guest is stopped:
 # with the kernel's 208 KiB the save took 2.9 ms and not 1-1.5.
 BUFFER = 4 << 20
-LOOK_S = 0.0001  # between two looks whether QEMU has taken what it was sent, in the blackout
+LOOK_S = 0.0001  # between two looks whether QEMU has taken the rest of what it was sent
 SIOCOUTQ = 0x5411  # unix(7)
 SO_SNDBUFFORCE = 32  # socket(7); beyond net.core.wmem_max, for CAP_NET_ADMIN
 
@@ -72,8 +72,7 @@ async def feed(
         held = data[-1:]
     if broken:
         return
-    while _unread(ours):
-        await trio.sleep(LOOK_S)
+    await _all_read(ours)
     await before_the_last()
     if await _send(ours, held):
         with suppress(OSError):
@@ -89,6 +88,17 @@ async def _send(ours: trio.socket.SocketType, data: bytes) -> bool:
     except OSError:
         return False
     return True
+
+
+async def _all_read(ours: trio.socket.SocketType) -> None:
+    """Returns when QEMU has taken what it was sent. The kernel tells: of a socket with the smallest
+    buffer it says that it may be written to once next to nothing is in there. A timer would not do:
+    the loop's are whole milliseconds, which the guest would stand still for."""
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    while _unread(ours):
+        await trio.lowlevel.wait_writable(ours)
+        if _unread(ours):  # next to nothing
+            await trio.sleep(LOOK_S)
 
 
 def _unread(ours: trio.socket.SocketType) -> int:

@@ -298,25 +298,32 @@ class Qmp:
         commands: Sequence[tuple[str, Json | None]],
         fd: int | None = None,
         patience: float = ANSWER_SECONDS,
+        unheard: Sequence[tuple[str, Json | None]] = (),
     ) -> list[Any]:
         """Run commands that QEMU gets in one piece, whatever becomes of us; each one's answer, or
-        its QmpRefused. `fd` goes with the first. Another monitor's commands may come between."""
+        its QmpRefused. `fd` goes with the first. Another monitor's commands may come between.
+        `unheard` go with them, last, and nobody waits for their answers."""
         if not self._ready:
             await self.open()
-        return await self._exchange(commands, fd, patience)
+        return await self._exchange(commands, fd, patience, unheard)
 
     async def tell(self, command: str, arguments: Json) -> None:
         """Run a command without waiting for its answer; whether it is refused is not known."""
         await self._send(self._line(next(self._numbers), command, arguments), command, None)
 
     async def _exchange(
-        self, commands: Sequence[tuple[str, Json | None]], fd: int | None, patience: float
+        self,
+        commands: Sequence[tuple[str, Json | None]],
+        fd: int | None,
+        patience: float,
+        unheard: Sequence[tuple[str, Json | None]] = (),
     ) -> list[Any]:
         names = "`, `".join(command for command, _ in commands)
         numbers = [next(self._numbers) for _ in commands]
         lines = b"".join(
             self._line(number, *each) for number, each in zip(numbers, commands, strict=True)
         )
+        lines += b"".join(self._line(next(self._numbers), *each) for each in unheard)
         self._replies |= dict.fromkeys(numbers)
         try:
             with trio.fail_after(patience):

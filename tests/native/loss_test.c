@@ -362,6 +362,29 @@ static void no_memory_errors(void) {
   close_guest(&p, &g);
 }
 
+/* One that was lost comes after all, as zeros: who waits for it is told, though it stays a hole
+ * where nobody waits. */
+static void lost_and_zeros(void) {
+  needs_poison();
+  struct guest g = {0};
+  struct ram *m = guest_of(&g, PAGES, false);
+  refuse(UFFDIO_POISON, EINVAL, m->at, PAGES * SMALL);
+  int urgent, push;
+  struct pair p = by_hand_dest(&g, true, &urgent, &push);
+  check(!pc_dest_seal(p.dest), " ");
+  send_frame(push, FRAME_LOST, 0, 4, 1, NULL, 0);
+  wait_until(state_of(&p, 4) == LOST);
+  struct toucher t;
+  touch(&t, m, 4);
+  wait_until(get(p.at->faults) == 1);
+  send_frame(push, FRAME_ZERO, 0, 4, 1, NULL, 0);
+  pthread_join(t.thread, NULL);
+  check(!t.error && t.value == 0 && state_of(&p, 4) == DONE, " ");
+  refuse_no_more();
+  close(urgent), close(push);
+  close_guest(&p, &g);
+}
+
 /* Placing fails for good, for as long as it does. Then all who wait are answered, though no
  * connection comes again for those whose pages were here. */
 static void placing_fails(void) {
@@ -507,6 +530,7 @@ static void foreign(bool by_zeros) {
   pc_dest_disconnect(p.dest);
   check(get(p.at->confirmed_pages) == 1 && !get(r[0].done), "it went on");
   check(pc_dest_poison(p.dest) == -EBUSY && pc_dest_unregister(p.dest, 0) == -EBUSY, " ");
+  check(pc_dest_gone(p.dest, 0) == -EBUSY, "nor waits it for a page that stays claimed");
   close(urgent), close(push);
   finish(&p); /* gives the guest up */
   pthread_join(r[0].thread, NULL);
@@ -648,6 +672,7 @@ static const struct subtest SUBTESTS[] = {
     {"unreadable_in_a_pass", unreadable_in_a_pass},
     {"lost_and_here", lost_and_here},
     {"no_memory_errors", no_memory_errors},
+    {"lost_and_zeros", lost_and_zeros},
     {"placing_fails", placing_fails},
     {"full_tmpfs", full_tmpfs},
     {"broken_here", broken_here},

@@ -308,6 +308,39 @@ async def test_a_stuck_qemu_is_given_up(
         await vmm.aclose()
 
 
+async def test_what_follows_migrate_is_not_waited_for(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """QEMU writes its device state with its main loop held up: where that is more than the socket
+    takes, it answers nothing before somebody has read. And the bandwidth, by which a daemon after
+    this one sees that settings are ours, comes before any other."""
+    heard: list[str] = []
+    async with lying(tmp_path) as (monitor, path):
+
+        def set_parameters(arguments: dict[str, Any]) -> object:
+            heard.extend(arguments)
+            return NO_ANSWER if "tls-creds" in arguments else {}
+
+        def set_capabilities(arguments: dict[str, Any]) -> object:
+            heard.append("capabilities")
+            return {}
+
+        def migrate(arguments: dict[str, Any]) -> object:
+            heard.append("migrate")
+            over = {"event": "MIGRATION", "data": {"status": "completed"}}
+            monitor.aside = monitor.line({"event": "STOP"}) + monitor.line(over)
+            return {}
+
+        monitor.answers["migrate-set-parameters"] = set_parameters
+        monitor.answers["migrate-set-capabilities"] = set_capabilities
+        monitor.answers["migrate"] = migrate
+        vmm = await QemuVmm.connect("web1", path)
+        with trio.fail_after(5):
+            await saved(vmm)
+        await vmm.aclose()
+    assert heard[:4] == ["max-bandwidth", "capabilities", "migrate", "tls-creds"]
+
+
 async def test_who_waits_for_a_greeting_keeps_nobody_waiting(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who feeds a QEMU that loads: the last byte is held back until all others were taken, and that is
+seen when it happens."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+import trio
+
+from postcopyd.vmm import qemu_stream
+
+
+@pytest.mark.parametrize("pieces", [[b"x" * 300_000], [b"x" * 300_000, b"y"], [b"z"], []])
+async def test_the_last_byte_waits_until_all_others_were_taken(pieces: list[bytes]) -> None:
+    ours, theirs = socket.socketpair()
+    everything, taken = b"".join(pieces), bytearray()
+    at_the_last: list[int] = []
+
+    async def receive() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    async def before_the_last() -> None:
+        at_the_last.append(len(taken))
+
+    async def qemu() -> None:
+        data = b"-"
+        while data:
+            await trio.lowlevel.wait_readable(theirs)
+            data = theirs.recv(32 << 10)  # and noted with nobody in between
+            taken.extend(data)
+
+    with trio.fail_after(30), theirs, trio.socket.from_stdlib_socket(ours) as mine:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(qemu)
+            await qemu_stream.feed(mine, receive(), before_the_last)
+    assert bytes(taken) == everything
+    assert at_the_last == [max(len(everything) - 1, 0)]
+
+
+async def test_a_qemu_that_has_ended_takes_the_rest() -> None:
+    """It goes on then: what has become of that QEMU is said by others."""
+    ours, theirs = socket.socketpair()
+    called: list[bool] = []
+
+    async def receive() -> AsyncIterator[bytes]:
+        yield b"x" * 50_000
+        theirs.close()
+
+    async def before_the_last() -> None:
+        called.append(True)
+
+    with trio.fail_after(30), trio.socket.from_stdlib_socket(ours) as mine:
+        await qemu_stream.feed(mine, receive(), before_the_last)
+    assert called == [True]
