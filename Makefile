@@ -56,7 +56,7 @@ test-long: WHICH := long --dist=loadfile
 test test-long: build deb
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu
-	$(BIN)/pytest -q --numprocesses=2 -m $(WHICH) $(TESTS)
+	$(BIN)/pytest -q --numprocesses=3 -m $(WHICH) $(TESTS)
 
 # docs/LIBVIRT.md, with the libvirt that this installs on this machine.
 .PHONY: test-libvirt
