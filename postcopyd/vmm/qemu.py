@@ -99,6 +99,7 @@ class QemuVmm(Vmm):
         self._moved = False  # by our own migration, at its last stop
         self._resumes: Events | None = None  # since `save`
         self._made: list[int] | None = None  # userfaultfds in QEMU, by `adopt`
+        self._ending = False  # by us
 
     @classmethod
     async def connect(cls, name: str, socket: str) -> Self:
@@ -600,6 +601,7 @@ class QemuVmm(Vmm):
         await self._end(QUIT_SECONDS)
 
     async def _end(self, patience: float) -> None:
+        self._ending = True
         with trio.move_on_after(patience):
             with suppress(PostcopydError):
                 await self._qmp.execute("quit")
@@ -619,7 +621,7 @@ class QemuVmm(Vmm):
                 await self._exit()
                 nursery.cancel_scope.deadline = trio.current_time() + FAREWELL_SECONDS
             while (event := events.take()) is not None:
-                self.farewell = qemu_farewell.farewell(event)
+                self.farewell = None if self._ending else qemu_farewell.farewell(event)
 
     async def _idle(self) -> None:
         """Reads to the end: what QEMU has said last may still be on its way."""

@@ -4,11 +4,16 @@ somebody who told their VMM. Both hosts settle, and either may start the guest a
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from session_faults import (
     Clock,
     destination_dies,
@@ -21,6 +26,7 @@ from session_world import World
 
 from postcopyd import verbs
 from postcopyd.vmm import Role, qemu_farewell
+from postcopyd.vmm.qemu import QemuVmm
 
 FAREWELL = "its guest shut down"
 
@@ -135,6 +141,48 @@ async def test_killed_guest_is_no_end(tmp_path: Path, clock: Clock) -> None:
         made.down = False
         await trio.sleep(20)
         assert made.source.phase == "paused"
+
+
+class Saying:
+    """A QEMU's monitor, as far as its end needs one: it says why it ends, and ends."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.said: list[dict[str, Any]] = []
+
+    @contextmanager
+    def events(self, *names: str) -> Iterator[Saying]:
+        yield self
+
+    def take(self) -> dict[str, Any] | None:
+        return self.said.pop(0) if self.said else None
+
+    async def drain(self) -> None:
+        """It says nothing else."""
+
+    async def execute(self, command: str, arguments: Any = None) -> None:
+        assert command == "quit"
+        self.said.append({"event": "SHUTDOWN", "data": {"reason": "host-qmp-quit"}})
+        self.process.kill()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+async def test_end_of_ours_is_no_farewell(ours: bool) -> None:
+    """A QEMU that this daemon tells to quit says so like any other, and nobody has meant the end of
+    its guest by that: the source may need what it has."""
+    with subprocess.Popen(["sleep", "100"]) as process:
+        said = Saying(process)
+        qemu = QemuVmm("web1", "/qmp", said, process.pid, os.pidfd_open(process.pid))  # type: ignore[arg-type]
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(qemu.gone)
+                await trio.testing.wait_all_tasks_blocked()
+                await (qemu.end() if ours else said.execute("quit"))
+        assert qemu.farewell == (None if ours else "its VMM was told to quit")
+        await qemu.aclose()
 
 
 @pytest.mark.parametrize(
