@@ -41,7 +41,7 @@ from postcopyd.handover import Destination, Machine, Source
 from postcopyd.hooks import run_hooks
 from postcopyd.patience import END_S, within
 from postcopyd.peers import Visitor
-from postcopyd.protocol import LOST, RemoteProtocolError
+from postcopyd.protocol import LOST, POISONED, RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.source.back import untouched
 from postcopyd.source.restart import let_go, look, roll_back
@@ -782,9 +782,10 @@ class Daemon:
         if isinstance(vm.waiting, DestinationSession) and not vm.waiting.settled:
             if vm.waiting.poisoned:
                 raise PostcopydError(
-                    f"the missing pages of {vm.name} were given up at the destination by a person: "
-                    f"`postcopyd resolve {vm.name} --kill` here ends what is left of it",
-                    LOST,
+                    f"the missing pages of {vm.name} were given up at the destination by a person, "
+                    f"and it goes on there without them: `postcopyd resolve {vm.name} --kill` "
+                    f"here ends what is left of it",
+                    POISONED,
                 )
             session = vm.waiting
             with self._arriving(vm, session, asked.migration):

@@ -874,7 +874,7 @@ class SourceSession:
             f"{self.vm.name} {'runs at' if ran else 'was granted to'} {self.request.to} and part "
             f"of its memory is still here: {error}; it is tried again, keep this VMM as it is"
         )
-        if error.name == p.LOST:
+        if error.name in (p.LOST, p.POISONED):
             message = f"{self.request.to} needs the memory of {self.vm.name} no more: {error}"
         news = self.vm.status.get("message") != message
         if news or self.vm.status["phase"] != "paused":
