@@ -456,7 +456,7 @@ class Daemon:
             return
         channel = Channel(Nobody(), Machine(Destination.RUNNING_LOST), vm.status["peer"])
         session = await DestinationSession.restored(vm, vm.about, channel, self.settings)
-        if session.complete and not session.settled:
+        if session.complete and session.ran and not session.settled:
             await session.finish()
             self._after_arrival(vm, session)
         else:
@@ -792,7 +792,7 @@ class Daemon:
                 vm.waiting = None
                 await session.resume(channel, asked)
             self._after_arrival(vm, session)
-        elif vm.ownership == "loading" and vm.claimed_by is None:
+        elif vm.ownership == "loading" and vm.claimed_by is None and reached(vm):
             with vm.claim(self):  # its VMM did not end when this arrival was called off
                 await call_off(vm)
             await self._answer(channel, vm)
@@ -871,6 +871,12 @@ def certainly_ended(vm: Vm) -> bool:
     with suppress(OSError):
         return vm.attachment is not None and vm.attachment.ended()
     return False
+
+
+def reached(vm: Vm) -> bool:
+    """Whether its VMM can be told to end, or has: one that lives and does not answer yet, after a
+    restart, may not be called ended."""
+    return vm.driver is not None or certainly_ended(vm)
 
 
 def same_socket(one: str, other: str) -> bool:

@@ -155,6 +155,12 @@ class DestinationSession:
         return self._engine is not None and self._engine.complete and not self.poisoned
 
     @property
+    def ran(self) -> bool:
+        """It runs here, or is paused as it was, as far as is known; else the source, when it asks,
+        has it run."""
+        return self._ran
+
+    @property
     def poisoned(self) -> bool:
         """A person has given pages up that were missing."""
         return self._given_up
@@ -890,6 +896,10 @@ class DestinationSession:
         await self.close()
         if vm.status["phase"] == "failed":
             return  # a person was faster
+        if self._all_here:  # but for what was lost: its move was over, and the answer stands
+            vm.show(message=f"{vm.status['message']}; its VMM has ended since")
+            self._record_settled("held")
+            return
         if farewell is None:
             vm.show(
                 phase="paused",
