@@ -272,6 +272,7 @@ class Daemon:
                 f"`postcopyd resolve {name} --kill` ends its VMM here when you know that you must",
                 "Busy",
             )
+        vm.keep_answer()
         self.settings.store.remove(name)
         # It is known here no more before anybody else's turn comes, who may attach it anew.
         del self.vms[name]
@@ -759,16 +760,22 @@ class Daemon:
         """A source asks what became of its guest: it is told, or goes on with the rest."""
         tls, known = self.settings.tls, self.vms.get(asked.vm)
         about = known.about if known else {}
-        identity = about.get("identity", ()) if about.get("migration") == asked.migration else ()
+        if about.get("migration") != asked.migration:
+            about = self.settings.store.answered(asked.vm, asked.migration)
+        identity = about.get("identity", ())
         if tls is not None and asked.look:
             tls.allow(channel.names, "control", "send")
         elif tls is not None and not identity:
             # Who has begun a move may end it, whatever [peers] has become: a guest waits for that.
             tls.allow(channel.names, "send")
         same_peer(identity, channel.names, asked.vm)
+        past = about and (known is None or about is not known.about)
+        if past and not asked.look and about["offer"]["epoch"] == asked.epoch:
+            await self._answer(channel, about)
+            return
         vm = self._vm_here(asked.vm)
         if asked.look:
-            same = about.get("migration") == asked.migration
+            same = vm.about.get("migration") == asked.migration
             said = vm.status["message"] if same else f"it knows {vm.name}, and not of this move"
             await channel.send(p.Checked([p.sentence(said)]))
             return
@@ -795,20 +802,23 @@ class Daemon:
         elif vm.ownership == "loading" and vm.claimed_by is None and reached(vm):
             with vm.claim(self):  # its VMM did not end when this arrival was called off
                 await call_off(vm)
-            await self._answer(channel, vm)
+            await self._answer(channel, vm.about)
         elif "answer" in vm.about:
-            await self._answer(channel, vm)
+            await self._answer(channel, vm.about)
         else:
             raise PostcopydError(f"at the destination: {vm.status['message']}", "Paused")
 
-    async def _answer(self, channel: Channel, vm: Vm) -> None:
+    async def _answer(self, channel: Channel, about: dict[str, Any]) -> None:
         """What is on record of how an arrival ended."""
-        await channel.send(p.parse_message(vm.about["answer"]))
-        with trio.move_on_after(ANSWER_S):
-            await channel.receive()  # acknowledged, or closed
+        await channel.send(p.parse_message(about["answer"]))
+        with trio.move_on_after(ANSWER_S):  # acknowledged, or closed
+            about["acknowledged"] = isinstance(await channel.receive(), p.Acknowledged)
 
     def _same_move(self, vm: Vm, asked: p.Resume) -> None:
         """Raises PostcopydError when the last arrival of this VM was another one."""
+        if not vm.about and vm.status["phase"] == "paused" and vm not in self._asking:
+            # Its record cannot be read: it may run here.
+            raise PostcopydError(f"at the destination: {vm.status['message']}", "Paused")
         epoch = vm.about.get("offer", {}).get("epoch")
         if (vm.about.get("migration"), epoch) != (asked.migration, asked.epoch):
             raise PostcopydError(

@@ -836,7 +836,7 @@ class SourceSession:
     def _note(self) -> None:
         """What `restored` needs, for the next record."""
         assert self._shape is not None
-        self.vm.about = {
+        about = {
             "migration": self.migration,
             "request": asdict(self.request),
             "regions": [[r.name, r.pages, r.page_size] for r in self._shape.regions],
@@ -847,6 +847,7 @@ class SourceSession:
             "why_now": self._why_now,
             "identity": self._identity,
         }
+        self.vm.note(about)
 
     # --- when it goes wrong ----------------------------------------------------------------------
 

@@ -157,7 +157,7 @@ async def test_end_after_drained(farewell: str | None, tmp_path: Path, clock: Cl
         there.vmm.die(farewell)
         await trio.sleep(5)
         assert (there.phase, there.recorded()) == ("drained", "held")
-        assert there.vm.status["message"].endswith("its VMM has ended since")
+        assert "its VMM has ended since" in there.vm.status["message"]
         assert there.vm.about["answer"]["type"] == "drained"
         assert there.vm.driver is there.vm.waiting is None
         await there.daemon.detach("web1")
