@@ -135,6 +135,7 @@ class Daemon:
             lock = await self._lock(name, connected.pid, f"attaching {name} at {socket}")
             # Others may have been faster, or have detached it.
             vm = self._attachable(name, socket) or self._known(name)
+            before = vm.attachment
             vm.have(connected, lock)
         except BaseException:
             if lock >= 0:
@@ -145,6 +146,7 @@ class Daemon:
         try:
             vm.record("held")
         except BaseException:
+            vm.attachment = before  # what is done by the record is not done to this one
             with trio.CancelScope(shield=True):
                 await vm.leave()
             raise

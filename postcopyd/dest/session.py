@@ -906,6 +906,14 @@ class DestinationSession:
             )
             self._record_settled("held")
             return
+        if vm.ownership == "loading":  # it was not on record that it may run, so nothing ran
+            message = f"{vm.name} did not come here: its VMM has ended before it was run"
+            self._note(p.Declined(p.sentence(message)))
+            vm.settle(phase="failed", remaining=0, message=message)
+            self._record_settled("declined")
+            self.log.warning("migration failed", error=message)
+            await self._hooks("failed", message=message)
+            return
         if farewell is None:
             vm.show(
                 phase="paused",

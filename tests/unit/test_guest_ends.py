@@ -17,15 +17,17 @@ import trio.testing
 from session_faults import (
     Clock,
     destination_dies,
+    full,
     goes_down,
     made_clock,
+    refusing,
     source_ends,
     world,
 )
-from session_world import World
+from session_world import Fault, World
 
 from postcopyd import verbs
-from postcopyd.vmm import Role, qemu_farewell
+from postcopyd.vmm import Role, VmmError, qemu_farewell
 from postcopyd.vmm.qemu import QemuVmm
 
 FAREWELL = "its guest shut down"
@@ -118,6 +120,30 @@ async def test_source_vmm_is_kept(tmp_path: Path, clock: Clock) -> None:
         assert made.source.recorded() == "granted"
         assert made.source.store.intents()
         assert made.source.vm.status["result"]["event"] == "ended"
+
+
+@pytest.mark.parametrize("farewell", [FAREWELL, None])
+async def test_end_of_a_guest_that_has_not_run(
+    farewell: str | None, tmp_path: Path, clock: Clock
+) -> None:
+    """A VMM that loaded a guest, and could neither be told to run it nor to end, is ended by hand:
+    no vCPU has run there, and the source has its guest back."""
+    faults: dict[str, Fault] = {
+        "destination.record owned": full,
+        "destination.end": refusing(VmmError("does not quit")),
+        "<- hello#2": goes_down,
+    }
+    async with world(tmp_path, faults) as made, made.migrating():
+        await made.paused_there()
+        assert (made.destination.vmm.state, made.destination.recorded()) == ("loaded", "loading")
+        made.destination.vmm.die(farewell)
+        await trio.sleep(5)
+        assert made.destination.phase == "failed"
+        made.down = made.destination.store.full = False
+        await made.settled()
+        assert (made.source.vmm.state, made.source.recorded()) == ("running", "held")
+        assert made.destination.recorded() == "declined"
+        assert made.guest.broken == []
 
 
 async def test_crash_is_no_end(tmp_path: Path, clock: Clock) -> None:
