@@ -142,11 +142,11 @@ class Answered(TypedDict):
 
 
 class Answers(TypedDict):
-    """`NAME.answers`, by migration."""
+    """`NAME.answers`, the newest last."""
 
     version: Literal[1]
     vm: str
-    answers: dict[str, Answered]
+    answers: list[Answered]
 
 
 _ABOUT: dict[Ownership, type] = {

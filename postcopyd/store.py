@@ -38,6 +38,11 @@ from postcopyd.records import VERSION, Answers, Intent, Record
 T = TypeVar("T", Record, Intent, Answers)
 
 
+KEPT = 100
+"""Answers of one VM that are kept, the newest: that a source has acknowledged one is not on record,
+so most are of no use, and no source waits for so many moves."""
+
+
 class StateNotWritten(PostcopydError):
     """A record could not be written; what it was to say must not be acted on."""
 
@@ -139,7 +144,7 @@ class Store:
         """How an arrival of this VM ended outlives its record, for its source. Raises
         PostcopydError: it does not."""
         path = self._path(name, "answers")
-        answers = {**self._answers(name), about["migration"]: about}
+        answers = [*self._answers(name)[-KEPT + 1 :], about]
         try:
             _write(path, {"vm": name, "answers": answers}, sync=False)
         except OSError as error:
@@ -151,14 +156,15 @@ class Store:
 
     def answered(self, name: str, migration: str) -> dict[str, Any]:
         """What was kept of this arrival, or nothing. Raises PostcopydError."""
-        found: dict[str, Any] = self._answers(name).get(migration, {})
-        return found
+        found = [one for one in self._answers(name) if one["migration"] == migration]
+        return found[-1] if found else {}
 
-    def _answers(self, name: str) -> dict[str, Any]:
+    def _answers(self, name: str) -> list[dict[str, Any]]:
         path = self._path(name, "answers")
         if not os.path.lexists(path):
-            return {}
-        return dict(_read(path, records.checked_answers)["answers"])
+            return []
+        answers: list[Any] = [*_read(path, records.checked_answers)["answers"]]
+        return answers
 
     def remove(self, name: str) -> None:
         """Forgets a VM; its intent last, so that a daemon that dies in between asks again. Raises

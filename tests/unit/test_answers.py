@@ -12,7 +12,7 @@ from session_faults import Clock, goes_down, made_clock, world
 from session_world import World
 
 from postcopyd.errors import PostcopydError
-from postcopyd.store import Store
+from postcopyd.store import KEPT, Store
 from postcopyd.vm import Vm
 
 ARRIVED = {
@@ -85,6 +85,16 @@ def test_moved_on_before_its_source_knows(tmp_path: Path) -> None:
     assert Store(tmp_path).answered("web1", "one") == ARRIVED
     assert Store(tmp_path).answered("web1", "two") == {}
     assert vm.about == {"migration": "two"}
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    """A VM that comes and goes for years takes no more room."""
+    vm = Vm("web1", Store(tmp_path), None)
+    for number in range(KEPT + 2):
+        vm.note({**ARRIVED, "migration": str(number)})
+    store = Store(tmp_path)
+    kept = [number for number in range(KEPT + 2) if store.answered("web1", str(number))]
+    assert kept == [*range(1, KEPT + 1)]
 
 
 @pytest.mark.parametrize(
