@@ -41,7 +41,7 @@ from postcopyd.handover import Destination, Machine, Source
 from postcopyd.hooks import run_hooks
 from postcopyd.patience import END_S, within
 from postcopyd.peers import Visitor
-from postcopyd.protocol import LOST, RemoteProtocolError
+from postcopyd.protocol import LOST, POISONED, RemoteProtocolError
 from postcopyd.settings import Settings
 from postcopyd.source.back import untouched
 from postcopyd.source.restart import let_go, look, roll_back
@@ -135,6 +135,7 @@ class Daemon:
             lock = await self._lock(name, connected.pid, f"attaching {name} at {socket}")
             # Others may have been faster, or have detached it.
             vm = self._attachable(name, socket) or self._known(name)
+            before = vm.attachment
             vm.have(connected, lock)
         except BaseException:
             if lock >= 0:
@@ -145,6 +146,7 @@ class Daemon:
         try:
             vm.record("held")
         except BaseException:
+            vm.attachment = before  # what is done by the record is not done to this one
             with trio.CancelScope(shield=True):
                 await vm.leave()
             raise
@@ -272,6 +274,7 @@ class Daemon:
                 f"`postcopyd resolve {name} --kill` ends its VMM here when you know that you must",
                 "Busy",
             )
+        vm.keep_answer()
         self.settings.store.remove(name)
         # It is known here no more before anybody else's turn comes, who may attach it anew.
         del self.vms[name]
@@ -456,7 +459,7 @@ class Daemon:
             return
         channel = Channel(Nobody(), Machine(Destination.RUNNING_LOST), vm.status["peer"])
         session = await DestinationSession.restored(vm, vm.about, channel, self.settings)
-        if session.complete and not session.settled:
+        if session.complete and session.ran and not session.settled:
             await session.finish()
             self._after_arrival(vm, session)
         else:
@@ -759,16 +762,22 @@ class Daemon:
         """A source asks what became of its guest: it is told, or goes on with the rest."""
         tls, known = self.settings.tls, self.vms.get(asked.vm)
         about = known.about if known else {}
-        identity = about.get("identity", ()) if about.get("migration") == asked.migration else ()
+        if about.get("migration") != asked.migration:
+            about = self.settings.store.answered(asked.vm, asked.migration)
+        identity = about.get("identity", ())
         if tls is not None and asked.look:
             tls.allow(channel.names, "control", "send")
         elif tls is not None and not identity:
             # Who has begun a move may end it, whatever [peers] has become: a guest waits for that.
             tls.allow(channel.names, "send")
         same_peer(identity, channel.names, asked.vm)
+        past = about and (known is None or about is not known.about)
+        if past and not asked.look and about["offer"]["epoch"] == asked.epoch:
+            await self._answer(channel, about)
+            return
         vm = self._vm_here(asked.vm)
         if asked.look:
-            same = about.get("migration") == asked.migration
+            same = vm.about.get("migration") == asked.migration
             said = vm.status["message"] if same else f"it knows {vm.name}, and not of this move"
             await channel.send(p.Checked([p.sentence(said)]))
             return
@@ -782,32 +791,36 @@ class Daemon:
         if isinstance(vm.waiting, DestinationSession) and not vm.waiting.settled:
             if vm.waiting.poisoned:
                 raise PostcopydError(
-                    f"the missing pages of {vm.name} were given up at the destination by a person: "
-                    f"`postcopyd resolve {vm.name} --kill` here ends what is left of it",
-                    LOST,
+                    f"the missing pages of {vm.name} were given up at the destination by a person, "
+                    f"and it goes on there without them: `postcopyd resolve {vm.name} --kill` "
+                    f"here ends what is left of it",
+                    POISONED,
                 )
             session = vm.waiting
             with self._arriving(vm, session, asked.migration):
                 vm.waiting = None
                 await session.resume(channel, asked)
             self._after_arrival(vm, session)
-        elif vm.ownership == "loading" and vm.claimed_by is None:
+        elif vm.ownership == "loading" and vm.claimed_by is None and reached(vm):
             with vm.claim(self):  # its VMM did not end when this arrival was called off
                 await call_off(vm)
-            await self._answer(channel, vm)
+            await self._answer(channel, vm.about)
         elif "answer" in vm.about:
-            await self._answer(channel, vm)
+            await self._answer(channel, vm.about)
         else:
             raise PostcopydError(f"at the destination: {vm.status['message']}", "Paused")
 
-    async def _answer(self, channel: Channel, vm: Vm) -> None:
+    async def _answer(self, channel: Channel, about: dict[str, Any]) -> None:
         """What is on record of how an arrival ended."""
-        await channel.send(p.parse_message(vm.about["answer"]))
-        with trio.move_on_after(ANSWER_S):
-            await channel.receive()  # acknowledged, or closed
+        await channel.send(p.parse_message(about["answer"]))
+        with trio.move_on_after(ANSWER_S):  # acknowledged, or closed
+            about["acknowledged"] = isinstance(await channel.receive(), p.Acknowledged)
 
     def _same_move(self, vm: Vm, asked: p.Resume) -> None:
         """Raises PostcopydError when the last arrival of this VM was another one."""
+        if not vm.about and vm.status["phase"] == "paused" and vm not in self._asking:
+            # Its record cannot be read: it may run here.
+            raise PostcopydError(f"at the destination: {vm.status['message']}", "Paused")
         epoch = vm.about.get("offer", {}).get("epoch")
         if (vm.about.get("migration"), epoch) != (asked.migration, asked.epoch):
             raise PostcopydError(
@@ -870,6 +883,12 @@ def certainly_ended(vm: Vm) -> bool:
     with suppress(OSError):
         return vm.attachment is not None and vm.attachment.ended()
     return False
+
+
+def reached(vm: Vm) -> bool:
+    """Whether its VMM can be told to end, or has: one that lives and does not answer yet, after a
+    restart, may not be called ended."""
+    return vm.driver is not None or certainly_ended(vm)
 
 
 def same_socket(one: str, other: str) -> bool:

@@ -85,7 +85,11 @@ as there are connections."""
 
 LOST = "Lost"
 """Name of the error of a destination that will never need this source's pages: a person has given
-up there what was missing, or the guest. A source that is told so asks no more by itself."""
+the guest up there, and it runs nowhere. A source that is told so asks no more by itself."""
+
+POISONED = "Poisoned"
+"""Name of the same error where a person has given up only what was missing: the guest runs on
+there without it. An older source goes on asking."""
 
 ENDED = "Ended"
 """Name of the error of a destination at which the guest has ended, as was meant, before all of its

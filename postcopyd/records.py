@@ -132,6 +132,23 @@ class Intent(TypedDict):
     identity: NotRequired[list[str]]
 
 
+class Answered(TypedDict):
+    """How an arrival ended, of a VM that has been in another migration since, or was detached."""
+
+    migration: str
+    offer: Offer
+    answer: dict[str, Any]
+    identity: NotRequired[list[str]]
+
+
+class Answers(TypedDict):
+    """`NAME.answers`, the newest last."""
+
+    version: Literal[1]
+    vm: str
+    answers: list[Answered]
+
+
 _ABOUT: dict[Ownership, type] = {
     "intent": Departure,
     "granted": Departure,
@@ -182,6 +199,13 @@ def checked_intent(read: Any) -> Intent:
     _fits(read, Intent)
     intent: Intent = read
     return intent
+
+
+def checked_answers(read: Any) -> Answers:
+    """The same for answers."""
+    _fits(read, Answers)
+    answers: Answers = read
+    return answers
 
 
 def _fits(read: Any, kind: type) -> None:

@@ -5,6 +5,7 @@
 
   NAME.json      the VM: its driver and socket, the epoch of its ownership, its last migration
   NAME.pages     destination: one byte for each page, written by the native engine (uffd_native.c)
+  NAME.answers   destination: how earlier arrivals ended whose sources may not know it yet
 
 `--durable-dir`, on disk, outlives the host:
 
@@ -32,9 +33,14 @@ from typing import Any, BinaryIO, TypeVar
 
 from postcopyd import procfs, records
 from postcopyd.errors import PostcopydError, shortage
-from postcopyd.records import VERSION, Intent, Record
+from postcopyd.records import VERSION, Answers, Intent, Record
 
-T = TypeVar("T", Record, Intent)
+T = TypeVar("T", Record, Intent, Answers)
+
+
+KEPT = 100
+"""Answers of one VM that are kept, the newest: that a source has acknowledged one is not on record,
+so most are of no use, and no source waits for so many moves."""
 
 
 class StateNotWritten(PostcopydError):
@@ -133,6 +139,32 @@ class Store:
     def intents_each(self) -> tuple[dict[str, Intent], dict[str, str]]:
         """Like `load_each`; a VM whose intent cannot be read may be at another host."""
         return _each(self.durable, "intent", _read_intent)
+
+    def keep_answer(self, name: str, about: dict[str, Any]) -> None:
+        """How an arrival of this VM ended outlives its record, for its source. Raises
+        PostcopydError: it does not."""
+        path = self._path(name, "answers")
+        answers = [*self._answers(name)[-KEPT + 1 :], about]
+        try:
+            _write(path, {"vm": name, "answers": answers}, sync=False)
+        except OSError as error:
+            raise StateNotWritten(
+                f"writing to {path} how the move of {name} to this host ended, which its source "
+                f"may not know yet: {error.strerror}; nothing was changed, make room there and try "
+                f"again"
+            ) from None
+
+    def answered(self, name: str, migration: str) -> dict[str, Any]:
+        """What was kept of this arrival, or nothing. Raises PostcopydError."""
+        found = [one for one in self._answers(name) if one["migration"] == migration]
+        return found[-1] if found else {}
+
+    def _answers(self, name: str) -> list[dict[str, Any]]:
+        path = self._path(name, "answers")
+        if not os.path.lexists(path):
+            return []
+        answers: list[Any] = [*_read(path, records.checked_answers)["answers"]]
+        return answers
 
     def remove(self, name: str) -> None:
         """Forgets a VM; its intent last, so that a daemon that dies in between asks again. Raises

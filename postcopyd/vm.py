@@ -313,6 +313,23 @@ class Vm:
         these. Raises PostcopydError when that cannot be known."""
         return self._store.lacks_pages(self.name, whole, regions)
 
+    def note(self, about: dict[str, Any]) -> None:
+        """`about` another migration, or more of the same one. Raises PostcopydError."""
+        if about["migration"] != self.about.get("migration"):
+            self.keep_answer()
+        self.about = about
+
+    def keep_answer(self) -> None:
+        """Of an arrival that is to be forgotten here: a source that does not know how it ended will
+        ask. One that is told that nothing is known of it has a person run the guest there again,
+        which may run here. Raises PostcopydError."""
+        about = self.about
+        kind = about.get("answer", {}).get("type", "declined")
+        if kind != "declined" and "offer" in about and not about.get("acknowledged"):
+            what: dict[str, Any] = {"offer": {"epoch": about["offer"]["epoch"]}}
+            what |= {key: about[key] for key in ("migration", "identity", "answer") if key in about}
+            self._store.keep_answer(self.name, what)
+
     def remove_pages(self) -> None:
         """The page record of an arrival that is over; one that stays is in nobody's way."""
         try:

@@ -157,6 +157,12 @@ class DestinationSession:
         return self._engine is not None and self._engine.complete and not self.poisoned
 
     @property
+    def ran(self) -> bool:
+        """It runs here, or is paused as it was, as far as is known; else the source, when it asks,
+        has it run."""
+        return self._ran
+
+    @property
     def poisoned(self) -> bool:
         """A person has given pages up that were missing."""
         return self._given_up
@@ -621,7 +627,7 @@ class DestinationSession:
              "offset": r.offset, "file": r.fd is not None and procfs.file_id(r.fd)}
             for r in (self._shape.regions if self._shape else ())
         ]  # fmt: skip
-        self.vm.about = {
+        about = {
             "migration": self.offer.migration,
             "offer": to_builtins(structs.replace(self.offer, facts={})),
             "ram": ram,
@@ -634,6 +640,7 @@ class DestinationSession:
             "identity": self.identity,
             **({"answer": to_builtins(answer)} if answer else {}),
         }
+        self.vm.note(about)
 
     async def _decline(self, reason: str) -> None:
         """No vCPU has run: the VMM ends first, then the source may have its guest back."""
@@ -665,6 +672,7 @@ class DestinationSession:
         try:
             with trio.move_on_after(ACKNOWLEDGE_S):
                 await channel.expect(p.Acknowledged)
+                self.vm.about["acknowledged"] = True
         except PostcopydError as error:
             self.log.info("drained, but the source did not acknowledge it", error=str(error))
         self.machine.happened(Happened.LOST)  # acknowledged or not
@@ -829,7 +837,8 @@ class DestinationSession:
             cancelled = error.name == "Cancelled"
             vm.settle(phase="failed", cancelled=cancelled, remaining=0, message=message)
             # A source that has granted is told so only once the VMM here has certainly ended.
-            self._note(p.Declined(p.sentence(message)) if clean or not self._loading else None)
+            with suppress(PostcopydError):  # of an answer before this one, which is kept then
+                self._note(p.Declined(p.sentence(message)) if clean or not self._loading else None)
             self._record_settled("declined" if clean or not self._loading else None)
         if error.name == "Cancelled":
             self.log.info("migration cancelled", error=str(error))
@@ -892,6 +901,21 @@ class DestinationSession:
         await self.close()
         if vm.status["phase"] == "failed":
             return  # a person was faster
+        if self._all_here:  # but for what was lost: its move was over, and the answer stands
+            vm.show(
+                message=f"{vm.name} was here, with all of its memory but some lost pages, and its "
+                f"VMM has ended since; it may be started again"
+            )
+            self._record_settled("held")
+            return
+        if vm.ownership == "loading":  # it was not on record that it may run, so nothing ran
+            message = f"{vm.name} did not come here: its VMM has ended before it was run"
+            self._note(p.Declined(p.sentence(message)))
+            vm.settle(phase="failed", remaining=0, message=message)
+            self._record_settled("declined")
+            self.log.warning("migration failed", error=message)
+            await self._hooks("failed", message=message)
+            return
         if farewell is None:
             vm.show(
                 phase="paused",

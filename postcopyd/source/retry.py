@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from postcopyd.protocol import LOST
+from postcopyd.protocol import LOST, POISONED
 
 AGAIN_S = 0.1
 """How long after a failure the destination is asked again, in the first RESTLESS_S."""
@@ -46,7 +46,7 @@ class Retry:
             self.since, self.told, self.pages, self.vain = now, now + PATIENCE_S, pages, 0
         elif went_on:
             self.vain += 1
-        if name == LOST:
+        if name in (LOST, POISONED):
             self.told = min(self.told, now)
             return math.inf
         if name not in MENDS or now - self.since >= RESTLESS_S:

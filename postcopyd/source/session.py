@@ -836,7 +836,7 @@ class SourceSession:
     def _note(self) -> None:
         """What `restored` needs, for the next record."""
         assert self._shape is not None
-        self.vm.about = {
+        about = {
             "migration": self.migration,
             "request": asdict(self.request),
             "regions": [[r.name, r.pages, r.page_size] for r in self._shape.regions],
@@ -847,6 +847,7 @@ class SourceSession:
             "why_now": self._why_now,
             "identity": self._identity,
         }
+        self.vm.note(about)
 
     # --- when it goes wrong ----------------------------------------------------------------------
 
@@ -874,7 +875,7 @@ class SourceSession:
             f"{self.vm.name} {'runs at' if ran else 'was granted to'} {self.request.to} and part "
             f"of its memory is still here: {error}; it is tried again, keep this VMM as it is"
         )
-        if error.name == p.LOST:
+        if error.name in (p.LOST, p.POISONED):
             message = f"{self.request.to} needs the memory of {self.vm.name} no more: {error}"
         news = self.vm.status.get("message") != message
         if news or self.vm.status["phase"] != "paused":

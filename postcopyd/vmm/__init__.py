@@ -155,7 +155,7 @@ class Vmm(abc.ABC):
 
     #: What the VMM has said of its end, once `gone` has returned: a few words for people ("its
     #: guest shut down"). It was meant then, and the guest runs nowhere. None: the VMM crashed, or
-    #: was killed, or its driver cannot tell.
+    #: was killed, or told to end by `end`, or its driver cannot tell.
     farewell: str | None = None
 
     @classmethod

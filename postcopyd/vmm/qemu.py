@@ -100,6 +100,7 @@ class QemuVmm(Vmm):
         self._resumes: Events | None = None  # since `save`
         self._last_words = qmp.last(*qemu_farewell.EVENTS)
         self._made: list[int] | None = None  # userfaultfds in QEMU, by `adopt`
+        self._ending = False  # by us
 
     @classmethod
     async def connect(cls, name: str, socket: str) -> Self:
@@ -609,6 +610,7 @@ class QemuVmm(Vmm):
         await self._end(QUIT_SECONDS)
 
     async def _end(self, patience: float) -> None:
+        self._ending = True
         with trio.move_on_after(patience):
             with suppress(PostcopydError):
                 await self._qmp.execute("quit")
@@ -626,7 +628,8 @@ class QemuVmm(Vmm):
             nursery.start_soon(self._idle)
             await self._exit()
             nursery.cancel_scope.deadline = trio.current_time() + FAREWELL_SECONDS
-        if self._last_words.queue:  # the same for each that waits here, whoever is first
+        # The same for each that waits here, whoever is first.
+        if self._last_words.queue and not self._ending:
             self.farewell = qemu_farewell.farewell(self._last_words.queue[-1])
 
     async def _idle(self) -> None:

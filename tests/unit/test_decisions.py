@@ -111,6 +111,21 @@ async def test_take_back_from_one_that_is_lost(tmp_path: Path, clock: Clock) -> 
         assert made.source.recorded() == "held"
 
 
+async def test_no_take_back_from_who_goes_on_without(tmp_path: Path, clock: Clock) -> None:
+    """A guest whose missing pages a person gave up runs at the destination: that needs nothing of
+    its source any more, and is not dead."""
+    async with world(tmp_path, {"<- progress": goes_down}) as made, made.migrating():
+        await made.paused_there()
+        await made.destination.daemon.resolve("web1", "poison")
+        made.down = False
+        await trio.sleep(20)
+        assert "needs the memory of web1 no more" in made.source.vm.status["message"]
+        with pytest.raises(PostcopydError, match="not known to be dead"):
+            await made.source.daemon.resolve("web1", "take_back")
+        assert (made.source.vmm.state, made.source.recorded()) == ("stopped", "granted")
+        assert made.guest.broken == []
+
+
 async def test_taken_back_guest_never_runs_there(tmp_path: Path, clock: Clock) -> None:
     """A destination that has the grant and has not run, and comes back after its guest was taken
     back, waits: nobody tells it to run."""
@@ -372,6 +387,7 @@ def test_names_of_silence() -> None:
 
     assert ConnectionLost.name in SILENT
     assert p.LOST in GIVEN_UP
+    assert p.POISONED not in GIVEN_UP | SILENT  # the guest runs
 
 
 # --- VMMs that do not answer ---------------------------------------------------------------------

@@ -4,23 +4,31 @@ somebody who told their VMM. Both hosts settle, and either may start the guest a
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from session_faults import (
     Clock,
     destination_dies,
+    full,
     goes_down,
     made_clock,
+    refusing,
     source_ends,
     world,
 )
-from session_world import World
+from session_world import Fault, World
 
 from postcopyd import verbs
-from postcopyd.vmm import Role, qemu_farewell
+from postcopyd.vmm import Role, VmmError, qemu_farewell
+from postcopyd.vmm.qemu import QemuVmm
 
 FAREWELL = "its guest shut down"
 
@@ -114,6 +122,30 @@ async def test_source_vmm_is_kept(tmp_path: Path, clock: Clock) -> None:
         assert made.source.vm.status["result"]["event"] == "ended"
 
 
+@pytest.mark.parametrize("farewell", [FAREWELL, None])
+async def test_end_of_a_guest_that_has_not_run(
+    farewell: str | None, tmp_path: Path, clock: Clock
+) -> None:
+    """A VMM that loaded a guest, and could neither be told to run it nor to end, is ended by hand:
+    no vCPU has run there, and the source has its guest back."""
+    faults: dict[str, Fault] = {
+        "destination.record owned": full,
+        "destination.end": refusing(VmmError("does not quit")),
+        "<- hello#2": goes_down,
+    }
+    async with world(tmp_path, faults) as made, made.migrating():
+        await made.paused_there()
+        assert (made.destination.vmm.state, made.destination.recorded()) == ("loaded", "loading")
+        made.destination.vmm.die(farewell)
+        await trio.sleep(5)
+        assert made.destination.phase == "failed"
+        made.down = made.destination.store.full = False
+        await made.settled()
+        assert (made.source.vmm.state, made.source.recorded()) == ("running", "held")
+        assert made.destination.recorded() == "declined"
+        assert made.guest.broken == []
+
+
 async def test_crash_is_no_end(tmp_path: Path, clock: Clock) -> None:
     """A VMM that ends without a word leaves it to a person: its guest may be taken back."""
     async with world(tmp_path, {"<- progress": destination_dies}) as made, made.migrating():
@@ -135,6 +167,48 @@ async def test_killed_guest_is_no_end(tmp_path: Path, clock: Clock) -> None:
         made.down = False
         await trio.sleep(20)
         assert made.source.phase == "paused"
+
+
+class Saying:
+    """A QEMU's monitor, as far as its end needs one: it says why it ends, and ends."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.said: list[dict[str, Any]] = []
+
+    @contextmanager
+    def events(self, *names: str) -> Iterator[Saying]:
+        yield self
+
+    def take(self) -> dict[str, Any] | None:
+        return self.said.pop(0) if self.said else None
+
+    async def drain(self) -> None:
+        """It says nothing else."""
+
+    async def execute(self, command: str, arguments: Any = None) -> None:
+        assert command == "quit"
+        self.said.append({"event": "SHUTDOWN", "data": {"reason": "host-qmp-quit"}})
+        self.process.kill()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+async def test_end_of_ours_is_no_farewell(ours: bool) -> None:
+    """A QEMU that this daemon tells to quit says so like any other, and nobody has meant the end of
+    its guest by that: the source may need what it has."""
+    with subprocess.Popen(["sleep", "100"]) as process:
+        said = Saying(process)
+        qemu = QemuVmm("web1", "/qmp", said, process.pid, os.pidfd_open(process.pid))  # type: ignore[arg-type]
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(qemu.gone)
+                await trio.testing.wait_all_tasks_blocked()
+                await (qemu.end() if ours else said.execute("quit"))
+        assert qemu.farewell == (None if ours else "its VMM was told to quit")
+        await qemu.aclose()
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,23 @@ async def test_a_destination_that_cannot_be_told(
                 await trio.sleep(1)
 
 
+@pytest.mark.parametrize("farewell", ["its guest shut down", None])
+async def test_end_after_drained(farewell: str | None, tmp_path: Path, clock: Clock) -> None:
+    """A guest that has lost pages is shut down in the end, or crashes: its move was over, and it
+    may be attached anew."""
+    async with world(tmp_path, {"source.save stopped": cut_short}) as made:
+        await made.migrate()
+        await check_lost(made)
+        there = made.destination
+        there.vmm.die(farewell)
+        await trio.sleep(5)
+        assert (there.phase, there.recorded()) == ("drained", "held")
+        assert "its VMM has ended since" in there.vm.status["message"]
+        assert there.vm.about["answer"]["type"] == "drained"
+        assert there.vm.driver is there.vm.waiting is None
+        await there.daemon.detach("web1")
+
+
 def foreign(made: World, point: str) -> None:
     """The kernel makes a huge page of registered memory: zeros where pages are to come."""
     fd = made.destination.vmm.files[0]

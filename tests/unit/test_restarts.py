@@ -4,6 +4,7 @@ answers late, a disk that was full, a copy that was kept. In the world of two fa
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from session_faults import (
     made_clock,
     world,
 )
-from session_world import Fault, FullStore, World
+from session_world import Fault, FullStore, ToldEngine, World
 
 from postcopyd.daemon import SELDOM_S
 from postcopyd.errors import PostcopydError
@@ -81,6 +82,57 @@ async def test_a_vmm_that_answers_late(
         assert any(entry["event"] == "VM not restored" for entry in made.logs)
         await made.check()
         made.check_over()
+
+
+async def test_a_late_vmm_is_not_called_ended(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that asks a destination whose VMM has loaded the guest, and is not reached again
+    yet, has its guest back only once that VMM has ended."""
+    connect = FakeDriver.connect.__func__  # type: ignore[attr-defined]
+    late = False
+
+    async def slow(cls: Any, name: str, socket: str) -> Any:
+        if late and made.destination.vmm.socket == socket:
+            raise VmmTimeout("The VMM of web1 did not answer for 10 s")
+        return await connect(cls, name, socket)
+
+    def slows(made: World, point: str) -> None:
+        nonlocal late
+        late = True
+        kill_destination(made, point)
+
+    monkeypatch.setattr(FakeDriver, "connect", classmethod(slow))
+    async with world(tmp_path, {"-> grant": slows}) as made, made.migrating():
+        await trio.sleep(200)
+        assert (made.destination.vmm.state, made.destination.recorded()) == ("loaded", "loading")
+        assert (made.source.vmm.state, made.source.recorded()) == ("stopped", "granted")
+        late = False
+        await trio.sleep(200)
+        assert (made.destination.vmm.state, made.destination.recorded()) == ("ended", "declined")
+        assert (made.source.vmm.state, made.source.recorded()) == ("running", "held")
+        assert made.guest.broken == []
+
+
+async def test_a_whole_guest_that_has_not_run_is_run(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest whose pages are all here when the daemon is started, and of which it is not known
+    whether it runs, is run by its source's asking: that it is drained would leave it stopped."""
+    settle = ToldEngine.settle
+
+    def whole(engine: ToldEngine) -> None:
+        settle(engine)
+        while not engine.complete:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(ToldEngine, "settle", whole)
+    faults: dict[str, Fault] = {"destination.run": kill_destination}
+    async with world(tmp_path, faults) as made:
+        await made.migrate(mode="precopy", max_downtime_ms=1e6)
+        await made.check()
+        made.check_over()
+        assert made.destination.vmm.state == "running"
 
 
 async def test_a_held_guest_is_attached_later(
