@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,21 +172,17 @@ class Saying:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
-        self.said: list[dict[str, Any]] = []
+        self.queue: list[dict[str, Any]] = []
 
-    @contextmanager
-    def events(self, *names: str) -> Iterator[Saying]:
-        yield self
-
-    def take(self) -> dict[str, Any] | None:
-        return self.said.pop(0) if self.said else None
+    def last(self, *names: str) -> Saying:
+        return self
 
     async def drain(self) -> None:
         """It says nothing else."""
 
     async def execute(self, command: str, arguments: Any = None) -> None:
         assert command == "quit"
-        self.said.append({"event": "SHUTDOWN", "data": {"reason": "host-qmp-quit"}})
+        self.queue.append({"event": "SHUTDOWN", "data": {"reason": "host-qmp-quit"}})
         self.process.kill()
 
     def close(self) -> None:
@@ -201,12 +195,15 @@ async def test_end_of_ours_is_no_farewell(ours: bool) -> None:
     its guest by that: the source may need what it has."""
     with subprocess.Popen(["sleep", "100"]) as process:
         said = Saying(process)
-        qemu = QemuVmm("web1", "/qmp", said, process.pid, os.pidfd_open(process.pid))  # type: ignore[arg-type]
-        with trio.fail_after(10):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(qemu.gone)
-                await trio.testing.wait_all_tasks_blocked()
-                await (qemu.end() if ours else said.execute("quit"))
+        try:
+            qemu = QemuVmm("web1", "/qmp", said, process.pid, os.pidfd_open(process.pid))  # type: ignore[arg-type]
+            with trio.fail_after(10):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(qemu.gone)
+                    await trio.testing.wait_all_tasks_blocked()
+                    await (qemu.end() if ours else said.execute("quit"))
+        finally:
+            process.kill()
         assert qemu.farewell == (None if ours else "its VMM was told to quit")
         await qemu.aclose()
 
