@@ -59,8 +59,9 @@ async def following(
         started = await it.here.call(
             "Migrate", name=VM, to=it.there.address, mode="postcopy", bandwidth=8 * MIB
         )
-        while (await it.there.status(VM))["phase"] != "postcopy":
-            await trio.sleep(0.01)
+        with trio.fail_after(60):
+            while (await it.there.status(VM))["phase"] != "postcopy":
+                await trio.sleep(0.01)
         async with own_monitor(monitor) as qmp:
             yield it, here, there, qmp, started["migration"]
 

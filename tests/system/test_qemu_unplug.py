@@ -18,7 +18,7 @@ from postcopyd.demo import qemu_guest as q
 MIB = 1 << 20
 DIMM = (
     *("-m", "slots=2,maxmem=1G"),
-    *("-object", "memory-backend-memfd,id=mem1,size=128M,share=on"),
+    *("-object", "memory-backend-file,id=mem1,size=128M,share=on,mem-path=/dev/shm"),
     *("-device", "pc-dimm,id=dimm1,memdev=mem1"),
 )
 
@@ -42,8 +42,9 @@ async def test_dimm_is_unplugged(folder: Path, boot: tuple[Path, Path], qemu: q.
         started = await it.here.call(
             "Migrate", name=VM, to=it.there.address, mode="postcopy", bandwidth=16 * MIB
         )
-        while (await it.there.status(VM))["phase"] != "postcopy":
-            await trio.sleep(0.01)
+        with trio.fail_after(60):
+            while (await it.there.status(VM))["phase"] != "postcopy":
+                await trio.sleep(0.01)
         async with own_monitor(monitor) as qmp:
 
             async def outb(line: str) -> None:
