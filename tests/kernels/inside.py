@@ -75,9 +75,16 @@ def adoption() -> None:
         status, text = run(PROGRAMS / "adopt_test", *map(str, words))
         return status, json.loads(text) if text.startswith("{") else {}
 
-    with subprocess.Popen(
-        [PROGRAMS / "adoptee"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as adoptee:
+    with (
+        open("/tmp/noticed", "w+") as noticed,
+        subprocess.Popen(
+            [PROGRAMS / "adoptee"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=noticed,
+            text=True,
+        ) as adoptee,
+    ):
         assert adoptee.stdin
         assert adoptee.stdout
         tids = json.loads(adoptee.stdout.readline())["tids"]
@@ -92,8 +99,10 @@ def adoption() -> None:
         after = json.loads(adoptee.stdout.readline())
         adoptee.stdin.close()
         ended = adoptee.wait(GIVE_UP_S)
+        noticed.seek(0)
+        said = noticed.read()
     say("adoption", status=status, done=result.get("done"), calls=calls, died=died,
-        bad=after["bad"], ended=ended, error=result.get("error"))  # fmt: skip
+        bad=after["bad"], ended=ended, said=said, error=result.get("error"))  # fmt: skip
 
 
 def migration() -> None:
