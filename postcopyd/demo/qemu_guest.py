@@ -174,13 +174,12 @@ def command(config: GuestConfig, qmp_path: Path, serial_path: Path) -> list[str]
         *("-m", f"{config.memory // MIB}M", *_memory(config)),
         *("-kernel", str(config.kernel), "-initrd", str(config.initramfs)),
         *("-append", _kernel_arguments(config)),
-        *("-chardev", f"socket,id=serial0,path={serial_path},server=on,wait=off"),
-        *("-serial", "chardev:serial0"),
     ]
-    # Before the daemon's, which `launch` waits for: QEMU makes them in this order.
-    if config.second_qmp:
-        arguments += ["-qmp", f"unix:{config.second_qmp},server=on,wait=off"]
-    arguments += ["-qmp", f"unix:{qmp_path},server=on,wait=off"]
+    for path in filter(None, (qmp_path, config.second_qmp)):
+        arguments += ["-qmp", f"unix:{path},server=on,wait=off"]
+    # QEMU makes them in this order, so both monitors listen when `launch` has the serial line.
+    arguments += ["-chardev", f"socket,id=serial0,path={serial_path},server=on,wait=off"]
+    arguments += ["-serial", "chardev:serial0"]
     if config.disk:
         direct = "on" if config.disk_cache == "none" else "off"
         file = f"file.driver=file,file.filename={config.disk},file.cache.direct={direct}"
@@ -591,15 +590,14 @@ _FILES = ("qmp", "serial", "log")
 
 
 async def _connect(qemu: QemuProcess) -> socket.socket:
-    """Until both sockets are there, and the serial one is ours."""
+    """Until the serial line is ours. The monitors listen then, as QEMU makes them before it."""
     while qemu.process.poll() is None:
-        if qemu.qmp_path.exists() and qemu.serial_path.exists():
-            serial = socket.socket(socket.AF_UNIX)
-            serial.setblocking(False)
-            with suppress(ConnectionError, BlockingIOError):
-                serial.connect(str(qemu.serial_path))
-                return serial
-            serial.close()
+        serial = socket.socket(socket.AF_UNIX)
+        serial.setblocking(False)
+        with suppress(FileNotFoundError, ConnectionError, BlockingIOError):
+            serial.connect(str(qemu.serial_path))
+            return serial
+        serial.close()
         await trio.sleep(0.005)
     said = qemu.log_path.read_text(errors="replace").strip()
     raise GuestError(f"cannot start {qemu.config.qemu.path}: it ended at once and said: {said}")

@@ -42,9 +42,8 @@ def prompts(both: list[Host]) -> dict[str, d.Run]:
             return scp(text, HOME, host.root, roots)
         status, said = host.shell.run(text)
         if text.startswith("(postcopyd serve "):  # who types the next command takes longer
-            host.shell.run(
-                "until grep -q serving $(ls -t serve*.log | head -n 1); do sleep 0.05; done", 20
-            )
+            log = text.rpartition("2> ")[2].split()[0]
+            host.shell.run(f"until grep -qs serving {log}; do sleep 0.05; done", 20)
         return status, said
 
     for host in both:

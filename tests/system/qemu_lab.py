@@ -70,6 +70,13 @@ class Machine:
             )
         self.pid = self.process.pid
 
+    async def listens(self) -> None:
+        """The daemon's monitor does, as QEMU makes it before the one of our own."""
+        with trio.fail_after(60):
+            while not Path(self.own_socket).exists():
+                assert self.process.poll() is None, self.log.read_text()
+                await trio.sleep(0.01)
+
     async def ask(self, command: str, **arguments: object) -> Any:
         qmp = Qmp(self.own_socket)
         try:
@@ -124,11 +131,8 @@ class Lab:
         return machine
 
     async def drive(self, machine: Machine) -> QemuVmm:
-        with trio.fail_after(10):
-            while not Path(machine.own_socket).exists():
-                assert machine.process.poll() is None, machine.log.read_text()
-                await trio.sleep(0.01)
-            driver = await QemuVmm.connect("web1", machine.socket)
+        await machine.listens()
+        driver = await QemuVmm.connect("web1", machine.socket)
         self.drivers.append(driver)
         return driver
 

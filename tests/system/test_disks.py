@@ -364,7 +364,7 @@ async def test_what_was_compared_is_so_still_before_the_stop(
     options = furnished(tmp_path)
     source, destination = lab.start(0, *options), lab.start(0, *options, "-incoming", "defer")
     for host, machine in ((a, source), (b, destination)):
-        await until_there(machine)
+        await machine.listens()
         await host.attach(vm, "qemu", machine.socket)
     async with held(hosts, vm, "handover") as go:
         started = await a.call("Migrate", name=vm, to=b.address, mode=mode)
@@ -379,12 +379,6 @@ async def test_what_was_compared_is_so_still_before_the_stop(
     assert await destination.state() in ("inmigrate", "paused")
 
 
-async def until_there(machine: Machine) -> None:
-    with trio.fail_after(20):
-        while not Path(machine.own_socket).exists():
-            await trio.sleep(0.01)
-
-
 async def test_a_destination_that_was_changed_meanwhile_takes_nothing(
     lab: Lab, hosts: Pair, tmp_path: Path, qemu: int
 ) -> None:
@@ -394,7 +388,7 @@ async def test_a_destination_that_was_changed_meanwhile_takes_nothing(
     options = furnished(tmp_path)
     source, destination = lab.start(qemu, *options), lab.start(qemu, *options, "-incoming", "defer")
     for host, machine in ((a, source), (b, destination)):
-        await until_there(machine)
+        await machine.listens()
         await host.attach(vm, "qemu", machine.socket)
     async with held(hosts, vm, "handover") as go:
         started = await a.call("Migrate", name=vm, to=b.address, mode="hybrid")
@@ -418,7 +412,7 @@ async def test_check_and_migrate_refuse_local_disks_unless_told(
     source = lab.start(qemu, *drive(one))
     destination = lab.start(qemu, *drive(two), "-incoming", "defer")
     for host, machine in ((a, source), (b, destination)):
-        await until_there(machine)
+        await machine.listens()
         await host.attach(vm, "qemu", machine.socket)
     (problem,) = (await a.call("Check", name=vm, to=b.address))["problems"]
     assert "disk vd0 is another file here" in problem
