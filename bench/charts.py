@@ -103,7 +103,7 @@ def smooth(curve: Sequence[Sequence[float]]) -> list[Point]:
 
 
 def bucket_us(bucket: int) -> float:
-    """The upper bound of a latency bucket, microseconds (engine_latency in postcopyd/engine.c)."""
+    """The upper bound of a latency bucket, microseconds (engine_latency in native/engine.c)."""
     if bucket < 8:
         return bucket + 1.0
     return float(2 ** (bucket // 8) * (1 + (bucket % 8 + 1) / 8))

@@ -18,12 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import table
-from engine_vs_floor import BENCH, ENGINE, compile_to
+from engine_vs_floor import BENCH, ENGINE, HEADERS, compile_to
 
-SOURCES = [
-    BENCH / "dirty.c",
-    *(ENGINE / f"{name}.c" for name in ("engine", "tls", "source_native", "dirty")),
-]
+SOURCES = [BENCH / "dirty.c", ENGINE / "uffd_native.c", *sorted(HEADERS.glob("*.c"))]
 SPARSE_DATA_MB = 256
 Run = dict[str, Any]
 

@@ -3,7 +3,7 @@
 
 `engine_vs_floor.py [--rounds N] [--mb MB] [--run PAGES] [--only WORDS] [--reference FLOOR.c]`
 
---run is for the floor only: the engine's push frames are its own (RUN_BYTES in source_native.c, 16
+--run is for the floor only: the engine's push frames are its own (RUN_BYTES in source.c, 16
 pages, which is also the default here). With --only, the result written has no other workloads.
 
 The rows of TLS have the engine without it beside them, not the floor.
@@ -30,13 +30,8 @@ import table
 BENCH = Path(__file__).parent
 ENGINE = table.ROOT / "postcopyd"
 FLOOR = [BENCH / "floor.c"]
-SOURCES = [
-    BENCH / "engine_bench.c",
-    *(
-        ENGINE / f"{name}.c"
-        for name in ("engine", "tls", "uffd_native", "place", "stage", "source_native", "dirty")
-    ),
-]
+HEADERS = ENGINE / "native"
+SOURCES = [BENCH / "engine_bench.c", ENGINE / "uffd_native.c", *sorted(HEADERS.glob("*.c"))]
 THREADS = (1, 2, 4, 8, 16, 32)
 CONNECTIONS = (1, 2, 4)
 Run = dict[str, Any]
@@ -110,7 +105,7 @@ def workloads() -> list[Workload]:
 
 def compile_to(program: Path, sources: list[Path]) -> Path:
     """Compiles C sources; raises CalledProcessError."""
-    words = [os.environ.get("CC", "cc"), "-O2", "-std=gnu11", "-w", "-pthread", f"-I{ENGINE}"]
+    words = [os.environ.get("CC", "cc"), "-O2", "-std=gnu11", "-w", "-pthread", f"-I{HEADERS}"]
     subprocess.run(
         [*words, *map(str, sources), "-lssl", "-lcrypto", "-o", str(program)], check=True
     )

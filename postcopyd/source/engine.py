@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source's native engine (source_native.c): answers requests, pushes pages."""
+"""The source's native engine (native/source.c): answers requests, pushes pages."""
 
 from __future__ import annotations
 

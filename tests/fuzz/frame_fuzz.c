@@ -20,7 +20,7 @@ static int kept_reader(struct frame_reader *r, struct stream s, size_t payload, 
 #define frame_reader_init kept_reader
 #define frame_reader_free(reader) (void)(reader)
 /* For what is static in them. */
-#include "source_native.c"
+#include "source.c"
 #include "uffd_native.c"
 #undef frame_reader_init
 

@@ -18,11 +18,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ENGINE = HERE.parents[1] / "postcopyd"
+HEADERS = ENGINE / "native"
 CORPUS = HERE / "corpus"
 WORK = HERE.parents[1] / ".build/fuzz"
 PYTHON_TARGETS = ("control", "call")
 FRAMES = "frames"
-FILES = ("engine.c", "tls.c", "place.c", "stage.c", "dirty.c")
+INCLUDED = {"source.c"}  # by frame_fuzz.c, as is uffd_native.c
 MISSING = 77  # exit status: the last line says what this machine lacks
 MOST = 1000  # bytes of an input of frame_fuzz.c; payloads are made by it
 # More would be lost to looking for leaks after each input than it could find.
@@ -34,8 +35,8 @@ def build(folder: Path) -> Path:
     program = folder / "frame_fuzz"
     command = ["clang", "-std=gnu11", "-g", "-O1", "-pthread", "-Wall", "-Wextra", "-Wshadow"]
     command += ["-Werror", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
-    command += [f"-I{ENGINE}", str(HERE / "frame_fuzz.c")]
-    command += [str(ENGINE / name) for name in FILES]
+    command += [f"-I{HEADERS}", f"-I{ENGINE}", str(HERE / "frame_fuzz.c")]
+    command += [str(file) for file in sorted(HEADERS.glob("*.c")) if file.name not in INCLUDED]
     subprocess.run(
         [*command, "-lssl", "-lcrypto", "-o", str(program)],
         check=True,

@@ -22,11 +22,9 @@ from needs import missing
 pytestmark = pytest.mark.long
 
 NATIVE = ROOT / "tests/native"
-ENGINE = [
-    ROOT / "postcopyd" / f"{part}.c"
-    for part in ("engine", "tls", "uffd_native", "place", "stage", "source_native", "dirty")
-]
-FLAGS = ["-std=gnu11", "-g", "-O2", "-pthread", f"-I{ROOT / 'postcopyd'}", "-DTLS_KEY_RECORDS=50"]
+HEADERS = ROOT / "postcopyd/native"
+ENGINE = [ROOT / "postcopyd/uffd_native.c", *sorted(HEADERS.glob("*.c"))]
+FLAGS = ["-std=gnu11", "-g", "-O2", "-pthread", f"-I{HEADERS}", "-DTLS_KEY_RECORDS=50"]
 FLAGS += ["-DEMULATED"]
 FEATURES = {  # what doctor has to find
     "bookworm": {"userfaultfd POISON": "note", "seeing written pages (tried)": "note",
@@ -73,7 +71,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [
             *adopt,
             NATIVE / "adopt_test.c",
-            ROOT / "postcopyd/adopt.c",
+            *sorted(HEADERS.glob("adopt*.c")),
             "-o",
             programs / "adopt_test",
         ],

@@ -19,15 +19,14 @@ from needs import missing
 
 HERE = Path(__file__).parent
 ENGINE = HERE.parents[1] / "postcopyd"
-PARTS = ("engine", "tls", "uffd_native", "place", "stage", "source_native", "dirty")
-SOURCES = [path for path in (ENGINE / f"{part}.c" for part in PARTS) if path.exists()]
+SOURCES = [ENGINE / "uffd_native.c", *sorted(ENGINE.glob("native/*.c"))]
 PROGRAMS = [path for path in sorted(HERE.glob("*_test.c")) if path.name != "adopt_test.c"]
 SUBTESTS = [
     (path.stem, name)
     for path in PROGRAMS
     for name in re.findall(r'^    \{"(\w+)", \w+\},$', path.read_text(), re.MULTILINE)
 ]
-FLAGS = ["-std=gnu11", "-g", "-pthread", "-Wall", "-Wextra", "-Wshadow", f"-I{ENGINE}"]
+FLAGS = ["-std=gnu11", "-g", "-pthread", "-Wall", "-Wextra", "-Wshadow", f"-I{ENGINE}/native"]
 FLAGS += ["-DTLS_KEY_RECORDS=50"]
 BUILDS = {
     "plain": ["-O2", "-Werror"],

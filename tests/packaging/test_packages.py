@@ -48,7 +48,7 @@ def check_wheel(wheel: Path) -> None:
         str(file.relative_to(ROOT))
         for kind in ("py", "varlink")
         for file in (ROOT / "postcopyd").rglob(f"*.{kind}")
-        if file.name != "native_build.py"
+        if file != ROOT / "postcopyd/native/build.py"
     }
     programs = {"postcopyd/demo/demo-guest", "postcopyd/demo/guest-init"}
     inside = {name for name in names if not name.startswith(f"postcopyd-{VERSION}.dist-info/")}

@@ -22,6 +22,8 @@ from needs import missing
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "tests" / "native"
+HEADERS = ROOT / "postcopyd" / "native"
+ADOPT = sorted(HEADERS.glob("adopt*.c"))
 FLAGS = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-pthread", "-DADOPT_TEST"]
 
 SYS_CLOSE, SYS_IOCTL, SYS_GETPID, SYS_USERFAULTFD = 3, 16, 39, 323
@@ -65,7 +67,7 @@ class Programs:
     def build(self, name: str, *sources: Path, flags: tuple[str, ...] = ("-O2",)) -> Path:
         target = self.folder / name
         if not target.exists():
-            include = f"-I{ROOT / 'postcopyd'}"
+            include = f"-I{HEADERS}"
             subprocess.run(["cc", *FLAGS, *flags, include, "-o", target, *sources], check=True)
         return target
 
@@ -108,7 +110,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Programs:
         missing("cc")
     programs = Programs(tmp_path_factory.mktemp("adopt"))
     programs.build("adoptee", NATIVE / "adoptee.c")
-    programs.build("adopt_test", NATIVE / "adopt_test.c", ROOT / "postcopyd" / "adopt.c")
+    programs.build("adopt_test", NATIVE / "adopt_test.c", *ADOPT)
     return programs
 
 
@@ -167,7 +169,7 @@ def test_a_thousand_adoptions_leave_every_kind_of_thread_as_it_was(programs: Pro
 
 def test_adoption_is_clean_under_sanitizers(programs: Programs) -> None:
     """The address and undefined-behaviour sanitizers find nothing in 65 adoptions."""
-    sources = [NATIVE / "adopt_test.c", ROOT / "postcopyd" / "adopt.c"]
+    sources = [NATIVE / "adopt_test.c", *ADOPT]
     flags = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     programs.build("adopt_asan", *sources, flags=flags)
     adoptee = Adoptee(programs)
