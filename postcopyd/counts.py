@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 SUMMED = ("faults", "answered", "transferred_bytes", "stalls")
 """Fields of struct pc_stats that only grow."""
@@ -62,8 +62,11 @@ def _added(sums: list[int], stats: Any) -> list[int]:
     return [one + other for one, other in zip(sums, stats.latency, strict=True)]
 
 
-ended: Counter[tuple[str, str, str]] = Counter()
-"""Migrations that are over, by role, mode and result: completed, failed or cancelled."""
+Result = Literal["completed", "failed", "cancelled", "ended"]
+"""How a migration is over; *ended*: its guest was, as was meant, while its memory followed."""
+
+ended: Counter[tuple[str, str, Result]] = Counter()
+"""Migrations that are over, by role, mode and result."""
 
 recoveries: Counter[str] = Counter()
 """Migrations that went on after a pause, by role."""

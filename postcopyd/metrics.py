@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from itertools import pairwise, product
-from typing import Protocol
+from typing import Protocol, get_args
 
 import h11
 import prometheus_client
@@ -86,7 +86,7 @@ class Metrics(Collector):
             "Migrations that are over, by how they ended",
             labels=("role", "mode", "result"),
         )
-        every = product(counts.engines, MODES, ("completed", "failed", "cancelled"))
+        every = product(counts.engines, MODES, get_args(counts.Result))
         for labels in sorted({*every, *counts.ended}):  # a series that begins at 1 has no rate
             over.add_metric(labels, counts.ended[labels])
         yield over

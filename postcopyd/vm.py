@@ -94,14 +94,14 @@ class Vm:
         """Changes the status and tells who watches. None removes a field."""
         self._put(self.status | changes)
 
-    def _put(self, status: Status, cancelled: bool = False) -> None:
+    def _put(self, status: Status, counted_as: counts.Result = "failed") -> None:
         before, self.status = self.status, {k: v for k, v in status.items() if v is not None}
         if any(before.get(key) != self.status.get(key) for key in ("migration", "phase")):
-            self._turned(before, cancelled)
+            self._turned(before, counted_as)
         self._changed.set()
         self._changed = trio.Event()
 
-    def _turned(self, before: Status, cancelled: bool) -> None:
+    def _turned(self, before: Status, counted_as: counts.Result) -> None:
         """A new phase, or a new migration: notes when, says so, and counts what is over."""
         now, phase, after = time.monotonic(), self.status["phase"], before["phase"]
         if before.get("migration") != self.status.get("migration"):
@@ -113,7 +113,7 @@ class Vm:
             return
         self.log.info("phase", after=after, after_ms=round(self._spent.get(after, 0.0) * 1e3, 2))
         if phase in ("drained", "failed"):
-            result = "completed" if phase == "drained" else "cancelled" if cancelled else "failed"
+            result = "completed" if phase == "drained" else counted_as
             counts.ended[self.status["role"], self.status.get("mode", ""), result] += 1
             if result == "completed" and (downtime_ms := before.get("downtimeMs")):
                 counts.downtimes.observe(downtime_ms / 1e3)
@@ -131,10 +131,11 @@ class Vm:
         self._gone = True
         self._changed.set()
 
-    def settle(self, *, cancelled: bool = False, **changes: Any) -> None:
-        """`show` for the end of a migration: what was only progress goes."""
+    def settle(self, *, counted_as: counts.Result = "failed", **changes: Any) -> None:
+        """`show` for the end of a migration: what was only progress goes. `counted_as` is how one
+        counts that does not complete."""
         kept = {k: v for k, v in self.status.items() if k in PERMANENT}
-        self._put(kept | changes, cancelled)
+        self._put(kept | changes, counted_as)
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[AsyncIterator[Status]]:

@@ -834,8 +834,8 @@ class DestinationSession:
             message += f"; cleaning up here, which is tried again when {later}: {trouble}"
             self.log.error("cleaning up failed", error=str(trouble))
         if self._accepted:  # or it may be a guest of this host that was named by mistake
-            cancelled = error.name == "Cancelled"
-            vm.settle(phase="failed", cancelled=cancelled, remaining=0, message=message)
+            how: counts.Result = "cancelled" if error.name == "Cancelled" else "failed"
+            vm.settle(counted_as=how, phase="failed", remaining=0, message=message)
             # A source that has granted is told so only once the VMM here has certainly ended.
             with suppress(PostcopydError):  # of an answer before this one, which is kept then
                 self._note(p.Declined(p.sentence(message)) if clean or not self._loading else None)
@@ -928,6 +928,7 @@ class DestinationSession:
         said = f"{vm.name} has ended there before all of its memory had come: {farewell}"
         self._note(p.Error(name=p.ENDED, message=p.sentence(said)))
         vm.settle(
+            counted_as="ended",
             phase="failed",
             remaining=0,
             message=f"{vm.name} has ended here before all of its memory had come from {peer}: "

@@ -706,6 +706,7 @@ class SourceSession:
         if not over:
             ended += f"{trouble}; its VMM here is left: end it before you start {name} again"
         vm.settle(
+            counted_as="ended",
             phase="failed",
             remaining=0,
             message=ended,
@@ -912,7 +913,7 @@ class SourceSession:
                     await self._channel.tell_error(error)
         vm.settle(
             phase="failed",
-            cancelled=cancelled,
+            counted_as="cancelled" if cancelled else "failed",
             remaining=0,
             message=sentence,
             result=self._result(None, event="cancelled" if cancelled else "failed", error=sentence),

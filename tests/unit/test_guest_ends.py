@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from session_faults import (
 )
 from session_world import Fault, World
 
-from postcopyd import verbs
+from postcopyd import counts, verbs
 from postcopyd.vmm import Role, VmmError, qemu_farewell
 from postcopyd.vmm.qemu import QemuVmm
 
@@ -33,6 +34,7 @@ FAREWELL = "its guest shut down"
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(counts, "ended", Counter())
     return made_clock(monkeypatch)
 
 
@@ -43,6 +45,7 @@ def shuts_down(made: World, point: str) -> None:
 def assert_over(made: World) -> None:
     """Nothing is left for anybody to do, and any host may start the guest."""
     assert made.guest.broken == []
+    assert counts.ended == {(role, "postcopy", "ended"): 1 for role in made.hosts}
     for host in made.hosts.values():
         status = host.vm.status
         assert host.vmm.state == "ended"

@@ -109,8 +109,9 @@ async def test_a_scrape_before_anything(tmp_path: Path) -> None:
     async with served(Daemon(), path):
         samples = await scraped(path)
         assert of(samples, "postcopyd_migrations_active", role="source", phase="paused") == 0
-        labels = {"role": "source", "mode": "hybrid", "result": "failed"}
-        assert of(samples, "postcopyd_migrations_total", **labels) == 0
+        for result in ("completed", "failed", "cancelled", "ended"):
+            labels = {"role": "source", "mode": "hybrid", "result": result}
+            assert of(samples, "postcopyd_migrations_total", **labels) == 0
         assert of(samples, "postcopyd_peer_connections") == 3
         assert of(samples, "postcopyd_certificate_end_timestamp_seconds") == 2e9
         assert samples.keys() == (await scraped(path)).keys()
@@ -200,14 +201,13 @@ def collected(made: World) -> Samples:
     return read(metrics.prometheus_client.generate_latest(registry).decode())
 
 
-@pytest.mark.parametrize("cancelled", [False, True])
-def test_migrations_that_do_not_complete(tmp_path: Path, cancelled: bool) -> None:
+@pytest.mark.parametrize("result", ["failed", "cancelled", "ended"])
+def test_migrations_that_do_not_complete(tmp_path: Path, result: counts.Result) -> None:
     """Each is counted once, and one that an operator has called off is no failure."""
     vm = Vm("web1", Store(tmp_path), None)
     vm.settle(role="destination", phase="idle", migration="m1", mode="hybrid")
-    vm.settle(phase="failed", cancelled=cancelled)
+    vm.settle(phase="failed", counted_as=result)
     vm.show(message="more of it")
-    result = "cancelled" if cancelled else "failed"
     assert counts.ended == {("destination", "hybrid", result): 1}
 
 
