@@ -110,11 +110,18 @@ class QemuVmm(Vmm):
             with _patience(name):
                 await qmp.open()
                 cpus = await qmp.ask(list[Cpu], "query-cpus-fast")
-            pid = qmp.peer_pid()
-            thread = cpus[0].thread_id if cpus else 0
-            if not procfs.has_thread(pid, thread):  # someone else made the socket for QEMU
-                pid = int(procfs.status(thread).get("Tgid", 0))
-            return cls(name, socket, qmp, pid, _pidfd(name, pid))
+            pidfd = _pidfd(name, qmp.pid)
+            # Whose memory is written to and who is ended is for the kernel to say. What QEMU says
+            # shows that it speaks for itself, and not through another process.
+            for cpu in cpus[:1]:
+                if not procfs.has_thread(qmp.pid, cpu.thread_id):
+                    os.close(pidfd)
+                    raise VmmError(
+                        f"Process {qmp.pid} ({procfs.command(qmp.pid)}) answers at {socket} and is "
+                        f"not the QEMU of {name}, whose vCPU it says is thread {cpu.thread_id}: "
+                        f"name a monitor of QEMU's own, with nothing in between."
+                    )
+            return cls(name, socket, qmp, qmp.pid, pidfd)
         except BaseException:
             qmp.close()
             raise
@@ -123,7 +130,7 @@ class QemuVmm(Vmm):
     async def known(cls, name: str, socket: str, pid: int) -> Self:
         """As the interface says; its monitor is taken at first use. That `pid` is still that QEMU
         (by its start time) is the caller's to see."""
-        return cls(name, socket, Qmp(socket), pid, _pidfd(name, pid))
+        return cls(name, socket, Qmp(socket, pid), pid, _pidfd(name, pid))
 
     async def inspect(self, role: Role) -> Shape:
         """What is there and what forbids a migration in this role. Only asks and reads."""
@@ -685,6 +692,11 @@ def _patience(name: str, answers: int = 1) -> Iterator[None]:
 
 
 def _pidfd(name: str, pid: int) -> int:
+    if pid <= 0:
+        raise VmmGone(
+            f"The process of the QEMU of {name} has no number here: run postcopyd in the PID "
+            f"namespace of QEMU or above it."
+        )
     try:
         return os.pidfd_open(pid)
     except OSError as error:

@@ -46,6 +46,10 @@ MAX_QUEUED_BYTES = 256 << 10
 # Questions and most commands are answered in milliseconds, or QEMU's main loop is stuck.
 ANSWER_SECONDS = 10.0
 
+CREDENTIALS_ROOM = stdlib_socket.CMSG_SPACE(12)
+"""For struct ucred, which comes first: descriptors that come with a message find no room, and the
+kernel drops them."""
+
 MAX_REASON = 1000  # characters of a sentence of QEMU's
 
 
@@ -135,15 +139,18 @@ class Last(Events):
 class Qmp:
     """One monitor. Any number of tasks may use it at once."""
 
-    def __init__(self, path: str) -> None:
-        """A monitor that is connected at its first use, or by `open`."""
+    def __init__(self, path: str, pid: int = 0) -> None:
+        """A monitor that is connected at its first use, or by `open`; of process `pid`, if that is
+        known."""
         self._path = path
+        self._known = pid
         self._socket: trio.socket.SocketType | None = None
         self._buffer = bytearray()
         self._scanned = 0  # of the buffer: no end of a line in these bytes
         self._lines = bytearray()  # of a message that has begun with a line of its own
         self._greeting: Json | None = None
         self._version = (0, 0, 0)
+        self._pid = 0
         self._ready = False
         self._numbers = itertools.count(1)
         self._replies: dict[int, Json | None] = {}  # None until it has come
@@ -174,10 +181,16 @@ class Qmp:
     async def _open(self) -> None:
         self._socket = trio.socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM)
         try:
+            self._socket.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_PASSCRED, 1)
             await self._connect(self._socket)
             greeting = await self._until(lambda: self._greeting, "waiting for its greeting")
             version = self.as_kind(Greeting, greeting["QMP"], "its greeting").version.qemu
             self._version = (version.major, version.minor, version.micro)
+            if self._known not in (0, self._pid):
+                raise VmmGone(
+                    f"Process {self._pid} answers at {self._path} and not {self._known}, which was "
+                    f"attached: detach that VM and attach it again."
+                )
             (answer,) = await self._exchange([("qmp_capabilities", None)], None, math.inf)
             if isinstance(answer, QmpRefused):
                 raise answer
@@ -207,15 +220,11 @@ class Qmp:
         """QEMU's version from the greeting, (10, 0, 2)."""
         return self._version
 
-    def peer_pid(self) -> int:
-        """The process that made the listening socket: QEMU, if nobody made it for QEMU."""
-        if self._socket is None:
-            raise QmpClosed(f"{self._path} is not connected.", unsent=True)
-        peer = self._socket.getsockopt(
-            stdlib_socket.SOL_SOCKET, stdlib_socket.SO_PEERCRED, 12
-        )  # struct ucred
-        pid: int = struct.unpack("iII", peer)[0]
-        return pid
+    @property
+    def pid(self) -> int:
+        """The process that sent the greeting, by the kernel's word; 0 when it has no number here.
+        The one that made the listening socket (SO_PEERCRED) may be another, as libvirt's is."""
+        return self._pid
 
     @contextmanager
     def events(self, *kinds: str) -> Iterator[Events]:
@@ -407,7 +416,7 @@ class Qmp:
         """Read once and dispatch every whole message."""
         assert self._socket is not None
         try:
-            data = await self._socket.recv(RECEIVE_BYTES)
+            data, about, _, _ = await self._socket.recvmsg(RECEIVE_BYTES, CREDENTIALS_ROOM)
         except trio.ClosedResourceError:  # by `close`, which has told everybody
             return
         except OSError as error:
@@ -416,6 +425,10 @@ class Qmp:
         if not data:
             self._fail(self._ended(None))
             return
+        if self._greeting is None:
+            for level, kind, value in about:
+                if (level, kind) == (stdlib_socket.SOL_SOCKET, stdlib_socket.SCM_CREDENTIALS):
+                    self._pid = struct.unpack("iII", value)[0]
         self._buffer += data
         while (end := self._buffer.find(b"\n", self._scanned)) >= 0:
             line = bytes(self._buffer[:end])

@@ -17,7 +17,7 @@ import trio
 import trio.testing
 
 from postcopyd.errors import PostcopydError
-from postcopyd.vmm import VmmProtocolError, VmmTimeout, qemu_userfaultfd, qmp
+from postcopyd.vmm import VmmError, VmmGone, VmmProtocolError, VmmTimeout, qemu_userfaultfd, qmp
 from postcopyd.vmm.qemu import QemuVmm
 from postcopyd.vmm.qmp import Qmp, QmpClosed, QmpProtocolError
 
@@ -281,6 +281,31 @@ async def test_a_message_over_many_lines_has_its_limit(
         with pytest.raises(QmpProtocolError, match="of over"):
             await client.execute("query-status")
         client.close()
+
+
+async def test_a_thread_of_another_process(tmp_path: Path) -> None:
+    """Which process a QEMU is, whose memory is written to and who may be ended, is not for it to
+    say: one that names another's thread is refused."""
+    async with lying(tmp_path) as (monitor, path):
+        for thread in (1, os.getppid(), 0, -1, 1 << 40):
+            monitor.answers["query-cpus-fast"] = [{"thread-id": thread}]
+            with pytest.raises(VmmError, match=f"Process {os.getpid()} .* thread {thread}:"):
+                await QemuVmm.connect("web1", path)
+        monitor.answers["query-cpus-fast"] = []  # it says nothing, and is what it is
+        vmm = await QemuVmm.connect("web1", path)
+        assert vmm.pid == os.getpid()
+        await vmm.aclose()
+
+
+async def test_another_process_at_the_socket(tmp_path: Path) -> None:
+    """A daemon that is started again tells nothing to a QEMU that has come to have the socket of
+    the one that it knows."""
+    async with lying(tmp_path) as (monitor, path):
+        vmm = await QemuVmm.known("web1", path, os.getppid())
+        with pytest.raises(VmmGone, match=f"Process {os.getpid()} answers"):
+            await vmm.rollback()
+        assert not monitor.heard
+        await vmm.aclose()
 
 
 # ---- a QEMU that is stuck
