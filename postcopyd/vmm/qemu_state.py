@@ -65,11 +65,10 @@ class Now:
 async def look(qmp: Qmp) -> Now:
     """The guard is asked for last: it was there when the others were answered, or was not set by
     anybody but us since."""
-    asked = {
-        "query-status": Status,
-        "query-migrate": Migration,
-        "query-migrate-parameters": Parameters,
-    }
-    status, migration, parameters = await qmp.ask_all(asked)
+    status, migration, parameters = await qmp.ask_all(
+        ("query-status", None, Status),
+        ("query-migrate", None, Migration),
+        ("query-migrate-parameters", None, Parameters),
+    )
     guard = parameters.tls_creds if parameters.tls_creds in qemu_settings.GUARDS else None
     return Now(status.running, status.status, migration, guard)

@@ -271,11 +271,12 @@ class Qmp:
         """Run one command whose answer has to be of such a kind, or it is a QmpProtocolError."""
         return self.as_kind(kind, await self.execute(command, arguments), f"`{command}`")
 
-    async def ask_all(self, questions: dict[str, Any]) -> list[Any]:
-        """Several questions in one piece, each with the kind of its answer. Raises QmpRefused."""
-        answers = await self.execute_all([(command, None) for command in questions])
+    async def ask_all(self, *questions: tuple[str, Json | None, Any]) -> list[Any]:
+        """Several questions in one piece: command, arguments, and the kind of the answer. Raises
+        QmpRefused."""
+        answers = await self.execute_all([(command, about) for command, about, _ in questions])
         found = []
-        for (command, kind), answer in zip(questions.items(), answers, strict=True):
+        for (command, _, kind), answer in zip(questions, answers, strict=True):
             if isinstance(answer, QmpRefused):
                 raise answer
             found.append(self.as_kind(kind, answer, f"`{command}`"))

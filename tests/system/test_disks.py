@@ -4,6 +4,7 @@ while a guest is on its way."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -282,6 +283,20 @@ async def other_medium(machine: Machine, at: Path) -> None:
     )
 
 
+async def medium_of_the_same_name(machine: Machine, at: Path) -> None:
+    """Put in by nodes that have the names of those before."""
+    await machine.ask("blockdev-open-tray", id="cd1", force=True)
+    await machine.ask("blockdev-remove-medium", id="cd1")
+    await machine.ask("blockdev-del", **{"node-name": "medium"})
+    await machine.ask("blockdev-add", **medium(raw(at / "other", b"x")))
+    await machine.ask("blockdev-insert-medium", **{"id": "cd1", "node-name": "medium"})
+    await machine.ask("blockdev-close-tray", id="cd1")
+
+
+async def resize(machine: Machine, at: Path) -> None:
+    await machine.ask("block_resize", device="drive-vd0", size=2 * MIB)
+
+
 async def mirror(machine: Machine, at: Path) -> None:
     await machine.ask(
         "drive-mirror", device="drive-vd0", target=str(at / "copy"), sync="full", speed=1
@@ -294,6 +309,8 @@ CHANGES = {
     snapshot: "is qcow2 of 1048576 bytes over raw of 1048576 bytes",
     eject: "disk cd0 was raw of 1048576 bytes, read-only",
     other_medium: "disk cd0 was raw of 1048576 bytes, read-only",
+    medium_of_the_same_name: "disk cd1 was raw of 1048576 bytes, read-only",
+    resize: "disk vd0 was raw of 1048576 bytes, /",
     mirror: "QEMU runs the job",
 }
 
@@ -309,11 +326,18 @@ async def unplugged(machine: Machine, name: str) -> None:
 PLUGGED = "/machine/peripheral"
 
 
+def medium(path: Path) -> dict[str, Any]:
+    file = {"driver": "file", "filename": str(path), "node-name": "file1", "locking": "off"}
+    return {"driver": "raw", "node-name": "medium", "read-only": True, "file": file}
+
+
 def furnished(at: Path) -> list[str]:
     """A guest with something to change."""
     ports = [f"pcie-root-port,id=rp{i},slot={i},chassis={i}" for i in (1, 2)]
     options = [word for port in ports for word in ("-device", port)]
     options += ["-device", "virtio-net-pci,id=net1,bus=rp1"]
+    options += ["-blockdev", json.dumps(medium(raw(at / "medium1")))]
+    options += ["-device", "virtio-scsi-pci", "-device", "scsi-cd,drive=medium,id=cd1"]
     return [*options, *drive(raw(at / "disk")), *cdrom(raw(at / "medium"))]
 
 

@@ -39,7 +39,7 @@ ANSWERS: dict[str, Any] = {
         {
             "device": "",
             "qdev": "/machine/peripheral/vd0",
-            "inserted": {"node-name": "n", "ro": False},
+            "inserted": {"node-name": "n", "ro": False, "image": {"virtual-size": 1}},
         }
     ],
     "query-named-block-nodes": [
