@@ -79,7 +79,7 @@ async def dial_control(to: str, machine: Machine, settings: Settings) -> Channel
     stream = await dial(address.host, address.port, kind)
     peer = f"postcopyd at {to}"
     if settings.tls is None:
-        return Channel(stream, machine, peer, instance=settings.instance)
+        return Channel(stream, machine, peer, instance=settings.instance, daemon=settings.daemon)
     noted = Noted(stream)
     try:
         secure = settings.tls.client(noted, name)
@@ -96,7 +96,7 @@ async def dial_control(to: str, machine: Machine, settings: Settings) -> Channel
     except BaseException:
         await trio.aclose_forcefully(stream)
         raise
-    return Channel(secure, machine, peer, names, settings.instance)
+    return Channel(secure, machine, peer, names, instance=settings.instance, daemon=settings.daemon)
 
 
 class Wire(NamedTuple):
@@ -288,10 +288,13 @@ class Channel:
         machine: Machine,
         peer: str,
         names: tls.Names = (),
+        *,
         instance: str = "",
+        daemon: p.DaemonId | None = None,
     ) -> None:
         self._stream = stream
         self._instance = instance
+        self._daemon = daemon
         self._first: bytes | None = b""  # of what came, until that was a message
         self.machine = machine
         self.peer = peer
@@ -387,6 +390,7 @@ class Channel:
                 software=f"postcopyd {__version__}",
                 host=socket.gethostname(),
                 instance=self._instance,
+                daemon=self._daemon,
             )
         )
         hello = await self.expect(p.Hello, CONNECT_S)

@@ -685,8 +685,11 @@ class Daemon:
         """A control connection whose source has shown who it is, where this daemon asks for it.
         Raises PostcopydError."""
         machine = Machine(Destination.GREETING)
+        channel = partial(
+            Channel, instance=self.settings.instance, daemon=self.settings.daemon, peer=peer
+        )
         if self.settings.tls is None:
-            return Channel(stream, machine, peer, instance=self.settings.instance)
+            return channel(stream, machine)
         secure = self.settings.tls.server(stream)
         try:
             with trio.fail_after(CONNECT_S):
@@ -696,7 +699,7 @@ class Daemon:
             raise
         except trio.TooSlowError:
             raise TlsFailed(f"{peer} did not finish TLS within {CONNECT_S:.0f} s") from None
-        return Channel(secure, machine, peer, names, self.settings.instance)
+        return channel(secure, machine, names=names)
 
     async def _take_data(self, stream: trio.SocketStream) -> None:
         hello: p.DataHello = await receive_object(stream, p.DataHello)
@@ -910,6 +913,7 @@ def intent_of(vm: Vm) -> dict[str, Any]:
         "peer": vm.status["peer"],
         "epoch": vm.epoch,
         "identity": vm.about.get("identity", ()),
+        **({"granted": vm.about["granted"]} if "granted" in vm.about else {}),
     }
 
 

@@ -136,15 +136,26 @@ def _must_be_vm(name: str) -> None:
         raise ValueError(f"{name!r:.40} cannot be the name of a VM: {why}")
 
 
+class DaemonId(Struct, frozen=True, rename="camel"):
+    """Which daemon it is, through its restarts: the machine (empty: it has no id), the boot of its
+    kernel, which containers share, and the folder of records. Only compared."""
+
+    machine: Annotated[str, Meta(max_length=128, pattern=_NO_CONTROLS)]
+    boot: Name
+    state: Name
+
+
 class Hello(Message, frozen=True, tag="hello"):
     """First message of both sides. `software` and `host` are for people. `instance` is another one
-    for each start of a daemon: who meets its own has dialled itself."""
+    for each start of a daemon: who meets its own has dialled itself. By `daemon` a source that asks
+    later knows whom it asks."""
 
     version: Count
     features: Annotated[list[Name], Meta(max_length=64)] = []
     software: Annotated[str, Meta(max_length=128, pattern=_NO_CONTROLS)] = ""
     host: Annotated[str, Meta(max_length=256, pattern=_NO_CONTROLS)] = ""
     instance: Annotated[str, Meta(max_length=128, pattern=_NO_CONTROLS)] = ""
+    daemon: DaemonId | None = None
 
 
 class RegionOffer(Struct, frozen=True, rename="camel"):

@@ -62,6 +62,22 @@ class Request(TypedDict, total=False):
     keep_source: bool
 
 
+class DaemonId(TypedDict):
+    """As protocol.DaemonId."""
+
+    machine: str
+    boot: str
+    state: str
+
+
+class Granted(TypedDict):
+    """The daemon that a guest is granted to, as source/granted.py has it."""
+
+    at: str
+    host: str
+    daemon: DaemonId | None
+
+
 class Departure(TypedDict):
     """`about` of a guest that is leaving or has left."""
 
@@ -74,6 +90,7 @@ class Departure(TypedDict):
     passes: NotRequired[list[dict[str, Any]]]
     why_now: NotRequired[str]
     identity: NotRequired[list[str]]
+    granted: NotRequired[Granted]
 
 
 class Offer(TypedDict):
@@ -130,6 +147,7 @@ class Intent(TypedDict):
     boot: str
     time: str
     identity: NotRequired[list[str]]
+    granted: NotRequired[Granted]
 
 
 class Answered(TypedDict):

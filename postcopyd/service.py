@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 import trio
 
-from postcopyd import control, guard, locks
+from postcopyd import control, guard, identity, locks
 from postcopyd.config import Address, ServeOptions
 from postcopyd.daemon import Daemon
 from postcopyd.errors import PostcopydError
@@ -87,6 +87,7 @@ async def _serve_alone(options: ServeOptions, manager: Manager, store: Store) ->
         tls,
         options.peers,
         limits=Limits(options),
+        daemon=identity.here(store),
     )
     control_listener, listeners = await _doors(options, manager.sockets)
     if tls is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from postcopyd.config import Peer
 from postcopyd.limits import Limits
+from postcopyd.protocol import DaemonId
 from postcopyd.store import Store
 from postcopyd.tls import Tls
 from postcopyd.vmm import Shape
@@ -31,3 +32,5 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     instance: str = field(default_factory=lambda: secrets.token_hex(8))
     """Of this start of the daemon."""
+    daemon: DaemonId | None = None
+    """Through all of its starts."""

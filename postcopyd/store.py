@@ -6,6 +6,7 @@
   NAME.json      the VM: its driver and socket, the epoch of its ownership, its last migration
   NAME.pages     destination: one byte for each page, written by the native engine (uffd_native.c)
   NAME.answers   destination: how earlier arrivals ended whose sources may not know it yet
+  daemon-id      which folder this is, for other hosts: random
 
 `--durable-dir`, on disk, outlives the host:
 
@@ -24,6 +25,7 @@ import errno
 import json
 import os
 import re
+import secrets
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -58,6 +60,26 @@ class Store:
         self.durable = durable or directory / "durable"
         _make(self.directory, "--state-dir")
         _make(self.durable, "--durable-dir")
+
+    def identity(self) -> str:
+        """Which folder of records this is: random, made once. One that cannot be read is made anew,
+        and other hosts take this daemon for another then: the careful side. Raises StateNotWritten.
+        """
+        path = self.directory / "daemon-id"
+        try:
+            found = path.read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            found = ""
+        if re.fullmatch("[0-9a-f]{32}", found):
+            return found
+        made = secrets.token_hex(16)
+        try:
+            _replace(path, f"{made}\n".encode(), sync=True)
+        except OSError as error:
+            raise StateNotWritten(
+                f"writing which daemon this is to {path}: {error.strerror}"
+            ) from None
+        return made
 
     def save(self, name: str, record: dict[str, Any], *, durable: bool = False) -> None:
         """Replaces the record of a VM; `durable` also syncs it. Raises StateNotWritten."""
@@ -97,9 +119,9 @@ class Store:
         """Returns once it is on disk that the guest may leave: before its VMM is stopped.
 
         `intent` has `migration`, `peer` (HOST:PORT, whom to ask), `epoch`, `driver` and `socket`,
-        and `identity` (the names of its certificate; an older version wrote none);
-        added are `vm`, `boot` (see `procfs.boot_id`) and `time` (for people). Takes as long as the
-        disk takes to sync, so call it in a thread. Raises StateNotWritten.
+        `identity` (the names of its certificate) and `granted` (which daemon it is; older versions
+        wrote neither); added are `vm`, `boot` (see `procfs.boot_id`) and `time` (for people). Takes
+        as long as the disk takes to sync, so call it in a thread. Raises StateNotWritten.
         """
         path = self._intent(name)
         try:
@@ -315,9 +337,13 @@ def _make(folder: Path, option: str) -> None:
 
 
 def _write(path: Path, record: dict[str, Any], *, sync: bool) -> None:
-    """Replaces a file as a whole. Raises OSError; the old one stands then, or the new one does."""
+    """`_replace`, by a record with its checksum."""
     body = json.dumps({"version": VERSION, **record}, sort_keys=True).encode()
-    data = b"%08x %s\n" % (zlib.crc32(body), body)
+    _replace(path, b"%08x %s\n" % (zlib.crc32(body), body), sync=sync)
+
+
+def _replace(path: Path, data: bytes, *, sync: bool) -> None:
+    """Replaces a file as a whole. Raises OSError; the old one stands then, or the new one does."""
     new = path.with_name(f"{path.name}.new")
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:

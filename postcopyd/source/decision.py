@@ -19,7 +19,10 @@ TAKE_BACK_S = 10.0
 """How long a destination that a person calls dead is asked all the same before its guest is run
 here: a daemon that is only started again says nothing for a second or two."""
 
-GIVEN_UP = frozenset({LOST, "NotMigrating", "NoSuchVm"})
+UNKNOWN = frozenset({"NotMigrating", "NoSuchVm"})
+"""Names of errors by which a destination says that it knows nothing of the guest."""
+
+GIVEN_UP = UNKNOWN | {LOST}
 """Names of errors by which a destination says that it has nothing of the guest any more. Any other
 word of it shows that it is not dead."""
 

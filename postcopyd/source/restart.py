@@ -15,6 +15,7 @@ from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.settings import Settings
 from postcopyd.source.back import ROLLBACK_S, undone_as
+from postcopyd.source.granted import Granted, unknowing
 from postcopyd.tls import same_peer
 from postcopyd.vm import Vm
 
@@ -22,11 +23,16 @@ from postcopyd.vm import Vm
 async def look(vm: str, intent: Mapping[str, Any], settings: Settings) -> str:
     """What the destination of a handover says of it, which this host only knows to have intended.
     Nothing goes on by that. Raises PostcopydError."""
-    async with await dial_control(intent["peer"], Machine(Source.GREETING), settings) as channel:
+    peer = intent["peer"]
+    granted = Granted.recorded(intent.get("granted", {"at": peer}))
+    async with await dial_control(peer, Machine(Source.GREETING), settings) as channel:
         same_peer(intent.get("identity", ()), channel.names, vm)
-        await channel.greet()
+        answers = Granted.greeted(peer, await channel.greet())
         await channel.send(p.Resume(intent["migration"], vm, intent["epoch"], look=True))
-        return " ".join((await channel.expect(p.Checked)).problems)
+        said = " ".join((await channel.expect(p.Checked)).problems)
+    if granted.would_know(answers):
+        return said
+    return f"{said} (and {unknowing(vm, granted, answers)})"
 
 
 async def let_go(vm: Vm) -> None:

@@ -21,7 +21,7 @@ import trio
 
 from postcopyd import alike, counts, kernel, losses, threads
 from postcopyd import protocol as p
-from postcopyd.connection import Channel, dial_control, dial_data, open_nursery
+from postcopyd.connection import Channel, PeerError, dial_control, dial_data, open_nursery
 from postcopyd.control import MigrateRequest
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Happened, Machine, Source
@@ -32,8 +32,9 @@ from postcopyd.protocol import RemoteProtocolError
 from postcopyd.records import Ownership
 from postcopyd.settings import Settings
 from postcopyd.source.back import undone, untouched
-from postcopyd.source.decision import GIVEN_UP, SILENT, Choice, Decision, still_there
+from postcopyd.source.decision import GIVEN_UP, SILENT, UNKNOWN, Choice, Decision, still_there
 from postcopyd.source.engine import Look, SourceEngine
+from postcopyd.source.granted import Granted, unknowing
 from postcopyd.source.passes import Pass, why_now
 from postcopyd.source.retry import AGAIN_S, PATIENCE_S, Retry
 from postcopyd.source.tracking import Tracking
@@ -67,6 +68,7 @@ class SourceSession:
         self._committed = False
         self._channel: Channel | None = None
         self._identity: Names = ()
+        self._granted = self._answers = Granted(request.to)
         self._engine: SourceEngine | None = None
         self._shape: Shape | None = None
         self._touched = False
@@ -103,6 +105,8 @@ class SourceSession:
         session.machine = machine
         session._committed = True
         session._identity = tuple(about.get("identity", ()))
+        if "granted" in about:
+            session._granted = Granted.recorded(about["granted"])
         session._downtime_ms, session._downtime_parts = about["downtime"]
         session._recoveries = about["recoveries"]
         session._passes = [Pass(**one) for one in about.get("passes", [])]
@@ -298,6 +302,7 @@ class SourceSession:
             "driver": driver.kind,
             "socket": driver.socket,
             "identity": self._identity,
+            "granted": self._granted.json(),
         }
         self.vm.leaving()
         save = self.settings.store.save_intent
@@ -307,13 +312,16 @@ class SourceSession:
 
     async def _greeted(self) -> Channel:
         """The destination: one that guests may go to, and the same one ever after."""
-        channel = await dial_control(self.request.to, self.machine, self.settings)
+        to = self.request.to  # a person may say another meanwhile
+        channel = await dial_control(to, self.machine, self.settings)
         self._channel = channel
         if self.settings.tls is not None and not self._identity:
             self.settings.tls.allow(channel.names, "receive")
         same_peer(self._identity, channel.names, self.vm.name)
         self._identity = self._identity or channel.names
-        await channel.greet()
+        self._answers = Granted.greeted(to, await channel.greet())
+        if not self._committed:
+            self._granted = self._answers
         return channel
 
     def _compares_disks(self, channel: Channel, shape: Shape) -> None:
@@ -766,6 +774,9 @@ class SourceSession:
                 return False
             if trio.current_time() < decision.until:
                 return False
+        if not self._granted.has_told(trouble.name) and (said := await self._where_granted()):
+            self._refuse(said)
+            return False
         self._decision = None
         self.log.warning("ownership changed by a person", decision=decision.choice)
         try:
@@ -779,6 +790,21 @@ class SourceSession:
         await self._end_early(taken)
         decision.done(self._not_here)
         return True
+
+    async def _where_granted(self) -> str:
+        """A person may have said a wrong address (`recover`), and nothing that is heard or not
+        heard there tells of the destination: what is heard of it where it was."""
+        at, name = self._granted.at, self.vm.name
+        if at == self.request.to:
+            return ""
+        try:
+            async with await dial_control(at, Machine(Source.GREETING), self.settings) as channel:
+                answers = Granted.greeted(at, await channel.greet())
+        except PostcopydError as error:
+            return "" if error.name in SILENT else f"where {name} was granted: {error}"
+        if not self._granted.would_know(answers):
+            return ""
+        return f"it answers at {at}, and `postcopyd recover {name} --to {at}` asks it there"
 
     def _refuse(self, said: str) -> None:
         """Whatever a person has decided: the destination lives."""
@@ -808,7 +834,7 @@ class SourceSession:
         self._heard = True
         async with channel.alive():
             await channel.send(p.Resume(self.migration, self.vm.name, self.vm.epoch))
-            answer = await channel.receive()
+            answer = await self._told(channel)
             if not isinstance(answer, p.Declined):
                 self._refuse("it has the guest, and goes on with it")
             if isinstance(answer, p.Ready):
@@ -826,6 +852,7 @@ class SourceSession:
                 raise RemoteProtocolError(
                     f"{self.request.to} sent {type(answer).__name__} where Ran was due"
                 )
+            self._granted = self._answers  # wherever it was: it is there
             self._recoveries += 1
             if not self._downtime_ms and self._stopped_at:
                 self._ran()
@@ -833,6 +860,15 @@ class SourceSession:
             self.vm.show(result=None)
             self.log.info("migration recovered", recoveries=self._recoveries)
             await self._drain(channel)
+
+    async def _told(self, channel: Channel) -> p.Message:
+        """What became of the guest; that nothing is known of it only from who would know."""
+        try:
+            return await channel.receive()
+        except PeerError as error:
+            if error.name in UNKNOWN and not self._granted.would_know(self._answers):
+                raise unknowing(self.vm.name, self._granted, self._answers) from None
+            raise
 
     def _note(self) -> None:
         """What `restored` needs, for the next record."""
@@ -847,6 +883,7 @@ class SourceSession:
             "passes": [asdict(one) for one in self._passes],
             "why_now": self._why_now,
             "identity": self._identity,
+            "granted": self._granted.json(),
         }
         self.vm.note(about)
 

@@ -59,7 +59,7 @@ async def test_names_that_libvirt_allows(secure: Pair, name: str) -> None:
     assert "destination drained" in secure.hooks_run(name)
     for host in (a, b):
         await host.call("Detach", name=name)
-        assert sorted(os.listdir(host.state)) == [".lock", "durable"]
+        assert sorted(os.listdir(host.state)) == [".lock", "daemon-id", "durable"]
         assert os.listdir(host.state / "durable") == [".lock"]
 
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import trio
 from fake_vmm import FakeVmm, Guest, Killed, Life
+from msgspec.structs import replace
 
 from postcopyd import daemon
 from postcopyd import protocol as p
@@ -110,6 +111,7 @@ class Host:
         self.vmm = FakeVmm(world.guest, role, state, world.arrive)
         self.lives: list[Life] = []
         self.port = 0  # while nobody listens
+        self.which: p.DaemonId | None = p.DaemonId(f"machine of {role}", f"boot of {role}", "-")
         self.up = self.over = False
         self._world, self._folder = world, folder
         self._scope = trio.CancelScope()
@@ -152,7 +154,10 @@ class Host:
         self.over = True
 
     async def _daemon(self, task_status: trio.TaskStatus[None]) -> None:
-        settings = Settings(self.store, hooks=self._folder / f"{self.role}-hooks", connections=1)
+        self.which = self.which and replace(self.which, state=self.store.identity())
+        settings = Settings(
+            self.store, self._folder / f"{self.role}-hooks", connections=1, daemon=self.which
+        )
         async with trio.open_nursery() as nursery:
             self.daemon = daemon.Daemon(settings, nursery)
             if len(self.lives) == 1:

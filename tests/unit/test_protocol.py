@@ -97,7 +97,7 @@ offer = p.Offer(
     disks=[p.DiskOffer("vd0", "raw of 4096 bytes", [disk_file])],
 )  # fmt: skip
 samples: list[p.Message] = [
-    p.Hello(1, ["a"], "postcopyd 1", "host1"),
+    p.Hello(1, ["a"], "postcopyd 1", "host1", "i", p.DaemonId("m", "b", "s")),
     offer,
     p.Checked(["no"]),
     p.Queued(3),
@@ -217,7 +217,7 @@ def test_missing_fields_are_refused(message: p.Message) -> None:
         "whole",
         "lost",
     }
-    optional |= {"disks", "unsafe"}
+    optional |= {"disks", "unsafe", "daemon"}
     for field in whole.keys() - optional - {"type"}:
         with pytest.raises(RemoteProtocolError, match=field):
             p.parse_message({key: value for key, value in whole.items() if key != field})
