@@ -60,6 +60,12 @@ def differences(here: Shape, kind: str, offer: p.Offer) -> list[str]:
             f"{key} differs: {mine} here, {other} at the source; start the destination as the "
             f"source was started"
         )
+    places = {key: p.fact(value) for key, value in here.places.items()}
+    for key, mine, other in _moved(places, offer.places):
+        problems.append(
+            f"{key} is at {mine} here, at {other} at the source; start the destination with "
+            f"{other} for it"
+        )
     return [*problems, *_disks(offered(here.disks), offer)]
 
 
@@ -71,6 +77,7 @@ def changes(was: Shape, now: Shape) -> list[str]:
         news.append("its RAM is not what it was")
     for key, old, new in _unequal(was.facts, now.facts):
         news.append(_change(key, old, new))
+    news += [f"{key} was at {old}, is at {new}" for key, old, new in _moved(was.places, now.places)]
     before, after = ({d.name: d for d in shape.disks} for shape in (was, now))
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name):
@@ -144,6 +151,13 @@ def _unequal(ours: dict[str, str], theirs: dict[str, str]) -> Iterator[tuple[str
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             yield key, ours.get(key, NONE), theirs.get(key, NONE)
+
+
+def _moved(ours: dict[str, str], theirs: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Of what both name: facts tell who has what, and older daemons tell of no places."""
+    for key in sorted(ours.keys() & theirs.keys()):
+        if ours[key] != theirs[key]:
+            yield key, ours[key], theirs[key]
 
 
 def _file(file: DiskFile | p.DiskFileOffer) -> str:

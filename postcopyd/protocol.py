@@ -194,7 +194,8 @@ class Offer(Message, frozen=True, tag="offer"):
     `facts` are the driver's: what must be equal on both hosts. `epoch` numbers the
     ownership that this migration would hand over. `staged`: pages come before the handover too.
     `disks` have to be the same on both hosts; a source without the feature "disks" names none.
-    `unsafe`: a person says that their files are the same, whatever can be known of them.
+    `unsafe`: a person says that their files are the same, whatever can be known of them. `places`
+    are where devices sit on their buses, equal for those that both hosts name.
     """
 
     migration: Name
@@ -208,11 +209,13 @@ class Offer(Message, frozen=True, tag="offer"):
     staged: bool = False
     disks: Annotated[list[DiskOffer], Meta(max_length=MAX_ITEMS)] | None = None
     unsafe: bool = False
+    places: Annotated[dict[str, Sentence], Meta(max_length=512)] = {}
 
     def __post_init__(self) -> None:
         _must_be_vm(self.vm)
-        facts = {plain(key): plain(value) for key, value in self.facts.items()}
-        force_setattr(self, "facts", facts)
+        for field in ("facts", "places"):
+            told = {plain(key): plain(value) for key, value in getattr(self, field).items()}
+            force_setattr(self, field, told)
 
 
 class Checked(Message, frozen=True, tag="checked"):

@@ -629,7 +629,7 @@ class DestinationSession:
         ]  # fmt: skip
         about = {
             "migration": self.offer.migration,
-            "offer": to_builtins(structs.replace(self.offer, facts={})),
+            "offer": to_builtins(structs.replace(self.offer, facts={}, places={})),
             "ram": ram,
             "userfaultfds": len(self._uffds),
             "run": self._run,

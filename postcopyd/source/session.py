@@ -345,6 +345,7 @@ class SourceSession:
             staged=self._tracking is not None,
             disks=alike.offered(shape.disks),
             unsafe=self.request.unsafe,
+            places={key: p.fact(value) for key, value in shape.places.items()},
         )
 
     async def _turn(self, channel: Channel) -> bytes:

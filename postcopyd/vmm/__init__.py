@@ -19,7 +19,7 @@ import abc
 import os
 from collections.abc import AsyncIterable, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Self
 
 import trio
@@ -118,6 +118,9 @@ class Shape:
     #: on what was seen.
     untracked: str | None = None
     disks: tuple[Disk, ...] = ()
+    #: By device, where it sits on its bus, as one says that to the VMM ("port=1"): given by the VMM
+    #: where nobody has, so a device that is plugged in again may get another. Equal on both hosts.
+    places: dict[str, str] = field(default_factory=dict)
     #: As `outline` was when this look began.
     outline: str = ""
 

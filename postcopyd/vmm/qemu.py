@@ -146,6 +146,7 @@ class QemuVmm(Vmm):
         backends = await qemu_ram.backends(qmp)
         devices = [device async for device in qemu_facts.devices(qmp)]
         facts = await qemu_facts.facts(qmp, backends, devices)
+        places = await qemu_facts.places(qmp, devices)
         problems = await qemu_facts.refusals(qmp, self.pid, role, run_state, devices)
         with qmp.taking_apart():
             disks, unmovable = await qemu_disks.look(qmp, self.pid)
@@ -182,6 +183,7 @@ class QemuVmm(Vmm):
             direct_io=writers.direct_sentence(direct),
             untracked=writers.unseen_sentence(unseen),
             disks=tuple(disks),
+            places=places,
             outline=outline,
         )
 

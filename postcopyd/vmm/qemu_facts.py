@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -51,6 +52,17 @@ HARMLESS = {
 FROM_TOPOLOGY = {(1, -1, "EDX"): 1 << 28, (0x80000001, -1, "ECX"): 1 << 1}
 
 
+# Properties that say where on its bus a device is: SCSI, IDE, virtio-serial, audio, ISA; of a CPU.
+POSITION = (
+    "channel", "scsi-id", "lun", "unit", "nr", "cad", "iobase",
+    "socket-id", "die-id", "core-id", "thread-id",
+)  # fmt: skip
+# Of USB no property tells.
+USB_PORT = re.compile(
+    r" *Device \S+, Port (?P<port>[\d.]+), Speed [^,]*, Product (?P<is>.*?)(, ID: (?P<id>\S+))?"
+)
+
+
 @dataclass(frozen=True)
 class Device:
     """One device that the command line or a hot plug made."""
@@ -60,6 +72,7 @@ class Device:
     bus: str  # last part of the bus's path: the same in all versions
     address: int | None  # PCI slot << 3 | function
     path: str
+    position: str = ""  # on that bus, where that is no PCI address
 
     @property
     def place(self) -> str:
@@ -87,7 +100,41 @@ async def devices(qmp: Qmp) -> AsyncIterator[Device]:
                 bus.rpartition("/")[2],
                 address if isinstance(address, int) and address >= 0 else None,
                 path,
+                await _position(qmp, path),
             )
+
+
+async def _position(qmp: Qmp, path: str) -> str:
+    try:
+        known = {entry.name for entry in await qmp.ask(list[Property], "qom-list", {"path": path})}
+    except QmpRefused:  # it has gone
+        return ""
+    found = {key: await _get(qmp, path, key) for key in POSITION if key in known}
+    return ",".join(
+        f"{key}={value}" for key, value in found.items() if isinstance(value, int) and value >= 0
+    )
+
+
+async def places(qmp: Qmp, present: list[Device]) -> dict[str, str]:
+    """Where devices sit that have no PCI address, by names for people. QEMU gives what nobody has
+    said, in the order in which they came; the state of a device is loaded by where it sits."""
+    ids = {device.id for device in present}
+    found: dict[str, str] = {}
+    nameless: dict[str, list[str]] = {}
+    for line in (await _text(qmp, "x-query-usb")).splitlines():
+        if (port := USB_PORT.fullmatch(line)) is not None and port["id"] in ids:
+            found[f"device {port['id']}"] = f"port={port['port']}"
+        elif port is not None:  # or a hub that QEMU has put in between
+            nameless.setdefault("USB without a name", []).append(
+                f"port={port['port']} ({port['is']})"
+            )
+    for device in present:
+        if device.position and device.id:
+            found[f"device {device.id}"] = device.position
+        elif device.position:
+            kind = f"{device.kind} without a name at {device.bus}"
+            nameless.setdefault(kind, []).append(device.position)
+    return found | {kind: " and ".join(sorted(at)) for kind, at in nameless.items()}
 
 
 async def facts(qmp: Qmp, backends: list[Backend], present: list[Device]) -> dict[str, str]:
@@ -113,7 +160,7 @@ async def facts(qmp: Qmp, backends: list[Backend], present: list[Device]) -> dic
             + [f"below 4 GiB at most {await _get(qmp, '/machine', 'max-ram-below-4g')}"]
         ),
     }
-    if numa := _digestible(await _numa(qmp)):
+    if numa := _digestible(await _text(qmp, "x-query-numa")):
         found["NUMA"] = numa
     for module in plugged:
         data = module.data
@@ -260,9 +307,10 @@ async def _get(
         return default
 
 
-async def _numa(qmp: Qmp) -> str:
+async def _text(qmp: Qmp, command: str) -> str:
+    """What a command for people answers, nothing where there is none of it."""
     try:
-        return (await qmp.ask(Text, "x-query-numa")).human_readable_text
+        return (await qmp.ask(Text, command)).human_readable_text
     except QmpRefused:
         return ""
 

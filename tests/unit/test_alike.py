@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from postcopyd import alike
 from postcopyd import protocol as p
@@ -101,6 +102,17 @@ def test_a_source_that_names_no_disks_is_believed_only_without() -> None:
     assert alike.differences(shape(), "qemu", old) == []
 
 
+def test_places_are_compared_where_both_tell_them() -> None:
+    """What only one host names is a fact that differs, or a postcopyd from before."""
+    here = shape(places={"device tab": "port=2", "device pen": "port=1"})
+    there = structs.replace(offer(here), places={"device tab": "port=1", "device old": "port=2"})
+    assert alike.differences(here, "qemu", there) == [
+        "device tab is at port=2 here, at port=1 at the source; start the destination with "
+        "port=1 for it"
+    ]
+    assert alike.differences(here, "qemu", offer(here)) == []
+
+
 def test_what_changes_in_one_vmm_is_named() -> None:
     """Devices gone and new, disks with another chain or file, problems that came."""
     was = shape(disk(LOCAL), Disk("cd0", "empty", ()))
@@ -111,11 +123,14 @@ def test_what_changes_in_one_vmm_is_named() -> None:
         problems=("QEMU runs a job.",),
         disks=(disk(LOCAL, NFS, chain="qcow2 of 9 bytes over raw of 9 bytes"),),
         direct_io="Reads land unseen.",
+        places={"device tab": "port=2", "device new": "port=1"},
     )
+    was = replace(was, places={"device tab": "port=1", "device old": "port=2"})
     assert alike.changes(was, now) == [
         "QEMU runs a job.",
         "Reads land unseen.",
         "device net1 is new (e1000 at pci.0)",
+        "device tab was at port=1, is at port=2",
         "disk cd0 is gone (empty)",
         "disk vd0 was raw of 9 bytes, /d (ext4), is qcow2 of 9 bytes over raw of 9 bytes, "
         "/d (ext4), /d (nfs4)",

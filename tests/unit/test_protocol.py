@@ -217,7 +217,7 @@ def test_missing_fields_are_refused(message: p.Message) -> None:
         "whole",
         "lost",
     }
-    optional |= {"disks", "unsafe", "daemon"}
+    optional |= {"daemon", "disks", "places", "unsafe"}
     for field in whole.keys() - optional - {"type"}:
         with pytest.raises(RemoteProtocolError, match=field):
             p.parse_message({key: value for key, value in whole.items() if key != field})
