@@ -58,6 +58,12 @@ test test-long: build deb
 	@tools/newest-qemu
 	$(BIN)/pytest -q --numprocesses=3 -m $(WHICH) $(TESTS)
 
+# The daemons that are upgraded in tests.
+.PHONY: version-before
+test-long: version-before
+version-before: build
+	@tools/version-before
+
 # docs/LIBVIRT.md, with the libvirt that this installs on this machine.
 .PHONY: test-libvirt
 test-libvirt: build deb

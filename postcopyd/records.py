@@ -79,12 +79,14 @@ class Granted(TypedDict):
 
 
 class Departure(TypedDict):
-    """`about` of a guest that is leaving or has left."""
+    """`about` of a guest that is leaving or has left. `marked`: who stopped it left a mark of that
+    in its VMM, where the driver has one (older versions had none)."""
 
     migration: str
     request: Request
     regions: list[tuple[str, Count, Count]]
     run: bool
+    marked: NotRequired[bool]
     downtime: tuple[float, dict[str, float]]
     recoveries: Count
     passes: NotRequired[list[dict[str, Any]]]

@@ -48,6 +48,9 @@ def _free_port() -> int:
 class Host:
     """One daemon. `call` and `migrate` wait in a thread: guests can be followed meanwhile."""
 
+    #: Where the package is that it runs: the same that runs this.
+    site = PACKAGE.parent
+
     def __init__(
         self, folder: Path, name: str, options: tuple[str, ...], tls: Path | None = None
     ) -> None:
@@ -69,7 +72,7 @@ class Host:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "postcopyd", *serve],
-                cwd=PACKAGE.parent,  # the same package that runs this
+                cwd=self.site,
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 stdout=log,

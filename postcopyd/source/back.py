@@ -15,6 +15,15 @@ ROLLBACK_S = 30.0
 """How long a VMM may take to run its guest again before the operator is told that it did not."""
 
 
+async def known_again(vm: Vm) -> None:
+    """Tells the driver what the daemon before has done to the guest, by the record. Raises
+    PostcopydError."""
+    driver, about = vm.attached(), vm.about
+    driver.before = "running" if about["run"] else "paused"
+    if not about.get("marked", False):
+        await driver.mark()
+
+
 async def undone(vm: Vm, why: str) -> tuple[str, bool]:
     """The guest is put back as its driver can; `why` it was not moved. The sentence about it, and
     whether that went well: it is here as it was, or as others have left it."""

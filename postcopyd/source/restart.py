@@ -14,7 +14,7 @@ from postcopyd.connection import dial_control
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.settings import Settings
-from postcopyd.source.back import ROLLBACK_S, undone_as
+from postcopyd.source.back import ROLLBACK_S, known_again, undone_as
 from postcopyd.source.granted import Granted, unknowing
 from postcopyd.tls import same_peer
 from postcopyd.vm import Vm
@@ -48,11 +48,10 @@ async def let_go(vm: Vm) -> None:
 
 async def roll_back(vm: Vm, settings: Settings) -> None:
     """Runs the guest again whose handover was under way, and not granted, when the daemon ended."""
-    driver, run = vm.attached(), vm.about["run"]
-    driver.before = "running" if run else "paused"
     try:
         with trio.fail_after(ROLLBACK_S):
-            left = await driver.rollback()
+            await known_again(vm)
+            left = await vm.attached().rollback()
     except trio.TooSlowError:
         raise PostcopydError(f"its VMM did not run it again within {ROLLBACK_S:.0f} s") from None
     sentence = undone_as(vm.name, "the daemon ended before it was granted", left)

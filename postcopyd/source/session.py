@@ -31,7 +31,7 @@ from postcopyd.patience import END_S, within
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.records import Ownership
 from postcopyd.settings import Settings
-from postcopyd.source.back import undone, untouched
+from postcopyd.source.back import known_again, undone, untouched
 from postcopyd.source.decision import GIVEN_UP, SILENT, UNKNOWN, Choice, Decision, still_there
 from postcopyd.source.engine import Look, SourceEngine
 from postcopyd.source.granted import Granted, unknowing
@@ -112,7 +112,7 @@ class SourceSession:
         session._passes = [Pass(**one) for one in about.get("passes", [])]
         session._why_now = about.get("why_now", "")
         session._touched = True
-        vm.attached().before = "running" if about["run"] else "paused"
+        await known_again(vm)
         shape = session._shape = await vm.attached().inspect("source")
         regions = [[r.name, r.pages, r.page_size] for r in shape.regions]
         if regions != about["regions"]:
@@ -879,6 +879,7 @@ class SourceSession:
             "request": asdict(self.request),
             "regions": [[r.name, r.pages, r.page_size] for r in self._shape.regions],
             "run": self._shape.state == "running",  # before its stop
+            "marked": True,
             "downtime": [self._downtime_ms, self._downtime_parts],
             "recoveries": self._recoveries,
             "passes": [asdict(one) for one in self._passes],

@@ -265,6 +265,11 @@ class Vmm(abc.ABC):
         sentence says what to do, and never to run it unseen.
         """
 
+    async def mark(self) -> None:  # noqa: B027 (not every driver tells by one)
+        """Leave in the VMM what `save` and `still` leave there, by which `rollback` knows whose
+        doing it is that the guest stands still. For a guest that was stopped by a daemon of an
+        older version, which left no mark, as its record says; idempotent, touches no other."""
+
     @abc.abstractmethod
     async def finish(self, keep: bool) -> None:
         """After drained: end the VMM, or with `keep` leave it stopped."""

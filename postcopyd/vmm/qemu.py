@@ -55,7 +55,7 @@ from postcopyd.vmm import (
     writers,
 )
 from postcopyd.vmm.qemu_answers import Cpu, Migration, Status
-from postcopyd.vmm.qemu_settings import ARRIVING, IGNORE, LATE, MOVED, STOPPED
+from postcopyd.vmm.qemu_settings import ARRIVING, BANDWIDTH, IGNORE, LATE, MOVED, STOPPED
 from postcopyd.vmm.qemu_state import PAUSED, Now
 from postcopyd.vmm.qmp import ANSWER_SECONDS, Events, Qmp, QmpClosed, QmpRefused
 
@@ -406,6 +406,20 @@ class QemuVmm(Vmm):
         if not as_it_was and now.running:
             return "it was paused, and somebody else has run it meanwhile"
         return "" if as_it_was else now.words
+
+    async def mark(self) -> None:
+        """As the interface says: the guard. Its migration is known by the bandwidth that it has
+        set, and goes on or is over; a pause has no such sign, but to end one makes no second guest.
+        """
+        now = await self._now()
+        guard = None
+        if now.run_state in {"finish-migrate", "postmigrate"}:
+            ours = (await self._settings.read()).max_bandwidth == BANDWIDTH
+            guard = MOVED if ours else None
+        elif now.run_state == "paused" and now.migration.over:
+            guard = STOPPED
+        if guard is not None and now.guard is None:
+            await self._settings.guard(guard)
 
     async def _announce(self) -> None:
         """Switches may have learnt the destination's port from its announcement."""

@@ -108,6 +108,10 @@ class Settings:
             await self.unguard()
         self._found = None
 
+    async def guard(self, name: str) -> None:
+        """Others may not move or save the guest, for the reason that the name says."""
+        await self._all([parameters(tls_creds=name)])
+
     async def unguard(self) -> None:
         """Others may move and save the guest again."""
         await self._all([parameters(tls_creds="")])

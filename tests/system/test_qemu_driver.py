@@ -284,6 +284,54 @@ async def test_a_new_daemon_rolls_back(lab: Lab, qemu: int, where: str) -> None:
     assert await settings(machine) == before
 
 
+async def unmarked(lab: Lab, machine: Machine, driver: QemuVmm) -> QemuVmm:
+    """Another driver, of a guest that a version without the guard has had."""
+    await driver.aclose()
+    lab.drivers.remove(driver)
+    await machine.ask("migrate-set-parameters", **{"tls-creds": ""})
+    again = await lab.drive(machine)
+    again.before = "running"
+    with trio.fail_after(10):
+        await again.mark()
+    return again
+
+
+@pytest.mark.parametrize("where", ["send hangs", "saved", "still"])
+async def test_a_guest_stopped_by_a_version_without_the_guard(
+    lab: Lab, qemu: int, where: str
+) -> None:
+    """Its record says that it was stopped for a migration: it runs again, and all is put back."""
+    machine = lab.start(qemu)
+    driver = await lab.drive(machine)
+    before = await settings(machine)
+    await driver.prepare()
+    if where == "still":
+        await machine.ask("stop")
+    else:
+        await saved_up_to(where, driver)
+    again = await unmarked(lab, machine, driver)
+    with trio.fail_after(10):
+        assert await again.rollback() == ""
+    assert await machine.state() == "running"
+    assert await settings(machine) == before
+
+
+async def test_a_guest_that_others_have_moved_gets_no_mark(lab: Lab, qemu: int) -> None:
+    """Nor one that runs; whatever a record says."""
+    machine = lab.start(qemu)
+    driver = await lab.drive(machine)
+    again = await unmarked(lab, machine, driver)
+    before = await settings(machine)
+    await machine.ask("migrate", uri="exec:cat >/dev/null")
+    with trio.fail_after(60):
+        while await machine.state() != "postmigrate":
+            await trio.sleep(0.01)
+    again = await unmarked(lab, machine, again)
+    assert await settings(machine) == before
+    assert "somebody else has moved or saved it" in await again.rollback()
+    assert await machine.state() == "postmigrate"
+
+
 async def test_a_new_daemon_adopts_again_without_the_monitor(lab: Lab, qemu: int) -> None:
     """A QEMU whose main loop is stuck gives its userfaultfds, and its monitor when it goes on."""
     machine = lab.start(qemu, "-incoming", "defer")

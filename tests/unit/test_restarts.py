@@ -323,6 +323,37 @@ async def test_full_when_called_off(role: Role, tmp_path: Path, clock: Clock) ->
         assert made.hosts[role].recorded() == word
 
 
+@pytest.mark.parametrize("point", ["source.save stopped", "<- progress"])
+@pytest.mark.parametrize("older", [False, True])
+async def test_a_guest_stopped_by_a_version_that_left_no_mark(
+    older: bool, point: str, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a guest was stopped by us the record says, of such a version alone. That is settled
+    once: from then on others may have a hand on it."""
+    save, marked = FullStore.save, 0
+
+    def unmarked(store: FullStore, name: str, record: Any, **options: Any) -> None:
+        about = {key: value for key, value in record["about"].items() if key != "marked"}
+        save(store, name, {**record, "about": about}, **options)
+
+    async def mark(driver: FakeDriver) -> None:
+        nonlocal marked
+        marked += 1
+
+    def upgraded(made: World, point: str) -> None:
+        monkeypatch.setattr(FullStore, "save", save)
+        kill_source(made, point)
+
+    monkeypatch.setattr(FakeDriver, "mark", mark)
+    if older:
+        monkeypatch.setattr(FullStore, "save", unmarked)
+    async with world(tmp_path, {point: upgraded}) as made:
+        async with made.migrating():
+            await trio.sleep(60)
+        await made.check()
+    assert marked == older
+
+
 async def test_a_void_intent_and_the_next_one(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
