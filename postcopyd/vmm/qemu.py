@@ -550,17 +550,26 @@ class QemuVmm(Vmm):
                 await self._qmp.execute("migrate-incoming", arguments)
                 crew.start_soon(qemu_stream.feed, ours, receive, self._nearly_loaded)
                 await self._loaded(events)
+        if self._takes_disks and (disks := await qemu_disks.untaken(self._qmp)):
+            raise VmmError(
+                f"QEMU could not take the disk{'s' if disks[1:] else ''} {', '.join(disks)} of "
+                f"{self.name}, which is to stay paused: see who holds the images (its own log "
+                f"says more), and start this QEMU anew."
+            )
+
+    @property
+    def _takes_disks(self) -> bool:
+        """At the end of the load. QEMU before 10 aborts when it gives away disks that it has not
+        taken, which `cont` does; so those of a guest that stays paused are taken then."""
+        return self.before == "paused" and self._qmp.version < (10, 0)
 
     async def _nearly_loaded(self) -> None:
         """QEMU waits for the last byte and has read all that x-ignore-shared is about. Were it on
         any longer, a save by somebody else would leave out guest RAM; from here on one reads it
         all, and waits for pages as the guest does. Until the guest runs none may begin.
-
-        QEMU before 10 aborts when it gives away disks that it has not taken, which `cont` does; so
-        those of a guest that stays paused are taken now.
         """
         states = {IGNORE: False}
-        if self.before == "paused" and self._qmp.version < (10, 0):
+        if self._takes_disks:
             states[LATE] = False
         commands = [
             qemu_settings.capabilities(states),

@@ -87,6 +87,7 @@ class _Backend(Struct):
 
     device: str
     qdev: str = ""
+    removable: bool = False
     inserted: _Inserted | None = None
 
 
@@ -119,6 +120,7 @@ class _Edge(Struct):
     parent: int
     child: int
     name: str
+    perm: list[str] = []
 
 
 class _Graph(Struct):
@@ -229,6 +231,24 @@ async def outline(qmp: Qmp) -> str:
     disks = [[one.qdev or one.device, *_image(one.inserted)] for one in backends]
     parts = [sorted(part) for part in (names.values(), edges, devices, disks)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+async def untaken(qmp: Qmp) -> list[str]:
+    """Disks that QEMU may not write to, as it has given them up or has not taken them: without the
+    lock of an image it goes on so after a load, and says that only in its log."""
+    graph, backends = await qmp.ask_all(
+        ("x-debug-query-block-graph", None, _Graph), ("query-block", None, list[_Backend])
+    )
+    names = {node.id: node.name for node in graph.nodes}
+    roots = [edge for edge in graph.edges if edge.name == "root"]
+    written = {names.get(edge.child) for edge in roots if "write" in edge.perm}
+    return [
+        _device(one)
+        for one in backends
+        # A drive may have a medium that could be written to, and not want to.
+        if one.qdev and not one.removable and one.inserted is not None
+        if not one.inserted.ro and one.inserted.node_name not in written
+    ]
 
 
 def _image(inserted: _Inserted | None) -> Iterator[list[str | int]]:

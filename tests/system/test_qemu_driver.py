@@ -187,6 +187,36 @@ async def test_a_disk_in_use_elsewhere_declines(lab: Lab, qemu: int, image: Path
     assert await lab.machines[0].state() == "running"
 
 
+async def test_a_paused_guest_whose_disk_is_in_use_elsewhere(
+    lab: Lab, qemu: int, image: Path
+) -> None:
+    """QEMU before 10 takes the disks of a guest that stays paused as it loads it. Without the lock
+    it would go on, and abort when the guest is moved again; later ones take them when it runs."""
+    cd = ["-device", "ide-cd,id=cd0"]
+    a, b = await lab.pair(qemu, qemu, *disk(image), *cd, paused=True)
+    tape = Tape()
+    await a.prepare()
+    await adopt(b)
+    await a.save(tape.send, tape.stopped)
+    lab.copy_ram()
+    third = lab.start(qemu, *disk(image))
+    await lab.drive(third)
+    b.before = "paused"
+    with trio.fail_after(20):
+        if b._qmp.version < (10, 0):
+            with pytest.raises(VmmError, match="could not take the disk vd0 of web1"):
+                await b.load(tape.play())
+        else:
+            await b.load(tape.play())
+            with pytest.raises(Declined, match="lock"):
+                await b.run()
+        await b.end()
+        third.end()
+        await a.rollback()
+        await lab.machines[0].ask("cont")
+    assert await lab.machines[0].state() == "running"
+
+
 async def test_bad_device_state_is_a_named_error(lab: Lab, qemu: int) -> None:
     """Device state that is cut short, or is none, makes load fail at once and not hang."""
     a, b = await lab.pair(qemu, qemu)
