@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from before import NEW, OLD, needed, told
+from qemu_lab import Lab
 
 from postcopyd.control import interface
 from postcopyd.varlink_idl import Enum, Maybe, Struct, Type, parse_interface
@@ -112,3 +113,39 @@ def test_varlink_interface() -> None:
     for before, there in members:
         for name, kind in before.items():
             grown(kind, there[name], asked=False)
+
+
+# What must be equal on both hosts, by the driver of QEMU.
+FACTS = """
+import json, trio
+from postcopyd.vmm.qemu import QemuVmm
+
+async def facts():
+    driver = await QemuVmm.connect("web1", {socket!r})
+    shape = await driver.inspect("source")
+    return shape.facts
+
+print(json.dumps(trio.run(facts)))
+"""
+
+EVERYTHING = """
+-smp 2,maxcpus=4 -rtc base=utc
+-drive if=none,id=d0,file=DISK,format=raw -device virtio-blk-pci,drive=d0,id=disk0
+-device virtio-scsi-pci,id=scsi0 -drive if=none,id=d1,file=null-co://,format=raw
+-device scsi-hd,drive=d1,bus=scsi0.0 -netdev user,id=n0 -device virtio-net-pci,netdev=n0
+-device qemu-xhci,id=usb -device usb-tablet,bus=usb.0,id=tablet -device VGA
+-device virtio-serial-pci -chardev null,id=c0 -device virtserialport,chardev=c0,name=org.port
+-device virtio-rng-pci -device virtio-balloon-pci -serial null
+"""
+
+
+async def test_facts_of_a_qemu(lab: Lab, qemu: int) -> None:
+    """Both versions tell the same of a QEMU, or neither would take its guest from the other."""
+    image = lab.folder / "disk"
+    image.write_bytes(bytes(1 << 20))
+    options = EVERYTHING.replace("DISK", str(image)).split()
+    machine = lab.start(qemu, *options)
+    await machine.listens()
+    before, now = (told(site, FACTS.format(socket=machine.socket)) for site in (OLD, NEW))
+    assert len(before) > 12
+    assert before == now

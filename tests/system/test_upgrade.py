@@ -211,34 +211,38 @@ async def test_an_intent_is_all_that_is_left(old_pair: Pair) -> None:
 
 @asynccontextmanager
 async def qemu_at_work(
-    folder: Path, boot: tuple[Path, Path]
-) -> AsyncIterator[tuple[QemuPair, q.QemuProcess]]:
-    """A guest in QEMU that has written all of its memory, and a QEMU that waits for it."""
+    folder: Path, boot: tuple[Path, Path], **config: Any
+) -> AsyncIterator[QemuPair]:
+    """A guest in QEMU that writes to its memory, and a QEMU that waits."""
     work = q.Workload(test_mb=64, rate=2000)
-    async with qemu_pair(folder, boot, qemu=QEMUS[0], memory=256 * MIB, workload=work) as it:
-        qemu = await it.boot()
+    config |= {"qemu": QEMUS[0], "memory": 256 * MIB, "workload": work}
+    async with qemu_pair(folder, boot, **config) as it:
+        await it.boot()
         await it.wait_for_it()
-        yield it, qemu
-
-
-async def qemu_migrates(it: QemuPair, phase: str, **options: Any) -> None:
-    await it.here.call("Migrate", name=VM, to=it.there.address, bandwidth=RATE, **options)
-    await status_until(it.here, VM, lambda status: status["phase"] == phase)
+        yield it
 
 
 @pytest.mark.parametrize("which", ["source", "destination", "both"])
 async def test_while_memory_of_a_qemu_follows(
     folder: Path, boot: tuple[Path, Path], which: str
 ) -> None:
-    """And nothing of the old daemon is left in a QEMU: the guest goes back."""
-    async with qemu_at_work(folder, boot) as (it, _):
-        await qemu_migrates(it, "postcopy", mode="postcopy")
+    """And nothing of the old daemon is left in a QEMU: the guest goes back. As it has a disk, which
+    that version does not compare, not before both are new."""
+    image = folder / "disk"
+    image.write_bytes(bytes(16 * MIB))
+    async with qemu_at_work(folder, boot, disk=image) as it:
+        await it.here.call("Migrate", name=VM, to=it.there.address, mode="postcopy", bandwidth=RATE)
+        await status_until(it.here, VM, lambda status: status["phase"] == "postcopy")
         await upgraded(*chosen(it, which), by=signal.SIGKILL)
         for host in it.hosts:
             await status_until(host, VM, lambda status: status["phase"] == "drained", 60)
         await it.check()
         it.moves += 1
         await it.wait_for_it()
+        if which != "both":
+            refused = await it.here.migrate(VM, it.there)
+            assert "is too old to" in refused["error"]
+            await upgraded(*it.hosts)
         await it.move(mode="hybrid")
 
 
@@ -247,7 +251,7 @@ async def test_a_qemu_with_a_peer_of_the_version_before(
     folder: Path, boot: tuple[Path, Path], which: str
 ) -> None:
     """There and back, copied first."""
-    async with qemu_at_work(folder, boot) as (it, _):
+    async with qemu_at_work(folder, boot) as it:
         await upgraded(*chosen(it, which))
         await it.move(mode="hybrid")
         await it.wait_for_it()
