@@ -303,20 +303,26 @@ static bool explained(struct pc_dest *d, struct region *r, const struct placing 
   return false;
 }
 
-/* So many pages more are HERE or DONE. A word of its own, as no two can be read as one. */
-static void present(struct pc_dest *d, uint64_t count) {
-  if (d->staged && count && __atomic_add_fetch(&d->stats.present_pages, count, __ATOMIC_ACQ_REL) ==
-                                d->stats.total_pages)
-    engine_wake(d->wake);
-}
-
-/* All is here but for LOST pages of which no memory errors can be made: this is as far as it goes. */
-static void look_at_unspoilt(struct pc_dest *d, uint64_t confirmed) {
+/* All is here but for LOST pages of which no memory errors can be made: this is as far as it goes.
+ * Until the stage is placed what is in it counts: a guest of a precopy runs only when it is whole. */
+static void look_at_unspoilt(struct pc_dest *d) {
   uint64_t lost = atomic_load(&d->unspoilt);
-  if (lost && confirmed + lost == d->stats.total_pages)
+  bool by_stage = d->staged && !atomic_load(&d->settling);
+  uint64_t here =
+      by_stage ? count_get(d->stats.present_pages) : count_get(d->stats.confirmed_pages);
+  if (lost && here + lost == d->stats.total_pages)
     engine_fail(&d->stats, d->wake, PC_MEMORY, "%llu pages could not be read at the source, and "
                 "this kernel cannot make memory errors of them (UFFDIO_POISON, Linux 6.6 can): "
-                "what touches one waits for ever", (unsigned long long)lost);
+                "a guest here waits for ever where it touches one", (unsigned long long)lost);
+}
+
+/* So many pages more are HERE or DONE. A word of its own, as no two can be read as one. */
+static void present(struct pc_dest *d, uint64_t count) {
+  if (!d->staged || !count)
+    return;
+  if (__atomic_add_fetch(&d->stats.present_pages, count, __ATOMIC_ACQ_REL) == d->stats.total_pages)
+    engine_wake(d->wake);
+  look_at_unspoilt(d);
 }
 
 /* So many pages more are DONE, of which `news` were not HERE. */
@@ -324,9 +330,9 @@ static void confirmed(struct pc_dest *d, uint64_t count, uint64_t news) {
   uint64_t all = __atomic_add_fetch(&d->stats.confirmed_pages, count, __ATOMIC_ACQ_REL);
   if (count && all == d->stats.total_pages)
     engine_wake(d->wake);
-  if (count)
-    look_at_unspoilt(d, all);
   present(d, news);
+  if (count)
+    look_at_unspoilt(d);
 }
 
 /* Notes pages that this thread has claimed and placed (DONE), or poisoned (DONE | LOST). A fault
@@ -609,7 +615,7 @@ static bool receive_lost(struct pc_dest *d, struct region *r, const struct frame
     } else if (is == NEVER) {
       atomic_fetch_add(&d->unspoilt, 1);
       atomic_store(&d->record[r->first + page], LOST | (was & CACHED));
-      look_at_unspoilt(d, count_get(d->stats.confirmed_pages));
+      look_at_unspoilt(d);
     } else {
       unclaim(d, r, page, 1);
       if (!called_off(d))

@@ -362,6 +362,33 @@ static void no_memory_errors(void) {
   close_guest(&p, &g);
 }
 
+/* The same of a guest that runs only when all of it is here (precopy), whose pages wait in the
+ * stage: the failure comes then, and says what lacks. */
+static void no_memory_errors_staged(void) {
+  needs_poison();
+  struct guest g = {0};
+  struct ram *m = guest_of(&g, PAGES, false);
+  refuse(UFFDIO_POISON, EINVAL, m->at, PAGES * SMALL);
+  int urgent, push;
+  struct pair p = by_hand_dest(&g, true, &urgent, &push);
+  for (uint64_t page = 1; page < PAGES - 1; page++)
+    send_page(push, m, page);
+  wait_until(get(p.at->passed_pages) == PAGES - 2);
+  check(!pc_dest_seal(p.dest), " ");
+  send_frame(push, FRAME_LOST, 0, 0, 1, NULL, 0);
+  wait_until(state_of(&p, 0) == LOST);
+  check(get(p.at->failure) == PC_OK, "%s", p.at->sentence);
+  send_page(push, m, PAGES - 1);
+  wait_until(get(p.at->failure) > PC_OK);
+  check(get(p.at->failure) == PC_MEMORY && strstr(p.at->sentence, "1 pages"), "%s",
+        p.at->sentence);
+  refuse_no_more();
+  pc_dest_disconnect(p.dest);
+  close(urgent), close(push);
+  finish(&p);
+  guest_free(&g);
+}
+
 /* One that was lost comes after all, as zeros: who waits for it is told, though it stays a hole
  * where nobody waits. */
 static void lost_and_zeros(void) {
@@ -674,6 +701,7 @@ static const struct subtest SUBTESTS[] = {
     {"unreadable_in_a_pass", unreadable_in_a_pass},
     {"lost_and_here", lost_and_here},
     {"no_memory_errors", no_memory_errors},
+    {"no_memory_errors_staged", no_memory_errors_staged},
     {"lost_and_zeros", lost_and_zeros},
     {"placing_fails", placing_fails},
     {"full_tmpfs", full_tmpfs},
