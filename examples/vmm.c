@@ -608,6 +608,8 @@ static bool extension(struct vmm_client *client, int count, char **words)
         do_verify(client);
     else if (count && !strcmp(words[0], "balloon"))
         do_balloon(client, count, words);
+    else if (count && !strcmp(words[0], "shutdown"))
+        vmm_ended(&vmm, "its guest shut down");
     else if (count && !strcmp(words[0], "misbehaved"))
         vmm_reply(client, -1, "ok done=%d", !guest.misbehave);
     else

@@ -425,6 +425,16 @@ __attribute__((noreturn)) static void vmm_exit(struct vmm *vmm)
     _exit(0); /* threads may be waiting in page faults that nobody will answer */
 }
 
+/* Ends the VMM because its guest has ended, as was meant: who drives it is told why, in words for
+ * people ("its guest shut down"), and does not take it for a crash. */
+__attribute__((noreturn)) static inline void vmm_ended(struct vmm *vmm, const char *why)
+{
+    pthread_mutex_lock(&vmm->claim_lock); /* for good: the claim's holder stays */
+    if (vmm->claim)
+        vmm_reply(vmm->claim, -1, "ended %s", why);
+    vmm_exit(vmm);
+}
+
 static void vmm_answer(struct vmm *vmm, struct vmm_client *client, char *line)
 {
     char *words[VMM_WORDS_MAX + 1] = {0}, *rest = NULL;

@@ -25,6 +25,7 @@ import trio
 
 from postcopyd import kernel, procfs, threads
 from postcopyd.errors import PostcopydError, shortage
+from postcopyd.names import plain
 from postcopyd.vmm import (
     Declined,
     Region,
@@ -46,6 +47,7 @@ HELLO = "hello postcopyd 1"
 STATES: dict[str, State] = {"running": "running", "paused": "paused", "incoming": "incoming"}
 MAX_LINES = 256  # of data in one answer: a region each
 MAX_FACTS = 64
+FAREWELL_S = 1.0  # for the rest of what a VMM that has ended has said
 PIPE_SIZE = 1 << 20  # bytes; the most that an unprivileged process may ask for by default
 
 
@@ -94,6 +96,8 @@ class ProcessVmm(Vmm):
         self._writes = "seen"  # how tracking sees what is written to guest RAM
         self._link: Link | None = None
         self._turn = trio.Lock()  # one request at a time
+        self._ended: str | None = None  # why its guest has, if that is the last it has said
+        self._ending = False  # by us
 
     @classmethod
     async def connect(cls, name: str, socket: str, limits: Limits | None = None) -> Self:
@@ -188,6 +192,8 @@ class ProcessVmm(Vmm):
         lines: list[str] = []
         while True:
             line = await link.line()
+            if self._says_ended(line):
+                continue
             word, _, rest = line.partition(" ")
             if word == "ok":
                 return attributes(rest), lines
@@ -197,6 +203,12 @@ class ProcessVmm(Vmm):
             lines.append(line)
             if len(lines) > MAX_LINES:
                 raise VmmProtocolError(f"it answered with more than {MAX_LINES} lines")
+
+    def _says_ended(self, line: str) -> bool:
+        """Unasked, between any two answers. A VMM that goes on after it has not ended."""
+        word, _, why = line.partition(" ")
+        self._ended = (plain(why[:500]) or "its VMM ended it") if word == "ended" else None
+        return word == "ended"
 
     async def _ask(self, link: Link, request: str) -> tuple[dict[str, str], list[str]]:
         with _within(self.limits.answer):
@@ -293,6 +305,7 @@ class ProcessVmm(Vmm):
                 raise
 
     async def end(self) -> None:
+        self._ending = True
         with (
             trio.move_on_after(self.limits.quit),
             contextlib.suppress(VmmError, VmmProtocolError, VmmGone, VmmTimeout),
@@ -313,6 +326,17 @@ class ProcessVmm(Vmm):
 
     async def gone(self) -> None:
         await process_ended(self._pidfd)
+        with trio.move_on_after(FAREWELL_S):
+            await self._hear_out()
+        if self._ended is not None and not self._ending:
+            self.farewell = self._ended
+
+    async def _hear_out(self) -> None:
+        """Reads to the end: what it has said last, nobody may have asked for."""
+        async with self._turn:
+            with contextlib.suppress(PostcopydError, OSError):
+                while self._link is not None:
+                    self._says_ended(await self._link.line())
 
     async def aclose(self) -> None:
         self._drop()

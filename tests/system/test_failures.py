@@ -221,6 +221,23 @@ async def test_cancel_after_the_grant(pair: Pair) -> None:
     await ended(here)
 
 
+async def test_guest_shuts_down_while_its_memory_follows(pair: Pair) -> None:
+    """A VMM that says so ends the migration for both hosts, as a QEMU does: either may start the
+    guest again."""
+    name, here, there = await pair.place("--memory", "32M", "--rate", "2000")
+    a, b = pair
+    started = await a.call("Migrate", name=name, to=b.address, mode="postcopy", bandwidth=MIB)
+    await status_until(b, name, lambda status: status["phase"] == "postcopy")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(there.path))
+        client.sendall(b"shutdown\n")
+    result = await a.result(name, started["migration"])
+    assert (result["event"], "its guest shut down" in result["error"]) == ("ended", True)
+    await ended(here)
+    status = await status_until(b, name, lambda status: status["phase"] == "failed")
+    assert "its guest shut down; it may be started again" in status["message"]
+
+
 async def test_vmm_is_killed_during_load(pair: Pair) -> None:
     """A destination VMM that is killed with half of the device state gives the guest back."""
     name, here, there, migration = await hung(pair, "destination", "load")

@@ -258,3 +258,11 @@ async def test_a_vmm_that_never_accepts_is_given_up(tmp_path: Path) -> None:
         for _ in range(3):
             with trio.fail_after(5), pytest.raises(VmmTimeout, match="did not answer"):
                 await ProcessVmm.connect("web1", str(tmp_path / "deaf.sock"), QUICK)
+
+
+async def test_a_vmm_that_goes_on_after_its_last_word(
+    lie: Callable[[dict[str, object]], str],
+) -> None:
+    """It has not ended by that, and its end is a crash."""
+    async with driver(lie({"hello": b"ended so it says\nok vmm=liar state=paused\n"})) as vmm:
+        assert vmm._ended is None

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from needs import missing
 from process_driver import QUICK, driver, pieces_of, save_all
 
 from postcopyd import procfs
-from postcopyd.vmm import Region, Shape, VmmError
+from postcopyd.vmm import Region, Shape, VmmError, VmmGone
 from postcopyd.vmm.process import ProcessVmm
 
 pytestmark = pytest.mark.trio
@@ -95,6 +96,12 @@ class Guest:
         while not ready():
             assert self.process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
+
+    def tell(self, line: str) -> None:
+        """Without an answer."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(self.socket)
+            client.sendall(line.encode() + b"\n")
 
 
 Start = Callable[..., Guest]
@@ -192,6 +199,28 @@ def copy_file(there: Region, here: Region) -> None:
 
 
 # --- the demo VMM
+
+
+@pytest.mark.parametrize("how", ["shutdown", "shutdown while asked", "kill", "end"])
+async def test_an_end_that_was_meant(demo_vmm: Path, start: Start, how: str) -> None:
+    """The VMM's last word tells an end that its guest meant from a crash, and from one of ours."""
+    guest = start(demo_vmm, "--memory", "16M")
+    async with driver(guest.socket) as vmm:
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(vmm.gone)
+                nursery.start_soon(vmm.gone)  # a session's and its daemon's
+                await trio.testing.wait_all_tasks_blocked()
+                if how == "kill":
+                    guest.process.kill()
+                elif how == "end":
+                    await vmm.end()
+                else:
+                    guest.tell("shutdown")
+                    with contextlib.suppress(VmmGone):
+                        while how != "shutdown":
+                            await vmm.inspect("source")
+        assert vmm.farewell == ("its guest shut down" if how.startswith("shutdown") else None)
 
 
 async def test_inspect_describes_the_vmm_as_it_is(demo_vmm: Path, start: Start) -> None:
