@@ -23,7 +23,7 @@ import trio
 
 from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import Host
-from postcopyd.vmm.qmp import Events, Qmp
+from postcopyd.vmm.qemu.qmp import Events, Qmp
 
 MIB = 1 << 20
 UNLIMITED = 1 << 40

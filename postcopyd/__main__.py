@@ -3,6 +3,6 @@
 
 import sys
 
-from postcopyd.cli import main
+from postcopyd.cli.main import main
 
 sys.exit(main())

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from postcopyd._native import lib
 
-from postcopyd import kernel
+from postcopyd.host import kernel
 
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 HUGE_PAGES_WANTED = 192

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import shtab
 
-from postcopyd import cli
+from postcopyd.cli import main
 
 FILES = {"bash": "postcopyd", "zsh": "_postcopyd", "fish": "postcopyd.fish"}
 
@@ -47,7 +47,7 @@ def actions(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Act
                 yield from ((name, inner) for inner in verb._actions)
 
 
-parser = cli.parser()
+parser = main.parser()
 for verb, action in actions(parser):
     metavar = str(action.metavar)
     # The names that attach and certs want are new ones.

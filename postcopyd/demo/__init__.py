@@ -12,8 +12,9 @@ from typing import Any
 
 import trio
 
-from postcopyd import progress, threads
+from postcopyd.cli import progress
 from postcopyd.demo.hosts import DemoError, Host, ProcessGuest, open_hosts
+from postcopyd.tasks import threads
 
 NAME = "demo"
 PROCESS_MEMORY = 256 << 20

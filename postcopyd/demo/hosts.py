@@ -22,9 +22,9 @@ from typing import Any
 
 import trio
 
-from postcopyd import threads
 from postcopyd.errors import PostcopydError
-from postcopyd.varlink_client import Client, ConnectionLost, ErrorReply, NoAnswer
+from postcopyd.tasks import threads
+from postcopyd.varlink.client import Client, ConnectionLost, ErrorReply, NoAnswer
 
 START_S = 20.0
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -174,7 +174,7 @@ async def open_hosts(
 
 def certified(folder: Path, name: str, address: str = "127.0.0.1") -> Path:
     """The folder with the certificate of a host, by a CA that all of them in `folder` have."""
-    from postcopyd import certs  # only where there is TLS
+    from postcopyd.cli import certs  # only where there is TLS
 
     certs.make(folder / f"{name}.tls", [name, address], folder / "ca")
     return folder / f"{name}.tls"

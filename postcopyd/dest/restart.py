@@ -9,11 +9,11 @@ from typing import Any
 
 from msgspec import to_builtins
 
-from postcopyd import procfs
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError, shortage
-from postcopyd.patience import END_S, RELEASE_S, within
-from postcopyd.vm import Vm
+from postcopyd.host import procfs
+from postcopyd.sessions.patience import END_S, RELEASE_S, within
+from postcopyd.sessions.vm import Vm
 from postcopyd.vmm import Region, Vmm
 
 WHOLE = bytes(state for state in range(256) if state & 12 == 4)

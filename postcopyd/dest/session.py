@@ -23,10 +23,18 @@ from typing import Any
 import trio
 from msgspec import structs, to_builtins
 
-from postcopyd import alike, counts, headroom, hugepages, losses, procfs, threads
+from postcopyd import counts
 from postcopyd import protocol as p
 from postcopyd._native import lib
-from postcopyd.connection import (
+from postcopyd.dest.device_state import DeviceState
+from postcopyd.dest.engine import DestinationEngine
+from postcopyd.dest.restart import regions_again
+from postcopyd.dest.unplugged import unplugged
+from postcopyd.errors import PostcopydError, shortage
+from postcopyd.handover import DESTINATION_RUNS, Destination, Happened, Machine
+from postcopyd.host import procfs
+from postcopyd.native.engine import Failure, faults
+from postcopyd.net.connection import (
     Channel,
     ConnectionLost,
     PeerError,
@@ -35,21 +43,16 @@ from postcopyd.connection import (
     detach_keyed,
     open_nursery,
 )
-from postcopyd.dest.device_state import DeviceState
-from postcopyd.dest.engine import DestinationEngine
-from postcopyd.dest.restart import regions_again
-from postcopyd.dest.unplugged import unplugged
-from postcopyd.errors import PostcopydError, shortage
-from postcopyd.handover import DESTINATION_RUNS, Destination, Happened, Machine
-from postcopyd.hooks import run_hooks
-from postcopyd.limits import in_line
-from postcopyd.native import Failure, faults
-from postcopyd.patience import END_S, RELEASE_S, within
 from postcopyd.protocol import RemoteProtocolError
-from postcopyd.records import Ownership
-from postcopyd.settings import Settings
-from postcopyd.store import StateNotWritten
-from postcopyd.vm import Vm
+from postcopyd.records.schema import Ownership
+from postcopyd.records.store import StateNotWritten
+from postcopyd.sessions import alike, headroom, hugepages, losses
+from postcopyd.sessions.hooks import run_hooks
+from postcopyd.sessions.limits import in_line
+from postcopyd.sessions.patience import END_S, RELEASE_S, within
+from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.vm import Vm
+from postcopyd.tasks import threads
 from postcopyd.vmm import Declined, Shape, VmmTimeout
 
 PROGRESS_S = 0.1

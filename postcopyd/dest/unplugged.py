@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from postcopyd import procfs
+from postcopyd.host import procfs
 from postcopyd.vmm import Region
 
 

@@ -8,7 +8,7 @@ import structlog
 import trio
 
 from postcopyd.errors import PostcopydError
-from postcopyd.vm import Vm
+from postcopyd.sessions.vm import Vm
 from postcopyd.vmm import VmmGone
 
 ROLLBACK_S = 30.0

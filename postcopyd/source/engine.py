@@ -9,10 +9,10 @@ from typing import Any
 
 import trio
 
-from postcopyd import threads
 from postcopyd._native import ffi, lib
 from postcopyd.errors import PostcopydError
-from postcopyd.native import Engine, native_regions
+from postcopyd.native.engine import Engine, native_regions
+from postcopyd.tasks import threads
 from postcopyd.vmm import Region
 
 AT_ONCE_PAGES = 1 << 20

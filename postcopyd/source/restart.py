@@ -10,14 +10,14 @@ from typing import Any
 import trio
 
 from postcopyd import protocol as p
-from postcopyd.connection import dial_control
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
-from postcopyd.settings import Settings
+from postcopyd.net.connection import dial_control
+from postcopyd.net.tls import same_peer
+from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.vm import Vm
 from postcopyd.source.back import ROLLBACK_S, known_again, undone_as
 from postcopyd.source.granted import Granted, unknowing
-from postcopyd.tls import same_peer
-from postcopyd.vm import Vm
 
 
 async def look(vm: str, intent: Mapping[str, Any], settings: Settings) -> str:

@@ -19,18 +19,22 @@ from typing import Any
 import msgspec
 import trio
 
-from postcopyd import alike, counts, kernel, losses, threads
+from postcopyd import counts
 from postcopyd import protocol as p
-from postcopyd.connection import Channel, PeerError, dial_control, dial_data, open_nursery
-from postcopyd.control import MigrateRequest
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Happened, Machine, Source
-from postcopyd.hooks import run_hooks
-from postcopyd.limits import Uplink, in_line
-from postcopyd.patience import END_S, within
+from postcopyd.host import kernel
+from postcopyd.model import MigrateRequest
+from postcopyd.net.connection import Channel, PeerError, dial_control, dial_data, open_nursery
+from postcopyd.net.tls import Names, same_peer
 from postcopyd.protocol import RemoteProtocolError
-from postcopyd.records import Ownership
-from postcopyd.settings import Settings
+from postcopyd.records.schema import Ownership
+from postcopyd.sessions import alike, losses
+from postcopyd.sessions.hooks import run_hooks
+from postcopyd.sessions.limits import Uplink, in_line
+from postcopyd.sessions.patience import END_S, within
+from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.vm import Vm
 from postcopyd.source.back import known_again, undone, untouched
 from postcopyd.source.decision import GIVEN_UP, SILENT, UNKNOWN, Choice, Decision, still_there
 from postcopyd.source.engine import Look, SourceEngine
@@ -38,8 +42,7 @@ from postcopyd.source.granted import Granted, unknowing
 from postcopyd.source.passes import Pass, why_now
 from postcopyd.source.retry import AGAIN_S, PATIENCE_S, Retry
 from postcopyd.source.tracking import Tracking
-from postcopyd.tls import Names, same_peer
-from postcopyd.vm import Vm
+from postcopyd.tasks import threads
 from postcopyd.vmm import Shape
 
 SHOW_S = 0.1

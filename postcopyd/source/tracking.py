@@ -18,11 +18,11 @@ from typing import Self
 
 import trio
 
-from postcopyd import kernel, procfs
 from postcopyd._native import lib
 from postcopyd.errors import PostcopydError
+from postcopyd.host import kernel, procfs
+from postcopyd.sessions.vm import Vm
 from postcopyd.source.engine import Look, SourceEngine
-from postcopyd.vm import Vm
 from postcopyd.vmm import Shape
 
 Usage = tuple[int, float] | None

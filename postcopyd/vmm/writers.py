@@ -14,7 +14,7 @@ import os
 import re
 import stat
 
-from postcopyd import procfs
+from postcopyd.host import procfs
 
 # File systems that may read into the reader's own pages without O_DIRECT too.
 DIRECT_FILE_SYSTEMS = re.compile(r"fuse(blk|\..*)?|virtiofs|9p|cifs|smb3")

@@ -38,11 +38,11 @@ from lab import ANSWER_S, VM, Lost, Node, Vmm, boot, can_destroy, own_mounts
 from meddling import Others, peripherals, with_device
 from monitor import Monitor
 
-from postcopyd import config
+from postcopyd.config import options as config
 from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import PACKAGE
 from postcopyd.errors import PostcopydError
-from postcopyd.varlink_client import ConnectionLost
+from postcopyd.varlink.client import ConnectionLost
 
 MIB = 1 << 20
 

@@ -18,7 +18,7 @@ from typing import Any
 import schedule as s
 from monitor import Monitor
 
-from postcopyd import procfs
+from postcopyd.host import procfs
 
 Status = dict[str, Any]
 

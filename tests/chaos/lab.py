@@ -23,7 +23,7 @@ from qemus import QEMUS
 from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import Host
 from postcopyd.errors import PostcopydError
-from postcopyd.varlink_client import ConnectionLost
+from postcopyd.varlink.client import ConnectionLost
 
 VM = "guest"
 

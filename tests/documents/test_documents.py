@@ -18,7 +18,7 @@ import console as d
 import pytest
 from shells import HOME, Host, scp, two_hosts
 
-from postcopyd import cli
+from postcopyd.cli import main
 
 PAGES = sorted([d.ROOT / "README.md", *d.ROOT.glob("docs/*.md"), *d.ROOT.glob("examples/*.md")])
 # There these words are the first ones of a connection.
@@ -83,7 +83,7 @@ def test_every_command_is_known(page: Path) -> None:
         if words[-1].startswith("--") and re.search(f"{words[-1]} [A-Z]", usage(words[0])):
             words.append("/tmp/1")  # a sentence may name an option without its value
         try:
-            cli.parser().parse_args(words)
+            main.parser().parse_args(words)
         except SystemExit as refused:
             pytest.fail(f"{page.name}: {said}: {refused}")
 
@@ -92,14 +92,28 @@ def usage(verb: str) -> str:
     """The options of a verb, those with a value with its name behind."""
     with pytest.raises(SystemExit), io.StringIO() as said, redirect_stdout(said):
         try:
-            cli.parser().parse_args([verb, "--help"])
+            main.parser().parse_args([verb, "--help"])
         finally:
             text = said.getvalue()
     return text.partition("\n\n")[0].replace("]", "\n")
 
 
 def verbs() -> set[str]:
-    return set(re.findall(r"^    ([a-z-]+) ", cli.parser().format_help(), re.M))
+    return set(re.findall(r"^    ([a-z-]+) ", main.parser().format_help(), re.M))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_are_there(page: Path) -> None:
+    """Those of this repository that a page names, from its root or from the package's."""
+    for name in re.findall(r"`([\w./-]+\.(?:py|[ch]|varlink))`", page.read_text()):
+        beside = (
+            d.ROOT,
+            d.ROOT / "postcopyd",
+            d.ROOT / "postcopyd/native",
+            d.ROOT / "examples",
+            page.parent,
+        )
+        assert any((folder / name).exists() for folder in beside), f"{page.name}: {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

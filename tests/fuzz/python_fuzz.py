@@ -25,10 +25,12 @@ from typing import Any
 
 from postcopyd._native import ffi, lib
 
-from postcopyd import config, control, varlink, varlink_idl
 from postcopyd import handover as h
 from postcopyd import protocol as p
+from postcopyd.config import options
+from postcopyd.control import methods
 from postcopyd.errors import PostcopydError
+from postcopyd.varlink import idl, server
 
 STATES: list[h.State] = [*h.Source, *h.Destination]
 MOST = 2000  # bytes of an input
@@ -80,18 +82,18 @@ def frame_header(data: bytes) -> None:
 def control_call(data: bytes) -> Iterator[str]:
     """What the control socket does with one call, up to where the daemon is asked."""
     try:
-        message = varlink.parse_message(data)
+        message = server.parse_message(data)
         handler, parameters = SERVICE.prepare(message)
-        answer = handler(varlink.Call(message["method"], parameters, PEER, nowhere))
+        answer = handler(server.Call(message["method"], parameters, PEER, nowhere))
         try:
             answer.send(None)  # type: ignore[attr-defined]  # nothing in it waits
         except StopIteration as end:
-            varlink._reply(end.value)
+            server._reply(end.value)
             yield message["method"]
-    except varlink.Malformed as error:
+    except server.Malformed as error:
         yield str(error)
-    except varlink.VarlinkError as error:
-        varlink._reply(error.parameters, error=error.name)
+    except server.VarlinkError as error:
+        server._reply(error.parameters, error=error.name)
         yield error.name
 
 
@@ -116,25 +118,25 @@ class NoVms:
 async def nowhere(_: Any) -> None: ...
 
 
-SERVICE = control.service(NoVms())
-PEER = varlink.Peer(1, 0, 0, frozenset())
+SERVICE = methods.service(NoVms())
+PEER = server.Peer(1, 0, 0, frozenset())
 Target = Callable[[bytes], Iterator[str]]
 TARGETS: dict[str, Target] = {"control": control_stream, "call": control_call}
-TRACED = {module.__file__ for module in (config, control, h, p, varlink, varlink_idl)}
+TRACED = {module.__file__ for module in (options, methods, h, p, server, idl)}
 
 # --- where to begin
 
 
-def value_of(interface: varlink_idl.Interface, kind: varlink_idl.Type) -> Any:
+def value_of(interface: idl.Interface, kind: idl.Type) -> Any:
     """A value of a type of the interface."""
     match kind:
-        case varlink_idl.Maybe(of):
+        case idl.Maybe(of):
             return value_of(interface, of)
-        case varlink_idl.Named(name):
+        case idl.Named(name):
             return value_of(interface, interface.types[name])
-        case varlink_idl.Enum(names):
+        case idl.Enum(names):
             return names[0]
-        case varlink_idl.Scalar(name):
+        case idl.Scalar(name):
             return {"string": "h:1", "int": 1, "bool": True, "float": 1.5}[name]
     return {}
 

@@ -127,8 +127,9 @@ def migration() -> None:
 async def move(folder: Path, mode: str) -> dict[str, Any]:
     import trio
 
-    from postcopyd import adoption, kernel
     from postcopyd.demo import hosts
+    from postcopyd.host import kernel
+    from postcopyd.native import adoption
 
     hosts.START_S = GIVE_UP_S  # type: ignore[misc]
     ram = ("--memory", str(MEMORY), "--threads", "2", "--rate", "300", "--backing", "file")

@@ -14,7 +14,10 @@ import pytest
 from needs import missing
 
 import postcopyd
-from postcopyd import cli, config, store, varlink_idl, verbs
+from postcopyd.cli import main, verbs
+from postcopyd.config import options as config
+from postcopyd.records import store
+from postcopyd.varlink import idl
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "man").glob("*.rst"))
@@ -35,7 +38,7 @@ def terms(text: str) -> set[str]:
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    [verbs] = [a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    [verbs] = [a for a in main.parser()._actions if isinstance(a, argparse._SubParsersAction)]
     return verbs.choices
 
 
@@ -70,8 +73,10 @@ def test_every_key_is_in_the_manual() -> None:
 
 def test_every_field_is_in_the_manual() -> None:
     """postcopyd(1) names every field of the result and of the state of a VM."""
-    text = Path(postcopyd.__file__).with_name("io.postcopyd.varlink").read_text()
-    types = varlink_idl.parse_interface(text).types
+    text = (
+        Path(postcopyd.__file__).with_name("control").joinpath("io.postcopyd.varlink").read_text()
+    )
+    types = idl.parse_interface(text).types
     told = {
         head: re.findall(r"\*\*(\w+)\*\*", text) for head, text in sections(COMMAND, "-").items()
     }

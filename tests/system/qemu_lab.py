@@ -20,8 +20,8 @@ import trio
 from qemus import both_qemus
 
 from postcopyd.vmm import Role, Shape, VmmGone
-from postcopyd.vmm.qemu import QemuVmm
-from postcopyd.vmm.qmp import Qmp
+from postcopyd.vmm.qemu.driver import QemuVmm
+from postcopyd.vmm.qemu.qmp import Qmp
 
 MIB = 1 << 20
 RAM = 128 * MIB

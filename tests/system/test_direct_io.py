@@ -23,7 +23,7 @@ from slow_disk import SlowDisk, slow_disk
 
 from postcopyd.demo import qemu_guest as q
 from postcopyd.vmm import Region
-from postcopyd.vmm.qemu import QemuVmm
+from postcopyd.vmm.qemu.driver import QemuVmm
 
 MIB, PAGE = 1 << 20, 4096
 READ_SECONDS = 0.1

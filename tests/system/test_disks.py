@@ -17,8 +17,8 @@ from disk_images import MIB, qcow2, raw
 from pair import Pair, open_pair, status_until
 from qemu_lab import PAIRS, Lab, Machine, inspected
 
-from postcopyd import alike
 from postcopyd import protocol as p
+from postcopyd.sessions import alike
 from postcopyd.vmm import Shape
 
 UNLOCKED = "file.locking=off"

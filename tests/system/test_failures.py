@@ -27,9 +27,9 @@ from pair import (
     worked,
 )
 
-from postcopyd import hooks
 from postcopyd.demo.hosts import PACKAGE, ProcessGuest, executable
 from postcopyd.errors import PostcopydError
+from postcopyd.sessions import hooks
 
 # --- what the daemons refuse
 

@@ -29,7 +29,7 @@ from pair import (
     worked,
 )
 
-from postcopyd.varlink_client import Client, ErrorReply
+from postcopyd.varlink.client import Client, ErrorReply
 
 FEW = 14
 """Enough to start with and to listen, and not for a guest."""

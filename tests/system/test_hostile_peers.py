@@ -47,8 +47,8 @@ from test_hybrid import tracked
 from test_hybrid_process import copied, unoccupied
 
 from postcopyd import protocol as p
-from postcopyd.connection import ConnectionLost, receive_object
 from postcopyd.errors import PostcopydError
+from postcopyd.net.connection import ConnectionLost, receive_object
 
 M = TypeVar("M", bound=p.Message)
 CORPUS = Path(__file__).parents[1] / "fuzz/corpus"

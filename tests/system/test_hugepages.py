@@ -18,8 +18,8 @@ from postcopyd._native import ffi, lib
 
 from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import open_hosts
-from postcopyd.hugepages import chosen
-from postcopyd.procfs import smaps_entries
+from postcopyd.host.procfs import smaps_entries
+from postcopyd.sessions.hugepages import chosen
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MADVISE, MADV_HUGEPAGE = 28, 14  # x86-64

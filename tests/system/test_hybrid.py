@@ -14,8 +14,8 @@ from qemus import EACH_QEMU, QEMUS
 from slow_disk import slow_disk
 from test_qemu_migration import MIB, VM, Pair, pair
 
-from postcopyd import procfs
 from postcopyd.demo import qemu_guest as q
+from postcopyd.host import procfs
 
 # Write rates, operations a second on 4 KiB pages at random: from idle to beyond what the bandwidth
 # carries, and then as fast as the guest can.

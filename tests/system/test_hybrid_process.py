@@ -25,7 +25,7 @@ from process_driver import driver
 from test_hybrid import tracked
 from test_migration import huge_pages, tmpfs
 
-from postcopyd.vmm.mappings import is_empty
+from postcopyd.vmm.process.mappings import is_empty
 
 __all__ = ["huge_pages", "tmpfs"]  # fixtures
 

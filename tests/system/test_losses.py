@@ -39,7 +39,7 @@ from pair import (
 
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
-from postcopyd.vmm.process import ProcessVmm
+from postcopyd.vmm.process.driver import ProcessVmm
 
 # --- daemons that end
 

@@ -18,7 +18,7 @@ from process_driver import QUICK, driver, pieces_of, save_all
 
 from postcopyd.errors import PostcopydError
 from postcopyd.vmm import Declined, VmmError, VmmGone, VmmProtocolError, VmmTimeout
-from postcopyd.vmm.process import ProcessVmm
+from postcopyd.vmm.process.driver import ProcessVmm
 
 pytestmark = pytest.mark.trio
 

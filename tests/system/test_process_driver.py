@@ -26,9 +26,9 @@ import trio.testing
 from needs import missing
 from process_driver import QUICK, driver, pieces_of, save_all
 
-from postcopyd import procfs
+from postcopyd.host import procfs
 from postcopyd.vmm import Region, Shape, VmmError, VmmGone
-from postcopyd.vmm.process import ProcessVmm
+from postcopyd.vmm.process.driver import ProcessVmm
 
 pytestmark = pytest.mark.trio
 

@@ -21,19 +21,12 @@ import trio
 from needs import missing
 from qemu_lab import FILE, MACHINE, MIB, PAIRS, QEMUS, RAM, Lab, Machine, inspected, settings
 
-from postcopyd import adoption, procfs
-from postcopyd.vmm import (
-    Declined,
-    VmmError,
-    VmmGone,
-    VmmTimeout,
-    qemu_hugepages,
-    qemu_stream,
-    qemu_userfaultfd,
-)
-from postcopyd.vmm import qemu as qemu_driver
-from postcopyd.vmm.qemu import QemuVmm
-from postcopyd.vmm.qmp import Qmp
+from postcopyd.host import procfs
+from postcopyd.native import adoption
+from postcopyd.vmm import Declined, VmmError, VmmGone, VmmTimeout
+from postcopyd.vmm.qemu import driver as qemu_driver
+from postcopyd.vmm.qemu.driver import QemuVmm, hugepages, stream, userfaultfd
+from postcopyd.vmm.qemu.qmp import Qmp
 
 UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 
@@ -125,7 +118,7 @@ async def test_several_backends_are_several_regions(lab: Lab, qemu: int) -> None
             regions = [(region.name, region.size // MIB) for region in theirs.regions]
             assert regions == [("extra", 64), ("ram0", 32), ("ram1", 32)]
             descriptors = await b.adopt(theirs)
-            assert len(descriptors) == len(qemu_userfaultfd.numbers(b.pid)) == 3
+            assert len(descriptors) == len(userfaultfd.numbers(b.pid)) == 3
             for descriptor in descriptors:
                 os.close(descriptor)
             tape = Tape()
@@ -382,7 +375,7 @@ async def test_a_new_daemon_adopts_again_without_the_monitor(lab: Lab, qemu: int
     async with inspected(again, "destination") as shape:
         assert shape.state == "incoming"
     await again.release()
-    assert qemu_userfaultfd.numbers(machine.pid) == []
+    assert userfaultfd.numbers(machine.pid) == []
 
 
 async def test_cancelling_at_any_moment_brings_the_guest_back(
@@ -410,7 +403,7 @@ async def test_qemu_killed_during_save(
 ) -> None:
     """The death of the source's QEMU while it saves is an error with its name, and no hang."""
     # It has more to write than the socket takes, so it is not done when it is killed.
-    monkeypatch.setattr(qemu_stream, "BUFFER", 4096)
+    monkeypatch.setattr(stream, "BUFFER", 4096)
     machine = lab.start(qemu)
     driver = await lab.drive(machine)
     await driver.prepare()
@@ -471,12 +464,12 @@ async def test_adopt_empties_ram_and_gives_descriptors(lab: Lab, qemu: int) -> N
         assert machine.ram.stat().st_blocks == 0
         assert len(descriptors) == 1
         assert os.readlink(f"/proc/self/fd/{descriptors[0]}") == "anon_inode:[userfaultfd]"
-        assert len(qemu_userfaultfd.numbers(machine.pid)) == 1
+        assert len(userfaultfd.numbers(machine.pid)) == 1
         os.close(descriptors[0])
     shape.close()
     await driver.release()
     await driver.release()
-    assert qemu_userfaultfd.numbers(machine.pid) == []
+    assert userfaultfd.numbers(machine.pid) == []
     assert await machine.state() == "inmigrate"
     assert await settings(machine) == before
 
@@ -519,7 +512,7 @@ async def test_huge_pages_that_somebody_else_has_forbidden_stay_so(
     await adopt(driver)
     assert may_have_huge_pages(machine)
     await driver.release()
-    await adoption.prctl(machine.pid, qemu_hugepages.PR_SET_THP_DISABLE, 1)
+    await adoption.prctl(machine.pid, hugepages.PR_SET_THP_DISABLE, 1)
     for zeros in (0, 1):
         kernel_says(zeros=zeros)
         await adopt(driver)
@@ -656,12 +649,12 @@ async def test_what_a_killed_daemon_left_is_closed(lab: Lab, qemu: int) -> None:
     machine = lab.start(qemu)
     driver = await lab.drive(machine)
     for close in (driver.track, driver.rollback):
-        ours, _ = await qemu_userfaultfd.create(driver._qmp, driver.pid)
+        ours, _ = await userfaultfd.create(driver._qmp, driver.pid)
         os.close(ours)
-        assert len(qemu_userfaultfd.numbers(machine.pid)) == 1
+        assert len(userfaultfd.numbers(machine.pid)) == 1
         if isinstance(uffd := await close(), int):
             os.close(uffd)
-        assert qemu_userfaultfd.numbers(machine.pid) == []
+        assert userfaultfd.numbers(machine.pid) == []
     assert await machine.state() == "running"
 
 

@@ -16,7 +16,7 @@ from qemus import EACH_QEMU, QEMUS
 from test_qemu_migration import VM, Pair, own_monitor, pair
 
 from postcopyd.demo import qemu_guest as q
-from postcopyd.vmm.qmp import Qmp, QmpClosed
+from postcopyd.vmm.qemu.qmp import Qmp, QmpClosed
 
 MIB = 1 << 20
 End = Callable[[Qmp, q.QemuProcess], Awaitable[None]]

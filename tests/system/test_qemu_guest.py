@@ -31,7 +31,7 @@ from postcopyd.demo.qemu_guest import (
     Report,
     Workload,
 )
-from postcopyd.vmm.qmp import Qmp
+from postcopyd.vmm.qemu.qmp import Qmp
 
 MIB = 1 << 20
 PAGE = 4096

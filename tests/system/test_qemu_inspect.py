@@ -16,11 +16,11 @@ import trio
 from needs import missing
 from qemu_lab import FILE, MACHINE, MIB, PAIRS, QEMUS, RAM, Lab, inspected, settings
 
-from postcopyd import alike
 from postcopyd import protocol as p
+from postcopyd.sessions import alike
 from postcopyd.vmm import Shape, writers
-from postcopyd.vmm.qemu import QemuVmm
-from postcopyd.vmm.qmp import Qmp, QmpBusy, QmpUnreachable
+from postcopyd.vmm.qemu.driver import QemuVmm
+from postcopyd.vmm.qemu.qmp import Qmp, QmpBusy, QmpUnreachable
 
 
 async def test_inspect_finds_ram_and_asks_nothing_of_the_guest(lab: Lab, qemu: int) -> None:

@@ -23,7 +23,7 @@ from qemus import EACH_QEMU, QEMUS
 from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import Host, open_hosts
 from postcopyd.errors import PostcopydError
-from postcopyd.vmm.qmp import Qmp
+from postcopyd.vmm.qemu.qmp import Qmp
 
 MIB = 1 << 20
 VM = "guest"

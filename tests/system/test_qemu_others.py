@@ -15,8 +15,8 @@ from qemu_lab import MIB, RAM, Lab, Machine, inspected, settings
 from test_qemu_driver import Tape, adopt
 
 from postcopyd.vmm import VmmError
-from postcopyd.vmm.qemu import QemuVmm
-from postcopyd.vmm.qmp import QmpRefused
+from postcopyd.vmm.qemu.driver import QemuVmm
+from postcopyd.vmm.qemu.qmp import QmpRefused
 
 SLOW = 1 << 20  # bytes a second, of a save that shall not end by itself
 

@@ -13,8 +13,8 @@ import pytest
 from before import NEW, OLD, needed, told
 from qemu_lab import Lab
 
-from postcopyd.control import interface
-from postcopyd.varlink_idl import Enum, Maybe, Struct, Type, parse_interface
+from postcopyd.control.methods import interface
+from postcopyd.varlink.idl import Enum, Maybe, Struct, Type, parse_interface
 
 pytestmark = pytest.mark.long
 

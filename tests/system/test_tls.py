@@ -35,14 +35,14 @@ from pair import (
 from test_cut_connections import wire
 
 from postcopyd import protocol as p
-from postcopyd.connection import dial, dial_control, dial_data, receive_object
 from postcopyd.demo.hosts import DemoError, certified
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
-from postcopyd.settings import Settings
-from postcopyd.store import Store
-from postcopyd.tls import Tls
-from postcopyd.vmm.process import ProcessVmm
+from postcopyd.net.connection import dial, dial_control, dial_data, receive_object
+from postcopyd.net.tls import Tls
+from postcopyd.records.store import Store
+from postcopyd.sessions.settings import Settings
+from postcopyd.vmm.process.driver import ProcessVmm
 
 
 @pytest.fixture(scope="module")

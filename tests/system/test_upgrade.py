@@ -37,7 +37,7 @@ from test_qemu_migration import Pair as QemuPair
 from test_qemu_migration import pair as qemu_pair
 
 from postcopyd.demo import qemu_guest as q
-from postcopyd.vmm.qmp import Qmp
+from postcopyd.vmm.qemu.qmp import Qmp
 
 __all__ = ["folder"]  # a fixture
 

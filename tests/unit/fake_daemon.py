@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import trio
 
-from postcopyd.control import MigrateRequest, Status
 from postcopyd.errors import PostcopydError
+from postcopyd.model import MigrateRequest, Status
 
 FAULTS = {"count": 10, "p50Us": 90.5, "p99Us": 800.0, "maxUs": 2100.0}
 RESULT = {

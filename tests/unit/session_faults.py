@@ -25,13 +25,16 @@ import trio.testing
 from fake_vmm import FakeDriver, FakeVmm
 from session_world import BUGS, LONG_S, Fault, FullStore, Host, Instead, ToldEngine, World
 
-from postcopyd import connection, daemon, locks, procfs
 from postcopyd import protocol as p
-from postcopyd.connection import ConnectionLost
+from postcopyd.daemon import registry
 from postcopyd.dest import session as arriving
+from postcopyd.host import procfs
+from postcopyd.net import connection
+from postcopyd.net.connection import ConnectionLost
+from postcopyd.records import locks
+from postcopyd.records.store import StateNotWritten
+from postcopyd.sessions.vm import Vm
 from postcopyd.source import session as leaving
-from postcopyd.store import StateNotWritten
-from postcopyd.vm import Vm
 from postcopyd.vmm import State
 
 Clock = trio.testing.MockClock
@@ -76,7 +79,7 @@ def other_threads() -> dict[str, str]:
 
 def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of a world, and the parts of it that are made."""
-    monkeypatch.setattr(daemon, "DRIVERS", {"process": FakeDriver})
+    monkeypatch.setattr(registry, "DRIVERS", {"process": FakeDriver})
     monkeypatch.setattr(procfs, "started", FakeVmm.started)
     monkeypatch.setattr(locks, "process", FakeVmm.locked)
     for name in ("mappings", "open_file"):  # guest RAM of a FakeVmm is mapped here
@@ -84,8 +87,8 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(arriving, "DestinationEngine", ToldEngine)
     monkeypatch.setattr(arriving, "PROGRESS_S", 1.0)
     monkeypatch.setattr(arriving, "COUNT_S", 0.1)
-    monkeypatch.setattr(daemon, "accepted_kind", accepted_at_once)
-    for module in (connection, daemon):
+    monkeypatch.setattr(registry, "accepted_kind", accepted_at_once)
+    for module in (connection, registry):
         monkeypatch.setattr(module, "receive_object", received_at_once)
     for kind in (leaving.SourceSession, arriving.DestinationSession):
         monkeypatch.setattr(kind, "__init__", noted(kind.__init__))

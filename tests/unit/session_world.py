@@ -24,15 +24,15 @@ import trio
 from fake_vmm import FakeVmm, Guest, Killed, Life
 from msgspec.structs import replace
 
-from postcopyd import daemon
 from postcopyd import protocol as p
-from postcopyd.control import MigrateRequest
+from postcopyd.daemon import registry
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Source
-from postcopyd.settings import Settings
-from postcopyd.store import StateNotWritten, Store
+from postcopyd.model import MigrateRequest
+from postcopyd.records.store import StateNotWritten, Store
+from postcopyd.sessions.settings import Settings
 from postcopyd.vmm import Role, State
 
 Fault = Callable[["World", str], Any]
@@ -159,7 +159,7 @@ class Host:
             self.store, self._folder / f"{self.role}-hooks", connections=1, daemon=self.which
         )
         async with trio.open_nursery() as nursery:
-            self.daemon = daemon.Daemon(settings, nursery)
+            self.daemon = registry.Daemon(settings, nursery)
             if len(self.lives) == 1:
                 await self.daemon.attach("web1", "process", self.vmm.socket)
             else:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from msgspec import structs
 
-from postcopyd import alike
 from postcopyd import protocol as p
+from postcopyd.sessions import alike
 from postcopyd.vmm import Disk, DiskFile, Shape
 
 LOCAL = DiskFile("/d", "ext4", False, True, {"kernel A": "file 1 7"})

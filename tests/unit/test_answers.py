@@ -12,8 +12,8 @@ from session_faults import Clock, goes_down, made_clock, world
 from session_world import World
 
 from postcopyd.errors import PostcopydError
-from postcopyd.store import KEPT, Store
-from postcopyd.vm import Vm
+from postcopyd.records.store import KEPT, Store
+from postcopyd.sessions.vm import Vm
 
 ARRIVED = {
     "migration": "one",

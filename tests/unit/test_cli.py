@@ -22,11 +22,16 @@ import trio
 import trio.testing
 from fake_daemon import FAULTS, RESULT, FakeDaemon
 
-import postcopyd
-from postcopyd import cli, config, control, procfs, progress, verbs
-from postcopyd.control import MigrateRequest
+import postcopyd.daemon
+from postcopyd import units
+from postcopyd.cli import main, progress, verbs
+from postcopyd.config import options as config
+from postcopyd.control import methods
 from postcopyd.errors import PostcopydError
-from postcopyd.store import Store
+from postcopyd.host import procfs
+from postcopyd.model import MigrateRequest
+from postcopyd.net import socket_file
+from postcopyd.records.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILED = {"event": "failed", "vm": "web1", "migration": "m1", "error": "host2 said no: mend it"}
@@ -107,7 +112,7 @@ async def host(folder: Path, *names: str) -> AsyncIterator[Host]:
     daemon = FakeDaemon(*names)
     path = str(folder / "control")
     async with trio.open_nursery() as nursery:
-        await nursery.start(control.serve, daemon, control.listen(path))
+        await nursery.start(methods.serve, daemon, socket_file.listen(path))
         made = Host(daemon, path, nursery)
         yield made
         nursery.cancel_scope.cancel()
@@ -132,7 +137,7 @@ def test_help_is_instant() -> None:
 def test_clients_load_nothing_heavy() -> None:
     """A client verb imports neither trio nor structlog nor rich."""
     code = (
-        "import sys; from postcopyd.cli import main; main(['list', '--control', '/none']);"
+        "import sys; from postcopyd.cli import main; main.main(['list', '--control', '/none']);"
         "print(sorted({'trio', 'structlog', 'rich', 'msgpack'} & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -252,8 +257,8 @@ def test_serve_runs_the_daemon(monkeypatch: pytest.MonkeyPatch, capsys: Any, wra
             raise ExceptionGroup("", [ExceptionGroup("", [error])]) if wrapped else error
 
     monkeypatch.delenv("POSTCOPYD_CONTROL", raising=False)
-    monkeypatch.setitem(sys.modules, "postcopyd.service", Service)
-    monkeypatch.setattr(postcopyd, "service", Service, raising=False)
+    monkeypatch.setitem(sys.modules, "postcopyd.daemon.service", Service)
+    monkeypatch.setattr(postcopyd.daemon, "service", Service, raising=False)
     args = [
         "--config",
         os.devnull,
@@ -266,7 +271,7 @@ def test_serve_runs_the_daemon(monkeypatch: pytest.MonkeyPatch, capsys: Any, wra
         "--bandwidth",
         "1M",
     ]
-    assert cli.main(["serve", *args]) == 1
+    assert main.main(["serve", *args]) == 1
     assert capsys.readouterr().err == "postcopyd: cannot listen on port 7: it is taken\n"
     listen = config.Address("127.0.0.1", 7)
     expected = config.ServeOptions(
@@ -577,7 +582,7 @@ def test_plain_lines_are_few(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> No
 )
 def test_durations(us: float, text: str) -> None:
     """Durations have the unit that suits them."""
-    assert progress.duration(us) == text
+    assert units.duration(us) == text
 
 
 # May a guest be started here?
@@ -620,7 +625,7 @@ def test_may_run_after_a_restart(
     durable = intent(tmp_path)
     monkeypatch.setattr(procfs, "boot_id", lambda: "another")
     args = ["--durable-dir", str(durable), "--control", str(tmp_path / "none")]
-    assert cli.main(["may-run", "web1", *args]) == 1
+    assert main.main(["may-run", "web1", *args]) == 1
     assert "this host, which has restarted since, has not recorded" in capsys.readouterr().err
 
 
@@ -666,7 +671,7 @@ def test_nobody_answers(
     """No verb waits for ever for a service that does not start: it says so, and has asked
     nothing."""
     monkeypatch.setattr(verbs, "GREETING_SECONDS", 0.1)
-    assert cli.main([*verb, "--control", held]) == 1
+    assert main.main([*verb, "--control", held]) == 1
     said = capsys.readouterr().err
     assert f"the daemon on {held} does not answer (nobody answered within 0 s)" in said
     assert "systemctl status postcopyd.service" in said
@@ -674,7 +679,7 @@ def test_nobody_answers(
 
 def test_every_verb_that_asks_is_tried() -> None:
     """A new one is not forgotten: all have --control, and may-run has tests of its own."""
-    subparsers = cli.parser()._subparsers
+    subparsers = main.parser()._subparsers
     assert subparsers is not None
     (action,) = subparsers._group_actions
     choices: Any = action.choices
@@ -698,7 +703,7 @@ def test_may_run_when_nobody_answers(
     state.save("web4", {**record, "status": "what?"})
 
     def asked(name: str, *where: str) -> tuple[int, str]:
-        status = cli.main(["may-run", name, "--control", held, *where])
+        status = main.main(["may-run", name, "--control", held, *where])
         return status, capsys.readouterr().err
 
     for where in (
@@ -763,7 +768,7 @@ async def test_may_run_by_the_daemon(
     async with host(tmp_path, "web1", "db") as h:
         h.daemon.put("web1", message="see host2", **status)
         args += ["--control", h.path]
-        asked = await trio.to_thread.run_sync(cli.main, ["may-run", "web1", *args])
+        asked = await trio.to_thread.run_sync(main.main, ["may-run", "web1", *args])
     said = capsys.readouterr()
     assert asked == (0 if may else 1)
     assert said.err == ("" if may else "postcopyd: do not start web1 here: see host2\n")

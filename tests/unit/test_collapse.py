@@ -19,10 +19,10 @@ import pytest
 import trio
 import trio.testing
 
-from postcopyd import hugepages
-from postcopyd.hugepages import HUGE_PAGE, PAGES, SMALL_PAGE, Area, Ram, Work, eligible
-from postcopyd.store import Store
-from postcopyd.vm import Vm
+from postcopyd.records.store import Store
+from postcopyd.sessions import hugepages
+from postcopyd.sessions.hugepages import HUGE_PAGE, PAGES, SMALL_PAGE, Area, Ram, Work, eligible
+from postcopyd.sessions.vm import Vm
 from postcopyd.vmm import Region
 
 BASE = 0x7F0000000000

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from postcopyd import cli, config, config_files
-from postcopyd.config import KEYS, PEER_KEYS, Address, Peer, ServeOptions
-from postcopyd.config_files import configuration
+from postcopyd.cli.main import main
+from postcopyd.config import files
+from postcopyd.config import options as config
+from postcopyd.config.files import configuration
+from postcopyd.config.options import KEYS, PEER_KEYS, Address, Peer, ServeOptions
 from postcopyd.errors import PostcopydError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "systemd/postcopyd.toml"
@@ -21,7 +23,7 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "systemd/postcopyd.toml"
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """As /etc, /run and /usr/lib."""
     made = [tmp_path / name for name in ("etc", "run", "lib")]
-    monkeypatch.setattr(config_files, "FOLDERS", made)
+    monkeypatch.setattr(files, "FOLDERS", made)
     monkeypatch.delenv("POSTCOPYD_CONTROL", raising=False)
     return made
 
@@ -146,7 +148,7 @@ def test_every_option_on_the_command_line(
     assert words.keys() == KEYS.keys()
     said = [word for name, value in words.items() for word in (f"--{name}", value)]
     said += ["--peer", "host2=10.0.0.2,may=send+control", "--peer", "host3"]
-    assert cli.main(["serve", "--check-config", *said]) == 0
+    assert main.main(["serve", "--check-config", *said]) == 0
     printed = capsys.readouterr().out
     assert printed.endswith("# good\n")
     assert len(re.findall("# command line", printed)) == len(words) + 2
@@ -157,7 +159,7 @@ def test_every_option_on_the_command_line(
         2048, 4, 5, 6144, 7, "[::1]:9",
         (Peer("host2", Address("10.0.0.2", 16525), frozenset({"send", "control"})), Peer("host3")),
     )  # fmt: skip
-    assert cli.main(["serve", "--check-config", "--config", str(file)]) == 0
+    assert main.main(["serve", "--check-config", "--config", str(file)]) == 0
     assert f'tls = "off"                                      # {file}, line 5\n' in (
         capsys.readouterr().out
     )
@@ -170,7 +172,7 @@ def test_check_refuses(
     file = write(folders[1] / "postcopyd.toml", "max-vms = 0\ntls = 1\n")
     drop = write(folders[0] / "postcopyd.toml.d/1.toml", "x = 1\n")
     for check in (["--check-config"], []):
-        assert cli.main(["serve", *check]) == 2
+        assert main.main(["serve", *check]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         lines = [f"postcopyd: {file}, line 1: ", f"{file}, line 2: ", f"{drop}, line 1: "]
@@ -196,9 +198,9 @@ def test_the_example() -> None:
 def from_text(text: str, folder: Path) -> ServeOptions:
     said: dict[Any, Any] = {}
     wrong: list[str] = []
-    config_files.take_text(text, folder / "example", said, wrong)
+    files.take_text(text, folder / "example", said, wrong)
     assert wrong == []
-    return config_files.put_together(said)
+    return files.put_together(said)
 
 
 # --- mistakes ------------------------------------------------------------------------------------

@@ -16,15 +16,16 @@ import pytest
 import trio
 import trio.testing
 
-from postcopyd import certs, connection
 from postcopyd import protocol as p
-from postcopyd.connection import Channel, ConnectionLost, PeerError, receive_object
+from postcopyd.cli import certs
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Machine, Source
+from postcopyd.net import connection
+from postcopyd.net.connection import Channel, ConnectionLost, PeerError, receive_object
+from postcopyd.net.tls import Tls
 from postcopyd.protocol import LocalProtocolError, RemoteProtocolError
-from postcopyd.settings import Settings
-from postcopyd.store import Store
-from postcopyd.tls import Tls
+from postcopyd.records.store import Store
+from postcopyd.sessions.settings import Settings
 
 OFFER = p.Offer("m1", "web1", "qemu", [p.RegionOffer("ram", 512, 4096)], {}, 2, 1)
 

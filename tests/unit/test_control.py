@@ -23,9 +23,11 @@ import trio.testing
 from fake_daemon import FAULTS, RESULT, FakeDaemon
 from needs import package
 
-from postcopyd import control, varlink_client
-from postcopyd.control import MigrateRequest
+from postcopyd.control import methods
 from postcopyd.errors import PostcopydError
+from postcopyd.model import MigrateRequest
+from postcopyd.net import socket_file
+from postcopyd.varlink import client as varlink_client
 
 NAMES = ["NoSuchVm", "AlreadyAttached", "Busy", "NotMigrating", "AfterGrant", "Refused"]
 NAMES += ["PeerUnreachable", "InvalidRequest", "NotPossible", "Internal"]
@@ -35,7 +37,7 @@ NAMES += ["PeerUnreachable", "InvalidRequest", "NotPossible", "Internal"]
 async def serving(daemon: FakeDaemon, folder: Path) -> AsyncIterator[str]:
     path = str(folder / "control")
     async with trio.open_nursery() as nursery:
-        await nursery.start(control.serve, daemon, control.listen(path))
+        await nursery.start(methods.serve, daemon, socket_file.listen(path))
         try:
             yield path
         finally:
@@ -62,7 +64,7 @@ async def refusal(path: str, method: str, **parameters: Any) -> tuple[str, dict[
 
 def test_everything_in_the_interface_is_described() -> None:
     """Every method, type, error and field of the interface has a sentence in front of it."""
-    shipped = control.interface()
+    shipped = methods.interface()
     assert [name for name, doc in shipped.docs.items() if not doc.endswith(".")] == []
     structs = {**shipped.types, **shipped.errors}
     for name, method in shipped.methods.items():
@@ -78,14 +80,14 @@ def test_everything_in_the_interface_is_described() -> None:
 
 def test_the_errors_are_declared() -> None:
     """Each name that the daemon's errors use is declared with a sentence as its parameter."""
-    errors = control.interface().errors
+    errors = methods.interface().errors
     assert sorted(errors) == sorted(NAMES)
     assert {tuple(struct.fields) for struct in errors.values()} == {("message",)}
 
 
 def test_the_documented_objects_match_the_interface() -> None:
     """A status with a result as they are promised to scripts is what the interface declares."""
-    shipped = control.interface()
+    shipped = methods.interface()
     daemon = FakeDaemon("web1")
     daemon.put("web1", result=RESULT, faults=FAULTS, mode="postcopy", elapsedMs=1.5)
     for name in ("Status", "Watch", "Attach"):
@@ -95,7 +97,7 @@ def test_the_documented_objects_match_the_interface() -> None:
 def test_another_parser_reads_the_interface() -> None:
     """The parser of the `varlink` package finds the same members."""
     varlink = package("varlink")
-    shipped = control.interface()
+    shipped = methods.interface()
     theirs = varlink.Interface(shipped.text).members
     assert list(theirs) == [name for name in shipped.docs if name]
 
@@ -355,29 +357,29 @@ def test_the_socket_is_for_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "a" / "b" / "control"
     # Root may give it to any group, others to their own only.
     wanted = 1 if os.geteuid() == 0 else os.getegid()
-    with control.listen(str(path), grp.getgrgid(wanted).gr_name):
+    with socket_file.listen(str(path), grp.getgrgid(wanted).gr_name):
         entry = path.stat()
         assert stat.S_IMODE(entry.st_mode) == 0o660
         assert entry.st_gid == wanted
     path.unlink()
-    with control.listen(str(path), "no-such-group"):
+    with socket_file.listen(str(path), "no-such-group"):
         assert path.stat().st_gid == os.getegid()
 
 
 def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     """A socket that nobody listens on any more is no obstacle."""
     path = str(tmp_path / "control")
-    control.listen(path).close()
-    with control.listen(path), varlink_client.Client(path):
+    socket_file.listen(path).close()
+    with socket_file.listen(path), varlink_client.Client(path):
         pass
 
 
 def test_a_live_socket_is_left_alone(tmp_path: Path) -> None:
     """Where another daemon listens the second one is refused, and the first goes on."""
     path = str(tmp_path / "control")
-    with control.listen(path), varlink_client.Client(path):
+    with socket_file.listen(path), varlink_client.Client(path):
         with pytest.raises(PostcopydError, match=re.escape(path) + ".*answers there already"):
-            control.listen(path)
+            socket_file.listen(path)
         varlink_client.Client(path).close()
 
 
@@ -392,7 +394,7 @@ def test_a_full_socket_is_live(tmp_path: Path) -> None:
             client.setblocking(False)
             client.connect_ex(path)
         with pytest.raises(PostcopydError, match="answers there already"):
-            control.listen(path)
+            socket_file.listen(path)
 
 
 def test_a_file_is_not_taken_for_a_socket(tmp_path: Path) -> None:
@@ -400,7 +402,7 @@ def test_a_file_is_not_taken_for_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "control"
     path.write_text("precious")
     with pytest.raises(PostcopydError, match="no socket"):
-        control.listen(str(path))
+        socket_file.listen(str(path))
     assert path.read_text() == "precious"
 
 
@@ -408,13 +410,13 @@ def test_a_file_is_not_taken_for_a_socket(tmp_path: Path) -> None:
 def test_an_impossible_path_is_refused(path: str) -> None:
     """A path that cannot be made is refused with a sentence that names it and the way out."""
     with pytest.raises(PostcopydError, match=f"{path}.*--control"):
-        control.listen(path)
+        socket_file.listen(path)
 
 
 def test_one_of_many_gets_a_stale_socket(tmp_path: Path) -> None:
     """Of daemons that start at the same moment exactly one takes over a stale socket."""
     path = str(tmp_path / "control")
-    control.listen(path).close()
+    socket_file.listen(path).close()
     won: list[socket.socket] = []
     refused: list[PostcopydError] = []
     start = threading.Barrier(8)
@@ -422,7 +424,7 @@ def test_one_of_many_gets_a_stale_socket(tmp_path: Path) -> None:
     def begin() -> None:
         start.wait()
         try:
-            won.append(control.listen(path))
+            won.append(socket_file.listen(path))
         except PostcopydError as error:
             refused.append(error)
 
@@ -438,7 +440,7 @@ def test_one_of_many_gets_a_stale_socket(tmp_path: Path) -> None:
 def test_a_socket_is_replaced_under_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between finding a socket stale and listening on its successor no other daemon may look."""
     held: list[bool] = []
-    make_way = control._make_way
+    make_way = socket_file._make_way
 
     def look(path: str) -> None:
         folder = os.open(tmp_path, os.O_RDONLY)
@@ -451,8 +453,8 @@ def test_a_socket_is_replaced_under_a_lock(tmp_path: Path, monkeypatch: pytest.M
             os.close(folder)
         make_way(path)
 
-    monkeypatch.setattr(control, "_make_way", look)
-    control.listen(str(tmp_path / "control")).close()
+    monkeypatch.setattr(socket_file, "_make_way", look)
+    socket_file.listen(str(tmp_path / "control")).close()
     assert held == [True]
 
 
@@ -465,6 +467,6 @@ async def test_a_socket_from_outside_is_served(tmp_path: Path) -> None:
     listener.bind(path)
     listener.listen()
     async with trio.open_nursery() as nursery:
-        await nursery.start(control.serve, daemon, listener)
+        await nursery.start(methods.serve, daemon, listener)
         assert len((await ask(path, "List"))["vms"]) == 1
         nursery.cancel_scope.cancel()

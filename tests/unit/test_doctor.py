@@ -15,8 +15,9 @@ import pytest
 from needs import missing
 from postcopyd._native import lib
 
-from postcopyd import doctor
-from postcopyd.doctor import Check
+from postcopyd import units
+from postcopyd.cli import doctor
+from postcopyd.cli.doctor import Check
 
 
 def checks_of(monkeypatch: pytest.MonkeyPatch, *found: Check) -> None:
@@ -94,7 +95,7 @@ def test_without_the_capability_the_host_lacks_it(dropped: str) -> None:
     """Started without CAP_SYS_PTRACE it says so, with status 1 and no traceback."""
     if os.geteuid() != 0:
         missing("root, to give a capability away")
-    program = "import sys; from postcopyd import doctor; sys.exit(doctor.run(json=True))"
+    program = "import sys; from postcopyd.cli import doctor; sys.exit(doctor.run(json=True))"
     without = ["setpriv", "--bounding-set", dropped, "--inh-caps", dropped]
     done = subprocess.run(
         [*without, sys.executable, "-c", program],
@@ -231,4 +232,4 @@ def test_no_qemu_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_sizes_for_people() -> None:
     """Bytes are shown in the unit that a person would use."""
-    assert [doctor.size(n) for n in (0, 512 << 20, 3 << 30)] == ["0 MiB", "512 MiB", "3.0 GiB"]
+    assert [units.size(n) for n in (0, 512 << 20, 3 << 30)] == ["0 B", "512.0 MiB", "3.0 GiB"]

@@ -25,9 +25,11 @@ from session_faults import (
 )
 from session_world import Fault, World
 
-from postcopyd import counts, verbs
-from postcopyd.vmm import Role, VmmError, qemu_farewell
-from postcopyd.vmm.qemu import QemuVmm
+from postcopyd import counts
+from postcopyd.cli import verbs
+from postcopyd.vmm import Role, VmmError
+from postcopyd.vmm.qemu import farewell as qemu_farewell
+from postcopyd.vmm.qemu.driver import QemuVmm
 
 FAREWELL = "its guest shut down"
 

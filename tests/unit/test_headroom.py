@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from postcopyd import headroom
-from postcopyd.headroom import Host
+from postcopyd.sessions import headroom
+from postcopyd.sessions.headroom import Host
 from postcopyd.vmm import Region
 
 GIB = 1 << 30

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import structlog.testing
 
-from postcopyd import hooks
-from postcopyd.hooks import HookVeto, run_hooks
+from postcopyd.sessions import hooks
+from postcopyd.sessions.hooks import HookVeto, run_hooks
 
 
 def make(folder: Path, name: str, script: str, mode: int = 0o755) -> Path:

@@ -42,8 +42,8 @@ from session_faults import (
 from session_world import LONG_S, Fault, Instead, World
 from test_sessions import ANYWHERE
 
-from postcopyd import procfs
 from postcopyd import protocol as p
+from postcopyd.host import procfs
 from postcopyd.source import passes
 from postcopyd.source.engine import Look, SourceEngine
 from postcopyd.vmm import VmmError

@@ -17,11 +17,11 @@ from msgspec.structs import replace
 from session_faults import Clock, goes_down, made_clock, world
 from session_world import Instead, World
 
-from postcopyd import identity, store
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
+from postcopyd.records import identity, store
+from postcopyd.records.store import Store
 from postcopyd.source.granted import Granted
-from postcopyd.store import Store
 
 THERE = p.DaemonId("machine of destination", "boot of destination", "-")
 OTHERS = {

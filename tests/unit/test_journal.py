@@ -20,7 +20,8 @@ import structlog
 from fake_daemon import FakeDaemon
 from session_faults import cut, made_clock, world
 
-from postcopyd import control, journal
+from postcopyd.control import methods
+from postcopyd.daemon import journal
 from postcopyd.dest.session import DestinationSession
 
 ROOT = Path(__file__).parents[2]
@@ -228,7 +229,7 @@ def calls() -> list[tuple[str, ast.Call]]:
 
 def test_who_only_looks_is_no_news() -> None:
     """What clients ask all the time is not what an operator reads; what changes something is."""
-    service = control.service(FakeDaemon())
+    service = methods.service(FakeDaemon())
     members = {method.rpartition(".")[2] for method in service.handlers.keys() - service.asking}
     assert members == {"Attach", "Detach", "Migrate", "Cancel", "Recover", "Resolve"}
 

@@ -34,18 +34,18 @@ from session_faults import (
 from session_world import LONG_S, SILENCE_S, Fault, World
 
 from postcopyd import protocol as p
-from postcopyd.config import ServeOptions
-from postcopyd.connection import Channel, PeerError, dial
-from postcopyd.control import MigrateRequest
+from postcopyd.config.options import ServeOptions
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
-from postcopyd.limits import Arrivals, Limits, Uplink, shares
-from postcopyd.peers import DOOR, Peers, Visitor
-from postcopyd.settings import Settings
+from postcopyd.model import MigrateRequest
+from postcopyd.net.connection import Channel, PeerError, dial
+from postcopyd.net.peers import DOOR, Peers, Visitor
+from postcopyd.records.store import Store
+from postcopyd.sessions.limits import Arrivals, Limits, Uplink, shares
+from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.vm import Vm
 from postcopyd.source.engine import SourceEngine
 from postcopyd.source.session import SourceSession
-from postcopyd.store import Store
-from postcopyd.vm import Vm
 from postcopyd.vmm import Region
 
 RAM = 32 * 4096  # of the guest of a session_world

@@ -16,8 +16,8 @@ from session_world import Fault, World
 from test_session_cases import asking
 
 from postcopyd import protocol as p
-from postcopyd.control import MigrateRequest
 from postcopyd.errors import PostcopydError
+from postcopyd.model import MigrateRequest
 
 LEFT = 21
 """Pages of the first region that can be read; the 22nd and the 24th are zeros or holes, the 23rd

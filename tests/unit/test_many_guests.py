@@ -11,8 +11,8 @@ import trio
 import trio.testing
 
 from postcopyd.vmm import VmmTimeout
-from postcopyd.vmm.qemu import QemuVmm
-from postcopyd.vmm.qmp import Qmp
+from postcopyd.vmm.qemu.driver import QemuVmm
+from postcopyd.vmm.qemu.qmp import Qmp
 
 
 async def test_forty_looks_at_once(

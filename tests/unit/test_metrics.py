@@ -19,12 +19,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from session_faults import cut, made_clock, migrated
 from session_world import World
 
-from postcopyd import counts, journal, metrics
-from postcopyd.limits import Limits
-from postcopyd.metrics import Metrics
-from postcopyd.records import RecordedStatus
-from postcopyd.store import Store
-from postcopyd.vm import Vm
+from postcopyd import counts
+from postcopyd.daemon import journal, metrics
+from postcopyd.daemon.metrics import Metrics
+from postcopyd.records.schema import RecordedStatus
+from postcopyd.records.store import Store
+from postcopyd.sessions.limits import Limits
+from postcopyd.sessions.vm import Vm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DOCS = Path(__file__).parents[2] / "docs"

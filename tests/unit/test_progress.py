@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from fake_daemon import FAULTS, RESULT
 
-from postcopyd import progress
-from postcopyd.progress import PLAIN, Screen
+from postcopyd.cli import progress
+from postcopyd.cli.progress import PLAIN, Screen
 
 WIDTHS = range(20, 301)
 WAY = [("idle", 12.0), ("precopy", 1200.0), ("handover", 7.9), ("postcopy", 830.0)]

@@ -18,8 +18,8 @@ from msgspec import to_builtins
 from postcopyd._native import ffi, lib
 
 from postcopyd import names as rules
-from postcopyd import progress
 from postcopyd import protocol as p
+from postcopyd.cli import progress
 from postcopyd.errors import PostcopydError
 from postcopyd.protocol import LocalProtocolError, RemoteProtocolError
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from postcopyd import procfs
-from postcopyd.vmm import DiskFile, qemu_disks
-from postcopyd.vmm.qemu_disks import (
+from postcopyd.host import procfs
+from postcopyd.vmm import DiskFile
+from postcopyd.vmm.qemu import disks
+from postcopyd.vmm.qemu.disks import (
     _Backend,
     _Described,
     _device,
@@ -27,7 +28,7 @@ from postcopyd.vmm.qemu_disks import (
     _Node,
     _Nodes,
 )
-from postcopyd.vmm.qmp import QmpProtocolError
+from postcopyd.vmm.qemu.qmp import QmpProtocolError
 
 
 @contextmanager
@@ -214,7 +215,7 @@ def test_names_of_files(file: str, name: str) -> None:
 
 def test_only_kinds_of_block_devices_that_are_local_are_told_by_name() -> None:
     local = [name for name in ("loop0", "zram1", "sda", "nvme0n1", "dm-3", "rbd0", "drbd1", "ram0")
-             if qemu_disks.LOCAL_BLOCK.match(name)]  # fmt: skip
+             if disks.LOCAL_BLOCK.match(name)]  # fmt: skip
     assert local == ["loop0", "zram1", "ram0"]
 
 

@@ -17,9 +17,10 @@ import trio
 import trio.testing
 
 from postcopyd.errors import PostcopydError
-from postcopyd.vmm import VmmError, VmmGone, VmmProtocolError, VmmTimeout, qemu_userfaultfd, qmp
-from postcopyd.vmm.qemu import QemuVmm
-from postcopyd.vmm.qmp import Qmp, QmpClosed, QmpProtocolError
+from postcopyd.vmm import VmmError, VmmGone, VmmProtocolError, VmmTimeout
+from postcopyd.vmm.qemu import qmp, userfaultfd
+from postcopyd.vmm.qemu.driver import QemuVmm
+from postcopyd.vmm.qemu.qmp import Qmp, QmpClosed, QmpProtocolError
 
 VERSION = {"qemu": {"major": 10, "minor": 0, "micro": 2}, "package": ""}
 GREETING = {"QMP": {"version": VERSION, "capabilities": []}}
@@ -110,7 +111,7 @@ async def lying(folder: Path) -> AsyncIterator[tuple[Monitor, str]]:
 @pytest.fixture(autouse=True)
 def _no_userfaultfds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The VMM is this process, and keeps what it has."""
-    monkeypatch.setattr(qemu_userfaultfd, "numbers", lambda pid: [])
+    monkeypatch.setattr(userfaultfd, "numbers", lambda pid: [])
 
 
 async def looked_at(vmm: QemuVmm) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 import trio
 
-from postcopyd.vmm import qemu_stream
+from postcopyd.vmm.qemu import stream
 
 
 @pytest.mark.parametrize("pieces", [[b"x" * 300_000], [b"x" * 300_000, b"y"], [b"z"], []])
@@ -36,7 +36,7 @@ async def test_the_last_byte_waits_until_all_others_were_taken(pieces: list[byte
     with trio.fail_after(30), theirs, trio.socket.from_stdlib_socket(ours) as mine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(qemu)
-            await qemu_stream.feed(mine, receive(), before_the_last)
+            await stream.feed(mine, receive(), before_the_last)
     assert bytes(taken) == everything
     assert at_the_last == [max(len(everything) - 1, 0)]
 
@@ -54,5 +54,5 @@ async def test_a_qemu_that_has_ended_takes_the_rest() -> None:
         called.append(True)
 
     with trio.fail_after(30), trio.socket.from_stdlib_socket(ours) as mine:
-        await qemu_stream.feed(mine, receive(), before_the_last)
+        await stream.feed(mine, receive(), before_the_last)
     assert called == [True]

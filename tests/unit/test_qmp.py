@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import trio
 
-from postcopyd.vmm import qmp as qmp_module
-from postcopyd.vmm.qmp import (
+from postcopyd.vmm.qemu import qmp as qmp_module
+from postcopyd.vmm.qemu.qmp import (
     Qmp,
     QmpBusy,
     QmpClosed,

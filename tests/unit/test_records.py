@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import trio
 
-from postcopyd import daemon, procfs, records
-from postcopyd.daemon import Daemon
+from postcopyd.daemon import registry
+from postcopyd.daemon.registry import Daemon
 from postcopyd.errors import PostcopydError
-from postcopyd.settings import Settings
-from postcopyd.store import StateNotWritten, Store, read_intent
+from postcopyd.host import procfs
+from postcopyd.records import schema
+from postcopyd.records.store import StateNotWritten, Store, read_intent
+from postcopyd.sessions.settings import Settings
 
 # As the version of commit e7939b1 has written them, at each word of ownership.
 
@@ -140,7 +142,7 @@ async def test_a_bad_record_is_the_trouble_of_its_vm(word: str, tmp_path: Path) 
         assert made.status("web1")["phase"] == "idle"
         for name in names:
             status = made.status(name)
-            assert status["phase"] in records.Phase.__args__
+            assert status["phase"] in schema.Phase.__args__
             assert isinstance(status["message"], str)
             assert "internal error" not in status["message"], (name, status)
 
@@ -182,7 +184,7 @@ def test_a_process_of_another_boot_is_none_of_ours(monkeypatch: pytest.MonkeyPat
     """A record that has survived a restart of the host names no process of this one, whatever has
     its number and its start time now; one without a boot id is of an older version, not host."""
     monkeypatch.setattr(procfs, "started", lambda pid: 77)
-    attached = records.Attachment("qemu", "/run/web1.qmp", 9, 77, procfs.boot_id())
+    attached = schema.Attachment("qemu", "/run/web1.qmp", 9, 77, procfs.boot_id())
     assert not attached.ended()
     assert not attached._replace(boot="").ended()
     assert attached._replace(boot="another").ended()
@@ -241,7 +243,7 @@ async def test_an_intent_that_cannot_be_removed(
         await trio.sleep(100)
         assert "web1" in store.intents()
         monkeypatch.setattr(Store, "forget_intent", forget)
-        await trio.sleep(daemon.SELDOM_S)
+        await trio.sleep(registry.SELDOM_S)
         assert store.intents() == {}
         assert not vm.void
 

@@ -24,9 +24,9 @@ from session_faults import (
 )
 from session_world import Fault, FullStore, ToldEngine, World
 
-from postcopyd.daemon import SELDOM_S
+from postcopyd.daemon.registry import SELDOM_S
 from postcopyd.errors import PostcopydError
-from postcopyd.store import StateNotWritten
+from postcopyd.records.store import StateNotWritten
 from postcopyd.vmm import Role, VmmTimeout
 
 
@@ -423,6 +423,21 @@ async def test_attach_races_detach(
                 async for _ in states:
                     pass
         assert watching.cancelled_caught
+
+
+async def test_attach_once_the_vmm_has_ended(tmp_path: Path, clock: Clock) -> None:
+    """Who has seen a VMM end may attach the next one, though the daemon has not seen it yet."""
+    async with world(tmp_path, {}) as made:
+        vm, vmm = made.source.vm, made.source.vmm
+        assert vm.attachment is not None
+        vm.attachment = vm.attachment._replace(started=0)
+        assert vm.attachment.ended()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(made.source.daemon.attach, "web1", "process", vmm.socket)
+            await trio.sleep(1)
+            assert vm.driver is not None
+            vmm.gone.set()
+        assert not vm.attachment.ended()
 
 
 async def test_one_vmm_has_one_name(tmp_path: Path, clock: Clock) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from postcopyd.sd import Manager
-from postcopyd.service import summary
+from postcopyd.daemon.sd import Manager
+from postcopyd.daemon.service import summary
 
 
 def test_without_a_service_manager_nothing_happens() -> None:

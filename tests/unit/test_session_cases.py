@@ -36,13 +36,13 @@ from session_faults import (
 from session_world import Fault, Instead, World
 
 from postcopyd import protocol as p
-from postcopyd.connection import Channel, ConnectionLost, PeerError, dial
-from postcopyd.control import MigrateRequest
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Machine, Source
+from postcopyd.model import MigrateRequest
+from postcopyd.net.connection import Channel, ConnectionLost, PeerError, dial
+from postcopyd.sessions.vm import ENDING_S
 from postcopyd.source.retry import PATIENCE_S
-from postcopyd.vm import ENDING_S
 from postcopyd.vmm import Declined, Role, State, VmmError
 
 

@@ -21,16 +21,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from needs import missing
 
-from postcopyd import procfs, records
-from postcopyd import store as store_module
 from postcopyd.errors import PostcopydError
+from postcopyd.host import procfs
 from postcopyd.names import problem
-from postcopyd.store import StateNotWritten, Store, read_intent, to_file
+from postcopyd.records import schema as records
+from postcopyd.records import store as store_module
+from postcopyd.records.store import StateNotWritten, Store, read_intent, to_file
 
 WRITER = """
 import sys
 from pathlib import Path
-from postcopyd.store import Store
+from postcopyd.records.store import Store
 store = Store(Path(sys.argv[1]))
 for n in range(2000):
     store.save("web1", {**RECORD, "about": {"fill": str(n % 10) * (5000 - n % 7)}})

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import trio
 
-from postcopyd import connection, threads
 from postcopyd.errors import PostcopydError
+from postcopyd.net import connection
 from postcopyd.source import engine as source_engine
 from postcopyd.source.engine import Look, SourceEngine
+from postcopyd.tasks import threads
 from postcopyd.vmm import Region
 
 POOLS = {name: value for name, value in vars(threads).items() if name.isupper()}

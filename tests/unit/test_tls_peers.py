@@ -21,17 +21,18 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from postcopyd._native import lib
 from structlog.testing import capture_logs
 
-from postcopyd import certs, connection
 from postcopyd import protocol as p
-from postcopyd.config import Address, Peer
-from postcopyd.connection import ConnectionLost, PeerError, dial_control, peer_of
-from postcopyd.daemon import Daemon
+from postcopyd.cli import certs
+from postcopyd.config.options import Address, Peer
+from postcopyd.daemon.registry import Daemon
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
-from postcopyd.settings import Settings
+from postcopyd.net import connection
+from postcopyd.net.connection import ConnectionLost, PeerError, dial_control, peer_of
+from postcopyd.net.tls import NotAllowed, Tls, TlsFailed, certificate_names, keyed, same_peer
+from postcopyd.records.store import Store
+from postcopyd.sessions.settings import Settings
 from postcopyd.source.retry import MENDS
-from postcopyd.store import Store
-from postcopyd.tls import NotAllowed, Tls, TlsFailed, certificate_names, keyed, same_peer
 
 HERE = "127.0.0.1"
 OURS, OTHERS = certs.new_authority(), certs.new_authority()

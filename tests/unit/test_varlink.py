@@ -24,8 +24,9 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from postcopyd import varlink, varlink_client
-from postcopyd.varlink_idl import parse_interface
+from postcopyd.varlink import client as varlink_client
+from postcopyd.varlink import server
+from postcopyd.varlink.idl import parse_interface
 
 TEST_INTERFACE = """
 # For tests.
@@ -52,7 +53,7 @@ class Bench:
         self.left = trio.Event()
         names = {"Echo": self._echo, "Wait": self._wait, "Break": self._break}
         names |= {"Give": self._give, "Follow": self._follow}
-        self.service = varlink.Service(
+        self.service = server.Service(
             [parse_interface(TEST_INTERFACE)],
             {f"org.example.test.{name}": handler for name, handler in names.items()},
             product="test",
@@ -61,30 +62,30 @@ class Bench:
             with_fds=["org.example.test.Give"],
         )
 
-    async def _echo(self, call: varlink.Call) -> Mapping[str, Any]:
+    async def _echo(self, call: server.Call) -> Mapping[str, Any]:
         return {"text": call.parameters["text"]}
 
-    async def _wait(self, call: varlink.Call) -> None:
+    async def _wait(self, call: server.Call) -> None:
         self.waiting.set()
         await self.release.wait()
         self.done.set()
 
-    async def _break(self, call: varlink.Call) -> Mapping[str, Any]:
+    async def _break(self, call: server.Call) -> Mapping[str, Any]:
         if call.parameters["how"] == "network":
             raise trio.BrokenResourceError("of the handler's own")
         if call.parameters["how"] == "nan":
             return {"value": float("nan")}
         raise KeyError("a bug")
 
-    async def _give(self, call: varlink.Call) -> Mapping[str, Any]:
+    async def _give(self, call: server.Call) -> Mapping[str, Any]:
         if len(call.fds) <= call.parameters["index"]:
-            raise varlink.VarlinkError(
+            raise server.VarlinkError(
                 "org.varlink.service.InvalidParameter", {"parameter": "index"}
             )
         mode = os.fstat(call.fds[call.parameters["index"]]).st_mode
         return {"kind": "fifo" if stat.S_ISFIFO(mode) else "other"}
 
-    async def _follow(self, call: varlink.Call) -> Mapping[str, Any] | None:
+    async def _follow(self, call: server.Call) -> Mapping[str, Any] | None:
         try:
             for at in range(call.parameters.get("count", 1)):
                 await call.send({"at": at})
@@ -136,7 +137,7 @@ async def serving(path: Path, **options: Any) -> AsyncIterator[Bench]:
     listener.bind(bench.path)
     listener.listen(64)
     async with trio.open_nursery() as nursery:
-        await nursery.start(lambda **kw: varlink.serve(listener, bench.service, **options, **kw))
+        await nursery.start(lambda **kw: server.serve(listener, bench.service, **options, **kw))
         try:
             yield bench
         finally:
@@ -239,8 +240,8 @@ ECHO = '{"method":"org.example.test.Echo","parameters":{"text":"a"}'
         b'{"method":"org.example.test.Echo","parameters":{"text":1e999}}\0',
         b"[" * 100_000 + b"\0",
         b"1" * 5000 + b"\0",
-        b" " * (varlink.MAX_MESSAGE + 1),
-        b" " * varlink.MAX_MESSAGE + b"{\0",
+        b" " * (server.MAX_MESSAGE + 1),
+        b" " * server.MAX_MESSAGE + b"{\0",
     ],
     ids=lambda data: repr(data[:40]),
 )
@@ -263,7 +264,7 @@ async def test_the_largest_message_goes(tmp_path: Path) -> None:
     async with serving(tmp_path) as bench:
         wire = await bench.connect()
         message = (ECHO + ',"org.example":{"a":1}}').encode()
-        data = message + b" " * (varlink.MAX_MESSAGE - len(message)) + b"\0"
+        data = message + b" " * (server.MAX_MESSAGE - len(message)) + b"\0"
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wire.stream.send_all, data)
             assert await wire.reply() == {"parameters": {"text": "a"}}
@@ -341,7 +342,7 @@ async def test_calls_behind_a_stream_are_bounded(tmp_path: Path) -> None:
             await bench.waiting.wait()
             call = (ECHO + "}").encode() + b"\0"
             with pytest.raises(trio.BrokenResourceError):
-                await wire.stream.send_all(call * (4 * varlink.MAX_MESSAGE // len(call)))
+                await wire.stream.send_all(call * (4 * server.MAX_MESSAGE // len(call)))
             await bench.left.wait()
 
 
@@ -403,11 +404,11 @@ async def test_idle_clients_keep_nobody_out(
             await forgotten.stream.send_all(b'{"method": "org')
         if idle == "does not read":
             nursery.start_soon(ask_on_and_on, forgotten)
-        await trio.sleep(2 * varlink.IDLE_SECONDS)
+        await trio.sleep(2 * server.IDLE_SECONDS)
         for _ in range(2):
             new = await bench.connect()
             assert "parameters" in await new.ask("org.example.test.Echo", text="a")
-            await trio.sleep(2 * varlink.IDLE_SECONDS)
+            await trio.sleep(2 * server.IDLE_SECONDS)
         if idle != "does not read":
             assert await forgotten.reply() is None
         bench.release.set()
@@ -447,14 +448,14 @@ def test_who_may_use_the_socket(
         st_mode, st_gid = stat.S_IFSOCK | mode, 815
 
     monkeypatch.setattr(os, "stat", lambda _: Entry)
-    peer = varlink.Peer(pid=1, uid=uid, gid=min(groups), groups=frozenset(groups))
+    peer = server.Peer(pid=1, uid=uid, gid=min(groups), groups=frozenset(groups))
     assert peer.may_use("/the/socket") is may
 
 
 @pytest.mark.trio
 async def test_others_are_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who may not use the socket is told so, logged and disconnected."""
-    monkeypatch.setattr(varlink.Peer, "may_use", lambda self, path: False)
+    monkeypatch.setattr(server.Peer, "may_use", lambda self, path: False)
     async with serving(tmp_path) as bench:
         with structlog.testing.capture_logs() as logs:
             wire = await bench.connect()
@@ -519,7 +520,7 @@ async def test_other_file_descriptors_are_closed(tmp_path: Path) -> None:
         await wire.ask("org.example.test.Echo", text="a")
         before = open_fds()
         follow = b'{"method":"org.example.test.Follow","more":true}\0'
-        await send_with_fds(wire, follow, varlink.MAX_FDS)
+        await send_with_fds(wire, follow, server.MAX_FDS)
         assert await wire.reply() == {"parameters": {"at": 0}, "continues": True}
         assert open_fds() == before
 
@@ -538,7 +539,7 @@ async def test_a_service_without_such_methods_takes_no_file_descriptors(tmp_path
 
 
 @pytest.mark.trio
-@pytest.mark.parametrize(("ahead", "count"), [(0, varlink.MAX_FDS + 1), (5, 1)])
+@pytest.mark.parametrize(("ahead", "count"), [(0, server.MAX_FDS + 1), (5, 1)])
 async def test_misplaced_file_descriptors_end_the_connection(
     tmp_path: Path, ahead: int, count: int
 ) -> None:
@@ -615,7 +616,7 @@ async def test_the_client_calls_and_follows(tmp_path: Path) -> None:
                     client.call("org.example.test.Echo", text=1)
                 assert caught.value.parameters == {"parameter": "text"}
                 with pytest.raises(varlink_client.ConnectionLost):
-                    client.call("x" * (varlink.MAX_MESSAGE + 1))
+                    client.call("x" * (server.MAX_MESSAGE + 1))
 
         await trio.to_thread.run_sync(use)
 

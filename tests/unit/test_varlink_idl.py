@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from postcopyd.varlink_idl import InterfaceError, InvalidValue, parse_interface
+from postcopyd.varlink.idl import InterfaceError, InvalidValue, parse_interface
 
 EVERYTHING = """# Top.
 interface org.example.all-kinds

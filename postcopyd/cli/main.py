@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: the arguments of every verb, and how errors become sentences and statuses.
+
+Must not import what only one verb needs before that verb runs: `postcopyd --help` is instant, and
+no client loads trio. What the client verbs do is in `verbs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+from postcopyd import __version__
+from postcopyd.cli import verbs
+from postcopyd.cli.verbs import CRASHED, DONE, FAILED, INTERRUPTED, USAGE, Failed
+from postcopyd.config import options as config
+from postcopyd.errors import PostcopydError
+
+_T = TypeVar("_T")
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"postcopyd: {message}; `{self.prog} --help` says more\n")
+
+
+def _argument(parse: Callable[[str], _T]) -> Callable[[str], _T]:
+    def parsed(text: str) -> _T:
+        try:
+            return parse(text)
+        except PostcopydError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parsed
+
+
+def _number(least: float, kind: Callable[[str], _T]) -> Callable[[str], _T]:
+    def parsed(text: str) -> _T:
+        try:
+            value = kind(text)
+            good = least <= value < float("inf")  # type: ignore[operator]  # int and float only
+        except ValueError:
+            good = False
+        if not good:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from {least} up")
+        return value
+
+    return parsed
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = _Parser(prog="postcopyd", description="Moves running guests between hosts.")
+    top.add_argument("--version", action="store_true", help="say the version and exit")
+    subparsers = top.add_subparsers(metavar="VERB", title="verbs")
+    address = _argument(config.parse_address)
+    size = _argument(config.parse_size)
+    rate = _argument(config.parse_rate)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str) -> _Parser:
+        made = subparsers.add_parser(name, help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    def client(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, named: str | None = "NAME"
+    ) -> _Parser:
+        made = verb(name, run, text)
+        if named:
+            made.add_argument("name", metavar="NAME", nargs="?" if named == "[NAME]" else None)
+        made.add_argument("--control", metavar="PATH", help="the daemon's control socket")
+        made.add_argument("--json", action="store_true", help="JSON objects, one on a line")
+        return made
+
+    serve = verb("serve", _serve, "run the daemon of this host")
+    for name, key in config.KEYS.items():
+        serve.add_argument(
+            f"--{name}", metavar=key.metavar, type=_argument(key.parse), help=key.help,
+            default=argparse.SUPPRESS,
+        )  # fmt: skip
+    serve.add_argument(
+        "--peer", metavar="NAME[=ADDRESS][,may=send+receive+control]", action="append",
+        type=_argument(config.parse_peer), dest="peers", default=argparse.SUPPRESS, help=(
+            "a host by a name of its certificate, and what it may do; again for each. Without any, "
+            "whoever has a certificate of the CA may do all"
+        ),
+    )  # fmt: skip
+    serve.add_argument("--config", metavar="FILE", help=(
+        "TOML with these options, and FILE.d/*.toml; otherwise postcopyd.toml in /etc/postcopyd, "
+        "/run/postcopyd or /usr/lib/postcopyd, and postcopyd.toml.d/*.toml there"
+    ))  # fmt: skip
+    serve.add_argument(
+        "--check-config", action="store_true", help="say what all of this comes to, and exit"
+    )
+
+    attach = client("attach", verbs.attach, "take charge of a VM of this host")
+    vmm = attach.add_mutually_exclusive_group(required=True)
+    vmm.add_argument("--qemu", metavar="QMP_SOCKET", help="a QEMU's QMP socket")
+    vmm.add_argument("--process", metavar="SOCKET", help="the socket of a cooperating VMM")
+    client("detach", verbs.detach, "let go of a VM, which goes on as it is")
+    check = client("check", verbs.check, "find what would make a migration fail; touches nothing")
+    check.add_argument("--to", metavar="HOST[:PORT]", type=address, required=True)
+    migrate = client("migrate", verbs.migrate, "move a guest, and return when its memory is there")
+    migrate.add_argument("--to", metavar="HOST[:PORT]", type=address, required=True)
+    migrate.add_argument("--mode", choices=config.MODES, default="hybrid", help=(
+        "hybrid: copy while it runs, then postcopy; postcopy: at once; precopy: run it there only "
+        "when all is there"
+    ))  # fmt: skip
+    migrate.add_argument("--bandwidth", metavar="RATE", type=rate, help="bytes/s; K, M, G")
+    migrate.add_argument("--precopy-passes", metavar="N", type=_number(0, int), help=(
+        "how many at most; decided by what is measured otherwise"
+    ))  # fmt: skip
+    migrate.add_argument("--max-downtime", metavar="MS", type=_number(0.001, float), help=(
+        "of a precopy, 300 otherwise"
+    ))  # fmt: skip
+    migrate.add_argument("--keep-source", action="store_true", help="do not end the source's VMM")
+    for moving in (check, migrate):
+        moving.add_argument("--unsafe", action="store_true", help=(
+            "both hosts have the same disks, also where that cannot be seen"
+        ))  # fmt: skip
+    client("list", verbs.list, "the VMs that are attached", named=None)
+    client("status", verbs.status, "what is known of one VM, or of all", named="[NAME]")
+    client("watch", verbs.watch, "follow a VM until interrupted")
+    client("cancel", verbs.cancel, "call off a migration, as long as that is possible")
+    recover = client("recover", verbs.recover, "connect a paused migration again and go on")
+    recover.add_argument("--to", metavar="HOST[:PORT]", type=address)
+    resolve = client("resolve", verbs.resolve, "decide about a paused migration")
+    way = resolve.add_mutually_exclusive_group(required=True)
+    for decision, text in (
+        ("wait", "keep on waiting, as it does"),
+        ("poison", "at the destination, the source is lost: missing pages become memory errors"),
+        ("kill", "end what is here"),
+        (
+            "take-back",
+            "at the source, the destination is dead for certain: run the guest as it was when it "
+            "stopped here; its disks are not set back",
+        ),
+    ):
+        way.add_argument(
+            f"--{decision}", action="store_const", const=decision.replace("-", "_"),
+            dest="decision", help=text,
+        )  # fmt: skip
+    may_run = client("may-run", verbs.may_run, "ask before you start a guest on this host")
+    may_run.add_argument("--durable-dir", metavar="DIR", help="that of the daemon")
+    may_run.add_argument("--state-dir", metavar="DIR", help="that of the daemon, if none answers")
+
+    certs = verb("certs", _certs, "make the certificates of a host, and a CA where there is none")
+    certs.add_argument("--dir", metavar="DIR", required=True, help="where the five files go")
+    certs.add_argument("--host", metavar="NAME", action="append", required=True, help=(
+        "a DNS name or IP address by which others reach it; may be said several times"
+    ))  # fmt: skip
+    certs.add_argument(
+        "--ca", metavar="DIR", help="where the CA is, or shall be; as --dir if unsaid"
+    )
+    demo = verb("demo", _demo, "two daemons, a guest, one real migration, verified")
+    demo.add_argument("--guest", choices=("process", "qemu"), default="process")
+    demo.add_argument("--memory", metavar="SIZE", type=size, help="guest RAM")
+    demo.add_argument("--json", action="store_true", help="JSON objects, one on a line")
+    doctor = verb("doctor", _doctor, "what this host lacks to migrate guests")
+    doctor.add_argument("--json", action="store_true", help="JSON objects, one on a line")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; the exit status. 0 done, 1 failed, 2 usage, 3 the guest waits for recovery."""
+    top = parser()
+    args = top.parse_args(argv)
+    try:
+        if args.version:
+            print(f"postcopyd {__version__}")
+            return DONE
+        if not hasattr(args, "run"):
+            top.error("a verb is missing")
+        status: int = args.run(args)
+        return status
+    except Failed as failed:
+        return verbs.say(str(failed), failed.status)
+    except PostcopydError as error:
+        return verbs.say(str(error), USAGE if error.name == "InvalidRequest" else FAILED)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone; the interpreter must not try to flush to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from postcopyd.config import files
+
+    given = {key: said for key, said in vars(args).items() if key in config.ServeOptions._fields}
+    configured = files.configuration(given, args.config)
+    options = configured.options
+    if args.check_config:
+        print(*configured.lines(), "# good", sep="\n")
+        return DONE
+    import traceback
+
+    import trio
+
+    # structlog would take it for tracebacks in colour: a third of the time to start, and guests may
+    # wait for a daemon that is started again.
+    sys.modules["rich"] = None  # type: ignore[assignment]  # as the import system has it
+    from postcopyd.daemon import service
+
+    del sys.modules["rich"]
+
+    try:
+        trio.run(service.serve, options)
+    except ExceptionGroup as group:
+        ours, others = group.split(PostcopydError)
+        if ours is None or others is not None:
+            traceback.print_exc()
+            return CRASHED
+        error: BaseException = ours
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
+    return DONE
+
+
+def _certs(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from postcopyd.cli import certs
+
+    authority = Path(args.ca) if args.ca else None
+    print("\n".join(certs.make(Path(args.dir), args.host, authority)))
+    return DONE
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from postcopyd import demo
+
+    return int(demo.run(args) or DONE)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from postcopyd.cli import doctor
+
+    return int(doctor.run(json=args.json) or DONE)

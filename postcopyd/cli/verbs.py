@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs that ask a running daemon: what each asks, what it prints, its exit status.
+
+Owns what an operator is told when the daemon refuses, is not there or goes away, and the rule that
+decides between exit statuses 1 and 3. Knows of the daemon what its interface file says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from postcopyd.cli import progress
+from postcopyd.config import options
+from postcopyd.errors import PostcopydError
+from postcopyd.varlink.client import (
+    CALL_SECONDS,
+    Client,
+    ConnectionLost,
+    ErrorReply,
+    NoAnswer,
+    Silent,
+)
+
+DONE, FAILED, USAGE, WAITS = 0, 1, 2, 3
+# EX_SOFTWARE of sysexits.h, for a daemon that ends by a bug: its unit starts it again at once.
+CRASHED = 70
+# The shell's number for what SIGINT ended.
+INTERRUPTED = 130
+
+INTERFACE = "io.postcopyd"
+# How long a daemon may take to answer the first call of a client, which it does in milliseconds. An
+# HA manager that asks `may-run` waits less: the disk answers as well.
+GREETING_SECONDS = 10.0
+MAY_RUN_SECONDS = 4.0
+# Last seen in one of these, a guest may have left the source for good. In handover it may not have;
+# a script that is told so wrongly would run it twice.
+_MAYBE_THERE = frozenset({"handover", "postcopy", "paused", "drained"})
+
+
+def say(sentence: str, status: int) -> int:
+    """Tell the operator why, and give the exit status back."""
+    print(f"postcopyd: {sentence}", file=sys.stderr, flush=True)
+    return status
+
+
+class Failed(Exception):
+    """One sentence for the operator, and the exit status."""
+
+    def __init__(self, sentence: str, status: int = FAILED) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class _NotRunning(Failed):
+    """Nobody listens at the control socket, or nobody answers: a service manager may hold it, and
+    the service not start."""
+
+
+def _control(args: argparse.Namespace) -> str:
+    return args.control or os.environ.get("POSTCOPYD_CONTROL") or options.DEFAULT_CONTROL
+
+
+def _again(args: argparse.Namespace, verb: str) -> str:
+    """The command to type next, against the same daemon."""
+    control = f" --control {shlex.quote(args.control)}" if args.control else ""
+    return f"`postcopyd {verb} {shlex.quote(args.name)}{control}`"
+
+
+def _connect(args: argparse.Namespace, within: float | None = None) -> Client:
+    """A connection to a daemon that has answered."""
+    path = _control(args)
+    try:
+        client = Client(path)
+    except NoAnswer as error:
+        if isinstance(error.__cause__, PermissionError):
+            why = "run this as root or as a member of the group postcopyd"
+            raise Failed(f"may not speak to the daemon on {path} ({error}): {why}") from None
+        start = f"start it with `postcopyd serve --control {path}`"
+        absent = isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError)
+        failed = _NotRunning if absent else Failed
+        raise failed(f"no daemon answers on {path} ({error}): {start}") from None
+    try:
+        client.alive(within or GREETING_SECONDS)
+    except BaseException as error:
+        client.close()
+        if isinstance(error, NoAnswer):
+            raise _NotRunning(
+                f"the daemon on {path} does not answer ({error}), and nothing was asked of it: it "
+                f"does not start, or hangs, see `systemctl status postcopyd.service` and its log"
+            ) from None
+        if isinstance(error, ErrorReply):
+            raise _refused(error) from None
+        if isinstance(error, ConnectionLost):
+            raise _closed(path, "a client") from None
+        raise
+    return client
+
+
+def _closed(path: str, what: str) -> Failed:
+    return Failed(
+        f"the daemon on {path} closed the connection and did not answer {what}: it ended, or has "
+        "too many clients; see its log, then ask again"
+    )
+
+
+def _refused(error: ErrorReply) -> Failed:
+    name = error.name.removeprefix(f"{INTERFACE}.")
+    sentence = error.parameters.get("message")
+    if not sentence:
+        detail = "".join(f" {value}" for value in error.parameters.values())
+        sentence = f"the daemon answered {name}{detail}: it may be of another version than this"
+    return Failed(sentence, USAGE if name == "InvalidRequest" else FAILED)
+
+
+def _call(client: Client, args: argparse.Namespace, method: str, **parameters: Any) -> Any:
+    try:
+        return client.call(f"{INTERFACE}.{method}", **parameters)
+    except ErrorReply as error:
+        raise _refused(error) from None
+    except Silent:
+        raise Failed(
+            f"the daemon on {_control(args)} has not answered {method} for {CALL_SECONDS:.0f} s, "
+            f"and may still do what was asked: see its log, and `postcopyd list`"
+        ) from None
+    except ConnectionLost:
+        raise _closed(_control(args), method) from None
+
+
+def _ask(args: argparse.Namespace, method: str, **parameters: Any) -> Any:
+    with _connect(args) as client:
+        return _call(client, args, method, **parameters)
+
+
+def _tell(args: argparse.Namespace, event: str, sentence: str) -> int:
+    if args.json:
+        progress.emit({"event": event, "vm": args.name})
+    else:
+        print(f"{args.name}: {sentence}", flush=True)
+    return DONE
+
+
+def attach(args: argparse.Namespace) -> int:
+    driver = "qemu" if args.qemu else "process"
+    # The daemon has another working directory.
+    path = os.path.abspath(args.qemu or args.process)
+    status = _ask(args, "Attach", name=args.name, driver=driver, socket=path)["status"]
+    if args.json:
+        progress.emit(status)
+    else:
+        print(progress.line(status), flush=True)
+    return DONE
+
+
+def detach(args: argparse.Namespace) -> int:
+    _ask(args, "Detach", name=args.name)
+    return _tell(args, "detached", "detached")
+
+
+def check(args: argparse.Namespace) -> int:
+    reply = _ask(args, "Check", name=args.name, to=str(args.to), unsafe=args.unsafe)
+    problems, warnings = reply["problems"], reply.get("warnings", [])
+    if args.json:
+        said = {"problems": problems, "warnings": warnings}
+        progress.emit({"event": "checked", "vm": args.name, "to": str(args.to), **said})
+        return FAILED if problems else DONE
+    for sentence in (*problems, *warnings):
+        print(f"{args.name}: {sentence}", flush=True)
+    if not problems:
+        print(f"{args.name}: nothing stands in the way of a migration to {args.to}", flush=True)
+    return FAILED if problems else DONE
+
+
+def migrate(args: argparse.Namespace) -> int:
+    try:
+        with _connect(args) as client:
+            started = _call(
+                client,
+                args,
+                "Migrate",
+                name=args.name,
+                to=str(args.to),
+                mode=args.mode,
+                bandwidth=args.bandwidth,
+                precopyPasses=args.precopy_passes,
+                maxDowntimeMs=args.max_downtime,
+                keepSource=args.keep_source,
+                unsafe=args.unsafe,
+            )
+            result = _follow(client, args, started["migration"])
+    except (Failed, PostcopydError) as failed:
+        if args.json:
+            progress.emit({"event": "failed", "vm": args.name, "error": str(failed)})
+        raise
+    if args.json:
+        progress.emit(result)
+    elif result["event"] == "completed":
+        peer = result.get("peer") or str(args.to)
+        print(progress.summary(result, peer, progress.screen()), flush=True)
+    if result["event"] == "completed":
+        return DONE
+    if result["event"] == "ended":  # there, as was meant: nothing is left to do for anybody
+        return DONE if args.json else say(result["error"], DONE)
+    sentence = result.get("error") or f"the migration of {args.name} ended: {result['event']}"
+    if result["event"] == "paused":
+        again = f"it goes on by itself: {_again(args, 'watch')}; {_again(args, 'recover')} tries"
+        return say(f"{sentence}; {again} at once", WAITS)
+    return say(sentence, FAILED)  # the guest is at the source, wherever it was seen before
+
+
+def _follow(client: Client, args: argparse.Namespace, migration: str) -> dict[str, Any]:
+    """The result object of a migration, which says where the guest is."""
+    phase, maybe_there = "", False
+    try:
+        with progress.view(args.json) as view:
+            for reply in client.stream(f"{INTERFACE}.Watch", name=args.name):
+                status = reply["status"]
+                result = status.get("result") or {}
+                if status.get("migration") != migration:
+                    raise Failed(
+                        f"lost sight of migration {migration} of {args.name}: another one, "
+                        f"{status.get('migration')}, took its place; see {_again(args, 'status')}",
+                        WAITS if phase in _MAYBE_THERE else FAILED,
+                    )
+                if result.get("migration") == migration:
+                    return result
+                phase = status["phase"]
+                # A handover may still end with the guest where it was; what follows may not.
+                maybe_there = maybe_there or phase in _MAYBE_THERE - {"handover"}
+                view.show(status)
+        raise ConnectionLost
+    except (ConnectionLost, ErrorReply) as error:
+        what = f"the daemon on {_control(args)} went away"
+        if isinstance(error, ErrorReply):
+            what = str(_refused(error))
+        ask = f"start the daemon again if it ended, then ask {_again(args, 'status')}"
+        if phase in _MAYBE_THERE:
+            raise Failed(
+                f"{what} with {args.name} in phase {phase}, so the guest may be at {args.to}: "
+                f"do not start it here; {ask}, and if it is paused {_again(args, 'recover')}",
+                WAITS,
+            ) from None
+        raise Failed(
+            f"{what} before the handover of {args.name} was seen, so the guest should be here: "
+            f"{ask} to be sure"
+        ) from None
+    except KeyboardInterrupt:
+        follow = f"follow it with {_again(args, 'watch')}"
+        off = f"call it off with {_again(args, 'cancel')}"
+        if maybe_there:
+            off = "it is past the handover and cannot be called off"
+        raise Failed(
+            f"the migration of {args.name} goes on in the daemon: {follow}; {off}", INTERRUPTED
+        ) from None
+
+
+def list(args: argparse.Namespace) -> int:
+    statuses = _ask(args, "List")["vms"]
+    if args.json:
+        for status in statuses:
+            progress.emit(status)
+    else:
+        print(progress.table(statuses, progress.screen()), flush=True)
+    return DONE
+
+
+def status(args: argparse.Namespace) -> int:
+    if args.name:
+        statuses = [_ask(args, "Status", name=args.name)["status"]]
+    else:
+        statuses = _ask(args, "List")["vms"]
+    for at, status in enumerate(statuses):
+        if args.json:
+            progress.emit(status)
+        else:
+            block = progress.block(status, progress.screen())
+            print(("\n" if at else "") + block, flush=True)
+    return DONE
+
+
+def watch(args: argparse.Namespace) -> int:
+    ended = None
+    with _connect(args) as client, progress.lines() as view:
+        try:
+            for reply in client.stream(f"{INTERFACE}.Watch", name=args.name):
+                status = reply["status"]
+                if args.json:
+                    progress.emit(status)
+                    continue
+                view.show(status)
+                result = status.get("result") or {}
+                if result and result.get("migration") != ended and result["event"] == "completed":
+                    peer = status.get("peer") or ""
+                    view.say(progress.summary(result, peer, progress.screen()))
+                ended = result.get("migration")
+        except ErrorReply as error:
+            raise _refused(error) from None
+        except ConnectionLost:
+            pass
+    raise Failed(f"the daemon on {_control(args)} went away; its migrations wait for it")
+
+
+def cancel(args: argparse.Namespace) -> int:
+    _ask(args, "Cancel", name=args.name)
+    return _tell(args, "cancelled", "the migration is called off, the guest is here as it was")
+
+
+def recover(args: argparse.Namespace) -> int:
+    _ask(args, "Recover", name=args.name, to=str(args.to) if args.to else None)
+    return _tell(args, "recovering", f"recovery goes on; follow it with {_again(args, 'watch')}")
+
+
+def resolve(args: argparse.Namespace) -> int:
+    _ask(args, "Resolve", name=args.name, decision=args.decision)
+    return _tell(args, "resolved", f"resolved: {args.decision}")
+
+
+def may_run(args: argparse.Namespace) -> int:
+    """Both have to agree: the daemon, or where none answers what it has recorded, and the disk,
+    which outlives the host too."""
+    try:
+        why = _daemon_against(args) or _disk_against(args)
+    except (Failed, PostcopydError) as failed:
+        why = str(failed)  # who cannot be asked has not agreed
+    if args.json:
+        progress.emit({"event": "may-run", "vm": args.name, "mayRun": not why, "message": why})
+    elif not why:
+        print(f"{args.name}: nothing here forbids starting it", flush=True)
+    return say(f"do not start {args.name} here: {why}", FAILED) if why else DONE
+
+
+def _daemon_against(args: argparse.Namespace) -> str:
+    """Why a guest must not be started here, by what the daemon knows of it; or nothing."""
+    try:
+        with _connect(args, MAY_RUN_SECONDS) as client:
+            vms = _call(client, args, "List")["vms"]
+    except _NotRunning:
+        return _record_against(args)
+    for status in vms:
+        if status["vm"] == args.name and not _settled(status):
+            return str(status["message"])
+    return ""
+
+
+def _record_against(args: argparse.Namespace) -> str:
+    """The same by what the daemon has recorded, which goes on with it when it is started."""
+    from postcopyd.records import store
+
+    record = store.read_record(_state_dir(args), args.name)
+    if record is None or _settled(record["status"]):
+        return ""
+    return f"{record['status']['message']}; no daemon answers here: start it, it goes on with that"
+
+
+def _state_dir(args: argparse.Namespace) -> Path:
+    """Of the daemon, by what is said of its folders."""
+    if args.state_dir:
+        return Path(args.state_dir)
+    durable = Path(args.durable_dir or options.DEFAULT_DURABLE_DIR)
+    return durable.parent if durable.name == "durable" else options.DEFAULT_STATE_DIR
+
+
+def _settled(status: Mapping[str, Any]) -> bool:
+    """Whether the guest is not at the other host, nor on its way there or here."""
+    result = status.get("result") or {}
+    match status["role"], status["phase"]:
+        case _, "idle":  # otherwise a migration is being prepared
+            return not status.get("migration")
+        case "source", "failed":  # a resolved migration has failed too; only these ended here
+            return result.get("event") in ("failed", "cancelled", "ended")
+        case "destination", "drained" | "failed":
+            return True
+    return False
+
+
+def _disk_against(args: argparse.Namespace) -> str:
+    """The same by what is on disk, where the guest may have left and the outcome is not known."""
+    from postcopyd.host import procfs
+    from postcopyd.records import store
+
+    folder = Path(args.durable_dir or options.DEFAULT_DURABLE_DIR)
+    if args.durable_dir and not folder.is_dir():
+        return f"there is no folder {folder}: name the one of the daemon, which makes it"
+    intent = store.read_intent(folder, args.name)
+    if intent is None:
+        return ""
+    peer, since = intent["peer"], ""
+    if intent["boot"] != procfs.boot_id():
+        since = ", which has restarted since,"
+    return (
+        f"it was to be handed to {peer} at {intent['time']} (migration {intent['migration']}), and "
+        f"this host{since} has not recorded how that ended, so it may run there: start the daemon "
+        f"here and see {_again(args, 'status')}, here and there"
+    )

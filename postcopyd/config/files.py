@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the options of `postcopyd serve` come from: its files, the environment, the command line.
+
+Owns which files are read and in what order, and that each mistake in them is said with its file and
+line. What a value may be is options.py's. Only `serve` loads this.
+
+The files are those of the UAPI Group's Configuration Files Specification (UAPI.6): the main file
+from the first of `FOLDERS` that has one; then the drop-ins, `postcopyd.toml.d/*.toml` in any of
+them, in the order of their names, where of two with one name the one in the earlier folder counts.
+Each overrides, key by key, what was read before it. None has to be there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from postcopyd.config.options import (
+    KEYS,
+    NONE,
+    PEER_KEYS,
+    Address,
+    Key,
+    Peer,
+    ServeOptions,
+    near,
+    peer_name,
+)
+from postcopyd.errors import PostcopydError
+
+FOLDERS = (Path("/etc/postcopyd"), Path("/run/postcopyd"), Path("/usr/lib/postcopyd"))
+FILE = "postcopyd.toml"
+
+Where = tuple[str, ...]
+"""A key with the tables around it: ("peers", "host2", "may")."""
+
+
+class Said(NamedTuple):
+    """A value, and who says so."""
+
+    value: Any
+    by: str
+
+
+class Configuration(NamedTuple):
+    """`said` has what was said anywhere, the rest are defaults; `files` those that were read."""
+
+    options: ServeOptions
+    said: Mapping[Where, Said]
+    files: list[Path]
+
+    def lines(self) -> Iterator[str]:
+        """All of it as a configuration file, each line with who says so."""
+        for file in self.files:
+            yield f"# {file}"
+        for name in KEYS:
+            field = name.replace("-", "_")
+            value = getattr(self.options, "durable" if name == "durable-dir" else field)
+            yield self._line(name, value, (name,))
+        for peer in self.options.peers:
+            yield f"[peers.{json.dumps(peer.name)}]"
+            for name in PEER_KEYS:
+                value = getattr(peer, name)
+                if value is not None:
+                    yield self._line(name, value, ("peers", peer.name, name))
+
+    def _line(self, name: str, value: Any, where: Where) -> str:
+        by = self.said[where].by if where in self.said else "default"
+        return f"{f'{name} = {_written(value)}':<48} # {by}"
+
+
+def configuration(given: Mapping[str, Any], main: str | None = None) -> Configuration:
+    """Puts options together. `given` is the command line's, by field, and has only what was said;
+    peers are a list of what `config.parse_peer` returns. `main` is another main file, whose
+    drop-ins are in a folder of its name with .d behind it. Raises PostcopydError with all mistakes,
+    one on a line.
+    """
+    files = [Path(main), *_drop_ins([Path(f"{main}.d")])] if main else _files()
+    said: dict[Where, Said] = {}
+    mistakes: list[str] = []
+    for file in files:
+        _read(file, said, mistakes)
+    if mistakes:
+        raise PostcopydError("\n".join(mistakes), "InvalidRequest")
+    if control := os.environ.get("POSTCOPYD_CONTROL"):
+        said["control",] = Said(control, "$POSTCOPYD_CONTROL")
+    for field, value in given.items():
+        if field != "peers":
+            said[field.replace("_", "-"),] = Said(value, "command line")
+    for name, values in given.get("peers", ()):
+        said["peers", name] = Said(name, "command line")
+        for key, value in values.items():
+            said["peers", name, key] = Said(value, "command line")
+    return Configuration(put_together(said), said, files)
+
+
+def put_together(said: Mapping[Where, Said]) -> ServeOptions:
+    """The options, with defaults for what nobody has said."""
+    options = {w[0].replace("-", "_"): one.value for w, one in said.items() if len(w) == 1}
+    peers: dict[str, dict[str, Any]] = {}
+    for where, one in said.items():
+        if where[0] == "peers":
+            peers.setdefault(where[1], {}).update({where[2]: one.value} if where[2:] else {})
+    return ServeOptions(**options, peers=tuple(Peer(name, **peers[name]) for name in sorted(peers)))
+
+
+def _written(value: Any) -> str:
+    """As it stands in a file."""
+    if isinstance(value, frozenset):
+        return json.dumps(sorted(value))
+    if isinstance(value, Address) and not value.host:
+        return json.dumps(f"*{value}")
+    return (
+        str(value) if isinstance(value, int) else json.dumps(NONE if value is None else str(value))
+    )
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _files() -> list[Path]:
+    """The main file, if there is one, and the drop-ins."""
+    main = [folder / FILE for folder in FOLDERS if os.path.lexists(folder / FILE)][:1]
+    return [*main, *_drop_ins([folder / f"{FILE}.d" for folder in FOLDERS])]
+
+
+def _drop_ins(folders: list[Path]) -> list[Path]:
+    """In their order; of those with one name that in the first folder."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        try:
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise _unreadable(folder, error) from None
+        for name in names:
+            if name.endswith(".toml") and not name.startswith("."):
+                found.setdefault(name, folder / name)
+    return [found[name] for name in sorted(found)]
+
+
+def _unreadable(file: Path, error: OSError) -> PostcopydError:
+    return PostcopydError(
+        f"cannot read the configuration {file}: {error.strerror}", "InvalidRequest"
+    )
+
+
+def _read(file: Path, said: dict[Where, Said], mistakes: list[str]) -> None:
+    """Adds what a file says. Raises PostcopydError when it cannot be read at all."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        mistakes.append(f"{file}, line {line}: this is no text in UTF-8")
+        return
+    take_text(text, file, said, mistakes)
+
+
+def take_text(text: str, file: Path, said: dict[Where, Said], mistakes: list[str]) -> None:
+    """Adds what the text of a file says to `said`, or the sentences for its mistakes."""
+    try:
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or int() about its digits
+        mistakes.append(f"{file}, {_what_is_broken(text, str(error))}")
+        return
+    lines = Lines(text)
+    for where, value in _flat(content):
+        try:
+            _take(where, value, said, Said(None, f"{file}, line {lines.of(where)}"))
+        except PostcopydError as error:
+            mistakes.append(f"{file}, line {lines.of(where)}: {error}")
+
+
+def _flat(table: Mapping[str, Any]) -> Iterator[tuple[Where, Any]]:
+    """Keys of the file and, of well-formed peers, theirs."""
+    for key, value in table.items():
+        if key != "peers" or not isinstance(value, dict):
+            yield (key,), value
+            continue
+        for name, peer in value.items():
+            yield (key, name), peer
+            if isinstance(peer, dict):
+                yield from (((key, name, inner), one) for inner, one in peer.items())
+
+
+def _take(where: Where, value: Any, said: dict[Where, Said], by: Said) -> None:
+    """Notes one value. Raises PostcopydError with the sentence for its mistake."""
+    match where:
+        case ("peers",):
+            raise _wrong("peers is written in tables, [peers.NAME] with address and may")
+        case ("peers", name):
+            if not isinstance(value, dict):
+                raise _wrong(
+                    f"{_shown(name)} is no table: say [peers.{_shown(name)}], and below it what is "
+                    f"known of that peer: {', '.join(PEER_KEYS)}"
+                )
+            try:
+                said["peers", peer_name(name)] = by._replace(value=name)
+            except PostcopydError as error:
+                raise _wrong(f"[peers.{_shown(name)}]: {error}") from None
+        case ("peers", name, key):
+            if key in KEYS and key not in PEER_KEYS:
+                raise _wrong(
+                    f"{key} is no key of the table [peers.{_shown(name)}] that it stands in: move "
+                    f"it above the first table, [...], of this file"
+                )
+            if isinstance(value, dict) and key not in PEER_KEYS:
+                raise _wrong(
+                    f"[peers.{name}.{key}...] is a table within [peers.{_shown(name)}]: a name "
+                    f'that has dots stands in quotes, like [peers."host2.example.org"]'
+                )
+            known = _known(key, PEER_KEYS, f"[peers.{_shown(name)}] has an unknown key")
+            said["peers", name.lower(), key] = by._replace(value=_value(key, known, value))
+        case (key,):
+            known = _known(key, KEYS, "unknown key", "peers")
+            said[key,] = by._replace(value=_value(key, known, value))
+
+
+def _known(key: str, keys: Mapping[str, Key], what: str, *others: str) -> Key:
+    if key not in keys:
+        names = [*keys, *others]
+        raise _wrong(f"{what} {_shown(key)}{near(key, names)}; the keys are {', '.join(names)}")
+    return keys[key]
+
+
+def _value(name: str, key: Key, value: Any) -> Any:
+    try:
+        read = key.read(value)
+        if key.metavar in ("PATH", "DIR") and read is not None and not os.path.isabs(read):
+            raise _wrong("an absolute path is wanted, beginning with /")
+    except PostcopydError as error:
+        raise _wrong(f"{name} = {_shown(value)}: {error}") from None
+    return read
+
+
+def _shown(value: Any) -> str:
+    """What stands in the file, near enough and not too long."""
+    if isinstance(value, dict):
+        return "{...}"
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]+", value):
+        return f'"{value}"'
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _wrong(sentence: str) -> PostcopydError:
+    return PostcopydError(sentence, "InvalidRequest")
+
+
+# --- lines ---------------------------------------------------------------------------------------
+
+_AT = re.compile(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", re.DOTALL)
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+_SPACE = re.compile(r"[ \t]*")
+_STRING = re.compile(
+    r'"""(?:\\.|[^\\])*?"{3,5}'
+    r"|'''.*?'{3,5}"
+    r'|"(?:\\.|[^"\\\n])*"'
+    r"|'[^'\n]*'",
+    re.DOTALL,
+)
+
+
+class Lines:
+    """Where each key of a TOML text stands; tomllib does not tell. Of a text that is not TOML, what
+    comes before the mistake."""
+
+    def __init__(self, text: str) -> None:
+        self.found: list[tuple[Where, int]] = []
+        self._text = text
+        self._at = 0
+        with suppress(IndexError, ValueError):  # the text ends there, or is broken
+            self._scan()
+
+    def of(self, where: Where) -> int:
+        """The line, counted from 1, of this key or of the first one in that table; of what is
+        written within a value that of the value."""
+        for n in range(len(where), 0, -1):
+            for path, line in self.found:
+                if path[:n] == where[:n]:
+                    return line
+        return 1
+
+    def twice(self) -> str:
+        """Says which key stands twice, where one does."""
+        first: dict[Where, int] = {}
+        for path, line in self.found:
+            if path in first:
+                return f"{'.'.join(path)} stands on line {first[path]} already"
+            first[path] = line
+        return ""
+
+    def _scan(self) -> None:
+        text, table = self._text, Where()
+        while self._at < len(text):
+            self._skip_space()
+            here = text[self._at]
+            if here in "\r\n":
+                self._at += 1
+            elif here == "#":
+                self._at = text.index("\n", self._at)
+            elif here == "[":
+                self._at += 2 if text[self._at + 1] == "[" else 1
+                line = self._line()
+                table = self._key()
+                self.found.append((table, line))
+                self._at = text.index("\n", self._at)
+            else:
+                line = self._line()
+                path = (*table, *self._key())
+                if text[self._at] != "=":
+                    raise ValueError
+                self.found.append((path, line))
+                self._skip_value()
+
+    def _line(self) -> int:
+        return self._text.count("\n", 0, self._at) + 1
+
+    def _skip_space(self) -> None:
+        found = _SPACE.match(self._text, self._at)
+        assert found is not None
+        self._at = found.end()
+
+    def _key(self) -> Where:
+        """A key, dotted or quoted, and the space behind it."""
+        path = []
+        while True:
+            self._skip_space()
+            if found := _STRING.match(self._text, self._at):
+                path.append(str(tomllib.loads(f"k = {found[0]}")["k"]))
+            elif found := _BARE.match(self._text, self._at):
+                path.append(found[0])
+            else:
+                raise ValueError
+            self._at = found.end()
+            self._skip_space()
+            if self._text[self._at] != ".":
+                return tuple(path)
+            self._at += 1
+
+    def _skip_value(self) -> None:
+        """To the end of the line that the value ends on."""
+        depth = 0
+        while depth or self._text[self._at] != "\n":
+            here = self._text[self._at]
+            if found := _STRING.match(self._text, self._at):
+                self._at = found.end()
+                continue
+            if here == "#":
+                self._at = self._text.index("\n", self._at)
+                continue
+            depth += (here in "[{") - (here in "]}")
+            self._at += 1
+
+
+def _what_is_broken(text: str, error: str) -> str:
+    """Where a text is no TOML, and what is wrong there, in an operator's words."""
+    found = _AT.fullmatch(error)
+    what, line, column = found.groups() if found else (error, None, None)
+    rows = text.split("\n")
+    number, place = int(line or len(rows)), int(column or len(rows[-1]) + 1)
+    twice = Lines("\n".join([*rows[:number], ""])).twice()
+    if twice and re.match("Cannot (overwrite|declare)", what):
+        return f"line {number}: {twice}; say it once"
+    hint = _hint(rows[number - 1])
+    return f"line {number}, column {place}: {what[:1].lower()}{what[1:]}{hint}"
+
+
+def _hint(row: str) -> str:
+    """What people mean who write such a line."""
+    name, equals, value = (part.strip() for part in row.partition("="))
+    if not equals and re.match(r"[A-Za-z-]+[ :]", row.strip()):
+        return "; a line is KEY = VALUE"
+    if equals and value and re.match(r"[A-Za-z/*]|\d+[.:]?\d*[A-Za-z.:]", value):
+        return f'; text stands in quotes, {name} = "{value}"'
+    return ""

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an operator writes: addresses, sizes, rates and peers, and the options of `postcopyd serve`.
+
+Owns their spelling, what is allowed, and the defaults: `KEYS` and `PEER_KEYS` have what a file and
+the command line may say. Opens nothing; where options come from is files.py's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from postcopyd.errors import PostcopydError
+
+DEFAULT_CONTROL = "/run/postcopyd/control"
+DEFAULT_PORT = 16525
+DEFAULT_STATE_DIR = Path("/run/postcopyd/state")
+DEFAULT_DURABLE_DIR = Path("/var/lib/postcopyd")
+# Beyond a few, more connections bring nothing but threads; the wire allows twice as many.
+MAX_CONNECTIONS = 16
+# Other daemons that are served at a time: each migration that comes has one (peers.py).
+MAX_PEERS = 256
+# What may stand in place of a value that has no limit, or is off.
+NONE = "none"
+
+_UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+# The ways a guest may be moved.
+MODES = ("hybrid", "postcopy", "precopy")
+
+May = Literal["send", "receive", "control"]
+MAY: tuple[May, ...] = ("send", "receive", "control")
+
+
+class Address(NamedTuple):
+    """A TCP address. An empty host, where one listens, means every address of the machine."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Peer(NamedTuple):
+    """Another host by a name of its certificate, and what it may do: `send` guests to this host,
+    `receive` guests of this host, and `control`: ask (check without moving, look what became of a
+    guest). Without an `address` it is not dialled by its name."""
+
+    name: str
+    address: Address | None = None
+    may: frozenset[May] = frozenset(MAY)
+
+
+class ServeOptions(NamedTuple):
+    """How a daemon is to run. None is no limit. `bandwidth` is of one migration, `host_bandwidth`
+    of all that leave this host together, bytes per second; `connections` is the number of push
+    connections of one migration. An arrival beyond `max_arrivals` or `max_arriving_memory` (bytes
+    of guest RAM) waits. `metrics` is HOST:PORT or the absolute path of a unix socket. Without any
+    `peers` each certificate of the CA will do."""
+
+    control: str = DEFAULT_CONTROL
+    listen: Address = Address("", DEFAULT_PORT)
+    state_dir: Path = DEFAULT_STATE_DIR
+    tls: Literal["require", "off"] = "require"
+    tls_dir: Path = Path("/etc/pki/postcopyd")
+    hooks_dir: Path | None = None
+    bandwidth: int | None = None
+    connections: int = 2
+    durable_dir: Path | None = None
+    host_bandwidth: int | None = None
+    max_vms: int | None = None
+    max_arrivals: int | None = None
+    max_arriving_memory: int | None = None
+    max_peers: int = MAX_PEERS
+    metrics: str | None = None
+    peers: tuple[Peer, ...] = ()
+
+    @property
+    def durable(self) -> Path:
+        """`durable_dir`, where it is not said beside a `state_dir` that is: a daemon with folders
+        of its own touches no others."""
+        default = self.state_dir / "durable"
+        if self.state_dir == DEFAULT_STATE_DIR:
+            default = DEFAULT_DURABLE_DIR
+        return self.durable_dir or default
+
+
+def _invalid(sentence: str) -> PostcopydError:
+    return PostcopydError(sentence, "InvalidRequest")
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from a number with an optional K, M or G (powers of 1024). Raises PostcopydError."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    # float() knows more spellings of a number than people mean: 1e3, 1_000, inf.
+    if unit not in _UNITS or not number.isascii() or not number.replace(".", "", 1).isdigit():
+        raise _invalid(f"cannot read {text!r} as a size: say a number, with K, M or G, like 1.5G")
+    size = int(float(number) * _UNITS[unit]) if "." in number else int(number) * _UNITS[unit]
+    if not 0 < size < 2**63:
+        raise _invalid(f"{text!r} is out of range: say more than nothing and less than 8 EiB")
+    return size
+
+
+def parse_rate(text: str) -> int:
+    """Bytes per second, spelled like a size. Raises PostcopydError."""
+    return parse_size(text)
+
+
+def parse_address(text: str, *, listening: bool = False) -> Address:
+    """HOST[:PORT], an IPv6 address in brackets; `listening` allows an empty host, * and port 0.
+
+    Raises PostcopydError.
+    """
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        port = rest[1:] if rest else str(DEFAULT_PORT)
+        good = bracket == "]" and ":" in host and rest[:1] in ("", ":")
+    else:
+        host, colon, port = text.partition(":")
+        port = port if colon else str(DEFAULT_PORT)
+        good = ":" not in port
+        if not good:
+            raise _invalid(f"cannot read {text!r}: an IPv6 address stands in brackets, [{text}]")
+    if listening and host == "*":
+        host = ""
+    if _link_local(host):
+        raise _invalid(
+            f"cannot reach {text!r}: an address of fe80::/10 is one of a link, so say which, like "
+            f"[{host}%eth0]"
+        )
+    good = good and (bool(host) or listening) and not any(c.isspace() or c == "\0" for c in host)
+    good = good and port.isascii() and port.isdigit() and len(port) <= 5
+    if not good or not (0 if listening else 1) <= int(port) <= 65535:
+        raise _invalid(f"cannot read {text!r} as an address: say HOST or HOST:PORT")
+    return Address(host, int(port))
+
+
+def _link_local(host: str) -> bool:
+    """Whether this is an address that means nothing without an interface, and it has none."""
+    return re.match("fe[89ab][0-9a-f]:", host, re.IGNORECASE) is not None and "%" not in host
+
+
+def parse_peer(text: str) -> tuple[str, dict[str, Any]]:
+    """A name and what is said of it, by key: NAME[=ADDRESS][,may=send+receive+control], where
+    `may=none` is nothing. Raises PostcopydError."""
+    name, *more = text.split(",")
+    name, said, address = name.partition("=")
+    values: dict[str, Any] = {"address": address} if said else {}
+    for one in more:
+        key, _, value = one.partition("=")
+        if key != "may" or key in values:
+            raise _invalid(f"cannot read {text!r}: say NAME, NAME=ADDRESS or NAME,may=send+receive")
+        values["may"] = [] if value == NONE else value.split("+")
+    try:
+        return peer_name(name), {key: PEER_KEYS[key].read(value) for key, value in values.items()}
+    except PostcopydError as error:
+        raise _invalid(f"cannot read {text!r}: {error}") from None
+
+
+def peer_name(name: str) -> str:
+    """A name that a certificate may have. Raises PostcopydError."""
+    if not name or not name.isprintable() or any(c in " =,/" for c in name):
+        raise _invalid("a peer's name is a DNS name or an IP address of its certificate")
+    return name.lower()
+
+
+def near(word: object, words: Iterable[str]) -> str:
+    """What may have been meant, as the end of a sentence; nothing where no word is like it."""
+    import difflib  # only where somebody has made a mistake
+
+    alike = difflib.get_close_matches(str(word).replace("_", "-"), list(words), 1)
+    return f"; did you mean {alike[0]}?" if alike else ""
+
+
+# --- what values are read from: text, and in a file numbers and lists too ------------------------
+
+
+class Key(NamedTuple):
+    """One option. `read` makes its value of what was written, or raises PostcopydError with what is
+    allowed; `help` is for people, and `metavar` says what it takes. A `number` is written without
+    quotes in a file."""
+
+    metavar: str
+    read: Callable[[Any], Any]
+    help: str
+    number: bool = False
+
+    def parse(self, text: str) -> Any:
+        """The value of a word of the command line."""
+        return self.read(int(text) if self.number and text.isascii() and text.isdigit() else text)
+
+
+def _text(value: Any, wanted: str) -> str:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise _invalid(f"{wanted} is wanted, in quotes")
+    return value
+
+
+def _path(value: Any) -> str:
+    return _text(value, "a path")
+
+
+def _folder(value: Any) -> Path:
+    return Path(_text(value, "a folder"))
+
+
+def _listen(value: Any) -> Address:
+    return parse_address(_text(value, "HOST or HOST:PORT"), listening=True)
+
+
+def _rate(value: Any) -> int:
+    if type(value) is int and abs(value) < 2**64:
+        value = str(value)
+    if not isinstance(value, str):
+        raise _invalid('a whole number of bytes is wanted, or one with K, M or G like "1.5G"')
+    return parse_rate(value)
+
+
+def _number(least: int, most: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if type(value) is not int or not least <= value <= most:
+            raise _invalid(f"a number from {least} to {most} is wanted")
+        return value
+
+    return read
+
+
+def _one_of(*words: str) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if value not in words:
+            allowed = " or ".join(f'"{word}"' for word in words)
+            raise _invalid(f"{allowed} is wanted{near(value, words)}")
+        return str(value)
+
+    return read
+
+
+def _metrics(value: Any) -> str:
+    text = _text(value, "HOST:PORT or the absolute path of a unix socket")
+    if not text.startswith("/"):
+        parse_address(text, listening=True)
+        if not text.rpartition("]")[2].count(":"):
+            raise _invalid("a port is wanted, HOST:PORT, or the absolute path of a unix socket")
+    return text
+
+
+def _or_none(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read_or_none(value: Any) -> Any:
+        try:
+            return None if value == NONE else read(value)
+        except PostcopydError as error:
+            raise _invalid(f'{error}; or "{NONE}"') from None
+
+    return read_or_none
+
+
+def _may(value: Any) -> frozenset[May]:
+    wanted = 'a list of "send", "receive" and "control" is wanted, like ["send", "receive"]'
+    if not isinstance(value, list):
+        raise _invalid(wanted)
+    for one in value:
+        if one not in MAY:
+            raise _invalid(f"{wanted}, and not {one!r}{near(one, MAY)}")
+    return frozenset(value)
+
+
+_SOME = 100_000  # of VMs, arrivals, peers: as good as no limit
+
+KEYS: Mapping[str, Key] = {
+    "control": Key("PATH", _path, "the control socket to open"),
+    "listen": Key(
+        "HOST:PORT", _listen, "where other daemons connect; * is every address of this host"
+    ),
+    "state-dir": Key("DIR", _folder, "where migrations are recorded, for a daemon that restarts"),
+    "durable-dir": Key("DIR", _folder, "on disk: what must outlive a restart of this host"),
+    "tls": Key(
+        "require|off", _one_of("require", "off"), "between hosts; off only on a trusted network"
+    ),
+    "tls-dir": Key("DIR", _folder, "certificates and keys"),
+    "hooks-dir": Key("DIR", _or_none(_folder), "programs to run at a migration's turns"),
+    "bandwidth": Key(
+        "RATE",
+        _or_none(_rate),
+        "the most that one migration from here sends, bytes per second; one may ask for less",
+    ),
+    "host-bandwidth": Key(
+        "RATE",
+        _or_none(_rate),
+        "the most that all migrations from here send together; they share it equally",
+    ),
+    "connections": Key(
+        "N",
+        _number(1, MAX_CONNECTIONS),
+        f"for the pages of one migration from here that nobody waits for, 1 to {MAX_CONNECTIONS}",
+        number=True,
+    ),
+    "max-vms": Key(
+        "N",
+        _or_none(_number(1, _SOME)),
+        "VMs that may be attached; one too many is refused",
+        number=True,
+    ),
+    "max-arrivals": Key(
+        "N",
+        _or_none(_number(1, _SOME)),
+        "guests that may arrive at a time; others wait for their turn",
+        number=True,
+    ),
+    "max-arriving-memory": Key(
+        "SIZE",
+        _or_none(_rate),
+        "RAM of the guests that arrive at a time, all together; others wait, a larger one is "
+        "refused",
+    ),
+    "max-peers": Key(
+        "N",
+        _number(2, _SOME),
+        "other daemons that are served at a time; one too many is told so",
+        number=True,
+    ),
+    "metrics": Key(
+        "HOST:PORT|PATH", _or_none(_metrics), "where Prometheus may ask, or the path of a socket"
+    ),
+}
+"""What may be said of a daemon, by its name in a file and behind -- on the command line; its field
+of ServeOptions has _ for -."""
+
+PEER_KEYS: Mapping[str, Key] = {
+    "address": Key(
+        "HOST[:PORT]",
+        lambda value: parse_address(_text(value, "HOST or HOST:PORT")),
+        "where its daemon listens, for `--to NAME`",
+    ),
+    "may": Key("LIST", _may, "send guests here, receive guests from here, control: ask"),
+}
+"""What may be said of a peer, [peers.NAME] in a file."""

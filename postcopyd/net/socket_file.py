@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A socket in the file system: made where nobody has one, never too wide."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import grp
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+
+from postcopyd.errors import PostcopydError
+
+GROUP = "postcopyd"
+BACKLOG = 64
+# How long another daemon may take to open its socket in the same folder; it takes milliseconds.
+_LOCK_SECONDS = 5.0
+
+
+def listen(
+    path: str, group: str = GROUP, *, what: str = "control socket", option: str = "--control"
+) -> socket.socket:
+    """A socket that listens at `path`, mode 0660, for `group` where the host has one.
+
+    Makes the folder, and takes the place of a socket that nobody answers on. Raises PostcopydError
+    when somebody does, when something else is there, or when the folder cannot be written.
+    """
+    what = f"cannot open the {what} {path}"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        folder = os.path.dirname(os.path.abspath(path))
+        os.makedirs(folder, exist_ok=True)
+        with _locked(folder):
+            _make_way(path)
+            # Nobody can connect between bind and listen, so owner and mode are never too wide.
+            listener.bind(path)
+            os.chmod(path, 0o660)
+            with contextlib.suppress(KeyError, PermissionError):
+                os.chown(path, -1, grp.getgrnam(group).gr_gid)
+            listener.listen(BACKLOG)
+    except PostcopydError as error:
+        listener.close()
+        raise PostcopydError(f"{what}: {error}") from None
+    except OSError as error:
+        listener.close()
+        why = error.strerror or str(error)
+        raise PostcopydError(f"{what}: {why}; say another with {option}") from error
+    return listener
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Two daemons that start together must not both take a stale socket for theirs."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise PostcopydError(f"another process holds a lock on {folder}") from None
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _make_way(path: str) -> None:
+    try:
+        entry = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(entry.st_mode):
+        raise PostcopydError("something that is no socket is there; remove it or say another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        failed = probe.connect_ex(path)
+    # Anything but a refusal, a full backlog for one, means that somebody owns it.
+    if failed != errno.ECONNREFUSED:
+        raise PostcopydError("a daemon answers there already; stop it or say another path")
+    os.unlink(path)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a record says: its fields, their types, and which of them each word of ownership needs.
+
+A record is read by a daemon that did not write it: one that was started again, or a newer one. So
+it is held to this schema before anything is done by it, and one that does not fit is the trouble of
+its own VM only. Fields that are not named here are kept as they are: a newer daemon has written
+them. Knows no files: store.py reads and writes.
+"""
+
+# Without `from __future__ import annotations`: it hides from TypedDict which fields are required.
+
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, Required, TypedDict
+
+import msgspec
+
+from postcopyd.host import procfs
+
+VERSION = 1
+
+Ownership = Literal["held", "intent", "granted", "arriving", "loading", "owned", "declined"]
+Phase = Literal["idle", "precopy", "handover", "postcopy", "paused", "drained", "failed"]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class RecordedStatus(TypedDict, total=False):
+    """What people were shown last."""
+
+    vm: str
+    role: Literal["", "source", "destination"]
+    phase: Required[Phase]
+    migration: str
+    peer: str
+    mode: str
+    remaining: Count
+    message: str
+    result: dict[str, Any]
+
+
+class Record(TypedDict):
+    """`NAME.json`. `boot` is that of the VMM's process (older records have none), `void` that no
+    intent holds any more which may still be on disk."""
+
+    version: Literal[1]
+    vm: NotRequired[str]  # where the file's name does not tell
+    ownership: Ownership
+    epoch: Count
+    driver: str
+    socket: str
+    pid: Count
+    started: Count
+    boot: NotRequired[str]
+    void: NotRequired[bool]
+    status: RecordedStatus
+    about: dict[str, Any]
+
+
+class Request(TypedDict, total=False):
+    """Of a migration, as control.MigrateRequest."""
+
+    to: Required[str]
+    mode: str
+    keep_source: bool
+
+
+class DaemonId(TypedDict):
+    """As protocol.DaemonId."""
+
+    machine: str
+    boot: str
+    state: str
+
+
+class Granted(TypedDict):
+    """The daemon that a guest is granted to, as source/granted.py has it."""
+
+    at: str
+    host: str
+    daemon: DaemonId | None
+
+
+class Departure(TypedDict):
+    """`about` of a guest that is leaving or has left. `marked`: who stopped it left a mark of that
+    in its VMM, where the driver has one (older versions had none)."""
+
+    migration: str
+    request: Request
+    regions: list[tuple[str, Count, Count]]
+    run: bool
+    marked: NotRequired[bool]
+    downtime: tuple[float, dict[str, float]]
+    recoveries: Count
+    passes: NotRequired[list[dict[str, Any]]]
+    why_now: NotRequired[str]
+    identity: NotRequired[list[str]]
+    granted: NotRequired[Granted]
+
+
+class Offer(TypedDict):
+    """Of an arrival: what is needed of it to tell one from another; protocol.py reads the rest."""
+
+    epoch: Count
+
+
+class RecordedRegion(TypedDict):
+    name: str
+    pages: Count
+    page_size: Count
+    address: Count
+    offset: Count
+    file: NotRequired[
+        bool | list[Count] | None
+    ]  # its device and inode; older ones: whether there is one
+
+
+class Arrival(TypedDict):
+    """`about` of a guest that is arriving or has arrived."""
+
+    migration: str
+    offer: Offer
+    ram: list[RecordedRegion]
+    userfaultfds: Count
+    run: bool
+    ran: bool
+    told: bool
+    ran_ns: int
+    identity: NotRequired[list[str]]
+    answer: NotRequired[dict[str, Any]]
+
+
+class Past(TypedDict, total=False):
+    """`about` when nothing is to go on: what is left of it answers a source that asks."""
+
+    migration: str
+    offer: Offer
+    identity: list[str]
+    answer: dict[str, Any]
+
+
+class Intent(TypedDict):
+    """`NAME.intent`: that a guest may be at another host, and whom to ask."""
+
+    version: Literal[1]
+    vm: str
+    migration: str
+    peer: str
+    epoch: Count
+    driver: str
+    socket: str
+    boot: str
+    time: str
+    identity: NotRequired[list[str]]
+    granted: NotRequired[Granted]
+
+
+class Answered(TypedDict):
+    """How an arrival ended, of a VM that has been in another migration since, or was detached."""
+
+    migration: str
+    offer: Offer
+    answer: dict[str, Any]
+    identity: NotRequired[list[str]]
+
+
+class Answers(TypedDict):
+    """`NAME.answers`, the newest last."""
+
+    version: Literal[1]
+    vm: str
+    answers: list[Answered]
+
+
+_ABOUT: dict[Ownership, type] = {
+    "intent": Departure,
+    "granted": Departure,
+    "arriving": Arrival,
+    "loading": Arrival,
+    "owned": Arrival,
+}
+
+
+class Attachment(NamedTuple):
+    """How a VMM is reached, and which process it is: read once, when it was attached. A process
+    that has its number later is not taken for it, nor one of another start of the host."""
+
+    driver: str
+    socket: str
+    pid: int
+    started: int
+    boot: str
+
+    @classmethod
+    def of(cls, record: Record) -> "Attachment | None":
+        if not record["socket"]:
+            return None
+        boot = record.get("boot", "")
+        return cls(record["driver"], record["socket"], record["pid"], record["started"], boot)
+
+    def ended(self) -> bool:
+        """Whether the process has certainly ended. Raises OSError when that cannot be known."""
+        if self.boot and self.boot != procfs.boot_id():
+            return True
+        return not self.started or procfs.started(self.pid) != self.started
+
+
+def checked(read: Any) -> Record:
+    """A record as it was read, once it is known to be one. Raises ValueError."""
+    _fits(read, Record)
+    about = read["about"]
+    try:
+        _fits(about, _ABOUT.get(read["ownership"], Past))
+    except ValueError as error:
+        raise ValueError(f"about its migration {error}") from None
+    record: Record = read
+    return record
+
+
+def checked_intent(read: Any) -> Intent:
+    """The same for an intent."""
+    _fits(read, Intent)
+    intent: Intent = read
+    return intent
+
+
+def checked_answers(read: Any) -> Answers:
+    """The same for answers."""
+    _fits(read, Answers)
+    answers: Answers = read
+    return answers
+
+
+def _fits(read: Any, kind: type) -> None:
+    version = read.get("version") if isinstance(read, dict) else None
+    if "version" in kind.__annotations__ and version != VERSION:
+        raise ValueError(f"it is of version {version}, not {VERSION}")
+    if missing := kind.__required_keys__ - read.keys():  # type: ignore[attr-defined]
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    try:
+        msgspec.convert(read, kind)
+    except msgspec.ValidationError as error:
+        said = str(error)
+        raise ValueError(f"it does not make sense: {said[:1].lower()}{said[1:]}") from None

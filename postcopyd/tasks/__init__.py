@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How work is run: tasks that others depend on, and threads for calls that take their time.
+Imports nothing of this package."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver for an unmodified QEMU, by its monitor."""

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The userfaultfds that a QEMU holds: making them there, finding them, closing them there.
+
+Owns the two ways of making one (the system call, and the device lent by QMP to a QEMU that may not
+make the call). How a call is run inside QEMU is `adoption`'s business, what it is good for the
+engine's. QEMU's seccomp filter forbids by list and these calls are not on it: no obstacle.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, suppress
+
+import trio
+
+from postcopyd.errors import PostcopydError
+from postcopyd.host import procfs
+from postcopyd.native import adoption
+from postcopyd.vmm import VmmError
+from postcopyd.vmm.qemu.qmp import Qmp
+
+LINK = "anon_inode:[userfaultfd]"
+DEVICE = "/dev/userfaultfd"
+LENT = "postcopyd-userfaultfd"  # the device's name in QEMU's monitor
+CLEAN_UP_SECONDS = 5.0  # for a QEMU that may be stuck
+
+
+def numbers(pid: int) -> list[int]:
+    """All that QEMU has, in order. With x-ignore-shared it makes none itself: all are ours."""
+    return sorted(number for number, link in procfs.descriptors(pid).items() if link == LINK)
+
+
+async def create(qmp: Qmp, pid: int) -> tuple[int, int]:
+    """Make one: our duplicate (the caller's) and its number in QEMU. Raises PostcopydError."""
+    with suppress(PermissionError):
+        return await adoption.create_userfaultfd(pid, allow_seccomp=True)
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise VmmError(
+            f"QEMU {pid} may not use userfaultfd and {DEVICE} could not be opened "
+            f"({error.strerror}): set sysctl vm.unprivileged_userfaultfd=1, or let postcopyd open "
+            f"the device."
+        ) from None
+    try:
+        try:
+            await qmp.execute("getfd", {"fdname": LENT}, fd=device)
+        finally:
+            os.close(device)
+        lent = [n for n, link in procfs.descriptors(pid).items() if link == DEVICE]
+        if not lent:
+            raise VmmError(f"QEMU {pid} did not keep {DEVICE}, which it was lent: see its log.")
+        return await adoption.create_userfaultfd(pid, device_fd=lent[0], allow_seccomp=True)
+    except PermissionError as error:
+        raise VmmError(
+            f"QEMU {pid} may not use userfaultfd even through {DEVICE} ({error.strerror}): see "
+            f"what its security module (AppArmor, SELinux) forbids."
+        ) from None
+    finally:
+        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True), suppress(PostcopydError):
+            await qmp.execute("closefd", {"fdname": LENT})
+
+
+async def borrow(qmp: Qmp, pid: int) -> int:
+    """Make one that QEMU keeps nothing of: our duplicate, the caller's. Raises PostcopydError."""
+    ours, number = await create(qmp, pid)
+    try:
+        with trio.CancelScope(shield=True):
+            await adoption.close_in(pid, number, allow_seccomp=True)
+    except BaseException:
+        os.close(ours)
+        raise
+    return ours
+
+
+def duplicates(pid: int) -> list[int]:
+    """Duplicates of all that QEMU has, in the order of `numbers`. Raises PostcopydError."""
+    with ExitStack() as taken:
+        ours = []
+        for number in numbers(pid):
+            ours.append(adoption.duplicate(pid, number))
+            taken.callback(os.close, ours[-1])
+        taken.pop_all()
+    return ours
+
+
+async def close_all(pid: int) -> None:
+    """Close all of them in QEMU. Raises PostcopydError."""
+    await close(pid, numbers(pid))
+
+
+async def close(pid: int, made: list[int]) -> None:
+    """Close these where they are there still: others may be QEMU's own, for a snapshot in the
+    background. Raises PostcopydError."""
+    for number in sorted(set(made) & set(numbers(pid))):
+        await adoption.close_in(pid, number, allow_seccomp=True)
