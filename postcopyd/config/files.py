@@ -17,7 +17,6 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,12 +173,15 @@ def take_text(text: str, file: Path, said: dict[Where, Said], mistakes: list[str
     except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or int() about its digits
         mistakes.append(f"{file}, {_what_is_broken(text, str(error))}")
         return
-    lines = Lines(text)
+    lines: dict[Where, int] = {}
+    for where, line in _stands(text):
+        lines.setdefault(where, line)
     for where, value in _flat(content):
+        by = f"{file}, line {lines[where]}"
         try:
-            _take(where, value, said, Said(None, f"{file}, line {lines.of(where)}"))
+            _take(where, value, said, Said(None, by))
         except PostcopydError as error:
-            mistakes.append(f"{file}, line {lines.of(where)}: {error}")
+            mistakes.append(f"{by}: {error}")
 
 
 def _flat(table: Mapping[str, Any]) -> Iterator[tuple[Where, Any]]:
@@ -261,107 +263,45 @@ def _wrong(sentence: str) -> PostcopydError:
 # --- lines ---------------------------------------------------------------------------------------
 
 _AT = re.compile(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", re.DOTALL)
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
-_SPACE = re.compile(r"[ \t]*")
-_STRING = re.compile(
-    r'"""(?:\\.|[^\\])*?"{3,5}'
-    r"|'''.*?'{3,5}"
-    r'|"(?:\\.|[^"\\\n])*"'
-    r"|'[^'\n]*'",
-    re.DOTALL,
-)
 
 
-class Lines:
-    """Where each key of a TOML text stands; tomllib does not tell. Of a text that is not TOML, what
-    comes before the mistake."""
+def _stands(text: str) -> Iterator[tuple[Where, int]]:
+    """Each key and table that a TOML text speaks of, and on which line; of a text that is not TOML,
+    those before the mistake.
 
-    def __init__(self, text: str) -> None:
-        self.found: list[tuple[Where, int]] = []
-        self._text = text
-        self._at = 0
-        with suppress(IndexError, ValueError):  # the text ends there, or is broken
-            self._scan()
+    Neither tomllib nor tomlkit tells. But tomllib takes a statement by itself, with the header of
+    its table before it, and does not take half of one.
+    """
+    header, around = "", set[Where]()
+    statement, line = "", 1
+    for after, row in enumerate(text.split("\n"), 2):
+        statement += f"{row}\n"
+        heads = statement.lstrip(" \t").startswith("[")
+        try:
+            said = list(_paths(tomllib.loads(statement if heads else header + statement)))
+        except (ValueError, RecursionError):
+            continue
+        yield from ((where, line) for where in said if heads or where not in around)
+        if heads:
+            header, around = statement, set(said)
+        statement, line = "", after
 
-    def of(self, where: Where) -> int:
-        """The line, counted from 1, of this key or of the first one in that table; of what is
-        written within a value that of the value."""
-        for n in range(len(where), 0, -1):
-            for path, line in self.found:
-                if path[:n] == where[:n]:
-                    return line
-        return 1
 
-    def twice(self) -> str:
-        """Says which key stands twice, where one does."""
-        first: dict[Where, int] = {}
-        for path, line in self.found:
-            if path in first:
-                return f"{'.'.join(path)} stands on line {first[path]} already"
-            first[path] = line
-        return ""
+def _paths(table: Mapping[str, Any], within: Where = ()) -> Iterator[Where]:
+    for key, value in table.items():
+        yield (*within, key)
+        if isinstance(value, dict):
+            yield from _paths(value, (*within, key))
 
-    def _scan(self) -> None:
-        text, table = self._text, Where()
-        while self._at < len(text):
-            self._skip_space()
-            here = text[self._at]
-            if here in "\r\n":
-                self._at += 1
-            elif here == "#":
-                self._at = text.index("\n", self._at)
-            elif here == "[":
-                self._at += 2 if text[self._at + 1] == "[" else 1
-                line = self._line()
-                table = self._key()
-                self.found.append((table, line))
-                self._at = text.index("\n", self._at)
-            else:
-                line = self._line()
-                path = (*table, *self._key())
-                if text[self._at] != "=":
-                    raise ValueError
-                self.found.append((path, line))
-                self._skip_value()
 
-    def _line(self) -> int:
-        return self._text.count("\n", 0, self._at) + 1
-
-    def _skip_space(self) -> None:
-        found = _SPACE.match(self._text, self._at)
-        assert found is not None
-        self._at = found.end()
-
-    def _key(self) -> Where:
-        """A key, dotted or quoted, and the space behind it."""
-        path = []
-        while True:
-            self._skip_space()
-            if found := _STRING.match(self._text, self._at):
-                path.append(str(tomllib.loads(f"k = {found[0]}")["k"]))
-            elif found := _BARE.match(self._text, self._at):
-                path.append(found[0])
-            else:
-                raise ValueError
-            self._at = found.end()
-            self._skip_space()
-            if self._text[self._at] != ".":
-                return tuple(path)
-            self._at += 1
-
-    def _skip_value(self) -> None:
-        """To the end of the line that the value ends on."""
-        depth = 0
-        while depth or self._text[self._at] != "\n":
-            here = self._text[self._at]
-            if found := _STRING.match(self._text, self._at):
-                self._at = found.end()
-                continue
-            if here == "#":
-                self._at = self._text.index("\n", self._at)
-                continue
-            depth += (here in "[{") - (here in "]}")
-            self._at += 1
+def _twice(rows: list[str]) -> str:
+    """Which key the last statement of these rows says again, arrays of tables aside."""
+    first: dict[Where, int] = {}
+    again = ""
+    for where, line in _stands("\n".join(rows)):
+        if first.setdefault(where, line) != line:
+            again = f"{'.'.join(where)} stands on line {first[where]} already"
+    return again
 
 
 def _what_is_broken(text: str, error: str) -> str:
@@ -370,8 +310,7 @@ def _what_is_broken(text: str, error: str) -> str:
     what, line, column = found.groups() if found else (error, None, None)
     rows = text.split("\n")
     number, place = int(line or len(rows)), int(column or len(rows[-1]) + 1)
-    twice = Lines("\n".join([*rows[:number], ""])).twice()
-    if twice and re.match("Cannot (overwrite|declare)", what):
+    if re.match("Cannot (overwrite|declare)", what) and (twice := _twice(rows[:number])):
         return f"line {number}: {twice}; say it once"
     hint = _hint(rows[number - 1])
     return f"line {number}, column {place}: {what[:1].lower()}{what[1:]}{hint}"
