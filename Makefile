@@ -29,7 +29,7 @@ $(VENV)/.tools: pyproject.toml
 	@tools/debian-packages $(BUILD_PACKAGES)
 	@echo "Python packages for building and testing go to $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python tools/requirements.py > $(VENV)/requirements.txt
+	$(BIN)/python tools/requirements.py build dev package > $(VENV)/requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r $(VENV)/requirements.txt
 	@touch $@
 
@@ -113,9 +113,15 @@ bench-quick: bench-needs
 	$(BENCH)/table.py engine qemu dirty hybrid blackout link
 
 .PHONY: bench-needs
-bench-needs: build
+bench-needs: build $(VENV)/.bench
 	@tools/debian-packages $(GUEST_PACKAGES) iproute2
 	@tools/newest-qemu
+
+$(VENV)/.bench: $(VENV)/.tools
+	@echo "Python packages for the pictures go to $(VENV)"
+	$(BIN)/python tools/requirements.py bench > $(VENV)/bench.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $(VENV)/bench.txt
+	@touch $@
 
 # Of what git has.
 sdist: $(VENV)/.tools

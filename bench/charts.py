@@ -7,17 +7,45 @@ import math
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import matplotlib as mpl
 import table
-from svg import Axis, Chart, Look, Point
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    FuncFormatter,
+    NullLocator,
+    ScalarFormatter,
+)
 
-OURS = Look("#1a5fb4", marker="circle")
-THEIRS = Look("#c64600", dash="7 4", marker="square")
-OTHER = Look("#2e7d32", dash="2 3", marker="circle")
+Point = tuple[float, float]
+Look = dict[str, Any]
+"""How a line is told from others, with and without colour: arguments of `Axes.plot`."""
+
+OURS: Look = {"color": "#1a5fb4", "linestyle": "-", "marker": "o"}
+THEIRS: Look = {"color": "#c64600", "linestyle": "--", "marker": "s"}
+OTHER: Look = {"color": "#2e7d32", "linestyle": ":", "marker": "o"}
 SMOOTH_S = 0.1
+
+mpl.rcParams.update(
+    {
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "font.size": 11,
+        "grid.color": "#ddd",
+        "legend.frameon": False,
+        "lines.linewidth": 2,
+        "lines.markersize": 5,
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "postcopyd",  # the same picture of the same figures
+    }
+)
 
 
 def where(result: dict[str, Any]) -> str:
@@ -31,22 +59,38 @@ def where(result: dict[str, Any]) -> str:
     return ", ".join([*words, "loopback"])
 
 
-def draw(chart: Chart, name: str) -> None:
+@contextmanager
+def picture(name: str, title: str, conditions: str, *, x: str, y: str) -> Iterator[Axes]:
+    """A picture to draw into, written as results/NAME.svg when it is left."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure.suptitle(title, fontweight="bold")
+    axes = figure.subplots()
+    axes.set_title(conditions, fontsize=9, color="#555")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    yield axes
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3)
     path = table.RESULTS / f"{name}.svg"
-    chart.write(path)
+    figure.savefig(path, metadata={"Date": None})
     print(f"written: {os.path.relpath(path)}")
 
 
-def nice(most: float, steps: int = 5) -> list[float]:
-    """Ticks from 0 to at least `most`, at 1, 2 or 5 times a power of ten."""
-    raw = most / steps
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(n * power for n in (1, 2, 5, 10) if n * power >= raw * 0.999)
-    return [i * step for i in range(math.ceil(most / step - 1e-9) + 1)]
+def ticks(axis: Any, at: Sequence[float], label: Any = None) -> None:
+    """These and no others."""
+    axis.set_major_locator(FixedLocator(list(at)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(label or ScalarFormatter())
 
 
-def thousands(value: float) -> str:
-    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
+def line(axes: Axes, points: Iterable[Point], look: Look, **more: Any) -> None:
+    axes.plot(*zip(*points, strict=True), **(look | more))
+
+
+def medians(axes: Axes, runs: dict[float, list[float]], look: Look, label: str) -> None:
+    """A line through the medians of what was measured at each place, and each run as a dot."""
+    line(axes, [(at, statistics.median(values)) for at, values in runs.items()], look, label=label)
+    dots = [(at, value) for at, values in runs.items() for value in values]
+    line(axes, dots, look, linestyle="", markersize=3, alpha=0.4)
 
 
 def speed(
@@ -57,38 +101,32 @@ def speed(
     first_s: int,
 ) -> None:
     """Median of the runs' speeds at each moment, the single runs thin behind it."""
-    x = Axis("seconds from the stop at the source", first_s, 5, range(first_s, 6))
-    ticks = (0, 25, 50, 75, 100)
-    y = Axis("guest's speed, % of before", 0, 120, ticks)
     about = result["machine"]
     size = f"{about['memory_mib']} MiB guest writing {about['writes_mib']} MiB at random"
-    chart = Chart(f"{size} while it is moved",
-                  f"{where(result)}; median and single runs", x, y)  # fmt: skip
-    medians = []
-    for way, look, words in ways:
-        if not runs[way]:
-            continue
-        curves = [
-            [point for point in smooth(run["curve"]) if x.low <= point[0] <= x.high]
-            for run in runs[way]
-        ]
-        plain = replace(look, marker="", dash="")
-        for curve in curves:
-            chart.line(curve, replace(plain, width=0.8, opacity=0.25))
-        at: dict[float, list[float]] = defaultdict(list)
-        for curve in curves:
-            for when, share in curve:
-                at[when].append(share)
-        middle = [
-            (when, statistics.median(v))
-            for when, v in sorted(at.items())
-            if len(v) * 2 > len(curves)
-        ]
-        medians.append((middle, replace(look, marker=""), words))
-    for middle, look, words in medians:
-        chart.line(middle, look, words)
-    chart.mark(0, "stop")
-    draw(chart, name)
+    with picture(
+        name, f"{size} while it is moved", f"{where(result)}; median and single runs",
+        x="seconds from the stop at the source", y="guest's speed, % of before",
+    ) as axes:  # fmt: skip
+        axes.set(xlim=(first_s, 5), ylim=(0, 120))
+        for way, look, words in ways:
+            curves = [
+                [point for point in smooth(run["curve"]) if first_s <= point[0] <= 5]
+                for run in runs[way]
+            ]
+            at: dict[float, list[float]] = defaultdict(list)
+            for curve in curves:
+                line(axes, curve, look, marker="", linestyle="-", linewidth=0.8, alpha=0.25)
+                for when, share in curve:
+                    at[when].append(share)
+            middle = [
+                (when, statistics.median(v))
+                for when, v in sorted(at.items())
+                if len(v) * 2 > len(curves)
+            ]
+            if middle:
+                line(axes, middle, look, marker="", label=words)
+        axes.axvline(0, color="#555", linewidth=1)
+        axes.annotate(" stop", (0, 120), va="top", color="#555")
 
 
 def smooth(curve: Sequence[Sequence[float]]) -> list[Point]:
@@ -123,24 +161,24 @@ def longer(runs: Iterable[dict[str, Any]]) -> list[Point]:
 
 
 def latency(result: dict[str, Any]) -> None:
-    ticks = [2**n for n in range(4, 15)]
-    x = Axis("time an access to a missing page took, µs (log scale)", 16, 16384, ticks, log=True)
-    y = Axis(
-        "% of the accesses that took longer (log scale)", 0.1, 100, [0.1, 1, 10, 50, 100], True
-    )
-    chart = Chart("How long the guest waits for a missing page", where(result), x, y)
-    data = result["data"]
-    for workload, width, words in (
-        ("faults 1", 2.2, "alone"),
-        ("push beside 1", 1.4, "beside push"),
-    ):
-        for which, look, name in ((1, THEIRS, "floor"), (0, OURS, "postcopyd")):
-            if workload in data:
-                points = longer(pair[which] for pair in data[workload])
-                dash = look.dash if words == "alone" else ("2 3" if which else "10 2 2 2")
-                line = replace(look, marker="", width=width, dash=dash)
-                chart.line(points, line, f"{name}, {words}")
-    draw(chart, "fault-latency")
+    with picture(
+        "fault-latency", "How long the guest waits for a missing page", where(result),
+        x="time an access to a missing page took, µs (log scale)",
+        y="% of the accesses that took longer (log scale)",
+    ) as axes:  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlim=(16, 16384), ylim=(0.1, 100))
+        ticks(axes.xaxis, [2**n for n in range(4, 15)])
+        ticks(axes.yaxis, [0.1, 1, 10, 50, 100], FuncFormatter("{:g}".format))
+        data = result["data"]
+        for workload, words, dashes, width in (
+            ("faults 1", "alone", ("--", "-"), 2.2),
+            ("push beside 1", "beside push", (":", "-."), 1.4),
+        ):
+            for which, look, name in ((1, THEIRS, "floor"), (0, OURS, "postcopyd")):
+                if workload in data:
+                    points = longer(pair[which] for pair in data[workload])
+                    style = {"marker": "", "linestyle": dashes[1 - which], "linewidth": width}
+                    line(axes, points, look | style, label=f"{name}, {words}")
 
 
 def by_number(
@@ -152,64 +190,60 @@ def by_number(
     here = [n for n in numbers if f"{kind} {n}" in data]
     if len(here) < 2:
         return
-    values = [pair[i][value] for n in here for pair in data[f"{kind} {n}"] for i in (0, 1)]
-    ticks = nice(max(values))
-    axis = Axis(x, here[0] / 1.15, here[-1] * 1.15, here, log=True)
-    chart = Chart(title, f"{where(result)}; median and single runs", axis,
-                  Axis(y, 0, ticks[-1], ticks, label=thousands))  # fmt: skip
-    for which, look, who in ((1, THEIRS, "floor: the least that sockets and userfaultfd can do"),
-                             (0, OURS, "postcopyd")):  # fmt: skip
-        runs = {n: [pair[which][value] for pair in data[f"{kind} {n}"]] for n in here}
-        aside = 0.97 if which == 0 else 1.03
-        chart.dots([(n * aside, v) for n in here for v in runs[n]], look)
-        chart.line([(n, statistics.median(runs[n])) for n in here], look, who)
-    draw(chart, name)
+    with picture(name, title, f"{where(result)}; median and single runs", x=x, y=y) as axes:
+        axes.set_xscale("log", base=2)
+        ticks(axes.xaxis, here)
+        for which, look, who in (
+            (1, THEIRS, "floor: the least that sockets and userfaultfd can do"),
+            (0, OURS, "postcopyd"),
+        ):
+            runs = {float(n): [pair[which][value] for pair in data[f"{kind} {n}"]] for n in here}
+            medians(axes, runs, look, who)
+        axes.set_ylim(bottom=0)
+        if axes.get_ylim()[1] > 1000:
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def ram(mib: float, _: object = None) -> str:
+    return f"{mib:g} MiB" if mib < 1024 else f"{mib / 1024:g} GiB"
 
 
 def blackout(result: dict[str, Any]) -> None:
-    runs = {int(mib): values for mib, values in result["data"]["blackout_ms"].items()}
-    sizes = sorted(runs)
-    ticks = nice(max(12.0, *(v for values in runs.values() for v in values)))
-
-    def label(mib: float) -> str:
-        return f"{mib:g} MiB" if mib < 1024 else f"{mib / 1024:g} GiB"
-
-    x = Axis("RAM of the guest (log scale)", sizes[0] / 1.3, sizes[-1] * 1.3, sizes, True, label)
-    chart = Chart("Blackout by RAM size, STOP event to RESUME event",
-                  f"{where(result)}; median and single runs", x,
-                  Axis("milliseconds", 0, ticks[-1], ticks))  # fmt: skip
-    chart.level(10, "goal: 10 ms")
-    chart.dots([(mib * 1.06, v) for mib in sizes for v in runs[mib]], OURS)
-    chart.line([(mib, statistics.median(runs[mib])) for mib in sizes], OURS, "postcopyd")
-    draw(chart, "blackout-by-ram")
+    runs = {float(mib): values for mib, values in result["data"]["blackout_ms"].items()}
+    with picture(
+        "blackout-by-ram", "Blackout by RAM size, STOP event to RESUME event",
+        f"{where(result)}; median and single runs",
+        x="RAM of the guest (log scale)", y="milliseconds",
+    ) as axes:  # fmt: skip
+        axes.set_xscale("log", base=2)
+        ticks(axes.xaxis, sorted(runs), FuncFormatter(ram))
+        axes.axhline(10, color="#777", linestyle=":", label="goal: 10 ms")
+        medians(axes, dict(sorted(runs.items())), OURS, "postcopyd")
+        axes.set_ylim(bottom=0)
 
 
 def link(result: dict[str, Any]) -> None:
     data = result["data"]
     trips = sorted({run["rtt_ms"] for run in data})
-    x = Axis("round trip of the link without load, ms", 0, max(trips) * 1.1, trips)
-    most = max(run["p99_us"] / 1e3 for run in data)
-    ticks = nice(most)
-    chart = Chart("Urgent latency while the push fills the link",
-                  f"{where(result).replace('loopback', 'two network namespaces')}",
-                  x, Axis("milliseconds", 0, ticks[-1], ticks))  # fmt: skip
-    looks = {"1gbit": OURS, "10gbit": THEIRS}
-    for rate, colour in looks.items():
-        for percentile, width in (("p50_us", 2.2), ("p99_us", 1.0)):
-            points = []
-            for trip in trips:
-                kind = (rate, trip, 1)
-                values = [
-                    run[percentile] / 1e3
-                    for run in data
-                    if (run["rate"], run["rtt_ms"], run["push"]) == kind
-                ]
-                if values:
-                    points.append((trip, statistics.median(values)))
-            look = replace(colour, width=width)
-            chart.line(points, look, f"{rate}/s {percentile[:3]}")
-    chart.line([(0, 0), (x.high, x.high)], Look("#777", dash="1 4", width=1.5), "round trip")
-    draw(chart, "link-latency")
+    with picture(
+        "link-latency", "Urgent latency while the push fills the link",
+        where(result).replace("loopback", "two network namespaces"),
+        x="round trip of the link without load, ms", y="milliseconds",
+    ) as axes:  # fmt: skip
+        ticks(axes.xaxis, trips)
+        for rate, look in (("1gbit", OURS), ("10gbit", THEIRS)):
+            for percentile, width in (("p50_us", 2.2), ("p99_us", 1.0)):
+                values: dict[float, list[float]] = defaultdict(list)
+                for run in data:
+                    if (run["rate"], run["push"]) == (rate, 1):
+                        values[run["rtt_ms"]].append(run[percentile] / 1e3)
+                points = [(trip, statistics.median(values[trip])) for trip in sorted(values)]
+                if points:
+                    words = f"{rate}/s {percentile[:3]}"
+                    line(axes, points, look, linewidth=width, label=words)
+        most = max(trips)
+        line(axes, [(0, 0), (most, most)], {"color": "#777", "linestyle": ":"}, label="round trip")
+        axes.set_ylim(bottom=0)
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prints what pyproject.toml asks for as a requirements file: all, or with `run` what runs it."""
+"""Prints what pyproject.toml asks for as a requirements file: what runs the daemon, and the groups
+that are named."""
 
 import sys
 import tomllib
@@ -7,7 +8,5 @@ from itertools import chain
 from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-wanted = project["project"]["dependencies"]
-if sys.argv[1:] != ["run"]:
-    wanted = [*wanted, *chain(*project["dependency-groups"].values())]
-print("\n".join(wanted))
+groups = (project["dependency-groups"][name] for name in sys.argv[1:])
+print("\n".join(chain(project["project"]["dependencies"], *groups)))
