@@ -5,7 +5,8 @@ Owns what a log entry looks like and the identity of the events that matter (`ME
 nothing itself. Writing never waits and never raises: what cannot be written at once is dropped and
 counted, because a migration must not stand still for a reader of its log.
 
-The journal's protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL
+The journal's protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL. By hand, as libsystemd's call,
+which python3-systemd wraps, waits for a journal that does not read.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 
 Owns sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3) as far as they are used here. Knows
 nothing of the daemon. Without a service manager there are no sockets, and nothing is told.
+
+By hand, as each is a few lines: python3-systemd is a C module that needs libsystemd at build time.
 """
 
 from __future__ import annotations

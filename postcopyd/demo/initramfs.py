@@ -2,7 +2,8 @@
 """What the verifying guest boots from: a kernel of this host, its modules, and our own init.
 
 Owns finding the kernel and writing the initramfs (a gzipped "newc" cpio archive, see the kernel's
-Documentation/driver-api/early-userspace/buffer-format.rst).  It must not know about QEMU.
+Documentation/driver-api/early-userspace/buffer-format.rst; by hand, as it is 20 lines and Python's
+archive modules do not write it). It must not know about QEMU.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 
 Reads only, decides nothing. Everything here may be stale when it returns; a process that ends
 while it is read counts as one that has nothing.
+
+By hand, as psutil tells neither device nor inode of a mapping.
 """
 
 from __future__ import annotations

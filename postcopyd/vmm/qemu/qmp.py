@@ -6,6 +6,8 @@ passed with a command. Knows nothing of migration; what a command means is `driv
 
 There is no reader task. Whoever waits for something reads the socket for everybody and wakes the
 others when a message has come, so nothing outlives the calls that use it.
+
+By hand, as QEMU's own library for Python, qemu.qmp, is for asyncio.
 """
 
 from __future__ import annotations
