@@ -21,7 +21,7 @@ pytestmark = pytest.mark.long
 # Verb by verb, what argparse takes.
 COMMAND_LINE = """
 import argparse, json
-from postcopyd.cli import parser
+from MODULE import parser
 
 def taken(parser):
     return {
@@ -59,7 +59,8 @@ def both() -> None:
 
 def test_command_line() -> None:
     """Every verb and option is there, takes what it took, and what need not be said need not be."""
-    before, now = told(OLD, COMMAND_LINE), told(NEW, COMMAND_LINE)
+    before = told(OLD, COMMAND_LINE.replace("MODULE", "postcopyd.cli"))
+    now = told(NEW, COMMAND_LINE.replace("MODULE", "postcopyd.cli.main"))
     assert len(before) > 10
     for verb, options in before.items():
         for option, was in options.items():
@@ -118,10 +119,10 @@ def test_varlink_interface() -> None:
 # What must be equal on both hosts, by the driver of QEMU.
 FACTS = """
 import json, trio
-from postcopyd.vmm.qemu import QemuVmm
+from MODULE import QemuVmm
 
 async def facts():
-    driver = await QemuVmm.connect("web1", {socket!r})
+    driver = await QemuVmm.connect("web1", "SOCKET")
     shape = await driver.inspect("source")
     return shape.facts
 
@@ -146,6 +147,8 @@ async def test_facts_of_a_qemu(lab: Lab, qemu: int) -> None:
     options = EVERYTHING.replace("DISK", str(image)).split()
     machine = lab.start(qemu, *options)
     await machine.listens()
-    before, now = (told(site, FACTS.format(socket=machine.socket)) for site in (OLD, NEW))
+    script = FACTS.replace("SOCKET", machine.socket)
+    before = told(OLD, script.replace("MODULE", "postcopyd.vmm.qemu"))
+    now = told(NEW, script.replace("MODULE", "postcopyd.vmm.qemu.driver"))
     assert len(before) > 12
     assert before == now

@@ -148,7 +148,7 @@ def test_every_option_on_the_command_line(
     assert words.keys() == KEYS.keys()
     said = [word for name, value in words.items() for word in (f"--{name}", value)]
     said += ["--peer", "host2=10.0.0.2,may=send+control", "--peer", "host3"]
-    assert main.main(["serve", "--check-config", *said]) == 0
+    assert main(["serve", "--check-config", *said]) == 0
     printed = capsys.readouterr().out
     assert printed.endswith("# good\n")
     assert len(re.findall("# command line", printed)) == len(words) + 2
@@ -159,7 +159,7 @@ def test_every_option_on_the_command_line(
         2048, 4, 5, 6144, 7, "[::1]:9",
         (Peer("host2", Address("10.0.0.2", 16525), frozenset({"send", "control"})), Peer("host3")),
     )  # fmt: skip
-    assert main.main(["serve", "--check-config", "--config", str(file)]) == 0
+    assert main(["serve", "--check-config", "--config", str(file)]) == 0
     assert f'tls = "off"                                      # {file}, line 5\n' in (
         capsys.readouterr().out
     )
@@ -172,7 +172,7 @@ def test_check_refuses(
     file = write(folders[1] / "postcopyd.toml", "max-vms = 0\ntls = 1\n")
     drop = write(folders[0] / "postcopyd.toml.d/1.toml", "x = 1\n")
     for check in (["--check-config"], []):
-        assert main.main(["serve", *check]) == 2
+        assert main(["serve", *check]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         lines = [f"postcopyd: {file}, line 1: ", f"{file}, line 2: ", f"{drop}, line 1: "]
