@@ -81,7 +81,8 @@ class Pair:
 
     def hooks_run(self, vm: str) -> list[str]:
         """ROLE PHASE of each hook that ran for a VM, in order."""
-        lines = (self.hooks / "log").read_text().splitlines()
+        log = self.hooks / "log"
+        lines = log.read_text().splitlines() if log.exists() else []
         return [line.removeprefix(f"{vm} ") for line in lines if line.startswith(f"{vm} ")]
 
     def guest(self, *options: str, program: Path | None = None) -> ProcessGuest:
