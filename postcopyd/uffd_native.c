@@ -19,6 +19,8 @@
  *   DONE and LOST    given up, and a memory error for whoever touches it
  *   LOST             the source cannot read it, and this kernel can make no memory errors: who
  *                    touches it waits, unless it comes after all
+ *   FOREIGN          with CLAIMED: it was there, and nothing explains that, see below
+ *   BEGUN            beside any but DONE: an engine that was killed had it CLAIMED
  *
  * Who may change it: a fault thread sets WANTED; a receiving thread claims (from 0, WANTED or LOST)
  * and only the claimer makes DONE of it; pc_dest_poison gives up what nobody can have claimed, as
@@ -52,9 +54,12 @@
  * guest. The record alone says what is right: the flags of a fault tell of the cache.
  *
  * A page that was there although this engine has just claimed it, where neither an engine before it
- * nor such neighbours explain that, is FOREIGN: the kernel has put zeros into registered memory
- * (khugepaged before Linux 6.4 does), and the guest may have read others of them. Nothing is placed
- * from then on, who waits goes on waiting, and no connection mends it.
+ * (BEGUN) nor such neighbours explain that, is FOREIGN: the kernel has put zeros into registered
+ * memory (khugepaged before Linux 6.4 does), and the guest may have read others of them. Nothing is
+ * placed from then on, who waits goes on waiting, and no connection mends it. The record says so
+ * before anybody is told, so that an engine after this one is FOREIGN too. One that is killed before
+ * even that has the page in hand, and the next engine sees it by the others: a huge page of zeros
+ * has more of them than one engine has CLAIMED.
  *
  * A LOST page is never answered with zeros: for shared memory the kernel lets ZEROPAGE and COPY
  * replace a memory error (seen on Linux 6.18). So the error is there before the record says DONE,
@@ -62,9 +67,10 @@
  *
  * An engine that goes on with the record of one that was killed keeps DONE and LOST, for files HERE
  * and CACHED too, and forgets the rest: who waited faults again, and EEXIST tells of a page that
- * was placed and not yet confirmed. A page CLAIMED without HERE was never mapped from the file and
- * may be written again. The byte behind the last page of a staged engine's record is the seal:
- * without it the guest has not run here, and HERE is forgotten as well.
+ * was placed and not yet confirmed, which was CLAIMED then and is BEGUN. A page CLAIMED without
+ * HERE was never mapped from the file and may be written again. The byte behind the last page of a
+ * staged engine's record is the seal: without it the guest has not run here, and HERE is forgotten
+ * as well.
  *
  * Locks: `asking` guards the urgent connection's requests. Everything else is the record's bytes
  * and counters, changed by atomic operations. The fault threads alone send requests; `notice` tells
@@ -95,7 +101,9 @@
 #include "stage.h"
 #include "uffd.h"
 
-enum { WANTED = 1, CLAIMED = 2, DONE = 4, LOST = 8, HERE = 16, CACHED = 32 };
+enum {
+  WANTED = 1, CLAIMED = 2, DONE = 4, LOST = 8, HERE = 16, CACHED = 32, FOREIGN = 64, BEGUN = 128
+};
 /* The same bits in each byte of a word of the record, to look at eight pages at a time. */
 #define EIGHT(state) (0x0101010101010101ull * (state))
 
@@ -139,7 +147,7 @@ struct pc_dest {
   unsigned region_count;
   uint64_t slots; /* bytes of the record: all pages, each region rounded up to 64 */
   _Atomic uint8_t *record;
-  bool staged, again; /* again: it goes on with the record of another */
+  bool staged;
   struct stage stages[PC_MAX_REGIONS]; /* of the regions, if `staged` */
   unsigned stage_count;
   const uint8_t *zeros; /* one 2 MiB page of them */
@@ -212,7 +220,7 @@ static void ask_wanted(struct pc_dest *d) {
         page += 8;
         continue;
       }
-      if ((atomic_load_explicit(state, memory_order_relaxed) & ~CACHED) == WANTED &&
+      if ((atomic_load_explicit(state, memory_order_relaxed) & ~(CACHED | BEGUN)) == WANTED &&
           !ask_page(d, r, page)) {
         d->look_again = r->first + page;
         return;
@@ -292,12 +300,17 @@ static void foreign_failed(struct pc_dest *d) {
               (unsigned long long)(slot - r->first), (int)(r - d->regions));
 }
 
-/* Of pages that this thread had claimed, some were there. False: nothing explains them. */
+/* Of pages that this thread had claimed, all of them BEGUN or none, some were there. False: nothing
+ * explains them. */
 static bool explained(struct pc_dest *d, struct region *r, const struct placing *p) {
   uint64_t none = 0;
   count_add(d->stats.existing_pages, p->existing);
-  if (!p->existing || d->again || filed(d, r))
+  if (!p->existing || filed(d, r))
     return true;
+  _Atomic uint8_t *first = &d->record[r->first + p->first_existing];
+  if (atomic_load(first) & BEGUN)
+    return true;
+  atomic_fetch_or(first, FOREIGN);
   atomic_compare_exchange_strong(&d->foreign, &none, r->first + p->first_existing + 1);
   foreign_failed(d);
   return false;
@@ -356,7 +369,7 @@ static void unclaim(struct pc_dest *d, struct region *r, uint64_t page, uint64_t
   for (uint64_t i = page; i < page + count; i++) {
     uint8_t is = atomic_load(&d->record[r->first + i]); /* others may add WANTED to it, no more */
     here += (is & HERE) != 0;
-    atomic_store(&d->record[r->first + i], WANTED | (is & CACHED));
+    atomic_store(&d->record[r->first + i], WANTED | (is & (CACHED | BEGUN)));
   }
   present(d, -here);
 }
@@ -369,7 +382,7 @@ static bool claim(struct pc_dest *d, struct region *r, uint64_t page, uint8_t as
     if (state & (CLAIMED | DONE | HERE))
       return false;
   } while (!atomic_compare_exchange_weak(&d->record[r->first + page], &state,
-                                         as | (state & CACHED)));
+                                         as | (state & (CACHED | BEGUN))));
   if (state & LOST)
     atomic_fetch_sub(&d->unspoilt, 1);
   *was = state;
@@ -543,10 +556,12 @@ static bool receive_pages(struct pc_dest *d, struct region *r, const struct fram
   bool by_file = filed(d, r);
   for (uint64_t i = 0; i < f->count;) {
     uint64_t first = f->page + i, run = 0, placed = 0;
+    _Atomic uint8_t *state = &d->record[r->first + first];
     uint8_t was, any = 0;
     enum meaning is = AGAIN;
     struct placing p = {.done = 0};
     while (i + run < f->count && (payload || run == 0) &&
+           (run == 0 || !((state[run] ^ state[0]) & BEGUN)) && /* see `explained` */
            claim(d, r, first + run, by_file && payload ? CLAIMED | CACHED : CLAIMED, &was))
       run++, any |= was;
     if (run == 0) {
@@ -614,7 +629,7 @@ static bool receive_lost(struct pc_dest *d, struct region *r, const struct frame
         count_set(d->stats.last_urgent_ns, pc_monotonic_ns());
     } else if (is == NEVER) {
       atomic_fetch_add(&d->unspoilt, 1);
-      atomic_store(&d->record[r->first + page], LOST | (was & CACHED));
+      atomic_store(&d->record[r->first + page], LOST | (was & (CACHED | BEGUN)));
       look_at_unspoilt(d);
     } else {
       unclaim(d, r, page, 1);
@@ -956,8 +971,10 @@ uint64_t pc_dest_still_ns(struct pc_dest *d) {
 static uint8_t kept(struct pc_dest *d, struct region *r, uint8_t is) {
   if (is & DONE)
     return is & (DONE | LOST);
+  if (is & FOREIGN)
+    return CLAIMED | FOREIGN;
   if (!d->staged || r->is.fd < 0)
-    return 0;
+    return sealed(d) && is & (CLAIMED | BEGUN) ? BEGUN : 0;
   return (is & (sealed(d) ? HERE | CACHED : CACHED)) | (is & CLAIMED ? CACHED : 0);
 }
 
@@ -966,7 +983,7 @@ static int record_map(struct pc_dest *d, int record, char error[200]) {
   struct stat file;
   int failed = fstat(record, &file) ? errno : 0;
   if (!failed && file.st_size) /* another engine has been here */
-    d->again = true, d->staged = (uint64_t)file.st_size != d->slots;
+    d->staged = (uint64_t)file.st_size != d->slots;
   uint64_t bytes = d->slots + d->staged;
   if (!failed && file.st_size && (uint64_t)file.st_size != bytes) {
     snprintf(error, 200, "the page record has %lld bytes and this guest needs %llu: it is not this "
@@ -997,6 +1014,8 @@ static int record_map(struct pc_dest *d, int record, char error[200]) {
       d->stats.confirmed_pages += (keeps & DONE) != 0;
       d->stats.present_pages += d->staged && keeps & (DONE | HERE);
       d->stats.lost_pages += (keeps & LOST) != 0;
+      if (keeps & FOREIGN && !d->foreign)
+        d->foreign = (uint64_t)(state - d->record) + 1;
       if (is != keeps)
         atomic_store_explicit(state, keeps, memory_order_relaxed);
     }
@@ -1051,6 +1070,8 @@ struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int
     if (known == d->taker_count)
       d->takers[d->taker_count++] = (struct fault_thread){.dest = d, .uffd = r->is.uffd};
   }
+  if (d->foreign)
+    foreign_failed(d);
   return d;
 }
 
@@ -1227,7 +1248,7 @@ int64_t pc_dest_poison(struct pc_dest *d) {
       struct placing p;
       uint64_t run = 0;
       while (page + run < r->is.pages && !(atomic_load(&state[page + run]) & (DONE | HERE)))
-        run++;
+        atomic_fetch_or(&state[page + run++], CLAIMED); /* or another engine takes it for FOREIGN */
       if (!run && ++page)
         continue;
       enum meaning is = place(r, SPOIL, page, run, NULL, &p);
@@ -1235,6 +1256,8 @@ int64_t pc_dest_poison(struct pc_dest *d) {
       confirm(d, r, page, p.done, DONE | LOST);
       count_add(d->stats.lost_pages, p.done);
       poisoned += (int64_t)(p.done - p.existing);
+      for (uint64_t i = page + p.done; i < page + run; i++)
+        atomic_fetch_and(&state[i], (uint8_t)~CLAIMED);
       page += p.done;
       if (is == AGAIN) {
         sched_yield(); /* from the page that did not go */

@@ -129,6 +129,10 @@ class DestinationSession:
             session._engine = DestinationEngine(
                 regions, session._uffds, session._record, staged=offer.staged
             )
+            if session._engine.foreign:  # the one before was killed before it could be recorded
+                why = losses.foreign(vm.name, channel.peer, session._engine.sentence)
+                about["foreign"] = why
+                raise PostcopydError(why, "NotTrusted")
             for number in gone:
                 session._engine.gone(number)
             session._engine.register(again=True)

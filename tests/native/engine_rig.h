@@ -450,7 +450,9 @@ static void new_source(struct pair *p) {
 }
 
 /* The states of a page in the record, as uffd_native.c has them. */
-enum { WANTED = 1, CLAIMED = 2, DONE = 4, LOST = 8, HERE = 16, CACHED = 32 };
+enum {
+  WANTED = 1, CLAIMED = 2, DONE = 4, LOST = 8, HERE = 16, CACHED = 32, FOREIGN = 64, BEGUN = 128
+};
 
 /* A destination on this record; `again`: an engine before it has registered. */
 static void dest_on(struct pair *p, int record, bool again) {

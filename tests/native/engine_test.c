@@ -348,11 +348,14 @@ static void existing(void) {
   struct guest g = {0};
   struct ram *m = add_ram(&g, 256, SMALL, all_data);
   fill_source(m, 0, m->pages);
-  for (uint64_t page = 10; page < 110; page += 10)
+  uint8_t states[256] = {0}; /* an engine before this one has placed them */
+  for (uint64_t page = 10; page < 110; page += 10) {
     check(pwrite(m->file, "guest's", 8, (off_t)(page * SMALL)) == 8, "%m");
+    states[page] = CLAIMED;
+  }
   struct pair p = {.guest = &g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   int record = memfd_create("record", MFD_CLOEXEC);
-  check(!ftruncate(record, m->pages), "%m"); /* an engine before this one has placed them */
+  check(pwrite(record, states, sizeof states, 0) == sizeof states, "%m");
   dest_on(&p, record, false);
   new_source(&p);
   connect_engines(&p, true), connect_engines(&p, false);
@@ -777,15 +780,16 @@ static void record_states(void) {
   struct ram *m = add_ram(&g, PAGES, SMALL, all_data);
   fill_source(m, 0, m->pages);
   uint8_t states[SLOTS] = {0};
+  bool guests[SLOTS] = {false};
   uint64_t done = 0, there = 0;
   for (uint64_t page = 0; page < PAGES; page++) {
     states[page] = (uint8_t[]){0, WANTED, CLAIMED, CLAIMED | WANTED, DONE, DONE | WANTED,
-                               0x40 | WANTED}[draw() % 7];
+                               BEGUN | WANTED}[draw() % 7];
     done += (states[page] & DONE) != 0;
-    if (states[page] & (CLAIMED | DONE) && draw() % 2) { /* placed, then written by the guest */
+    guests[page] = states[page] & (CLAIMED | BEGUN | DONE) && draw() % 2;
+    if (guests[page]) { /* placed, then written by the guest */
       check(pwrite(m->file, "guest's", 8, (off_t)(page * SMALL)) == 8, "%m");
       there += !(states[page] & DONE);
-      states[page] |= 0x80; /* what is no state is forgotten too */
     }
   }
   struct pair p = {.guest = &g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
@@ -802,7 +806,7 @@ static void record_states(void) {
   wait_until(get(p.at->duplicate_pages) == done);
   check(get(p.at->existing_pages) == there, "%llu", (unsigned long long)p.at->existing_pages);
   for (uint64_t page = 0; page < PAGES; page++) {
-    if (states[page] & 0x80)
+    if (guests[page])
       check(!strcmp((char *)m->at + page * SMALL, "guest's"), "%llu", (unsigned long long)page);
     else /* done, but not there: the guest has discarded it */
       check(page_is(m, page, states[page] & DONE), "page %llu", (unsigned long long)page);

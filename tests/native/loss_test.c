@@ -561,6 +561,13 @@ static void foreign(bool by_zeros) {
   check(pc_dest_poison(p.dest) == -EBUSY && pc_dest_unregister(p.dest, 0) == -EBUSY, " ");
   check(pc_dest_gone(p.dest, 0) == -EBUSY, "nor waits it for a page that stays claimed");
   close(urgent), close(push);
+  for (unsigned life = 0; life < 2; life++) { /* whoever is killed in whatever moment after it */
+    pc_dest_free(p.dest);
+    dest_on(&p, p.record, true);
+    check(get(p.at->failure) == PC_FOREIGN && strstr(p.at->sentence, "page 5 of region 0"), "%s",
+          p.at->sentence);
+    check(get(p.at->confirmed_pages) == 1 && !get(r[0].done), "it went on");
+  }
   finish(&p); /* gives the guest up */
   pthread_join(r[0].thread, NULL);
   if (by_zeros)
@@ -570,6 +577,43 @@ static void foreign(bool by_zeros) {
 
 static void foreign_page(void) { foreign(false); }
 static void foreign_zeros(void) { foreign(true); }
+
+/* An engine that goes on with the record of one that was killed finds what that one had in hand, and
+ * takes nothing else for its doing: not beside it in a frame either, and not in a later life. */
+static void foreign_later(void) {
+  struct guest g = {0};
+  struct ram *m = guest_of(&g, PAGES, false);
+  struct pair p = {.guest = &g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  int record = memfd_create("record", MFD_CLOEXEC), urgent, push;
+  uint8_t states[(PAGES + 63) / 64 * 64] = {[3] = CLAIMED, [7] = CLAIMED | WANTED};
+  uint8_t bytes[4 * SMALL], now;
+  check(pwrite(record, states, sizeof states, 0) == sizeof states, "%m");
+  for (uint64_t page = 3; page < 8; page += 4) {
+    fill_page(m, page, bytes);
+    check(pwrite(m->file, bytes, SMALL, (off_t)(page * SMALL)) == SMALL, "%m");
+  }
+  dest_on(&p, record, false);
+  pc_dest_free(p.dest);
+  dest_on(&p, record, true); /* the second in whose life they do not come */
+  check(pread(record, &now, 1, 7) == 1 && now == BEGUN, "%x", now);
+  urgent = by_hand(&p, true), push = by_hand(&p, false);
+  for (uint64_t page = 2; page < 6; page++)
+    fill_page(m, page, bytes + (page - 2) * SMALL);
+  send_frame(push, FRAME_PAGES, 0, 2, 4, bytes, sizeof bytes);
+  wait_until(get(p.at->confirmed_pages) == 4);
+  check(get(p.at->failure) == PC_OK && page_is(m, 3, false), "%s", p.at->sentence);
+  check(pwrite(m->file, "\0", 1, 8 * SMALL) == 1, "%m");
+  for (uint64_t page = 6; page < 10; page++)
+    fill_page(m, page, bytes + (page - 6) * SMALL);
+  send_frame(push, FRAME_PAGES, 0, 6, 4, bytes, sizeof bytes);
+  wait_until(get(p.at->failure) > PC_OK);
+  check(get(p.at->failure) == PC_FOREIGN && strstr(p.at->sentence, "page 8 of region 0"), "%s",
+        p.at->sentence);
+  check(get(p.at->confirmed_pages) == 6, "6 and 7");
+  close(urgent), close(push);
+  finish(&p);
+  guest_free(&g);
+}
 
 /* Of anonymous memory also in what was staged: there are no neighbours. */
 static void foreign_staged(void) {
@@ -708,6 +752,7 @@ static const struct subtest SUBTESTS[] = {
     {"broken_here", broken_here},
     {"foreign_page", foreign_page},
     {"foreign_zeros", foreign_zeros},
+    {"foreign_later", foreign_later},
     {"foreign_staged", foreign_staged},
     {"flood_zeros", flood_zeros},
     {"flood_early", flood_early},

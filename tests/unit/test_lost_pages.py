@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -18,6 +19,7 @@ from test_session_cases import asking
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
 from postcopyd.model import MigrateRequest
+from postcopyd.sessions import losses
 
 LEFT = 21
 """Pages of the first region that can be read; the 22nd and the 24th are zeros or holes, the 23rd
@@ -168,6 +170,35 @@ def foreign(made: World, point: str) -> None:
     fd = made.destination.vmm.files[0]
     for page in range(4, LEFT):
         os.pwrite(fd, bytes(PAGE), page * PAGE)
+
+
+async def test_killed_before_foreign_is_recorded(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that is killed between its engine's seeing them and its record of that: the next one
+    knows it all the same, and gives the guest nothing more."""
+    real = losses.foreign
+    async with world(tmp_path, {"<- ran": foreign}) as made, made.migrating():
+        there = made.destination
+
+        def killed(*args: Any) -> str:
+            monkeypatch.setattr(losses, "foreign", real)
+            made.kill("destination")
+            return real(*args)
+
+        monkeypatch.setattr(losses, "foreign", killed)
+        with trio.fail_after(1000):
+            while len(there.lives) < 2 or not there.quiet:
+                await trio.sleep(0.1)
+        assert "foreign" not in there.store.load()["web1"]["about"]
+        await trio.sleep(60)
+        assert "page 4 of region 0" in there.vm.status["message"]
+        assert "not to be trusted" in there.vm.status["message"]
+        assert "not to be trusted" in made.source.vm.status["message"]
+        assert (there.phase, there.recorded()) == ("paused", "owned")
+        assert there.vm.waiting is None
+        assert there.vmm.registered()
+        made.guest.given_up = True
 
 
 async def test_foreign_pages_end_it(tmp_path: Path, clock: Clock) -> None:
