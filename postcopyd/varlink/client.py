@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A blocking Varlink client for the command line: one connection, one call at a time.
+"""A blocking Varlink client, for command lines: one connection, one call at a time.
 
 Owns the client's half of the framing. Imports nothing that takes time to load, and knows no
 interface: names and parameters are the caller's.

@@ -26,12 +26,11 @@ from typing import Any
 import structlog
 import trio
 
-from postcopyd.tasks import guard
-from postcopyd.varlink.idl import Interface, InvalidValue, parse_interface
+from .idl import Interface, InvalidValue, parse_interface
 
-# The largest message accepted. systemd's limit is 16 MiB; the largest call here is under 1 KiB.
+# The largest message accepted, which is kept in memory for each client. systemd's limit is 16 MiB.
 MAX_MESSAGE = 1024 * 1024
-# Clients at a time: a person or two, an orchestrator, and a few watchers of every guest.
+# Clients at a time, where a service says no other number.
 MAX_CONNECTIONS = 64
 # When there are so many: a client for which the server has waited so long, to say something or to
 # read what it was told, loses its connection to one that comes. Others forget to close theirs.
@@ -120,7 +119,7 @@ class Peer:
         return cls(pid, uid, gid, frozenset({gid, *groups}))
 
     def may_use(self, path: str) -> bool:
-        """Root, the daemon's own user, or whom the mode of the socket at `path` lets in."""
+        """Root, the server's own user, or whom the mode of the socket at `path` lets in."""
         if self.uid in (0, os.geteuid()):
             return True
         try:
@@ -156,7 +155,9 @@ class Service:
     Methods in `streaming` send with `Call.send` and want `more`; they are cancelled when the
     client goes away, all others run to their end. Methods in `with_fds` may be given file
     descriptors. Those in `asking` change nothing, and are not worth an entry in an operator's log.
-    A declared method without a handler is answered with MethodNotImplemented.
+    A declared method without a handler is answered with MethodNotImplemented. A handler raises
+    VarlinkError for the errors of its interface; whatever else it raises is logged, and answered
+    with that interface's error Internal, whose `message` is a sentence.
     """
 
     def __init__(
@@ -365,7 +366,7 @@ class Connection:
             _close_all(fds)
         say = log.debug if method in self._service.asking else log.info
         why = {"error": failed} if failed else {}
-        say("control call", method=method, pid=self.peer.pid, uid=self.peer.uid, **why)
+        say("Varlink call", method=method, pid=self.peer.pid, uid=self.peer.uid, **why)
         if not message.get("oneway"):
             await self._transmit(data)
 
@@ -395,8 +396,8 @@ def _error_reply(raised: Exception, method: str) -> VarlinkError:
         raise raised
     if isinstance(raised, VarlinkError):
         return raised
-    log.error("control call failed in the daemon", method=method, exc_info=raised)
-    sentence = f"{method} failed inside the daemon ({type(raised).__name__}): its log says where"
+    log.error("bug in a Varlink method", method=method, exc_info=raised)
+    sentence = f"{method} failed inside the service ({type(raised).__name__}): its log says where"
     return VarlinkError(method.rpartition(".")[0] + ".Internal", {"message": sentence})
 
 
@@ -423,33 +424,39 @@ async def serve(
         one = min(connections, key=lambda one: one.waits_since)
         if one.waits_since > trio.current_time() - IDLE_SECONDS:
             return False
-        log.warning("control client let go: too many", limit=max_connections, pid=one.peer.pid)
+        log.warning("Varlink client let go: too many", limit=max_connections, pid=one.peer.pid)
         connections.remove(one)
         one.scope.cancel()
         return True
 
+    async def guarded(stream: trio.SocketStream) -> None:
+        try:
+            await serve_client(stream)
+        except Exception:  # or trio would end all others too
+            log.exception("bug in serving a Varlink client")
+
     async def serve_client(stream: trio.SocketStream) -> None:
         peer = Peer.of(stream.socket)
         if not room():
-            log.warning("control client refused: too many", limit=max_connections, pid=peer.pid)
+            log.warning("Varlink client refused: too many", limit=max_connections, pid=peer.pid)
             return
         connection = Connection(service, stream, peer)
         connections.add(connection)
         try:
             if peer.may_use(path):
-                log.debug("control client", pid=peer.pid, uid=peer.uid, gid=peer.gid)
+                log.debug("Varlink client", pid=peer.pid, uid=peer.uid, gid=peer.gid)
                 with connection.scope:
                     await connection.run()
             else:
-                log.warning("control client denied", pid=peer.pid, uid=peer.uid, gid=peer.gid)
+                log.warning("Varlink client denied", pid=peer.pid, uid=peer.uid, gid=peer.gid)
                 await stream.send_all(_reply(None, error="org.varlink.service.PermissionDenied"))
         except Malformed as error:
-            log.warning("control client broke the protocol", pid=peer.pid, why=str(error))
+            log.warning("Varlink client broke the protocol", pid=peer.pid, why=str(error))
         except (ClientGone, trio.BrokenResourceError):
-            log.debug("control client went away", pid=peer.pid)
+            log.debug("Varlink client went away", pid=peer.pid)
         finally:
             connections.discard(connection)
 
     listener.setblocking(False)
     listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]
-    await trio.serve_listeners(guard.each(serve_client), listeners, task_status=task_status)
+    await trio.serve_listeners(guarded, listeners, task_status=task_status)

@@ -222,7 +222,9 @@ def test_all_tasks_of_the_daemon_are_guarded() -> None:
                 assert guarded or own, f"{path.name}: {called}({arguments})"
             if "trio.serve_listeners" in arguments:
                 assert "guard.each(" in arguments, f"{path.name}: {called}({arguments})"
+        if path.parent.name == "varlink":  # may be anybody's: it has a guard of its own
+            continue
         for called, arguments in calls(tree, "serve_listeners"):
             found += 1
             assert arguments.startswith("guard.each("), f"{path.name}: {called}({arguments})"
-    assert found >= 8
+    assert found >= 7

@@ -56,7 +56,10 @@ def imports(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: relative imports hide where things are"
+            if path.parent.name == "varlink":  # may be anybody's, under any name
+                assert node.level <= 1
+            else:
+                assert not node.level, f"{path}: relative imports hide where things are"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue

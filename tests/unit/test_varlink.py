@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Varlink server and the command line's client, without a daemon."""
+"""The Varlink server and the blocking client."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ async def test_malformed_messages_end_the_connection(tmp_path: Path, data: bytes
             await wire.stream.send_all(data)
             with contextlib.suppress(trio.BrokenResourceError):
                 assert await wire.reply() is None
-        broke = [entry for entry in logs if entry["event"] == "control client broke the protocol"]
+        broke = [entry for entry in logs if entry["event"] == "Varlink client broke the protocol"]
         assert [entry["pid"] for entry in broke] == [os.getpid()]
         assert "parameters" in await other.ask("org.example.test.Echo", text="a")
 
@@ -362,13 +362,13 @@ async def test_other_calls_outlive_their_client(tmp_path: Path) -> None:
 @pytest.mark.trio
 @pytest.mark.parametrize("how", ["bug", "network", "nan"])
 async def test_a_failing_handler_is_answered(tmp_path: Path, how: str) -> None:
-    """A fault of the daemon's own becomes an error reply and a log entry; the next call goes."""
+    """A fault of the service's own becomes an error reply and a log entry; the next call goes."""
     async with serving(tmp_path) as bench:
         wire = await bench.connect()
         with structlog.testing.capture_logs() as logs:
             reply = await wire.ask("org.example.test.Break", how=how)
         assert reply["error"] == "org.example.test.Internal"
-        assert "control call failed in the daemon" in [entry["event"] for entry in logs]
+        assert "bug in a Varlink method" in [entry["event"] for entry in logs]
         assert "parameters" in await wire.ask("org.example.test.Echo", text="a")
 
 
@@ -461,7 +461,22 @@ async def test_others_are_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             wire = await bench.connect()
             assert await wire.reply() == error("PermissionDenied")
             assert await wire.reply() is None
-        assert (logs[0]["event"], logs[0]["pid"]) == ("control client denied", os.getpid())
+        assert (logs[0]["event"], logs[0]["pid"]) == ("Varlink client denied", os.getpid())
+
+
+@pytest.mark.trio
+async def test_a_client_that_cannot_be_served_ends_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong with one is logged, and the next one is served."""
+    async with serving(tmp_path) as bench:
+        with monkeypatch.context() as patched, structlog.testing.capture_logs() as logs:
+            patched.setattr(server.Peer, "of", lambda sock: 1 / 0)
+            wire = await bench.connect()
+            assert await wire.reply() is None
+        assert [entry["event"] for entry in logs] == ["bug in serving a Varlink client"]
+        other = await bench.connect()
+        assert "parameters" in await other.ask("org.example.test.Echo", text="a")
 
 
 @pytest.mark.trio
@@ -471,7 +486,7 @@ async def test_the_kernel_says_who_the_peer_is(tmp_path: Path) -> None:
         wire = await bench.connect()
         with structlog.testing.capture_logs() as logs:
             await wire.ask("org.example.test.Echo", text="a")
-        entry = next(entry for entry in logs if entry["event"] == "control call")
+        entry = next(entry for entry in logs if entry["event"] == "Varlink call")
         assert (entry["pid"], entry["uid"]) == (os.getpid(), os.geteuid())
 
 
@@ -598,7 +613,7 @@ async def test_whatever_comes_is_answered_or_ends(tmp_path: Path, pieces: list[b
         assert "parameters" in await other.ask("org.varlink.service.GetInfo")
 
 
-# The command line's client.
+# The client.
 
 
 @pytest.mark.trio
