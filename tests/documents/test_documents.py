@@ -20,7 +20,14 @@ from shells import HOME, Host, scp, two_hosts
 
 from postcopyd.cli import main
 
-PAGES = sorted([d.ROOT / "README.md", *d.ROOT.glob("docs/*.md"), *d.ROOT.glob("examples/*.md")])
+PAGES = sorted(
+    [
+        d.ROOT / "README.md",
+        d.ROOT / "CONTRIBUTING.md",
+        *d.ROOT.glob("docs/*.md"),
+        *d.ROOT.glob("examples/*.md"),
+    ]
+)
 # There these words are the first ones of a connection.
 COMMANDED = [page for page in PAGES if page.name != "PROTOCOL.md"]
 TRIED = {"README.md", "VMM-AUTHORS.md", "FIRST-GUEST.md", "LIBVIRT.md"}
