@@ -3,7 +3,7 @@
 
 `engine_vs_floor.py [--rounds N] [--mb MB] [--run PAGES] [--only WORDS] [--reference FLOOR.c]`
 
---run is for the floor only: the engine's push frames are its own (RUN_BYTES in source.c, 16
+--run is for the floor only: the engine's push frames are its own (RUN_BYTES in order.h, 16
 pages, which is also the default here). With --only, the result written has no other workloads.
 
 The rows of TLS have the engine without it beside them, not the floor.

@@ -18,7 +18,7 @@ from postcopyd.vmm import Region, Vmm
 
 WHOLE = bytes(state for state in range(256) if state & 12 == 4)
 """States of a page that is here and not lost, in the page record: DONE without LOST, as
-uffd_native.c has them."""
+record.h has them."""
 
 
 async def call_off(vm: Vm) -> None:

@@ -47,7 +47,7 @@ struct pc_stats {
   uint64_t passed_pages;      /* of passes: sent, or here, zero pages and repetitions counted */
   uint64_t precopied_pages;   /* carried in passes; destination: of the confirmed */
   uint64_t dirty_pages;       /* source: found written again after they were sent */
-  uint64_t present_pages;     /* staged destination: confirmed, or in the stage and right */
+  uint64_t present_pages;     /* staged destination: confirmed, or put there and right */
   uint64_t lost_pages;        /* memory errors now. Destination: of the confirmed, those given up by
                                * pc_dest_poison, or that cannot be read; source: told as such */
   uint64_t existing_pages;    /* destination: the kernel had a page there already (EEXIST) */
@@ -91,8 +91,8 @@ struct pc_dest *pc_dest_new(const struct pc_region *regions, unsigned count, int
 int pc_dest_register(struct pc_dest *d, int again);
 /* With `tls`, its handshake done, or NULL: without. */
 int pc_dest_connect(struct pc_dest *d, int fd, struct pc_tls *tls, int urgent);
-/* A staged engine takes pages while the guest still runs at the source: they go to a stage (the RAM
- * file itself, or a memfd for anonymous memory), come again when they were written since, and are
+/* A staged engine takes pages while the guest still runs at the source: they are put aside (into the
+ * RAM file itself, or a memfd for anonymous memory), come again when they were written since, and are
  * placed only after pc_dest_seal. Until then a page is right as it came last, so nothing may be on
  * its way when a page is sent again, nor at the seal: stats.passed_pages tells what has arrived,
  * and the source sends nothing between its last pass and the seal. It is registered before it is
@@ -107,7 +107,7 @@ int pc_dest_stale(struct pc_dest *d, unsigned region, uint64_t first, uint64_t c
 int pc_dest_seal(struct pc_dest *d);
 int pc_dest_settle(struct pc_dest *d);
 void pc_dest_disconnect(struct pc_dest *d); /* ends the connections; faults go on being taken */
-/* Bit i % 8 of byte i / 8 becomes: page first + i is confirmed, or in the stage and right. -EINVAL
+/* Bit i % 8 of byte i / 8 becomes: page first + i is confirmed, or put there and right. -EINVAL
  * outside the region. */
 int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t count, uint8_t *bits);
 /* A person has decided that the pages which lack are lost: they become memory errors (SIGBUS) and

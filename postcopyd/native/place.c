@@ -16,9 +16,9 @@ static const struct {
   int error;
   uint8_t of[4]; /* by verb */
 } MEANINGS[] = {
-    /* errno     COPY    ZERO    MAP      SPOIL */
+    /* errno     COPY    ZERO    CONTINUE POISON */
     {EEXIST,    {THERE,  THERE,  THERE,   THERE}},  /* COPY and ZERO look into the file as well */
-    {EFAULT,    {WRONG,  WRONG,  NOTHING, WRONG}},  /* MAP: a hole. COPY: our own buffer */
+    {EFAULT,    {WRONG,  WRONG,  NOTHING, WRONG}},  /* CONTINUE: a hole. COPY: our own buffer */
     {EIO,       {WRONG,  WRONG,  BROKEN,  WRONG}},  /* PG_hwpoison, or reading from swap failed */
     {EHWPOISON, {WRONG,  WRONG,  BROKEN,  WRONG}},  /* the same, of hugetlbfs */
     {ENOENT,    {SPLIT,  SPLIT,  SPLIT,   SPLIT}},  /* a run across two mappings, or none */
@@ -42,17 +42,22 @@ void wake_page(const struct region *r, uint64_t page) {
   ioctl(r->is.uffd, UFFDIO_WAKE, &range);
 }
 
+void wake_all(const struct region *r) {
+  struct uffdio_range range = {r->is.address, r->is.pages << r->page_shift};
+  ioctl(r->is.uffd, UFFDIO_WAKE, &range);
+}
+
 /* One call for a run. Returns 0, or errno with the number of pages done before it. */
 static int call(const struct region *r, enum verb verb, uint64_t page, uint64_t count,
                 const uint8_t *from, uint64_t *done) {
   uint64_t to = r->is.address + (page << r->page_shift), bytes = count << r->page_shift;
   int64_t got = 0;
   int failed = 0;
-  if (verb == SPOIL) {
-    struct uffdio_poison spoil = {.range = {to, bytes}};
-    failed = ioctl(r->is.uffd, UFFDIO_POISON, &spoil);
-    got = spoil.updated;
-  } else if (verb == MAP) {
+  if (verb == POISON) {
+    struct uffdio_poison poison = {.range = {to, bytes}};
+    failed = ioctl(r->is.uffd, UFFDIO_POISON, &poison);
+    got = poison.updated;
+  } else if (verb == CONTINUE) {
     struct uffdio_continue map = {.range = {to, bytes}};
     failed = ioctl(r->is.uffd, UFFDIO_CONTINUE, &map);
     got = map.mapped;
@@ -99,19 +104,4 @@ enum meaning place(const struct region *r, enum verb verb, uint64_t page, uint64
     p->done++;
   }
   return PLACED;
-}
-
-enum meaning place_zeros(const struct region *r, bool filed, uint64_t page, const uint8_t *zeros,
-                         bool *placed_zeros, struct placing *p) {
-  *placed_zeros = false;
-  if (filed) {
-    enum meaning is = place(r, MAP, page, 1, NULL, p);
-    if (is != PLACED || !p->holes)
-      return is;
-  }
-  enum meaning is = place(r, ZERO, page, 1, zeros, p);
-  *placed_zeros = is == PLACED && !p->existing;
-  if (filed && is == PLACED && p->existing) /* made by another just now */
-    is = place(r, MAP, page, 1, NULL, p);
-  return is;
 }

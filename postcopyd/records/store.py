@@ -4,7 +4,7 @@
 `--state-dir`, on tmpfs by default, outlives the daemon:
 
   NAME.json      the VM: its driver and socket, the epoch of its ownership, its last migration
-  NAME.pages     destination: one byte for each page, written by the native engine (uffd_native.c)
+  NAME.pages     destination: one byte for each page, written by the native engine (record.c)
   NAME.answers   destination: how earlier arrivals ended whose sources may not know it yet
   daemon-id      which folder this is, for other hosts: random
 
@@ -301,7 +301,7 @@ def _of(folder: Path, file: str, read: Callable[[Path], T], option: str) -> T | 
 
 
 _ROUND = 64
-"""Each region of a page record is rounded up to so many bytes (uffd_native.c)."""
+"""Each region of a page record is rounded up to so many bytes (engine.c)."""
 
 
 def _differ(record: BinaryIO, pages: int, states: bytes) -> bool:

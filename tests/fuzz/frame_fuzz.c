@@ -13,6 +13,16 @@
  * Each run is held to a model that reads the same bytes: which pages come to be there, with what
  * content, what stays as it was, what is counted, what is answered. */
 #define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include "engine.h"
 
 /* The buffers of 2 MiB are kept: to make one under the sanitizer takes longer than all the rest. */
@@ -20,11 +30,11 @@ static int kept_reader(struct frame_reader *r, struct stream s, size_t payload, 
 #define frame_reader_init kept_reader
 #define frame_reader_free(reader) (void)(reader)
 /* For what is static in them. */
+#include "answer.c"
+#include "receive.c"
 #include "source.c"
 #include "uffd_native.c"
 #undef frame_reader_init
-
-#include <sys/syscall.h>
 
 enum { PAGE = 4096, BEFORE = 1, FIRST = 12, SECOND = 21, ALL = FIRST + SECOND };
 enum { FILE_PAGES = BEFORE + ALL + 1 }; /* one at each end that belongs to nobody */
@@ -67,7 +77,7 @@ static uint8_t *page_at(uint8_t *memory, unsigned page) {
 }
 
 static _Atomic uint8_t *state_of(unsigned page) {
-  return &dest->record[page < FIRST ? page : dest->regions[1].first + page - FIRST];
+  return &dest->record.pages[page < FIRST ? page : dest->regions[1].first + page - FIRST];
 }
 
 /* A staged engine's pages: the first region is a file, the second anonymous memory. */
@@ -111,7 +121,6 @@ static void make_engines(void) {
        .uffd = uffd}};
   dest = pc_dest_new(regions, 2, record_file, wake, 0, error);
   must(dest && !pc_dest_register(dest, 0));
-  dest->again = true; /* see begin() */
   regions[0].fd = regions[1].fd = source_file;
   regions[1].offset = FIRST * PAGE;
   for (unsigned page = 0; page < ALL; page++) /* every third a hole, every seventh written zeros */
@@ -169,7 +178,7 @@ static void begin(unsigned seed) {
   must(!fallocate(guest_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, sizeof is));
   memset(want, 0, sizeof want);
   memset(states, 0, sizeof states);
-  memset((void *)dest->record, 0, dest->slots);
+  memset((void *)dest->record.pages, 0, dest->record.slots);
   memset(&dest->stats, 0, sizeof dest->stats);
   dest->stats.total_pages = ALL;
   dest->stats.unanswered = ALL;
@@ -178,11 +187,13 @@ static void begin(unsigned seed) {
     if (kind == 1 || kind == 2) {
       memset(page_at(want, page), 0x77, PAGE);
       must(pwrite(guest_file, page_at(want, page), PAGE, (BEFORE + page) * PAGE) == PAGE);
+      atomic_store(state_of(page), BEGUN);
+      states[page] = BEGUN;
     }
     if (kind == 2 || kind == 3) {
       struct region *r = &dest->regions[page >= FIRST];
       must(fault(dest, r, page < FIRST ? page : page - FIRST, pc_monotonic_ns()) == ASK);
-      states[page] = WANTED;
+      states[page] |= WANTED;
     } else if (kind == 4) {
       atomic_store(state_of(page), DONE);
       states[page] = DONE;
@@ -206,7 +217,7 @@ static void model_page(struct counts *c, unsigned page, unsigned kind, const uin
     c->confirmed++, c->lost++;
     return;
   }
-  if (!zero || states[page] == WANTED) { /* else it is noted, and nothing is placed */
+  if (!zero || states[page]) { /* else it is noted, and nothing is placed */
     c->existing += there(page);
     if (payload && !there(page))
       memcpy(page_at(want, page), payload, PAGE);
@@ -347,7 +358,7 @@ static void look_at_staged(const struct counts *c) {
   uint64_t present = 0;
   for (unsigned page = 0; page < ALL; page++) {
     unsigned second = page >= FIRST, at = second ? page - FIRST : page;
-    uint8_t state = atomic_load(&staged->record[staged->regions[second].first + at]), one[PAGE];
+    uint8_t state = atomic_load(&staged->record.pages[staged->regions[second].first + at]), one[PAGE];
     must(state == shadow[page].state);
     present += (state & (DONE | HERE)) != 0;
     uint64_t entry;
@@ -365,22 +376,22 @@ static void look_at_staged(const struct counts *c) {
       must(all_of(one, shadow[page].content));
     }
     if (second && (state & (HERE | CACHED)) == (HERE | CACHED))
-      must(all_of(staged->stages[1].at + at * PAGE, shadow[page].content));
+      must(all_of(staged->backings[1].at + at * PAGE, shadow[page].content));
   }
   must(s->present_pages == present && s->confirmed_pages == c->confirmed);
   must(s->zero_pages == c->zero && s->pushed_pages == c->carried && s->urgent_pages == 0);
   must(s->duplicate_pages == c->duplicate && s->precopied_pages == c->precopied);
   must(s->lost_pages == c->lost);
   must(s->passed_pages == c->passed && s->transferred_bytes == c->bytes);
-  must(sealed(staged) == is_sealed);
+  must(record_sealed(&staged->record) == is_sealed);
 }
 
 static void begin_staged(void) {
   must(!fallocate(staged_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, FIRST * PAGE));
   must(!madvise(staged_memory[1], SECOND * PAGE, MADV_DONTNEED));
-  must(!stage_clear(&staged->stages[1], 0, SECOND * PAGE, staged->zeros));
+  must(!backing_put(&staged->backings[1], &staged->regions[1], 0, SECOND, NULL));
   memset(shadow, 0, sizeof shadow);
-  memset((void *)staged->record, 0, staged->slots + 1);
+  memset((void *)staged->record.pages, 0, staged->record.slots + 1);
   memset(&staged->stats, 0, sizeof staged->stats);
   staged->stats.total_pages = ALL;
   is_sealed = false;

@@ -23,7 +23,7 @@ CORPUS = HERE / "corpus"
 WORK = HERE.parents[1] / ".build/fuzz"
 PYTHON_TARGETS = ("control", "call")
 FRAMES = "frames"
-INCLUDED = {"source.c"}  # by frame_fuzz.c, as is uffd_native.c
+INCLUDED = {"answer.c", "receive.c", "source.c"}  # by frame_fuzz.c, as is uffd_native.c
 MISSING = 77  # exit status: the last line says what this machine lacks
 MOST = 1000  # bytes of an input of frame_fuzz.c; payloads are made by it
 # More would be lost to looking for leaks after each input than it could find.

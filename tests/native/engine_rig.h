@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #include "engine.h"
+#include "record.h" /* what a page's byte may be */
 #include "uffd.h"
 
 #pragma GCC diagnostic ignored "-Wunused-function" /* none uses all of it */
@@ -448,11 +449,6 @@ static void new_source(struct pair *p) {
   pc_source_tell_losses(p->source, true);
   p->from = pc_source_stats(p->source);
 }
-
-/* The states of a page in the record, as uffd_native.c has them. */
-enum {
-  WANTED = 1, CLAIMED = 2, DONE = 4, LOST = 8, HERE = 16, CACHED = 32, FOREIGN = 64, BEGUN = 128
-};
 
 /* A destination on this record; `again`: an engine before it has registered. */
 static void dest_on(struct pair *p, int record, bool again) {

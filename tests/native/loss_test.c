@@ -363,7 +363,7 @@ static void no_memory_errors(void) {
 }
 
 /* The same of a guest that runs only when all of it is here (precopy), whose pages wait in the
- * stage: the failure comes then, and says what lacks. */
+ * backing: the failure comes then, and says what lacks. */
 static void no_memory_errors_staged(void) {
   needs_poison();
   struct guest g = {0};

@@ -659,7 +659,7 @@ static void record_states(bool seal) {
   guest_free(&g);
 }
 
-static void record_sealed(void) { record_states(true); }
+static void goes_on_sealed(void) { record_states(true); }
 static void record_unsealed(void) { record_states(false); }
 
 /* Daemons are killed after the seal while they take faults, receive and place. Between the lives
@@ -803,7 +803,7 @@ static const struct subtest SUBTESTS[] = {
     {"shortage", shortage},
     {"called_off", called_off},
     {"given_up", given_up},
-    {"record_sealed", record_sealed},
+    {"record_sealed", goes_on_sealed},
     {"record_unsealed", record_unsealed},
     {"killed_file", killed_file},
     {"killed_anonymous", killed_anonymous},

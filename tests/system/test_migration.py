@@ -35,7 +35,7 @@ from postcopyd.errors import PostcopydError
 
 ROOT = Path(__file__).parents[2]
 FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
-PLACED = 4  # in the record of pages: uffd_native.c
+PLACED = 4  # in the record of pages: record.h
 
 
 @pytest.fixture

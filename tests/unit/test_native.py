@@ -111,7 +111,7 @@ def _object(packed: bytes) -> dict[str, Any]:
 
 
 DONE = 4
-"""The state of a page in the record, as uffd_native.c has it."""
+"""The state of a page in the record, as record.h has it."""
 
 
 @asynccontextmanager
