@@ -60,7 +60,7 @@ static inline int arch_is_native(const arch_regs *regs)
  * restarts the call exactly, remaining timeout included. 1: it restarts it, mostly. 2: it returns
  * EINTR, which arch_soften turns into a restart that waits its whole timeout again. 3: it is not
  * known, or returns EINTR that we must not hide (KVM_RUN, whose caller expects it), or it is
- * restart_syscall, which see arch_build_frame. */
+ * restart_syscall, which see arch_frame_of. */
 static inline int arch_rank(long nr)
 {
     switch (nr) {
@@ -144,15 +144,49 @@ static inline size_t arch_xstate_size(uint64_t features)
     return size;
 }
 
-/* Lays out in `out` (ARCH_FRAME_MAX bytes, 64-aligned) what stands at *address in the target: a
- * frame that makes rt_sigreturn restore regs, xstate and mask. Returns its length, 0 if the
- * extended state makes no sense.
+/* The registers, mask and place of extended state that rt_sigreturn is to restore.
  *
  * rt_sigreturn forgets a restart block. So the frame's thread makes its interrupted call anew, and
  * a relative timeout of nanosleep, poll or futex begins again; and a handler that runs on the way
  * home runs before the call, not in it, so it does not end pause() or select() with EINTR. A wait
  * that had been interrupted before is in restart_syscall, which without its restart block returns
  * EINTR. Only a thread whose tracer died goes this way. */
+static inline struct arch_frame arch_frame_of(const arch_regs *regs, uint64_t mask,
+                                              const struct arch_code *code, unsigned long xstate)
+{
+    struct arch_frame frame = {
+        .return_address = code->home,
+        .flags = 1 | 2 | 4, /* UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS */
+        /* An invalid mode: the kernel ignores the failure and keeps the thread's own alternate
+         * stack, which no one can ask for from outside. */
+        .altstack_flags = 4,
+        .r8 = regs->r8, .r9 = regs->r9, .r10 = regs->r10, .r11 = regs->r11,
+        .r12 = regs->r12, .r13 = regs->r13, .r14 = regs->r14, .r15 = regs->r15,
+        .rdi = regs->rdi, .rsi = regs->rsi, .rbp = regs->rbp, .rbx = regs->rbx,
+        .rdx = regs->rdx, .rax = regs->rax, .rcx = regs->rcx, .rsp = regs->rsp,
+        .rip = regs->rip, .eflags = regs->eflags,
+        .cs = (uint16_t)regs->cs, .gs = (uint16_t)regs->gs,
+        .fs = (uint16_t)regs->fs, .ss = (uint16_t)regs->ss,
+        .fpstate = xstate,
+        .sigmask = mask,
+    };
+
+    if ((long)regs->orig_rax >= 0) {
+        switch (-(long)regs->rax) {
+        case ARCH_ERESTARTSYS:
+        case ARCH_ERESTARTNOINTR:
+        case ARCH_ERESTARTNOHAND:
+        case ARCH_ERESTART_RESTARTBLOCK:
+            frame.rax = regs->orig_rax;
+            frame.rip = regs->rip - 2;
+        }
+    }
+    return frame;
+}
+
+/* Lays out in `out` (ARCH_FRAME_MAX bytes, 64-aligned) what stands at *address in the target: a
+ * frame that makes rt_sigreturn restore regs, xstate and mask. Returns its length, 0 if the
+ * extended state makes no sense. */
 static inline size_t arch_build_frame(const arch_regs *regs, const unsigned char *xstate,
                                       size_t xstate_len, uint64_t mask,
                                       const struct arch_code *code, unsigned char *out,
@@ -173,38 +207,12 @@ static inline size_t arch_build_frame(const arch_regs *regs, const unsigned char
     const unsigned long top = regs->rsp - ARCH_RED_ZONE;
     const unsigned long area = (top - size - sizeof magic2) & ~63ul;
     const unsigned long start = ((area - sizeof(struct arch_frame)) & ~15ul) - 8;
+    const struct arch_frame frame = arch_frame_of(regs, mask, code, area);
     struct {
         uint32_t magic1, extended_size;
         uint64_t features;
         uint32_t size, padding[7];
     } software = { magic1, (uint32_t)(size + sizeof magic2), features, (uint32_t)size, { 0 } };
-    struct arch_frame frame = {
-        .return_address = code->home,
-        .flags = 1 | 2 | 4, /* UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS */
-        /* An invalid mode: the kernel ignores the failure and keeps the thread's own alternate
-         * stack, which no one can ask for from outside. */
-        .altstack_flags = 4,
-        .r8 = regs->r8, .r9 = regs->r9, .r10 = regs->r10, .r11 = regs->r11,
-        .r12 = regs->r12, .r13 = regs->r13, .r14 = regs->r14, .r15 = regs->r15,
-        .rdi = regs->rdi, .rsi = regs->rsi, .rbp = regs->rbp, .rbx = regs->rbx,
-        .rdx = regs->rdx, .rax = regs->rax, .rcx = regs->rcx, .rsp = regs->rsp,
-        .rip = regs->rip, .eflags = regs->eflags,
-        .cs = (uint16_t)regs->cs, .gs = (uint16_t)regs->gs,
-        .fs = (uint16_t)regs->fs, .ss = (uint16_t)regs->ss,
-        .fpstate = area,
-        .sigmask = mask,
-    };
-
-    if ((long)regs->orig_rax >= 0) {
-        switch (-(long)regs->rax) {
-        case ARCH_ERESTARTSYS:
-        case ARCH_ERESTARTNOINTR:
-        case ARCH_ERESTARTNOHAND:
-        case ARCH_ERESTART_RESTARTBLOCK:
-            frame.rax = regs->orig_rax;
-            frame.rip = regs->rip - 2;
-        }
-    }
 
     memset(out, 0, area - start);
     memcpy(out, &frame, sizeof frame);
