@@ -64,7 +64,7 @@ def test_sockets_for_another_process_are_not_taken() -> None:
 TAKES = """
 import os
 from postcopyd.errors import PostcopydError
-from postcopyd.sd import Manager
+from postcopyd.daemon.sd import Manager
 try:
     given = Manager(os.environ | {"LISTEN_PID": str(os.getpid())}).sockets
     print([(one.family.name, one.get_inheritable()) for one in given])
