@@ -556,8 +556,8 @@ async def test_adopt_touches_only_a_waiting_qemu(lab: Lab, qemu: int) -> None:
 
 
 async def test_huge_pages_keep_their_reservation(lab: Lab, qemu: int, tmp_path: Path) -> None:
-    """Emptying RAM of huge pages gives none of them away. Counted in a file system of its own: other
-    tests use huge pages meanwhile."""
+    """Emptying RAM of huge pages gives none of them away. They are counted in a file system of its
+    own, as other tests use huge pages meanwhile."""
     pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
     if int((pool / "free_hugepages").read_text()) < RAM >> 21:
         missing("64 free pages of 2 MiB")
