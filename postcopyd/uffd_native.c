@@ -233,9 +233,9 @@ bool patient(struct pc_dest *d, enum meaning is) {
 static bool put_in_file(struct pc_dest *d, struct region *r, const struct arrived *a, int *failed) {
   struct owed o = {0};
   do {
-    *failed = 0;
-    if (a->from || a->were & CACHED) /* what is not CACHED is zeros */
-      *failed = -backing_put(backing_of(d, r), r, a->page, a->count, a->from);
+    *failed = a->from            ? -backing_put(backing_of(d, r), r, a->page, a->count, a->from)
+              : a->were & CACHED ? -backing_clear(backing_of(d, r), r, a->page, a->count)
+                                 : 0; /* what is not CACHED is zeros */
   } while (*failed && patient(d, *failed == ENOMEM || *failed == ENOSPC ? LATER : WRONG));
   if (*failed)
     return false;

@@ -40,7 +40,7 @@ void backing_close(struct backing *b) {
     close(b->fd);
 }
 
-static int put(const struct backing *b, uint64_t to, const uint8_t *from, uint64_t bytes) {
+static int write_bytes(const struct backing *b, uint64_t to, const uint8_t *from, uint64_t bytes) {
   for (uint64_t done = 0; done < bytes;) {
     struct iovec here = {(void *)(from + done), bytes - done};
     struct iovec there = {b->huge ? b->at + to + done : NULL, bytes - done};
@@ -58,11 +58,17 @@ static int put(const struct backing *b, uint64_t to, const uint8_t *from, uint64
   return 0;
 }
 
-static int clear(const struct backing *b, uint64_t from, uint64_t bytes) {
+int backing_put(const struct backing *b, const struct region *r, uint64_t page, uint64_t count,
+                const uint8_t *from) {
+  return write_bytes(b, page << r->page_shift, from, count << r->page_shift);
+}
+
+int backing_clear(const struct backing *b, const struct region *r, uint64_t page, uint64_t count) {
+  uint64_t from = page << r->page_shift, bytes = count << r->page_shift;
   int failed = 0;
   if (b->huge) {
     for (uint64_t done = 0; done < bytes && !failed; done += HUGE_BYTES)
-      failed = put(b, from + done, b->zeros, HUGE_BYTES);
+      failed = write_bytes(b, from + done, b->zeros, HUGE_BYTES);
     return failed;
   }
   do
@@ -72,12 +78,6 @@ static int clear(const struct backing *b, uint64_t from, uint64_t bytes) {
                  : 0;
   while (failed == -EINTR);
   return failed;
-}
-
-int backing_put(const struct backing *b, const struct region *r, uint64_t page, uint64_t count,
-                const uint8_t *from) {
-  uint64_t to = page << r->page_shift, bytes = count << r->page_shift;
-  return from ? put(b, to, from, bytes) : clear(b, to, bytes);
 }
 
 enum meaning backing_place(const struct backing *b, const struct region *r, uint64_t page,
@@ -106,5 +106,5 @@ enum meaning backing_place_zeros(const struct backing *b, const struct region *r
 
 void backing_drop(const struct backing *b, const struct region *r, uint64_t page, uint64_t count) {
   if (b->kind == ASIDE) /* it is twice there */
-    clear(b, page << r->page_shift, count << r->page_shift);
+    backing_clear(b, r, page, count);
 }

@@ -38,11 +38,12 @@ struct backing {
 int backing_open(struct backing *b, const struct region *r, bool staged, const uint8_t *zeros);
 void backing_close(struct backing *b);
 
-/* Puts pages of the region there, or zeros (`from` NULL). Never of DIRECT. -ENOMEM or -ENOSPC: no
- * page can be had. Zeros of hugetlbfs are written, as a hole punched into it gives the reservation
- * away. */
+/* Puts pages of the region there; or makes zeros of what is there. Never of DIRECT. -ENOMEM or
+ * -ENOSPC: no page can be had. Zeros of hugetlbfs are written, as a hole punched into it gives the
+ * reservation away. */
 int backing_put(const struct backing *b, const struct region *r, uint64_t page, uint64_t count,
                 const uint8_t *from);
+int backing_clear(const struct backing *b, const struct region *r, uint64_t page, uint64_t count);
 /* Places pages: those of `from`, unless they were put there; else (NULL) what was put there. */
 enum meaning backing_place(const struct backing *b, const struct region *r, uint64_t page,
                            uint64_t count, const uint8_t *from, struct placing *p);

@@ -103,7 +103,9 @@ static bool receive_zeros(struct pc_dest *d, struct region *r, const struct fram
 static bool put_early(struct pc_dest *d, struct region *r, uint64_t page, uint64_t run,
                       const uint8_t *from, bool cached) {
   struct owed o = {0};
-  int failed = from || cached ? backing_put(backing_of(d, r), r, page, run, from) : 0;
+  int failed = from     ? backing_put(backing_of(d, r), r, page, run, from)
+               : cached ? backing_clear(backing_of(d, r), r, page, run)
+                        : 0; /* what is not CACHED is zeros */
   enum put put = failed ? NOTHING_PUT : from ? DATA_PUT : ZEROS_PUT;
   for (uint64_t i = page; i < page + run; i++)
     if (record_early(&d->record, r->first + i, put, &o))

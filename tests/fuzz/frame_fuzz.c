@@ -389,7 +389,7 @@ static void look_at_staged(const struct counts *c) {
 static void begin_staged(void) {
   must(!fallocate(staged_file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, FIRST * PAGE));
   must(!madvise(staged_memory[1], SECOND * PAGE, MADV_DONTNEED));
-  must(!backing_put(&staged->backings[1], &staged->regions[1], 0, SECOND, NULL));
+  must(!backing_clear(&staged->backings[1], &staged->regions[1], 0, SECOND));
   memset(shadow, 0, sizeof shadow);
   memset((void *)staged->record.pages, 0, staged->record.slots + 1);
   memset(&staged->stats, 0, sizeof staged->stats);

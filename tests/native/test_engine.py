@@ -2,8 +2,8 @@
 """Runs the subtests of the native programs as built for use and with the sanitizers.
 
 engine_test.c tries both engines, stage_test.c the staged destination, loss_test.c pages that cannot
-be read, dirty_test.c tracking, record_test.c the page record, tls_test.c connections with TLS. Keys
-of TLS are replaced all the time in all of them.
+be read, dirty_test.c tracking, record_test.c the page record, order_test.c what is pushed next,
+tls_test.c connections with TLS. Keys of TLS are replaced all the time in all of them.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ async def test_destination_daemon_is_killed_before_the_grant(new_pair: Pair) -> 
     a, b = new_pair
     b.end(signal.SIGKILL)
     began = time.monotonic()
-    await unmoved(a, name, here, await a.result(name, migration), "closed")
+    await unmoved(a, name, here, await a.result(name, migration), "closed|reset")
     assert time.monotonic() - began < 5
     await b.start()
     name, here, there = await new_pair.place()
