@@ -849,13 +849,13 @@ class Daemon:
                 yield
             finally:
                 del self._arrivals[migration]
-                self.settings.limits.arrivals.leave(session)
+                self.settings.limits.arrivals.leave(migration)
         tidy()
 
     def _after_arrival(self, vm: Vm, session: DestinationSession) -> None:
         ending = self._nursery.cancel_scope.cancel_called
-        if session.ram_here is not None and not ending:  # drained, and the VM is free again
-            self._spawn(vm, hugepages.give_back, vm, session.ram_here)
+        if session.huge is not None and not ending:  # drained, and the VM is free again
+            self._spawn(vm, hugepages.give_back, vm, session.huge)
 
     async def _hear_end(self, channel: Channel) -> None:
         """Raises when the source takes its offer back or is gone; nothing else is due."""

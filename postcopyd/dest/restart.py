@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a daemon that was started again does at the destination, besides the session's part: ends an
-arrival that was not granted, and finds guest RAM again for one that was."""
+"""What a daemon that was started again does at the destination: ends an arrival that was not
+granted, and finds guest RAM again for one that was, whose session goes on as after a pause.
+
+Owns the VMM's RAM files and userfaultfds while it opens them; of a guest that goes on they are on
+the session's stack then."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from contextlib import AsyncExitStack
 
 from msgspec import to_builtins
 
 from postcopyd import protocol as p
+from postcopyd.dest.memory import Memory, owned
+from postcopyd.dest.migration import Migration
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.host import procfs
+from postcopyd.records.schema import RecordedRegion
+from postcopyd.sessions import losses
 from postcopyd.sessions.patience import END_S, RELEASE_S, within
 from postcopyd.sessions.vm import Vm
-from postcopyd.vmm import Region, Vmm
+from postcopyd.vmm import Region, Shape, Vmm
 
 WHOLE = bytes(state for state in range(256) if state & 12 == 4)
 """States of a page that is here and not lost, in the page record: DONE without LOST, as
@@ -77,8 +84,35 @@ async def _discard(driver: Vmm) -> None:
         shape.close()
 
 
+async def adopted_again(m: Migration, held: AsyncExitStack) -> Memory:
+    """Guest RAM of a guest that was granted to this host, as its record says: faults are taken
+    again when this returns. Raises PostcopydError; nothing is closed in the VMM then, and its
+    threads go on waiting."""
+    driver = m.vm.attached()
+    regions, gone = regions_again(driver.pid, m.ram, files=m.offer.staged)
+    shape = Shape("paused", driver.pid, regions, {}, ())
+    held.callback(shape.close)
+    uffds = owned(await driver.adopted(), held)
+    if len(uffds) != m.userfaultfds:
+        raise PostcopydError(
+            f"the VMM of {m.vm.name} has {len(uffds)} userfaultfds and not {m.userfaultfds}: pages "
+            f"that are missing may read as zeros; stop it, and do not trust its guest",
+            "UserfaultfdLost",
+        )
+    record = m.settings.store.open_pages(m.vm.name, again=True)
+    memory = Memory.served(m, shape, uffds, record, held)
+    if memory.engine.foreign:  # the daemon before was killed before it could be recorded
+        m.vm.about["foreign"] = losses.foreign(m.vm.name, m.peer, memory.engine.sentence)
+        raise PostcopydError(m.vm.about["foreign"], "NotTrusted")
+    for number in gone:
+        memory.engine.gone(number)
+    memory.engine.register(again=True)
+    memory.engine.settle()
+    return memory
+
+
 def regions_again(
-    pid: int, ram: list[dict[str, Any]], *, files: bool
+    pid: int, ram: list[RecordedRegion], *, files: bool
 ) -> tuple[tuple[Region, ...], list[int]]:
     """The regions of a record; with the files behind them, where they are needed, found by address
     as the VMM may not be able to answer. And the numbers of those that were unplugged meanwhile:
@@ -92,10 +126,10 @@ def regions_again(
     try:
         mappings = list(procfs.mappings(pid))
         for recorded in ram:
-            about, fd = dict(recorded), None
+            fd, start = None, recorded["address"]
             # Its device and inode; older records only say whether there is one.
-            file, start = about.pop("file", True), about["address"]
-            end = start + about["pages"] * about["page_size"]
+            file = recorded.get("file", True)
+            end = start + recorded["pages"] * recorded["page_size"]
             there = [m for m in mappings if m.start < end and start < m.end]
             if isinstance(file, list):  # its place may be another's by now
                 there = [m for m in there if list(m.file) == file]
@@ -105,11 +139,12 @@ def regions_again(
                 at = [m for m in there if m.start <= start < m.end and m.shared]
                 if not at:
                     raise PostcopydError(
-                        f"process {pid} does not map the file of guest RAM {about['name']} at "
-                        f"{about['address']:#x} any more: its guest cannot go on, end it"
+                        f"process {pid} does not map the file of guest RAM {recorded['name']} "
+                        f"at {start:#x} any more: its guest cannot go on, end it"
                     )
                 fd = procfs.open_file(pid, at[0].file)
-            regions.append(Region(**about, fd=fd))
+            name, pages, size = recorded["name"], recorded["pages"], recorded["page_size"]
+            regions.append(Region(name, pages, size, start, fd, recorded["offset"]))
     except (PostcopydError, OSError) as error:
         for region in regions:
             if region.fd is not None:

@@ -123,6 +123,9 @@ class Arrival(TypedDict):
     ran: bool
     told: bool
     ran_ns: int
+    given_up: NotRequired[bool]
+    foreign: NotRequired[str]
+    acknowledged: NotRequired[bool]
     identity: NotRequired[list[str]]
     answer: NotRequired[dict[str, Any]]
 

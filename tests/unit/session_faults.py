@@ -27,7 +27,8 @@ from session_world import BUGS, LONG_S, Fault, FullStore, Host, Instead, ToldEng
 
 from postcopyd import protocol as p
 from postcopyd.daemon import registry
-from postcopyd.dest import session as arriving
+from postcopyd.dest import arrival, drain, load, memory
+from postcopyd.dest.session import DestinationSession
 from postcopyd.host import procfs
 from postcopyd.net import connection
 from postcopyd.net.connection import ConnectionLost
@@ -84,13 +85,14 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(locks, "process", FakeVmm.locked)
     for name in ("mappings", "open_file"):  # guest RAM of a FakeVmm is mapped here
         monkeypatch.setattr(procfs, name, partial(_of_this_process, getattr(procfs, name)))
-    monkeypatch.setattr(arriving, "DestinationEngine", ToldEngine)
-    monkeypatch.setattr(arriving, "PROGRESS_S", 1.0)
-    monkeypatch.setattr(arriving, "COUNT_S", 0.1)
+    monkeypatch.setattr(memory, "DestinationEngine", ToldEngine)
+    monkeypatch.setattr(drain, "PROGRESS_S", 1.0)
+    for module in (arrival, load):
+        monkeypatch.setattr(module, "COUNT_S", 0.1)
     monkeypatch.setattr(registry, "accepted_kind", accepted_at_once)
     for module in (connection, registry):
         monkeypatch.setattr(module, "receive_object", received_at_once)
-    for kind in (leaving.SourceSession, arriving.DestinationSession):
+    for kind in (leaving.SourceSession, DestinationSession):
         monkeypatch.setattr(kind, "__init__", noted(kind.__init__))
     monkeypatch.setattr(leaving, "SHOW_S", 1.0)
     return patient_clock()

@@ -130,7 +130,7 @@ class Host:
     @property
     def session(self) -> Any:
         """The newest of this daemon, and not of an offer that found the VM claimed by another."""
-        sessions = [one for one in self.life.sessions if getattr(one, "_accepted", True)]
+        sessions = [one for one in self.life.sessions if getattr(one, "accepted", True)]
         return sessions[-1] if sessions else None
 
     async def serve(self, task_status: trio.TaskStatus[None]) -> None:

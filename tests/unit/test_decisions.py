@@ -237,7 +237,7 @@ async def test_no_poison_without_a_record(tmp_path: Path, clock: Clock) -> None:
         with pytest.raises(PostcopydError, match="No space left"):
             await there.daemon.resolve("web1", "poison")
         assert (there.vmm.state, there.recorded(), there.phase) == ("loaded", "loading", "paused")
-        assert there.session._engine.stats.lost_pages == 0
+        assert there.session.memory.engine.stats.lost_pages == 0
         there.store.full = False
         await there.daemon.resolve("web1", "poison")
         assert (there.vmm.state, there.recorded()) == ("running", "owned")
@@ -376,7 +376,7 @@ async def test_bug_in_the_end_of_an_arrival(
             await made.destination.vm.free.wait()
         assert made.destination.phase == "failed"
         session = made.destination.session
-        session._engine.unregister(called_off=True)
+        session.memory.engine.unregister(called_off=True)
         await session.close()
 
 

@@ -22,7 +22,7 @@ from session_faults import cut, made_clock, world
 
 from postcopyd.control import methods
 from postcopyd.daemon import journal
-from postcopyd.dest.session import DestinationSession
+from postcopyd.dest.invitation import Invitation
 
 ROOT = Path(__file__).parents[2]
 
@@ -260,7 +260,7 @@ async def test_no_secret_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A migration that is paused, asked for with a wrong token and goes on: no entry has a token in
     any spelling, all have the guest, and its way through the phases is there on both hosts."""
     made_clock(monkeypatch)
-    monkeypatch.setattr(DestinationSession, "token", Tokens(), raising=False)
+    monkeypatch.setattr(Invitation, "token", Tokens(), raising=False)
     Tokens.seen.clear()
     async with world(tmp_path, {"<- progress": cut}) as made:
         await made.migrate()
@@ -291,13 +291,13 @@ async def test_no_secret_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class Tokens:
-    """Every token that a session has had."""
+    """Every token that was sent to a source."""
 
     seen: list[bytes] = []  # noqa: RUF012
 
-    def __set__(self, session: Any, token: bytes) -> None:
-        session.__dict__["token"] = token
+    def __set__(self, invitation: Any, token: bytes) -> None:
+        invitation.__dict__["token"] = token
         self.seen.append(token)
 
-    def __get__(self, session: Any, owner: Any) -> Any:
-        return self if session is None else session.__dict__["token"]
+    def __get__(self, invitation: Any, owner: Any) -> Any:
+        return self if invitation is None else invitation.__dict__["token"]

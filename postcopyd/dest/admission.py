@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first phase of an arrival: whether this host takes what is offered, from `offer` to where its
+RAM is to be emptied.
+
+The VMM that waits here is compared with the one that offers, and this host's memory with what is to
+come. Where many arrive the guest waits for its turn, and is compared again. Changes nothing but the
+VM's status. Owns the descriptors of guest RAM while it looks; those of what was admitted are the
+session's.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AsyncExitStack, ExitStack
+
+from postcopyd import protocol as p
+from postcopyd.dest.migration import Migration, Stage
+from postcopyd.errors import PostcopydError
+from postcopyd.sessions import alike, headroom
+from postcopyd.sessions.limits import in_line
+from postcopyd.vmm import Shape
+
+
+async def check(m: Migration) -> None:
+    """Answers an offer that only asks."""
+    try:
+        async with m.channel.alive():
+            shape = await _look(m)
+        try:
+            problems = _unfit(m, shape) + _lacks(m, shape)
+        finally:
+            shape.close()
+    except PostcopydError as error:
+        problems = [str(error)]
+    await m.channel.send(p.Checked([p.sentence(problem) for problem in problems][:256]))
+
+
+async def admit(m: Migration, held: AsyncExitStack) -> Shape:
+    """The VMM here as it was compared; its RAM counts as this host's from now on, until `held` is
+    closed. Raises PostcopydError, Refused above all."""
+    shape = await _look(m)
+    with ExitStack() as looked:
+        looked.callback(shape.close)
+        problems = _unfit(m, shape)
+        if not problems and not _has_place(m, shape):
+            looked.close()  # while it waits it holds nothing here
+            await _wait_for_turn(m)
+            shape = await _look(m)
+            looked.callback(shape.close)
+            problems = _unfit(m, shape)
+        problems += _lacks(m, shape)
+        if problems:
+            raise PostcopydError("; ".join(problems), "Refused")
+        held.callback(looked.pop_all().close)
+    _accept(m, f"preparing for {m.vm.name} from {m.peer}")
+    m.log.info("migration started", mode=m.vm.status["mode"])
+    promise(m, shape, held)
+    return shape
+
+
+def promise(m: Migration, shape: Shape, held: AsyncExitStack) -> None:
+    """The memory that this arrival lacks is set aside for it."""
+    m.settings.arriving[m.vm.name] = shape
+    held.callback(no_longer_promised, m, shape)
+
+
+def no_longer_promised(m: Migration, shape: Shape) -> None:
+    """It is there, or is not wanted."""
+    if m.settings.arriving.get(m.vm.name) is shape:
+        del m.settings.arriving[m.vm.name]
+
+
+async def _look(m: Migration) -> Shape:
+    return await m.vm.attached().inspect("destination")
+
+
+def _accept(m: Migration, message: str) -> None:
+    """It is this VM that the source means: its status tells of the arrival."""
+    m.stage = Stage.ACCEPTED
+    m.vm.settle(
+        role="destination",
+        phase="idle",
+        migration=m.offer.migration,
+        peer=m.peer,
+        mode="hybrid" if m.offer.staged else "postcopy",
+        result=None,
+        message=message,
+    )
+
+
+def _has_place(m: Migration, shape: Shape) -> bool:
+    """Whether this host may take so many guests and so much memory at once, this one included. It
+    is in line then, or has its place, until the daemon has it leave."""
+    arrivals, size = m.settings.limits.arrivals, sum(region.size for region in shape.regions)
+    arrivals.join(m.offer.migration, size)
+    return arrivals.ahead(m.offer.migration) is None
+
+
+async def _wait_for_turn(m: Migration) -> None:
+    limits, told = m.settings.limits, -1
+    arrivals, who = limits.arrivals, m.offer.migration
+    m.log.info("arrival waits for its turn", ahead=arrivals.ahead(who))
+    with limits.peers.aside():
+        while (ahead := arrivals.ahead(who)) is not None:
+            changed = arrivals.changed
+            if ahead != told:
+                _accept(
+                    m,
+                    f"{m.vm.name} waits for its turn to come here from {m.peer}: {in_line(ahead)}",
+                )
+                if p.QUEUE in m.channel.features:
+                    await m.channel.send(p.Queued(ahead))
+                told = ahead
+            await changed.wait()
+
+
+def _unfit(m: Migration, shape: Shape) -> list[str]:
+    """What time does not change: why this VMM, or this host, cannot take what is offered."""
+    size = sum(region.size for region in shape.regions)
+    too_large = m.settings.limits.arrivals.too_large(size)
+    return [*shape.problems, *_differences(m, shape), *too_large]
+
+
+def _differences(m: Migration, shape: Shape) -> list[str]:
+    """What differs between the VMM that offers and the one that waits here."""
+    if shape.state != "incoming":
+        return [
+            f"the VMM of {m.vm.name} here does not wait for a migration (it is "
+            f"{shape.state}): start it as a destination"
+        ]
+    return alike.differences(shape, m.vm.attached().kind, m.offer)
+
+
+def _lacks(m: Migration, shape: Shape) -> list[str]:
+    """Memory that this host lacks. Past the handover the kernel would kill the VMM for it."""
+    promised = sum(headroom.needed(other.regions) for other in m.settings.arriving.values())
+    pids = [shape.pid, os.getpid()] if m.offer.staged else [shape.pid]
+    return headroom.problems(pids, shape.regions, promised)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fifth phase of an arrival: the rest of the memory follows the guest, from `ran` to `drained`.
+
+The engine asks for and places the pages; here it is watched, the source is told how far it is, and
+once everything is here guest RAM is given back to the kernel, and the guest recorded as this
+host's. Owns the tasks that watch and tell, which end with `until_drained`.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import trio
+
+from postcopyd import protocol as p
+from postcopyd.dest.memory import Memory
+from postcopyd.dest.migration import Migration, Stage
+from postcopyd.errors import PostcopydError
+from postcopyd.handover import Happened
+from postcopyd.native.engine import faults
+from postcopyd.net.connection import ConnectionLost, open_nursery
+from postcopyd.sessions import hugepages, losses
+from postcopyd.sessions.patience import RELEASE_S, within
+
+PROGRESS_S = 0.1
+"""How often the source is told how far it is."""
+ACKNOWLEDGE_S = 10.0
+"""How long the source may take to say that it knows of the end."""
+
+
+class Drain:
+    """Of a guest that was granted to this host."""
+
+    def __init__(self, m: Migration, memory: Memory) -> None:
+        self._m = m
+        self._memory = memory
+        self._engine = memory.engine
+        self._stats = memory.engine.stats
+
+    async def until_drained(self) -> None:
+        """Returns when both hosts have been told. Raises PostcopydError while pages are missing."""
+        m = self._m
+        try:
+            async with open_nursery() as nursery:
+                nursery.start_soon(m.watch_vmm)
+                nursery.start_soon(m.listen)
+                nursery.start_soon(self._watch_answers)
+                nursery.start_soon(self._say_progress)
+                while not self._engine.complete:
+                    await self._engine.wait()
+                nursery.cancel_scope.cancel()
+        except (Exception, trio.Cancelled) as error:
+            if not self._engine.complete:
+                raise
+            m.log.info("all is here, and only the source not told", error=str(error))
+        with trio.CancelScope(shield=True):  # a daemon that ends says this first
+            await self.end()
+        try:
+            with trio.move_on_after(ACKNOWLEDGE_S):
+                await m.channel.expect(p.Acknowledged)
+                m.vm.about["acknowledged"] = True
+        except PostcopydError as error:
+            m.log.info("drained, but the source did not acknowledge it", error=str(error))
+        await self.told()
+
+    async def end(self) -> None:
+        """Every page is here or lost: nothing waits for pages any more, and that is recorded."""
+        m, vm, lost = self._m, self._m.vm, self._engine.lost
+        if not lost:
+            await self._unregister()
+        m.stage = Stage.HERE
+        if not lost:
+            m.huge = hugepages.Ram.of(self._memory.shape.pid, self._memory.shape.regions)
+        drained = self._counted()
+        sentence = losses.arrived(vm.name, m.peer, lost)
+        vm.settle(phase="drained", remaining=0, message=sentence)
+        m.note(drained)
+        vm.home()
+        written = vm.record_settled(None if lost else "held")
+        # After the record: a daemon that is started in between needs them no more. Without it they
+        # stay, and the page record with them, by which it sees that the guest is whole.
+        if lost:
+            m.log.error("memory lost", pages=lost)
+        elif written:
+            await self._release()
+        m.log.info(
+            "migration completed",
+            brownout_ms=round(drained.brownout_ms, 2),
+            pages=drained.confirmed,
+            faults=drained.faults.count,
+        )
+        with suppress(PostcopydError):  # the wait for the answer sees it too
+            await m.channel.send(drained)
+
+    async def told(self) -> None:
+        """The source knows, or will ask."""
+        self._m.machine.happened(Happened.LOST)
+        await self._m.hooks("drained")
+
+    async def _unregister(self) -> None:
+        try:
+            self._engine.unregister()
+        except PostcopydError:  # of memory that is not there any more, all of it zeros
+            await self._engine.disconnect()
+            await self._memory.give_up_unplugged(self._m.log)
+            self._engine.unregister()
+
+    def _counted(self) -> p.Drained:
+        stats = self._stats
+        return p.Drained(
+            confirmed=stats.confirmed_pages,
+            zero=stats.zero_pages,
+            placed=stats.urgent_pages + stats.pushed_pages,
+            urgent=stats.urgent_pages,
+            duplicate=stats.duplicate_pages,
+            requests=stats.requests,
+            discarded=stats.discarded_pages,
+            brownout_ms=max(stats.last_urgent_ns - self._m.ran_ns, 0) / 1e6,
+            faults=faults(stats),
+            lost=self._engine.lost,
+        )
+
+    async def _release(self) -> None:
+        vm = self._m.vm
+        try:
+            with within(RELEASE_S, f"closing the userfaultfds of {vm.name}"):
+                await vm.attached().release()
+        except Exception as error:  # an unused descriptor stays in the VMM
+            self._m.log.warning("the VMM keeps its userfaultfd", error=str(error))
+
+    async def _say_progress(self) -> None:
+        m, stats = self._m, self._stats
+        while True:
+            remaining = self._memory.remaining
+            m.vm.show(remaining=remaining)
+            await m.channel.send(p.Progress(stats.confirmed_pages, remaining, faults(stats)))
+            await trio.sleep(PROGRESS_S)
+
+    async def _watch_answers(self) -> None:
+        """Every page asked for is answered: a connection that is up and brings none is lost."""
+        stats, answers, since = self._stats, -1, trio.current_time()
+        while True:
+            if stats.unanswered <= 0 or stats.requests - stats.unanswered != answers:
+                answers, since = stats.requests - stats.unanswered, trio.current_time()
+            if trio.current_time() - since > p.DEAD_S:
+                raise ConnectionLost(
+                    f"{self._m.peer} has sent none of {stats.unanswered} pages for "
+                    f"{p.DEAD_S:.0f} s that the guest waits for"
+                )
+            await trio.sleep(p.KEEPALIVE_S)

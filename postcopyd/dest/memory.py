@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest RAM that pages come into, with the native engine that takes its faults.
+
+Owns nothing itself: the engine, our duplicates of the userfaultfds (the VMM keeps its own) and the
+page record are put on a stack of the session's, `held`, which closes them in the reverse order: the
+engine first, as it borrows the others. Until then a `Memory` is whole: code that is given one
+need not ask whether there is an engine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from typing import Any
+
+import trio
+
+from postcopyd.dest.engine import DestinationEngine
+from postcopyd.dest.migration import Migration
+from postcopyd.dest.unplugged import unplugged
+from postcopyd.errors import PostcopydError
+from postcopyd.tasks import threads
+from postcopyd.vmm import Shape
+
+
+class Memory:
+    """`shape` is the VMM as it was compared, its descriptors the session's. Made by
+    `arrival.adopt`, and by `restart.adopted_again` for a guest of a daemon before this one."""
+
+    def __init__(self, shape: Shape, engine: DestinationEngine) -> None:
+        self.shape = shape
+        self.engine = engine
+
+    @classmethod
+    def served(
+        cls, m: Migration, shape: Shape, uffds: Sequence[int], record: int, held: AsyncExitStack
+    ) -> Memory:
+        """By a new engine; `record` is held from here on. Raises PostcopydError."""
+        held.callback(os.close, record)
+        engine = DestinationEngine(shape.regions, uffds, record, staged=m.offer.staged)
+        held.push_async_callback(engine.aclose)
+        return cls(shape, engine)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(region.size for region in self.shape.regions)
+
+    @property
+    def remaining(self) -> int:
+        """Bytes that are not here yet; an estimate where regions have pages of several sizes."""
+        stats = self.engine.stats
+        return int(self.size * (stats.total_pages - stats.confirmed_pages) // stats.total_pages)
+
+    async def as_compared(self, m: Migration) -> None:
+        """The VMM here is the one that was compared with the source's, while time went by. Raises
+        PostcopydError."""
+        if await m.vm.attached().outline() != self.shape.outline:
+            raise PostcopydError(
+                f"somebody changed devices or disks of the VMM that waits for {m.vm.name} here: "
+                f"migrate again",
+                "Refused",
+            )
+
+    async def give_up_unplugged(self, log: Any) -> None:
+        """Guest RAM that was unplugged here meanwhile needs no pages any more. Only without
+        connections."""
+        shape = self.shape
+        try:
+            for number in unplugged(shape.pid, shape.regions):
+                await trio.to_thread.run_sync(self.engine.gone, number, limiter=threads.ENGINE)
+                log.warning("guest RAM was unplugged", region=shape.regions[number].name)
+        except (OSError, PostcopydError) as error:  # then its pages lack, as far as is known
+            log.error("unplugged guest RAM not looked for", error=str(error))
+
+
+def owned(descriptors: list[int], held: AsyncExitStack) -> list[int]:
+    """Userfaultfds that a driver has just given us."""
+    for fd in descriptors:
+        held.callback(os.close, fd)
+    return descriptors
