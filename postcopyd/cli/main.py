@@ -87,59 +87,62 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--peer", metavar="NAME[=ADDRESS][,may=send+receive+control]", action="append",
         type=_argument(config.parse_peer), dest="peers", default=argparse.SUPPRESS, help=(
-            "a host by a name of its certificate, and what it may do; again for each. Without any, "
-            "whoever has a certificate of the CA may do all"
+            "another host by a name in its certificate, and what it may do; repeat for more. "
+            "Without any, whoever has a certificate of the CA may do everything"
         ),
     )  # fmt: skip
     serve.add_argument("--config", metavar="FILE", help=(
-        "TOML with these options, and FILE.d/*.toml; otherwise postcopyd.toml in /etc/postcopyd, "
-        "/run/postcopyd or /usr/lib/postcopyd, and postcopyd.toml.d/*.toml there"
+        "read these options from FILE (TOML) and FILE.d/*.toml; by default from postcopyd.toml in "
+        "/etc/postcopyd, /run/postcopyd or /usr/lib/postcopyd, and postcopyd.toml.d/*.toml there"
     ))  # fmt: skip
     serve.add_argument(
-        "--check-config", action="store_true", help="say what all of this comes to, and exit"
+        "--check-config", action="store_true", help="print the resulting configuration, and exit"
     )
 
-    attach = client("attach", verbs.attach, "take charge of a VM of this host")
+    attach = client("attach", verbs.attach, "tell the daemon of a VM on this host")
     vmm = attach.add_mutually_exclusive_group(required=True)
     vmm.add_argument("--qemu", metavar="QMP_SOCKET", help="a QEMU's QMP socket")
     vmm.add_argument("--process", metavar="SOCKET", help="the socket of a cooperating VMM")
-    client("detach", verbs.detach, "let go of a VM, which goes on as it is")
-    check = client("check", verbs.check, "find what would make a migration fail; touches nothing")
+    client("detach", verbs.detach, "make the daemon forget a VM, which goes on as it is")
+    check = client("check", verbs.check, "find what would make a migration fail; changes nothing")
     check.add_argument("--to", metavar="HOST[:PORT]", type=address, required=True)
     migrate = client("migrate", verbs.migrate, "move a guest, and return when its memory is there")
     migrate.add_argument("--to", metavar="HOST[:PORT]", type=address, required=True)
     migrate.add_argument("--mode", choices=config.MODES, default="hybrid", help=(
-        "hybrid: copy while it runs, then postcopy; postcopy: at once; precopy: run it there only "
-        "when all is there"
+        "hybrid (the default): copy memory while the guest runs, then postcopy; postcopy: hand the "
+        "guest over at once; precopy: run it there only when all of its memory is there"
     ))  # fmt: skip
     migrate.add_argument("--bandwidth", metavar="RATE", type=rate, help="bytes/s; K, M, G")
     migrate.add_argument("--precopy-passes", metavar="N", type=_number(0, int), help=(
-        "how many at most; decided by what is measured otherwise"
+        "make at most N passes; by default the daemon decides by what it measures"
     ))  # fmt: skip
     migrate.add_argument("--max-downtime", metavar="MS", type=_number(0.001, float), help=(
-        "of a precopy, 300 otherwise"
+        "precopy: stop the guest when the rest takes at most MS milliseconds (300)"
     ))  # fmt: skip
     migrate.add_argument("--keep-source", action="store_true", help="do not end the source's VMM")
     for moving in (check, migrate):
         moving.add_argument("--unsafe", action="store_true", help=(
-            "both hosts have the same disks, also where that cannot be seen"
+            "you assert that both hosts have the same disk files, where the daemons cannot see it"
         ))  # fmt: skip
-    client("list", verbs.list, "the VMs that are attached", named=None)
-    client("status", verbs.status, "what is known of one VM, or of all", named="[NAME]")
+    client("list", verbs.list, "list the attached VMs", named=None)
+    client("status", verbs.status, "say what is known of one VM, or of all", named="[NAME]")
     client("watch", verbs.watch, "follow a VM until interrupted")
-    client("cancel", verbs.cancel, "call off a migration, as long as that is possible")
-    recover = client("recover", verbs.recover, "connect a paused migration again and go on")
+    client("cancel", verbs.cancel, "cancel a migration, before the destination owns the guest")
+    recover = client("recover", verbs.recover, "connect a paused migration again at once")
     recover.add_argument("--to", metavar="HOST[:PORT]", type=address)
     resolve = client("resolve", verbs.resolve, "decide about a paused migration")
     way = resolve.add_mutually_exclusive_group(required=True)
     for decision, text in (
-        ("wait", "keep on waiting, as it does"),
-        ("poison", "at the destination, the source is lost: missing pages become memory errors"),
-        ("kill", "end what is here"),
+        ("wait", "change nothing, and go on waiting"),
+        (
+            "poison",
+            "at the destination, when the source is lost: missing pages become memory errors",
+        ),
+        ("kill", "end the VMM of this host"),
         (
             "take-back",
-            "at the source, the destination is dead for certain: run the guest as it was when it "
-            "stopped here; its disks are not set back",
+            "at the source, when the destination is certainly dead: run the guest as it was when "
+            "it stopped here; its disks are not set back",
         ),
     ):
         way.add_argument(
@@ -147,22 +150,24 @@ def parser() -> argparse.ArgumentParser:
             dest="decision", help=text,
         )  # fmt: skip
     may_run = client("may-run", verbs.may_run, "ask before you start a guest on this host")
-    may_run.add_argument("--durable-dir", metavar="DIR", help="that of the daemon")
-    may_run.add_argument("--state-dir", metavar="DIR", help="that of the daemon, if none answers")
+    may_run.add_argument("--durable-dir", metavar="DIR", help="as given to the daemon")
+    may_run.add_argument(
+        "--state-dir", metavar="DIR", help="as given to the daemon; read when it does not answer"
+    )
 
-    certs = verb("certs", _certs, "make the certificates of a host, and a CA where there is none")
-    certs.add_argument("--dir", metavar="DIR", required=True, help="where the five files go")
+    certs = verb("certs", _certs, "make the certificates of a host, and a CA if there is none")
+    certs.add_argument("--dir", metavar="DIR", required=True, help="write the five files here")
     certs.add_argument("--host", metavar="NAME", action="append", required=True, help=(
-        "a DNS name or IP address by which others reach it; may be said several times"
+        "a DNS name or IP address by which others reach the host; repeat for more"
     ))  # fmt: skip
     certs.add_argument(
-        "--ca", metavar="DIR", help="where the CA is, or shall be; as --dir if unsaid"
+        "--ca", metavar="DIR", help="the folder of the CA, made if it is missing; --dir by default"
     )
-    demo = verb("demo", _demo, "two daemons, a guest, one real migration, verified")
+    demo = verb("demo", _demo, "move a guest between two daemons here, and verify its memory")
     demo.add_argument("--guest", choices=("process", "qemu"), default="process")
     demo.add_argument("--memory", metavar="SIZE", type=size, help="guest RAM")
     demo.add_argument("--json", action="store_true", help="JSON objects, one on a line")
-    doctor = verb("doctor", _doctor, "what this host lacks to migrate guests")
+    doctor = verb("doctor", _doctor, "say what this host lacks to migrate guests")
     doctor.add_argument("--json", action="store_true", help="JSON objects, one on a line")
     return top
 

@@ -273,17 +273,17 @@ KEYS: Mapping[str, Key] = {
     "listen": Key(
         "HOST:PORT", _listen, "where other daemons connect; * is every address of this host"
     ),
-    "state-dir": Key("DIR", _folder, "where migrations are recorded, for a daemon that restarts"),
-    "durable-dir": Key("DIR", _folder, "on disk: what must outlive a restart of this host"),
+    "state-dir": Key("DIR", _folder, "records of migrations, for a daemon that restarts"),
+    "durable-dir": Key("DIR", _folder, "records that must outlive a restart of this host"),
     "tls": Key(
         "require|off", _one_of("require", "off"), "between hosts; off only on a trusted network"
     ),
     "tls-dir": Key("DIR", _folder, "certificates and keys"),
-    "hooks-dir": Key("DIR", _or_none(_folder), "programs to run at a migration's turns"),
+    "hooks-dir": Key("DIR", _or_none(_folder), "programs to run at certain points of a migration"),
     "bandwidth": Key(
         "RATE",
         _or_none(_rate),
-        "the most that one migration from here sends, bytes per second; one may ask for less",
+        "the most that one migration from here sends, in bytes per second",
     ),
     "host-bandwidth": Key(
         "RATE",
@@ -293,36 +293,34 @@ KEYS: Mapping[str, Key] = {
     "connections": Key(
         "N",
         _number(1, MAX_CONNECTIONS),
-        f"for the pages of one migration from here that nobody waits for, 1 to {MAX_CONNECTIONS}",
+        "connections of one migration from here for pages that nobody waits for, "
+        f"1 to {MAX_CONNECTIONS}",
         number=True,
     ),
     "max-vms": Key(
         "N",
         _or_none(_number(1, _SOME)),
-        "VMs that may be attached; one too many is refused",
+        "the most VMs that can be attached; further ones are refused",
         number=True,
     ),
     "max-arrivals": Key(
         "N",
         _or_none(_number(1, _SOME)),
-        "guests that may arrive at a time; others wait for their turn",
+        "the most guests that arrive at a time; others wait for their turn",
         number=True,
     ),
     "max-arriving-memory": Key(
         "SIZE",
         _or_none(_rate),
-        "RAM of the guests that arrive at a time, all together; others wait, a larger one is "
-        "refused",
+        "the most RAM of all guests that arrive at a time; others wait, a larger one is refused",
     ),
     "max-peers": Key(
         "N",
         _number(2, _SOME),
-        "other daemons that are served at a time; one too many is told so",
+        "the most other daemons that are served at a time; further ones are refused",
         number=True,
     ),
-    "metrics": Key(
-        "HOST:PORT|PATH", _or_none(_metrics), "where Prometheus may ask, or the path of a socket"
-    ),
+    "metrics": Key("HOST:PORT|PATH", _or_none(_metrics), "where to serve metrics to Prometheus"),
 }
 """What may be said of a daemon, by its name in a file and behind -- on the command line; its field
 of ServeOptions has _ for -."""
@@ -333,6 +331,6 @@ PEER_KEYS: Mapping[str, Key] = {
         lambda value: parse_address(_text(value, "HOST or HOST:PORT")),
         "where its daemon listens, for `--to NAME`",
     ),
-    "may": Key("LIST", _may, "send guests here, receive guests from here, control: ask"),
+    "may": Key("LIST", _may, "send: send guests here; receive: get guests from here; control: ask"),
 }
 """What may be said of a peer, [peers.NAME] in a file."""
