@@ -55,28 +55,28 @@ MAX_MESSAGE = 1 << 20
 """Bytes of one message: an offer with 256 regions and its facts has some 64 KiB."""
 
 MAX_FIRST = 20 << 10
-"""Bytes of the first message of a control connection: `Hello`, or `Error` with a sentence. It comes
-from anybody."""
+"""Bytes of the first message of a control connection: `Hello`, or `Error` with a sentence. Anybody
+may send one."""
 
 MAX_DATA_FIRST = 1024
-"""Bytes of the first object of a data connection, which come from anybody too."""
+"""Bytes of the first object of a data connection, which anybody may send too."""
 
 DEVICE_CHUNK = 64 << 10
 """Bytes of device state in one message, so that a keepalive or an error never waits long."""
 
 MAX_REGIONS = 256
 MAX_CONNECTIONS = 32
-"""Push connections of one migration; one urgent connection comes besides."""
+"""Push connections of one migration; there is one urgent connection besides."""
 
 KEEPALIVE_S = 1.0
-"""A side that has sent nothing for this long says that it is there."""
+"""A side that has sent nothing for this long sends a keepalive."""
 
 DEAD_S = 10.0
-"""A peer that has said nothing for this long is taken for dead; ten keepalives were lost then."""
+"""A peer that has sent nothing for this long counts as dead: ten keepalives did not come."""
 
 MAX_ITEMS = 512
-"""Items of one array or map: the facts of an offer. An unpacker makes room for what a header says
-before the items are there, so without this a few kilobytes of headers ask for gigabytes."""
+"""Items of one array or map: the facts of an offer. An unpacker allocates what a header says before
+the items are there. So without this limit a few kilobytes of headers would ask for gigabytes."""
 
 MAX_CONTAINERS = 4096
 """Arrays and maps of one message: an offer has one for each region, and two for each disk and each
@@ -85,15 +85,16 @@ as there are connections."""
 
 LOST = "Lost"
 """Name of the error of a destination that will never need this source's pages: a person has given
-the guest up there, and it runs nowhere. A source that is told so asks no more by itself."""
+up the guest there, and it runs nowhere. A source that reads it asks no more by itself."""
 
 POISONED = "Poisoned"
-"""Name of the same error where a person has given up only what was missing: the guest runs on
-there without it. An older source goes on asking."""
+"""Name of the error when a person has given up only the missing pages: the guest runs on there
+without them. An older source goes on asking."""
 
 ENDED = "Ended"
-"""Name of the error of a destination at which the guest has ended, as was meant, before all of its
-memory had come. A source that is told so needs its copy no more; an older one goes on asking."""
+"""Name of the error when the guest shut down at the destination, or somebody told its VMM to end,
+before all of its memory had come. A source that reads it does not need its copy any more; an older
+one goes on asking."""
 
 MAX_SENTENCE = 4096
 """Characters of a sentence or a fact."""
@@ -137,8 +138,8 @@ def _must_be_vm(name: str) -> None:
 
 
 class DaemonId(Struct, frozen=True, rename="camel"):
-    """Which daemon it is, through its restarts: the machine (empty: it has no id), the boot of its
-    kernel, which containers share, and the folder of records. Only compared."""
+    """Which daemon it is; its restarts change nothing. The machine (empty: it has no id), the boot
+    of its kernel, which containers share, and the folder of records. They are only compared."""
 
     machine: Annotated[str, Meta(max_length=128, pattern=_NO_CONTROLS)]
     boot: Name
@@ -146,9 +147,9 @@ class DaemonId(Struct, frozen=True, rename="camel"):
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """First message of both sides. `software` and `host` are for people. `instance` is another one
-    for each start of a daemon: who meets its own has dialled itself. By `daemon` a source that asks
-    later knows whom it asks."""
+    """First message of both sides. `software` and `host` are for people. `instance` is new for each
+    start of a daemon: a daemon that reads its own has dialled itself. By `daemon` a source that
+    asks later knows which daemon answers."""
 
     version: Count
     features: Annotated[list[Name], Meta(max_length=64)] = []
@@ -167,9 +168,10 @@ class RegionOffer(Struct, frozen=True, rename="camel"):
 
 
 class DiskFileOffer(Struct, frozen=True, rename="camel"):
-    """A file, device or server behind a disk: its name and what it is on, whether other hosts may
-    have it too by what it is on, whether the guest's writes go there. `ids` are by kind: of a kind
-    that both hosts know, the same value says that they have the same, and another that they do not.
+    """A file, device or server behind a disk: its name, the storage that it is on, whether other
+    hosts can reach that storage, whether the guest's writes go there. `ids` are by kind. If both
+    hosts know a kind, the same value means that they have the same file, another value that they
+    have two.
     """
 
     path: Sentence
@@ -189,13 +191,13 @@ class DiskOffer(Struct, frozen=True, rename="camel"):
 
 
 class Offer(Message, frozen=True, tag="offer"):
-    """What the source wants to send. With `check` nothing is touched and `Checked` answers.
+    """What the source wants to send. With `check` nothing is changed and `Checked` answers.
 
-    `facts` are the driver's: what must be equal on both hosts. `epoch` numbers the
-    ownership that this migration would hand over. `staged`: pages come before the handover too.
-    `disks` have to be the same on both hosts; a source without the feature "disks" names none.
-    `unsafe`: a person says that their files are the same, whatever can be known of them. `places`
-    are where devices sit on their buses, equal for those that both hosts name.
+    `facts` come from the driver: what must be equal on both hosts. `epoch` numbers the ownership
+    that this migration would hand over. `staged`: pages also come before the handover. `disks` must
+    be the same on both hosts; a source without the feature "disks" names none. `unsafe`: a person
+    asserts that their files are the same, whatever the daemons know of them. `places` say where
+    devices sit on their buses; they must be equal for devices that both hosts name.
     """
 
     migration: Name
@@ -219,7 +221,7 @@ class Offer(Message, frozen=True, tag="offer"):
 
 
 class Checked(Message, frozen=True, tag="checked"):
-    """Answer to an offer with `check`: why the migration would be refused; empty: it would go."""
+    """Answer to an offer with `check`: why the migration would be refused. Empty: it would not."""
 
     problems: Annotated[list[Sentence], Meta(max_length=256)]
 
@@ -228,9 +230,9 @@ class Checked(Message, frozen=True, tag="checked"):
 
 
 class Queued(Message, frozen=True, tag="queued"):
-    """The offer fits, and waits for its turn: the destination takes so many guests at a time. Said
-    again whenever `ahead`, how many others are taken before it, has changed; `Ready` follows. Only
-    to a source with the feature "queue"."""
+    """The offer fits, and waits for its turn: the destination limits how many guests arrive at a
+    time. It is sent again whenever `ahead`, the number of guests that come first, changes; `Ready`
+    follows. Only a source with the feature "queue" gets it."""
 
     ahead: Count
 
@@ -242,25 +244,26 @@ class Ready(Message, frozen=True, tag="ready"):
 
 
 class Serving(Message, frozen=True, tag="serving"):
-    """Guest RAM at the destination is adopted, all data connections are there; on a connection that
-    resumes: all `Have` were sent; after the `DeviceEnd` of a `whole` handover: the rest is due."""
+    """Guest RAM at the destination is adopted and all data connections are there. On a connection
+    that resumes: all `Have` were sent. After the `DeviceEnd` of a `whole` handover: send the
+    rest."""
 
 
 class Pass(Message, frozen=True, tag="pass"):
-    """The pages of one more pass were sent while the guest runs on at the source: `pages` in all
-    passes so far, zero ones counted. Nothing of the next pass is sent before the answer, so that no
-    old copy of a page can come after a newer one."""
+    """The source has sent the pages of one more pass, and the guest still runs there. `pages` is
+    the number in all passes so far, including zeros. The next pass begins only after the answer, so
+    that no old copy of a page can come after a newer one."""
 
     pages: Count
 
 
 class Passed(Message, frozen=True, tag="passed"):
-    """As many pages have arrived."""
+    """The number of pages that `Pass` named has arrived."""
 
 
 class Handover(Message, frozen=True, tag="handover"):
     """The source is about to stop the guest; device state follows. With `whole` the guest may run
-    at the destination only once all of its memory is there."""
+    at the destination only when all of its memory is there."""
 
     whole: bool = False
 
@@ -272,9 +275,9 @@ class Device(Message, frozen=True, tag="device"):
 
 
 class Stale(Message, frozen=True, tag="stale"):
-    """Pages of one region that the guest has written since they were sent, or that never were.
+    """Pages of one region that the guest has written since they were sent, or that were never sent.
 
-    Bits as in `Have`. What was sent in a pass and is in no Stale before DeviceEnd is right.
+    Bits as in `Have`. A page that was sent in a pass and is in no Stale before DeviceEnd is right.
     """
 
     region: Annotated[int, Meta(ge=0, lt=MAX_REGIONS)]
@@ -286,7 +289,7 @@ class Stale(Message, frozen=True, tag="stale"):
 class DeviceEnd(Message, frozen=True, tag="deviceEnd"):
     """All device state was sent: `size` bytes. The guest is stopped and offered.
 
-    `run` is false for a guest that was paused before, and shall stay so.
+    `run` is false for a guest that was paused before and stays paused.
     """
 
     size: Count
@@ -330,7 +333,7 @@ class Faults(Struct, frozen=True, rename="camel"):
 
 
 class Progress(Message, frozen=True, tag="progress"):
-    """How far the destination is. Pages as the record confirms them."""
+    """How far the destination is, in pages that its record confirms."""
 
     confirmed: Count
     remaining: Count
@@ -338,10 +341,11 @@ class Progress(Message, frozen=True, tag="progress"):
 
 
 class Drained(Message, frozen=True, tag="drained"):
-    """Every page is at the destination, counted: `confirmed` must be what the source offered.
+    """Every page is at the destination: `confirmed` must be the number that the source offered.
 
-    `brownout_ms`: from running to the last urgent page, by the destination's clock. `lost`: of the
-    confirmed, those that the source could not read (or the destination keep): memory errors.
+    `brownout_ms`: from the run to the last urgent page, by the destination's clock. `lost`: how
+    many of the confirmed pages are memory errors, as the source could not read them or the
+    destination could not keep them.
     """
 
     confirmed: Count
@@ -357,15 +361,15 @@ class Drained(Message, frozen=True, tag="drained"):
 
 
 class Acknowledged(Message, frozen=True, tag="acknowledged"):
-    """The source has counted the same and lets go of its copy."""
+    """The source has counted the same number and drops its copy."""
 
 
 class Resume(Message, frozen=True, tag="resume"):
-    """In place of an offer, on a new connection: how far is this migration, whose connection was
-    lost after the grant? The answer is what became of the guest: `Ran`, with `Ready` before it for
-    new data connections, or `Drained`, or `Declined`. With `look` nothing goes on, and `Checked`
-    answers with what the destination says of it: for a source that has restarted and has nothing
-    but its intent.
+    """Instead of an offer, on a new connection: the connection of this migration was lost after the
+    grant, so what happened to the guest? The answer is `Ran`, with `Ready` before it for new data
+    connections, or `Drained`, or `Declined`. With `look` the migration does not go on, and
+    `Checked` answers with what the destination says of it. A source that has restarted and has only
+    its intent asks so.
     """
 
     migration: Name
@@ -380,8 +384,8 @@ class Resume(Message, frozen=True, tag="resume"):
 class Have(Message, frozen=True, tag="have"):
     """Pages of one region that the destination has, as its record confirms them.
 
-    Bit i % 8 of byte i // 8 is page `first` + i; `count` pages. What was sent and is not in here is
-    sent again.
+    Bit i % 8 of byte i // 8 is page `first` + i, for `count` pages. The source sends again what it
+    had sent and what is in no `Have`.
     """
 
     region: Annotated[int, Meta(ge=0, lt=MAX_REGIONS)]
@@ -391,7 +395,7 @@ class Have(Message, frozen=True, tag="have"):
 
 
 class Cancel(Message, frozen=True, tag="cancel"):
-    """The source takes the migration back, before the grant."""
+    """The source cancels the migration, before the grant."""
 
     reason: Sentence
 
@@ -400,7 +404,7 @@ class Cancel(Message, frozen=True, tag="cancel"):
 
 
 class Error(Message, frozen=True, tag="error"):
-    """What went wrong at the sender, by name and in a sentence; it says nothing further."""
+    """What went wrong at the sender, by name and in a sentence. It sends nothing after this."""
 
     name: Name
     message: Sentence
