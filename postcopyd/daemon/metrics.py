@@ -61,9 +61,6 @@ class Daemon(Protocol):
 
     settings: Settings
 
-    @property
-    def peers(self) -> int: ...
-
 
 class Metrics(Collector):
     """The metrics of one daemon."""
@@ -168,7 +165,9 @@ class Metrics(Collector):
         attached = sum(vm.driver is not None for vm in self._daemon.vms.values())
         yield GaugeMetricFamily("postcopyd_vms_attached", "VMs with a VMM here", attached)
         yield GaugeMetricFamily(
-            "postcopyd_peer_connections", "Connections from other daemons", self._daemon.peers
+            "postcopyd_peer_connections",
+            "Connections from other daemons",
+            len(self._daemon.settings.limits.peers),
         )
         yield GaugeMetricFamily(
             "postcopyd_arrivals_waiting",

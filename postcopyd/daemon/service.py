@@ -22,8 +22,8 @@ import trio
 
 from postcopyd.config.options import Address, ServeOptions
 from postcopyd.control import methods
+from postcopyd.daemon.daemon import Daemon
 from postcopyd.daemon.journal import configure_logging
-from postcopyd.daemon.registry import Daemon
 from postcopyd.daemon.sd import Manager
 from postcopyd.errors import PostcopydError
 from postcopyd.native.engine import longest_still_s
@@ -99,7 +99,7 @@ async def _serve_alone(options: ServeOptions, manager: Manager, store: Store) ->
         async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
             daemon = Daemon(settings, migrations)
             methods.interface()  # while there are descriptors to read it with
-            await daemon.restore()
+            daemon.restore()
             if options.metrics:
                 await _metered(daemon, options.metrics, nursery)
             ending = trio.Event()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -51,40 +51,39 @@ async def folders(*paths: tuple[Path, str]) -> AsyncIterator[None]:
 
 
 async def _folder(path: Path, option: str) -> int:
-    try:
-        fd = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        # Guests may be waiting for this daemon, and a disk that is full or read-only now may have
-        # been neither when their records were written.
-        _unlocked(path, error)
-        return -1
-    try:
-        await _take(fd)
-    except BlockingIOError:
-        holder = _holder(fd)
-        os.close(fd)
-        raise Taken(
+    def taken(holder: int) -> str:
+        return (
             f"starting on the records in {path}: another postcopyd{_by(holder)} has them; stop "
             f"that one, or name another folder with {option}"
-        ) from None
-    except OSError as error:  # a file system without locks
-        _unlocked(path, error)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+        )
 
-
-def _unlocked(path: Path, error: OSError) -> None:
-    log.error("records not locked: see that only one daemon has them", folder=str(path),
-              error=error.strerror)  # fmt: skip
+    try:
+        return await _locked(_open(path / ".lock", os.O_RDWR | os.O_CREAT), taken)
+    except OSError as error:
+        # Guests may be waiting for this daemon, and a disk that is full or read-only now, or that
+        # has no locks, may have been none of this when their records were written.
+        log.error("records not locked: see that only one daemon has them", folder=str(path),
+                  error=error.strerror)  # fmt: skip
+        return -1
 
 
 async def vmm(pid: int, name: str) -> int:
     """Takes the process of a VMM for the VM `name`; the descriptor holds it. Raises
     PostcopydError."""
+
+    def taken(holder: int) -> str:
+        if holder == os.getpid():
+            return (
+                f"process {pid} is attached to this daemon under another name: one VMM has one "
+                f"name, detach that one first"
+            )
+        return (
+            f"process {pid} is attached to another postcopyd of this host{_by(holder)}: one VMM "
+            f"has one daemon, detach it there or stop that one first"
+        )
+
     try:
-        fd = process(pid)
+        return await _locked(process(pid), taken)
     except OSError as error:
         if short := shortage(error):
             raise short from None
@@ -92,29 +91,30 @@ async def vmm(pid: int, name: str) -> int:
         # its driver will say.
         log.warning("VMM not locked", vm=name, pid=pid, error=error.strerror)
         return -1
+
+
+def process(pid: int) -> int:
+    """What is locked of a process. Raises OSError."""
+    return _open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _open(path: str | Path, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+async def _locked(fd: int, taken: Callable[[int], str]) -> int:
+    """The descriptor, with the lock on what it is of; closed otherwise. Raises OSError, and Taken
+    with a sentence about the process that has the lock."""
     try:
         await _take(fd)
     except BlockingIOError:
         holder = _holder(fd)
         os.close(fd)
-        if holder == os.getpid():
-            raise Taken(
-                f"process {pid} is attached to this daemon under another name: one VMM has one "
-                f"name, detach that one first"
-            ) from None
-        raise Taken(
-            f"process {pid} is attached to another postcopyd of this host{_by(holder)}: one VMM "
-            f"has one daemon, detach it there or stop that one first"
-        ) from None
+        raise Taken(taken(holder)) from None
     except BaseException:
         os.close(fd)
         raise
     return fd
-
-
-def process(pid: int) -> int:
-    """What is locked of a process. Raises OSError."""
-    return os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 async def _take(fd: int) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, Protocol
 
 import structlog
 import trio
@@ -36,6 +36,9 @@ PERMANENT = ("vm", "role", "phase", "migration", "peer", "mode", "remaining", "m
 UNDER_WAY = frozenset({"precopy", "handover", "postcopy"})
 """Phases in which a session has the VM."""
 
+DAEMON: Final = "the daemon"
+"""Who claims a VM that the daemon itself works at, in no session."""
+
 
 class Waiting(Protocol):
     """An arrival whose engine goes on taking faults: until the source is there again, or for good
@@ -43,6 +46,19 @@ class Waiting(Protocol):
 
     async def vmm_ended(self, farewell: str | None) -> None:
         """Ends it for good, as the VMM has ended; `farewell` is what it has said of that."""
+
+
+class Claim:
+    """A VM that was taken, given back at the end of the `with`: which may be in another task, as
+    a VM is taken in the call that asks for a migration, and given back by the migration."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc: object) -> None:
+        self._vm.give_back()
 
 
 class Vm:
@@ -152,8 +168,7 @@ class Vm:
         async with contextlib.aclosing(states()) as iterator:
             yield iterator
 
-    @contextmanager
-    def claim(self, session: object) -> Iterator[None]:
+    def claim(self, session: object) -> Claim:
         """Takes the VM for a session; raises PostcopydError when another has it."""
         if self.claimed_by is not None:
             raise PostcopydError(
@@ -162,12 +177,13 @@ class Vm:
                 "Busy",
             )
         self.claimed_by, self.free = session, trio.Event()
-        try:
-            yield
-        finally:
-            self.claimed_by = None
-            self._must_be_told()
-            self.free.set()
+        return Claim(self)
+
+    def give_back(self) -> None:
+        """The end of a claim: `Claim`'s alone."""
+        self.claimed_by = None
+        self._must_be_told()
+        self.free.set()
 
     @property
     def under_way(self) -> bool:
@@ -196,21 +212,21 @@ class Vm:
         else:
             self.settle(phase="failed", message=message, result=result)
 
-    async def ended(self, daemon: object) -> None:
+    async def ended(self) -> None:
         """Returns when no migration has the VM that is over but for its last steps: who has seen
         its result may go on at once; when a daemon that has just started has taken it over; and
         when a VMM that has ended is let go of: who has seen its end may attach the next one."""
         with trio.move_on_after(ENDING_S):
-            while self._ending(daemon):
+            while self._ending():
                 await (self._left if self.claimed_by is None else self.free).wait()
 
-    def _ending(self, daemon: object) -> bool:
+    def _ending(self) -> bool:
         gone = self.driver is not None and not self._lives()
         if self.claimed_by is None:
             return gone
         over = self.status["phase"] in ("drained", "failed")
         arriving = self.status["role"] == "destination"
-        return self.claimed_by is daemon or over or (gone and arriving)
+        return self.claimed_by is DAEMON or over or (gone and arriving)
 
     def attached(self) -> Vmm:
         """The driver; raises PostcopydError when the VMM is gone."""

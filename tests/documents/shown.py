@@ -31,7 +31,7 @@ def shown() -> list[Shown]:
     """Every message of a VM's status."""
     return [
         message
-        for path in (PACKAGE / "daemon/registry.py", PACKAGE / "sessions/vm.py", *_sessions())
+        for path in (*PACKAGE.glob("daemon/*.py"), PACKAGE / "sessions/vm.py", *_sessions())
         for function in ast.walk(ast.parse(path.read_text()))
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for message in _of(function, f"{path.relative_to(PACKAGE)}, {function.name}")

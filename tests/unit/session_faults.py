@@ -26,7 +26,7 @@ from fake_vmm import FakeDriver, FakeVmm
 from session_world import BUGS, LONG_S, Fault, FullStore, Host, Instead, ToldEngine, World
 
 from postcopyd import protocol as p
-from postcopyd.daemon import registry
+from postcopyd.daemon import accepting, registry
 from postcopyd.dest import arrival, drain, load, memory
 from postcopyd.dest.session import DestinationSession
 from postcopyd.host import procfs
@@ -89,8 +89,8 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(drain, "PROGRESS_S", 1.0)
     for module in (arrival, load):
         monkeypatch.setattr(module, "COUNT_S", 0.1)
-    monkeypatch.setattr(registry, "accepted_kind", accepted_at_once)
-    for module in (connection, registry):
+    monkeypatch.setattr(accepting, "accepted_kind", accepted_at_once)
+    for module in (connection, accepting):
         monkeypatch.setattr(module, "receive_object", received_at_once)
     for kind in (leaving.SourceSession, DestinationSession):
         monkeypatch.setattr(kind, "__init__", noted(kind.__init__))

@@ -25,7 +25,7 @@ from fake_vmm import FakeVmm, Guest, Killed, Life
 from msgspec.structs import replace
 
 from postcopyd import protocol as p
-from postcopyd.daemon import registry
+from postcopyd.daemon.daemon import Daemon
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
@@ -159,11 +159,11 @@ class Host:
             self.store, self._folder / f"{self.role}-hooks", connections=1, daemon=self.which
         )
         async with trio.open_nursery() as nursery:
-            self.daemon = registry.Daemon(settings, nursery)
+            self.daemon = Daemon(settings, nursery)
             if len(self.lives) == 1:
                 await self.daemon.attach("web1", "process", self.vmm.socket)
             else:
-                await self.daemon.restore()
+                self.daemon.restore()
             listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
             await nursery.start(trio.serve_listeners, self.daemon.serve_peer, listeners)
             self.port, self.up = listeners[0].socket.getsockname()[1], True
@@ -195,7 +195,7 @@ class Host:
     @property
     def quiet(self) -> bool:
         """Nothing goes on here."""
-        return self.up and not self.daemon.peers and self.vm.claimed_by is None
+        return self.up and not self.daemon.settings.limits.peers and self.vm.claimed_by is None
 
 
 class World:
@@ -520,7 +520,7 @@ class World:
 
     def _check_left_behind(self) -> None:
         destination, there = self.destination, self.destination.vmm
-        assert destination.daemon._arrivals == {}
+        assert destination.daemon.acceptor.sessions == {}
         assert destination.daemon.settings.arriving == {} or destination.phase == "paused"
         if destination.phase in ("failed", "drained", "idle"):
             assert destination.vm.waiting is None

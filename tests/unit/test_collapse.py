@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -360,9 +361,11 @@ async def test_makes_all(world: World) -> None:
 
 async def test_steps_aside(world: World) -> None:
     """While a session has the VM nothing is done and nothing is open; then it begins anew."""
-    claimed = world.vm.claim(world)
+    claimed = ExitStack()
     before = len(os.listdir("/proc/self/fd"))
-    world.meanwhile = lambda: claimed.__enter__() if world.made == 2 else None
+    world.meanwhile = lambda: (
+        claimed.enter_context(world.vm.claim(world)) if world.made == 2 else None
+    )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(hugepages.give_back, world.vm, world.ram)
         await trio.testing.wait_all_tasks_blocked(0.05)
@@ -370,7 +373,7 @@ async def test_steps_aside(world: World) -> None:
             await trio.testing.wait_all_tasks_blocked(0.05)
         assert world.made == 2
         assert len(os.listdir("/proc/self/fd")) == before
-        claimed.__exit__(None, None, None)
+        claimed.close()
     assert world.made == 6
 
 
@@ -412,16 +415,16 @@ async def test_given_away_while_aside(world: World) -> None:
     """A guest that a session took to another host is not looked at again."""
 
     def meanwhile() -> None:
-        claimed.__enter__()
+        claimed.enter_context(world.vm.claim(world))
         world.vm.ownership = "granted"
 
-    claimed = world.vm.claim(world)
+    claimed = ExitStack()
     world.meanwhile = meanwhile
     async with trio.open_nursery() as nursery:
         nursery.start_soon(hugepages.give_back, world.vm, world.ram)
         while world.vm.claimed_by is None:
             await trio.testing.wait_all_tasks_blocked(0.05)
-        claimed.__exit__(None, None, None)
+        claimed.close()
     assert world.made == 1
 
 

@@ -38,7 +38,6 @@ class Daemon:
 
     def __init__(self, *vms: Vm) -> None:
         self.vms = {vm.name: vm for vm in vms}
-        self.peers = 3
 
 
 class Stats:
@@ -107,13 +106,16 @@ def of(samples: Samples, name: str, **labels: str) -> float:
 async def test_a_scrape_before_anything(tmp_path: Path) -> None:
     """Each answer is whole and says what there is; series that may be alerted on are there at 0."""
     path = str(tmp_path / "metrics")
-    async with served(Daemon(), path):
-        samples = await scraped(path)
+    daemon = Daemon()
+    visiting = daemon.settings.limits.peers.visit("192.0.2.1")
+    async with served(daemon, path):
+        with visiting:
+            samples = await scraped(path)
         assert of(samples, "postcopyd_migrations_active", role="source", phase="paused") == 0
         for result in ("completed", "failed", "cancelled", "ended"):
             labels = {"role": "source", "mode": "hybrid", "result": result}
             assert of(samples, "postcopyd_migrations_total", **labels) == 0
-        assert of(samples, "postcopyd_peer_connections") == 3
+        assert of(samples, "postcopyd_peer_connections") == 1
         assert of(samples, "postcopyd_certificate_end_timestamp_seconds") == 2e9
         assert samples.keys() == (await scraped(path)).keys()
 

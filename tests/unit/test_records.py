@@ -9,16 +9,18 @@ import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import trio
 
 from postcopyd.daemon import registry
-from postcopyd.daemon.registry import Daemon
+from postcopyd.daemon.daemon import Daemon
+from postcopyd.daemon.restart import FOUND, found
 from postcopyd.errors import PostcopydError
 from postcopyd.host import procfs
 from postcopyd.records import schema
+from postcopyd.records.schema import Ownership
 from postcopyd.records.store import StateNotWritten, Store, read_intent
 from postcopyd.sessions.settings import Settings
 
@@ -111,7 +113,7 @@ async def started(store: Store) -> AsyncIterator[Daemon]:
     """A daemon that has been started on what is there; nothing of it may fail."""
     async with trio.open_nursery() as nursery:
         made = Daemon(Settings(store), nursery)
-        await made.restore()
+        made.restore()
         for vm in made.vms.values():
             with trio.fail_after(5):
                 await vm.free.wait()
@@ -220,6 +222,14 @@ async def test_an_intent_that_holds_no_more(
     store.save_intent("web1", INTENT)
     async with started(store):
         assert (read_intent(store.durable, "web1") is None) == forgotten
+
+
+@pytest.mark.parametrize("drained", [False, True])
+@pytest.mark.parametrize("ownership", get_args(Ownership))
+def test_a_restart_knows_what_to_do(ownership: Ownership, drained: bool) -> None:
+    """One row, and no other, is for a VM that was left in a state."""
+    rows = [row for row in FOUND if row.ownership == ownership and row.drained in (None, drained)]
+    assert rows == [found(ownership, drained)]
 
 
 async def test_an_intent_that_cannot_be_removed(

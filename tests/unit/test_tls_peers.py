@@ -24,7 +24,7 @@ from structlog.testing import capture_logs
 from postcopyd import protocol as p
 from postcopyd.cli import certs
 from postcopyd.config.options import Address, Peer
-from postcopyd.daemon.registry import Daemon
+from postcopyd.daemon.daemon import Daemon
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.net import connection

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person decides about a migration that is paused.
+
+Owns nothing that lasts: finds out who has the VM, and tells that. A session that dials goes on, or
+gives the guest up or takes it back; an arrival that waits takes its missing pages for lost; a
+restart tries again; another host is asked. Where nobody has the VM, it is claimed here until the
+decision is done.
+"""
+
+from __future__ import annotations
+
+import trio
+from msgspec import to_builtins
+
+from postcopyd import protocol as p
+from postcopyd.daemon.inquiries import Inquiries
+from postcopyd.daemon.registry import Registry, certainly_ended
+from postcopyd.daemon.restart import Restart
+from postcopyd.dest.session import DestinationSession
+from postcopyd.errors import PostcopydError
+from postcopyd.model import Decision
+from postcopyd.protocol import LOST
+from postcopyd.sessions.patience import END_S, within
+from postcopyd.sessions.vm import DAEMON, Vm
+from postcopyd.source.session import SourceSession
+from postcopyd.tasks import threads
+
+RESTART_S = 10.0
+"""How long a decision waits for a VMM that is asked after a restart."""
+
+
+class Decisions:
+    """Those about the VMs of one daemon."""
+
+    def __init__(self, registry: Registry, restart: Restart, inquiries: Inquiries) -> None:
+        self._registry = registry
+        self._restart = restart
+        self._inquiries = inquiries
+
+    async def recover(self, name: str, to: str | None) -> None:
+        """Has the migration go on now, with its destination at `to` if it has another address.
+        Raises PostcopydError."""
+        vm = self._paused(name)
+        leaving, again = vm.claimed_by, self._restart.again(vm)
+        inquiry = self._inquiries.of(vm)
+        if not isinstance(leaving, SourceSession) and inquiry is None:
+            if vm.status["role"] == "destination" and again is not None:
+                again.set()
+                return
+            if again is None:
+                _must_have_arrived(vm)
+            if vm.status["role"] == "destination":
+                raise PostcopydError(
+                    f"continuing the migration of {name}: its source does that, "
+                    f"{vm.status['peer']}; it dials by itself, or at once by `postcopyd recover "
+                    f"{name}` there",
+                    "NotMigrating",
+                )
+        if to is not None:
+            # First: a host that is started again asks where a person has said.
+            redirect = self._registry.settings.store.redirect_intent
+            await trio.to_thread.run_sync(redirect, name, to, limiter=threads.DISK)
+        if isinstance(leaving, SourceSession):
+            leaving.recover(to)
+        elif inquiry is not None:
+            intent, sentence = inquiry
+            self._inquiries.ask(vm, {**intent, "peer": to or intent["peer"]}, sentence)
+        elif again is not None:
+            if to is not None and "request" in vm.about:
+                vm.about["request"] = {**vm.about["request"], "to": to}
+                vm.show(peer=to)
+                vm.record_settled(None)
+            again.set()
+
+    async def resolve(self, name: str, decision: Decision) -> None:
+        """What only a person can decide; to wait changes nothing. Raises PostcopydError."""
+        vm = self._paused(name)
+        if vm.claimed_by is DAEMON:  # its VMM is being asked, after a restart
+            with trio.move_on_after(RESTART_S):
+                await vm.free.wait()
+            vm = self._paused(name)
+        leaving = vm.claimed_by if isinstance(vm.claimed_by, SourceSession) else None
+        if decision == "poison":
+            await self._poison(vm)
+        elif decision == "take_back" and leaving is None:
+            _must_have_arrived(vm)
+            raise PostcopydError(
+                f"taking {name} back: that is for the host it left, {vm.status['peer']}",
+                "NotMigrating",
+            )
+        elif decision == "kill" and leaving is None:
+            await self._kill(vm)
+        elif decision != "wait" and leaving is not None:
+            await leaving.resolve(decision)
+
+    async def _poison(self, vm: Vm) -> None:
+        arrived = vm.waiting
+        if not isinstance(arrived, DestinationSession):
+            raise PostcopydError(
+                f"poisoning the missing pages of {vm.name}: they are not missing here; say it "
+                f"where the guest waits for them, at {vm.status['peer']}",
+                "NotMigrating",
+            )
+        with vm.claim(arrived):
+            vm.waiting = None
+            try:
+                await arrived.poison()
+            finally:
+                vm.waiting = arrived
+
+    async def _kill(self, vm: Vm) -> None:
+        """Where no session dials: the VMM here ends, and a source that asks is told so."""
+        name = vm.name
+        with vm.claim(DAEMON):
+            ended = "was not connected: end it by hand if it runs; its migration was given up"
+            if vm.driver is not None:
+                with within(END_S, f"ending the VMM of {name} here"):
+                    await vm.driver.end()
+                ended = "was ended in the middle of its migration"
+            if vm.driver is not None or certainly_ended(vm):
+                vm.about["answer"] = to_builtins(_lost_here(name))
+            before = vm.status
+            vm.settle(
+                phase="failed",
+                message=f"the VMM of {name} here {ended} with {before['peer']}, by an operator's "
+                f"decision; before you start it anywhere ask `postcopyd status {name}` there",
+            )
+            try:
+                vm.record("declined")
+            except PostcopydError as error:
+                vm.show(**before)
+                raise PostcopydError(
+                    f"the VMM of {name} here {ended}, which is not on record: {error}; then say "
+                    f"it again",
+                    error.name,
+                ) from None
+        vm.log.warning("ownership changed by a person", decision="kill")
+
+    def _paused(self, name: str) -> Vm:
+        vm = self._registry.vm(name)
+        if vm.status["phase"] != "paused":
+            raise PostcopydError(
+                f"{name} has no paused migration here, so there is nothing to decide: it is "
+                f"{vm.status['phase']}, {vm.status['message']}",
+                "NotMigrating",
+            )
+        return vm
+
+
+def _must_have_arrived(vm: Vm) -> None:
+    """Or what is asked for cannot be had from this source as it is."""
+    if vm.status["role"] == "source":
+        raise PostcopydError(
+            f"{vm.name} cannot go on from here: {vm.status['message']}; see `postcopyd status "
+            f"{vm.name}` at {vm.status['peer']}",
+            "NotMigrating",
+        )
+
+
+def _lost_here(name: str) -> p.Error:
+    """What a source is told whose guest a person has ended at the destination. It may have run
+    there, so this is no Declined: only a person runs it again."""
+    sentence = (
+        f"its VMM there has ended and a person has given {name} up: it runs nowhere; decide here, "
+        f"`postcopyd resolve {name} --kill` and start it from its disks, or `--take-back` as it "
+        f"was when it stopped here, if its disks are as they were then"
+    )
+    return p.Error(name=LOST, message=p.sentence(sentence))
