@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wire: every message between two daemons, its limits and its codec. No I/O, no roles.
+"""The wire: every message between two daemons, and its limits. No I/O, no roles.
 
 All connections of a migration are opened by the source to the destination's one TCP port. Each
 begins with one clear msgpack string that names its kind (`CONTROL`, `DATA`, or the same with TLS),
@@ -8,21 +8,19 @@ so that one port serves all and each side can say in a sentence that the other h
   control   a stream of msgpack maps, each a message below with its name under "type", both ways
   data      one `DataHello` from the source, answered by `DataWelcome`; then page frames only
 
-`Codec` turns bytes into messages and back and belongs to one direction of one connection. Page
-frames are read and written by C (wire.h has their layout); `pack_frame` and `unpack_frame` are the
-same in Python, for tests and for whoever reads a captured stream. docs/PROTOCOL.md tells the story;
-handover.py says which message may come when.
+net/codec.py makes bytes of messages and messages of bytes. Page frames are read and written by C
+(wire.h has their layout); `pack_frame` and `unpack_frame` are the same in Python, for tests and for
+whoever reads a captured stream. docs/PROTOCOL.md tells the story; handover.py says which message
+may come when.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from hashlib import sha256
-from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, NamedTuple
 
-import msgpack
-from msgspec import Meta, Struct, ValidationError, convert, to_builtins
+from msgspec import Meta, Struct
 from msgspec.structs import force_setattr
 
 from postcopyd import names
@@ -110,7 +108,6 @@ Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=_NO_CONTROLS)]
 VmName = Annotated[str, Meta(min_length=1, max_length=names.LONGEST)]
 Sentence = Annotated[str, Meta(max_length=MAX_SENTENCE)]
 Bound = Annotated[str, Meta(pattern=r"\A[0-9]{1,12}\Z")]
-T = TypeVar("T")
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Time = Annotated[float, Meta(ge=0, le=1e15)]  # in the unit of its name; infinity is not JSON
 
@@ -444,112 +441,6 @@ class DataWelcome(Struct, frozen=True, rename="camel"):
     migration: Name
 
 
-class Codec:
-    """Bytes to msgpack objects, of one direction of one connection.
-
-    `feed` takes what was received and `objects` gives what is complete; call them in turn. Bytes
-    beyond a complete object are kept. Raises RemoteProtocolError for what is no msgpack, for a map
-    with one key twice, for extension types, and for what is larger than the limits above; the
-    connection is of no use then. `room` is how many bytes the object that is due may have: `first`
-    for the first one.
-    """
-
-    def __init__(self, first: int = MAX_MESSAGE) -> None:
-        self.room = first
-        self._unpacker = msgpack.Unpacker(
-            raw=False,
-            strict_map_key=True,
-            object_pairs_hook=self._map,
-            list_hook=self._counted,
-            ext_hook=_no_extension,
-            max_buffer_size=0,  # by ourselves, below: what is legal must not depend on the chunks
-            max_str_len=MAX_STRING,
-            max_bin_len=DEVICE_CHUNK,
-            max_array_len=MAX_ITEMS,
-            max_map_len=MAX_ITEMS,
-            max_ext_len=0,
-        )
-        self._fed = 0
-        self._begin = 0  # of the object that is not complete yet, counted as _fed
-        self._containers = 0  # that are complete in it
-
-    def feed(self, data: bytes) -> None:
-        self._fed += len(data)
-        self._unpacker.feed(data)
-
-    def objects(self) -> Iterator[Any]:
-        while True:
-            try:
-                obj = self._unpacker.unpack()
-            except msgpack.exceptions.OutOfData:
-                self._limit(self._fed)
-                return
-            except (ValueError, msgpack.exceptions.UnpackException) as error:
-                # Includes bad UTF-8, map keys that are not strings, nesting beyond msgpack's limit.
-                why = str(error) or type(error).__name__
-                raise RemoteProtocolError(
-                    f"the peer sent what is no msgpack message: {why}"
-                ) from None
-            end = self._unpacker.tell()
-            self._limit(end)
-            self._begin, self._containers, self.room = end, 0, MAX_MESSAGE
-            yield obj
-
-    @property
-    def beyond(self) -> int:
-        """Bytes that were fed and belong to no complete object."""
-        return self._fed - self._begin
-
-    def _counted(self, container: T) -> T:
-        self._containers += 1
-        if self._containers > MAX_CONTAINERS:
-            raise ValueError(f"more than {MAX_CONTAINERS} arrays and maps in one")
-        return container
-
-    def _map(self, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a map has one key twice")
-        return self._counted(found)
-
-    def _limit(self, end: int) -> None:
-        if end - self._begin > self.room:
-            raise RemoteProtocolError(
-                f"the peer sent a message of more than {self.room} bytes"
-            ) from None
-
-
-def _no_extension(code: int, data: bytes) -> NoReturn:
-    raise ValueError(f"extension type {code}")
-
-
-def pack(message: Struct) -> bytes:
-    """The bytes of a message or of a data connection's first object.
-
-    Raises LocalProtocolError when it is larger than the peer would take.
-    """
-    packed: bytes = msgpack.packb(to_builtins(message, builtin_types=(bytes,)))
-    if len(packed) > MAX_MESSAGE:
-        raise LocalProtocolError(
-            f"a {type(message).__name__} of {len(packed)} bytes is more than a message may have, "
-            f"{MAX_MESSAGE}"
-        )
-    return packed
-
-
-def parse(obj: Any, kind: type[T]) -> T:
-    """Checks a received object against one of the types above; raises RemoteProtocolError."""
-    try:
-        # bytes as they are: msgspec would take Base64 text for them, as JSON needs.
-        return convert(obj, kind, builtin_types=(bytes,))
-    except ValidationError as error:
-        tag = obj.get("type") if isinstance(obj, dict) else None
-        what = tag if isinstance(tag, str) else type(obj).__name__
-        raise RemoteProtocolError(
-            f"the peer sent a bad {what!r:.32} message: {error!s:.200}"
-        ) from None
-
-
 def sentence(text: str) -> str:
     """A sentence of ours as it may travel: not longer than a peer takes, and to be shown."""
     text = plain(text)  # paths of files may be anything
@@ -562,38 +453,6 @@ def fact(value: str) -> str:
     if len(value) <= MAX_SENTENCE:
         return value
     return f"{value[: MAX_SENTENCE - 100]} ... sha256 {sha256(value.encode()).hexdigest()}"
-
-
-def parse_message(obj: Any) -> AnyMessage:
-    return parse(obj, AnyMessage)  # type: ignore[arg-type]  # a union is no type to mypy
-
-
-def check_hello(hello: Hello) -> None:
-    """Raises PostcopydError when the peer speaks another version."""
-    if hello.version == VERSION:
-        return
-    which, older = ("newer", "this host's") if hello.version > VERSION else ("older", "that host's")
-    raise PostcopydError(
-        f"the peer {hello.host or ''} ({hello.software or 'unknown software'}) speaks protocol "
-        f"version {hello.version}, which is {which} than version {VERSION} here: "
-        f"upgrade {older} postcopyd",
-        "VersionMismatch",
-    )
-
-
-def other_program(first: bytes, *, tls: bool) -> str:
-    """What has answered with these bytes, if it is plainly no postcopyd; `tls`: to a client that
-    begins with TLS. Nothing where that cannot be said."""
-    known = {b"HTTP/": "an HTTP server", b"SSH-": "an SSH server"}
-    for beginning, what in known.items():
-        if first.startswith(beginning):
-            return what
-    if first[:1] in (b"\x15", b"\x16") and first[1:2] == b"\x03":  # records of TLS
-        return "" if tls else "another program, with TLS,"
-    line = first.split(b"\n")[0].rstrip(b"\r")
-    if len(line) >= 4 and all(0x20 <= byte < 0x7F for byte in line):
-        return f"another program (it says {line.decode()[:60]!r})"
-    return ""
 
 
 FRAME_BYTES = 24

@@ -24,22 +24,16 @@ from postcopyd.dest.restart import call_off
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Machine
-from postcopyd.net.connection import (
-    CONNECT_S,
-    Channel,
-    PeerError,
-    accepted_kind,
-    hang_up,
-    open_nursery,
-    receive_object,
-    tune,
-)
+from postcopyd.net.channel import CONNECT_S, Channel, PeerError
+from postcopyd.net.codec import pack, parse_message
+from postcopyd.net.connection import accepted_kind, hang_up, receive_object, tune
 from postcopyd.net.peers import Visitor
 from postcopyd.net.tls import TlsFailed, handshake, same_peer
 from postcopyd.protocol import POISONED, RemoteProtocolError
 from postcopyd.sessions.hooks import run_hooks
 from postcopyd.sessions.settings import Settings
 from postcopyd.sessions.vm import DAEMON, Vm
+from postcopyd.tasks.nursery import open_nursery
 
 ANSWER_S = 10.0
 """How long a source that asks after a migration waits for a session that is at its end."""
@@ -98,7 +92,7 @@ class Acceptor:
             f"{other}: start both with TLS, or both with `--tls off`"
         )
         if kind in (p.CONTROL, p.CONTROL_TLS):
-            await stream.send_all(p.pack(p.Error(name="TlsFailed", message=sentence)))
+            await stream.send_all(pack(p.Error(name="TlsFailed", message=sentence)))
             await hang_up(stream)
         raise TlsFailed(f"a connection from {peer} was refused: {sentence}")
 
@@ -303,7 +297,7 @@ async def _hear_end(channel: Channel) -> None:
 
 async def _answer(channel: Channel, about: dict[str, Any]) -> None:
     """What is on record of how an arrival ended."""
-    await channel.send(p.parse_message(about["answer"]))
+    await channel.send(parse_message(about["answer"]))
     with trio.move_on_after(ANSWER_S):  # acknowledged, or closed
         about["acknowledged"] = isinstance(await channel.receive(), p.Acknowledged)
 

@@ -22,7 +22,7 @@ from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Destination, Machine, Source
 from postcopyd.model import Status
-from postcopyd.net.connection import Channel, Nobody
+from postcopyd.net.channel import Channel, Nobody
 from postcopyd.records.schema import Ownership
 from postcopyd.sessions.vm import DAEMON, Claim, Vm
 from postcopyd.source.back import untouched

@@ -15,8 +15,8 @@ import trio
 from postcopyd import protocol as p
 from postcopyd.dest.memory import Memory, owned
 from postcopyd.dest.migration import Migration, Stage
-from postcopyd.net.connection import open_nursery
 from postcopyd.protocol import RemoteProtocolError
+from postcopyd.tasks.nursery import open_nursery
 from postcopyd.vmm import Shape
 
 COUNT_S = 0.001

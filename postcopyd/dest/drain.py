@@ -18,9 +18,10 @@ from postcopyd.dest.migration import Migration, Stage
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Happened
 from postcopyd.native.engine import faults
-from postcopyd.net.connection import ConnectionLost, open_nursery
+from postcopyd.net.channel import ConnectionLost
 from postcopyd.sessions import hugepages, losses
 from postcopyd.sessions.patience import RELEASE_S, within
+from postcopyd.tasks.nursery import open_nursery
 
 PROGRESS_S = 0.1
 """How often the source is told how far it is."""

@@ -17,7 +17,7 @@ from postcopyd.dest.memory import Memory
 from postcopyd.dest.migration import Migration, Stage
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Happened
-from postcopyd.net.connection import ConnectionLost, PeerError
+from postcopyd.net.channel import ConnectionLost, PeerError
 from postcopyd.sessions.patience import END_S, RELEASE_S, within
 from postcopyd.vmm import Shape, VmmTimeout
 

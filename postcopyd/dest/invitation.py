@@ -18,6 +18,7 @@ from postcopyd import protocol as p
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.dest.migration import Migration
 from postcopyd.errors import PostcopydError
+from postcopyd.net.codec import pack
 from postcopyd.net.connection import Wire, detach, detach_keyed
 from postcopyd.protocol import RemoteProtocolError
 
@@ -62,7 +63,7 @@ class Invitation:
             raise RemoteProtocolError(
                 f"a data connection too many came for migration {hello.migration}"
             )
-        await stream.send_all(p.pack(p.DataWelcome(hello.migration)))
+        await stream.send_all(pack(p.DataWelcome(hello.migration)))
         try:
             if self._secure:  # its place stays free for the right one
                 wire = await detach_keyed(stream, self.token, hello, server=True)

@@ -19,8 +19,9 @@ from postcopyd.dest.device_state import DeviceState
 from postcopyd.dest.memory import Memory
 from postcopyd.dest.migration import Migration, Stage
 from postcopyd.errors import PostcopydError
-from postcopyd.net.connection import ConnectionLost, open_nursery
+from postcopyd.net.channel import ConnectionLost
 from postcopyd.protocol import RemoteProtocolError
+from postcopyd.tasks.nursery import open_nursery
 
 
 class Load:

@@ -19,13 +19,14 @@ from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine
 from postcopyd.host import procfs
-from postcopyd.net.connection import Channel, PeerError, open_nursery
+from postcopyd.net.channel import Channel, PeerError
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.records.schema import Arrival, RecordedRegion
 from postcopyd.sessions import hugepages
 from postcopyd.sessions.hooks import run_hooks
 from postcopyd.sessions.settings import Settings
 from postcopyd.sessions.vm import Vm
+from postcopyd.tasks.nursery import open_nursery
 from postcopyd.vmm import Shape
 
 

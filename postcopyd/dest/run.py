@@ -11,9 +11,9 @@ from postcopyd import protocol as p
 from postcopyd._native import lib
 from postcopyd.dest.memory import Memory
 from postcopyd.dest.migration import Migration
-from postcopyd.net.connection import open_nursery
 from postcopyd.records.store import StateNotWritten
 from postcopyd.sessions.patience import END_S, within
+from postcopyd.tasks.nursery import open_nursery
 from postcopyd.vmm import Declined
 
 

@@ -35,7 +35,8 @@ from postcopyd.dest.migration import Migration, Stage
 from postcopyd.dest.restart import adopted_again
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import DESTINATION_RUNS, Happened, Machine
-from postcopyd.net.connection import Channel
+from postcopyd.net.channel import Channel
+from postcopyd.net.codec import parse
 from postcopyd.records.schema import Arrival
 from postcopyd.sessions import hugepages
 from postcopyd.sessions.settings import Settings
@@ -224,7 +225,7 @@ class DestinationSession:
         Faults are taken again when this returns. Raises PostcopydError; nothing is closed in the
         VMM then, and its threads go on waiting.
         """
-        session = cls(vm, p.parse(about["offer"], p.Offer), channel, settings)
+        session = cls(vm, parse(about["offer"], p.Offer), channel, settings)
         m = session._migration
         m.remember(cast(Arrival, about))  # held to that when it was read
         if distrust := about.get("foreign"):

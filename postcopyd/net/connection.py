@@ -1,49 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every connection between two daemons is made here, and the control connection is driven here.
+"""Every connection between two daemons is made here: dialled, taken in, given away.
 
-Owns sockets until they are closed or, for data connections, given away to a native engine with
-`detach`. Knows the first bytes of a connection and how messages become bytes (protocol.py); knows
-nothing of migrations. TLS (tls.py) goes between the kind of a connection and its first message, or
-its first frame.
+Owns sockets until they are closed, a `Channel` has them (channel.py), or for data connections a
+native engine, by `detach`. Knows the first bytes of a connection; knows nothing of migrations. TLS
+(tls.py) goes between the kind of a connection and its first message, or its first frame.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import trio
 
-from postcopyd import __version__
 from postcopyd import protocol as p
 from postcopyd._native import lib
 from postcopyd.config.options import DEFAULT_PORT, Address, Peer, parse_address
 from postcopyd.errors import NoResources, PostcopydError, shortage
 from postcopyd.handover import Machine
 from postcopyd.net import tls
+from postcopyd.net.channel import CONNECT_S, Channel, ConnectionLost, somebody_else
+from postcopyd.net.codec import Codec, other_program, pack, parse
 from postcopyd.net.resolver import RESOLVER
-from postcopyd.protocol import Codec, RemoteProtocolError
-
-M = TypeVar("M", bound=p.Message)
-
-CONNECT_S = 10.0
-"""How long connecting and greeting may take: a host that is up answers within milliseconds."""
+from postcopyd.protocol import RemoteProtocolError
 
 FAREWELL_S = 1.0
 """How long a peer may take to read why its connection was refused."""
-
-GOODBYE_S = 0.2
-"""How long the end of a connection may take to be said: close_notify, with TLS."""
-
-BUFFER = 256 << 10
-"""Bytes taken from the control socket at a time: several pieces of device state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +44,6 @@ class Endpoint:
     """Of this start of the daemon."""
     daemon: p.DaemonId | None = None
     """Through all of its starts."""
-
-
-class ConnectionLost(PostcopydError):
-    """The peer went away, or the way to it."""
-
-    name = tls.LOST
-
-
-class PeerError(PostcopydError):
-    """The peer said what went wrong on its side; `name` is the name it gave."""
-
-
-class NotTrusted(ConnectionLost):
-    """The peer ended TLS for a reason that time alone does not mend."""
-
-    name = "TlsFailed"
 
 
 def peer_of(to: str, us: Endpoint) -> tuple[Address, str]:
@@ -102,8 +73,8 @@ async def dial_control(to: str, machine: Machine, us: Endpoint) -> Channel:
             names = await tls.handshake(secure, peer)
     except tls.TlsFailed:
         await trio.aclose_forcefully(stream)
-        if what := p.other_program(noted.first, tls=True):
-            raise _somebody_else(peer, what) from None
+        if what := other_program(noted.first, tls=True):
+            raise somebody_else(peer, what) from None
         raise
     except trio.TooSlowError:
         await trio.aclose_forcefully(stream)
@@ -134,7 +105,7 @@ async def dial_data(to: str, us: Endpoint, migration: str, token: bytes, *, urge
     hello = p.DataHello(migration, b"" if secure else token, urgent)
     stream = await dial(address.host, address.port, p.DATA_TLS if secure else p.DATA)
     try:
-        await stream.send_all(p.pack(hello))
+        await stream.send_all(pack(hello))
         await receive_object(stream, p.DataWelcome)
         if not secure:
             return Wire(detach(stream))
@@ -173,7 +144,7 @@ async def hang_up(stream: trio.SocketStream) -> None:
     with trio.move_on_after(FAREWELL_S):
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await stream.send_eof()
-            while await stream.receive_some(BUFFER):
+            while await stream.receive_some(64 << 10):
                 pass
 
 
@@ -209,14 +180,6 @@ def _unreachable(host: str, port: int, reason: str) -> PostcopydError:
     return PostcopydError(
         f"connecting to postcopyd on {host}, port {port}: {reason}; is `postcopyd serve` running "
         f"there and the port open?",
-        "PeerUnreachable",
-    )
-
-
-def _somebody_else(peer: str, what: str) -> RemoteProtocolError:
-    return RemoteProtocolError(
-        f"speaking with {peer}: {what} is there, and no postcopyd: say the port of `postcopyd "
-        f"serve`, {DEFAULT_PORT} where nothing else was configured",
         "PeerUnreachable",
     )
 
@@ -272,7 +235,7 @@ async def receive_object(stream: trio.SocketStream, kind: type[Any]) -> Any:
             whole = [*islice(codec.objects(), 1)]
             await stream.socket.recv(len(seen) - (codec.beyond if whole else 0))
             if whole:
-                return p.parse(whole[0], kind)
+                return parse(whole[0], kind)
 
 
 def detach(stream: trio.SocketStream) -> int:
@@ -284,178 +247,6 @@ def detach(stream: trio.SocketStream) -> int:
         stream.socket.close()
     os.set_blocking(fd, True)
     return fd
-
-
-class Channel:
-    """A control connection: messages both ways, each told to the state machine first.
-
-    One task receives; any may send. `receive` raises ConnectionLost when the peer is gone or has
-    been silent for DEAD_S, PeerError when it says Error, RemoteProtocolError when it breaks the
-    protocol. `alive` is the context in which keepalives are sent. `names` are those of the peer's
-    certificate.
-    """
-
-    def __init__(
-        self,
-        stream: trio.abc.Stream,
-        machine: Machine,
-        peer: str,
-        names: tls.Names = (),
-        *,
-        instance: str = "",
-        daemon: p.DaemonId | None = None,
-    ) -> None:
-        self._stream = stream
-        self._instance = instance
-        self._daemon = daemon
-        self._first: bytes | None = b""  # of what came, until that was a message
-        self.machine = machine
-        self.peer = peer
-        self.names = names
-        self.features: frozenset[str] = frozenset()  # those of both sides
-        self._codec = Codec(first=p.MAX_FIRST)
-        self._sending = trio.Lock()
-        self._last_sent = trio.current_time()
-        self._objects: list[Any] = []
-        self._torn = False
-
-    async def send(self, message: p.Message, within: float = p.DEAD_S) -> None:
-        """Tells the machine and sends, in so many seconds; raises ConnectionLost."""
-        self.machine.sending(message)
-        await self._send(p.pack(message), within)
-
-    async def _send(self, data: bytes, within: float = p.DEAD_S) -> None:
-        try:
-            async with self._sending:
-                if self._torn:
-                    raise ConnectionLost(f"a message to {self.peer} was cut short")
-                self._last_sent = trio.current_time()
-                # A message goes out whole, whoever is cancelled: the stream would be torn.
-                with trio.move_on_after(within) as whole:
-                    whole.shield = True
-                    await self._stream.send_all(data)
-                self._torn = whole.cancelled_caught
-                if self._torn:
-                    raise ConnectionLost(f"{self.peer} has taken nothing for {within:.0f} s")
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise ConnectionLost(f"sending to {self.peer}: {error.__cause__ or error}") from None
-
-    async def receive(self, within: float = math.inf) -> p.Message:
-        """The next message that is not a keepalive; ConnectionLost after so many seconds of these,
-        where a peer that is there and says nothing must not be waited for."""
-        with trio.move_on_after(within):
-            while True:
-                try:
-                    message = p.parse_message(await self._next_object())
-                except RemoteProtocolError as error:
-                    if what := p.other_program(self._first or b"", tls=False):
-                        raise _somebody_else(self.peer, what) from None
-                    raise RemoteProtocolError(f"speaking with {self.peer}: {error}") from None
-                self._first = None
-                self.machine.received(message)
-                if isinstance(message, p.Error):
-                    raise PeerError(f"{self.peer} said: {message.message}", message.name)
-                if not isinstance(message, p.Keepalive):
-                    return message
-                await trio.lowlevel.checkpoint()  # thousands of them come by one read of a flood
-        raise ConnectionLost(f"{self.peer} has not said within {within:.0f} s what it wants")
-
-    async def expect(self, kind: type[M], within: float = math.inf) -> M:
-        """The next message, which the machine allows only to be of this kind here."""
-        message = await self.receive(within)
-        if not isinstance(message, kind):
-            raise RemoteProtocolError(
-                f"{self.peer} sent {type(message).__name__} where {kind.__name__} was due"
-            )
-        return message
-
-    async def _next_object(self) -> Any:
-        # A whole message, as it is sent in that time: bytes of one that never ends are no life.
-        deadline = trio.current_time() + p.DEAD_S
-        while not self._objects:
-            try:
-                with trio.fail_at(deadline):
-                    data = await self._stream.receive_some(min(BUFFER, self._codec.room))
-            except trio.TooSlowError:
-                raise ConnectionLost(f"{self.peer} has said nothing for {p.DEAD_S:.0f} s") from None
-            except trio.ClosedResourceError:
-                raise ConnectionLost(f"the connection to {self.peer} was closed here") from None
-            except trio.BrokenResourceError as error:
-                if tls.refusal(error):
-                    raise NotTrusted(tls.explain(error, self.peer)) from None
-                raise ConnectionLost(
-                    f"the connection to {self.peer} broke: {error.__cause__ or error}"
-                ) from None
-            if not data:
-                raise ConnectionLost(f"{self.peer} closed the connection")
-            if self._first is not None:
-                self._first += bytes(data[:64])
-            self._codec.feed(bytes(data))
-            self._objects.extend(self._codec.objects())
-        return self._objects.pop(0)
-
-    async def greet(self) -> p.Hello:
-        """Exchanges hellos. Raises PostcopydError when the peer is of another version."""
-        await self.send(
-            p.Hello(
-                version=p.VERSION,
-                features=sorted(p.FEATURES),
-                software=f"postcopyd {__version__}",
-                host=socket.gethostname(),
-                instance=self._instance,
-                daemon=self._daemon,
-            )
-        )
-        hello = await self.expect(p.Hello, CONNECT_S)
-        p.check_hello(hello)
-        if self._instance and hello.instance == self._instance:
-            raise PostcopydError(
-                f"{self.peer} is this daemon itself: say the other host, to which the guest shall "
-                f"go",
-                "Refused",
-            )
-        self.features = p.FEATURES.intersection(hello.features)
-        return hello
-
-    async def tell_error(self, error: Exception) -> None:
-        """Tells the peer why this side ends, as well as it still can; never raises for it."""
-        name = error.name if isinstance(error, PostcopydError) else "InternalError"
-        with trio.move_on_after(1) as scope, suppress(PostcopydError):
-            scope.shield = True
-            await self.send(p.Error(name=name, message=p.sentence(str(error))), within=1)
-
-    @asynccontextmanager
-    async def alive(self) -> AsyncIterator[None]:
-        """Sends keepalives while the body runs."""
-        async with open_nursery() as nursery:
-            nursery.start_soon(self._keepalive)
-            try:
-                yield
-            finally:
-                nursery.cancel_scope.cancel()
-
-    async def _keepalive(self) -> None:
-        while True:
-            due = self._last_sent + p.KEEPALIVE_S
-            if trio.current_time() < due:
-                await trio.sleep_until(due)
-            else:
-                try:
-                    await self._send(p.pack(p.Keepalive()))
-                except ConnectionLost:
-                    return  # who receives sees it too
-
-    async def aclose(self) -> None:
-        """Says that it ends, where TLS has a word for that, and does not wait for anybody."""
-        with trio.move_on_after(GOODBYE_S) as scope:
-            scope.shield = True
-            await self._stream.aclose()
-
-    async def __aenter__(self) -> Channel:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose()
 
 
 class Noted(trio.abc.Stream):
@@ -480,42 +271,3 @@ class Noted(trio.abc.Stream):
 
     async def aclose(self) -> None:
         await self._stream.aclose()
-
-
-class Nobody(trio.abc.Stream):
-    """The stream of a channel to a peer that has not connected."""
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        raise trio.ClosedResourceError("it has not connected")
-
-    async def wait_send_all_might_not_block(self) -> None:
-        raise trio.ClosedResourceError("it has not connected")
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        raise trio.ClosedResourceError("it has not connected")
-
-    async def aclose(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-
-@asynccontextmanager
-async def open_nursery() -> AsyncIterator[trio.Nursery]:
-    """A nursery whose failure is the failure of its first task, not a group of one.
-
-    A session has one thing that goes wrong first; what the others met while they were cancelled for
-    it is of no use to an operator. Errors that are not ours (bugs) come first.
-    """
-    try:
-        async with trio.open_nursery() as nursery:
-            yield nursery
-    except BaseExceptionGroup as group:
-        leaves = _leaves(group)
-        bugs = [error for error in leaves if not isinstance(error, PostcopydError)]
-        raise (bugs or leaves)[0] from None
-
-
-def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
-    leaves: list[BaseException] = []
-    for error in group.exceptions:
-        leaves.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
-    return leaves

@@ -25,7 +25,8 @@ from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Happened, Machine, Source
 from postcopyd.host import kernel
 from postcopyd.model import MigrateRequest
-from postcopyd.net.connection import Channel, PeerError, dial_control, dial_data, open_nursery
+from postcopyd.net.channel import Channel, PeerError
+from postcopyd.net.connection import dial_control, dial_data
 from postcopyd.net.tls import Names, same_peer
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.records.schema import Ownership
@@ -43,6 +44,7 @@ from postcopyd.source.passes import Pass, why_now
 from postcopyd.source.retry import AGAIN_S, PATIENCE_S, Retry
 from postcopyd.source.tracking import Tracking
 from postcopyd.tasks import threads
+from postcopyd.tasks.nursery import open_nursery
 from postcopyd.vmm import Shape
 
 SHOW_S = 0.1

@@ -30,6 +30,7 @@ from postcopyd import protocol as p
 from postcopyd.config import options
 from postcopyd.control import methods
 from postcopyd.errors import PostcopydError
+from postcopyd.net.codec import Codec, pack, parse_message
 from postcopyd.varlink import idl, server
 
 STATES: list[h.State] = [*h.Source, *h.Destination]
@@ -45,17 +46,17 @@ def control_stream(data: bytes) -> Iterator[str]:
         return
     machine = h.Machine(STATES[data[0] % len(STATES)])
     step, data = max(data[1], len(data) // 32, 1), data[2:]
-    codec = p.Codec()
+    codec = Codec()
     try:
         for at in range(0, len(data), step):
             codec.feed(data[at : at + step])
             for obj in codec.objects():
-                message = p.parse_message(obj)
+                message = parse_message(obj)
                 yield type(message).__name__
                 # What was understood can be said again, and means the same.
-                again = p.Codec()
-                again.feed(p.pack(message))
-                assert [p.parse_message(one) for one in again.objects()] == [message]
+                again = Codec()
+                again.feed(pack(message))
+                assert [parse_message(one) for one in again.objects()] == [message]
                 machine.received(message)
                 yield machine.state.name
     except p.RemoteProtocolError as error:
@@ -187,10 +188,10 @@ def samples(target: str) -> Iterator[bytes]:
     for message in messages:
         for number, state in enumerate(STATES):
             if h.Received(type(message)) in h.TABLES[type(state)][state]:
-                yield bytes([number, 255]) + p.pack(message)
+                yield bytes([number, 255]) + pack(message)
                 break
         else:
-            yield bytes([0, 7]) + p.pack(message)
+            yield bytes([0, 7]) + pack(message)
     yield bytes(2) + p.pack_frame(p.Frame(p.PAGES, 0, 0, 1, 4096))
 
 

@@ -19,6 +19,7 @@ import trio
 
 from postcopyd import protocol as p
 from postcopyd.demo.hosts import PACKAGE, Host, ProcessGuest, certified
+from postcopyd.net.codec import pack
 
 SMALL = ("--memory", "16M", "--rate", "20000")
 # So much, and so slowly used, that it is not all there before a test has looked.
@@ -33,7 +34,7 @@ if [ -e "$script" ]; then . "$script"; fi
 """
 
 # What a connection to a daemon begins with.
-HELLO = p.pack(p.Hello(version=p.VERSION, software="a test", host="test"))
+HELLO = pack(p.Hello(version=p.VERSION, software="a test", host="test"))
 KIND = {kind: bytes([0xA0 | len(kind)]) + kind.encode() for kind in (p.CONTROL, p.DATA)}
 
 

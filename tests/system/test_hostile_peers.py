@@ -48,7 +48,9 @@ from test_hybrid_process import copied, unoccupied
 
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
-from postcopyd.net.connection import ConnectionLost, receive_object
+from postcopyd.net.channel import ConnectionLost
+from postcopyd.net.codec import Codec, pack, parse_message
+from postcopyd.net.connection import receive_object
 
 M = TypeVar("M", bound=p.Message)
 CORPUS = Path(__file__).parents[1] / "fuzz/corpus"
@@ -125,12 +127,12 @@ class Peer:
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
-        self._codec = p.Codec()
+        self._codec = Codec()
         self._heard: list[p.Message] = []
 
     async def say(self, *messages: p.Message | bytes) -> None:
         for message in messages:
-            await self.stream.send_all(message if isinstance(message, bytes) else p.pack(message))
+            await self.stream.send_all(message if isinstance(message, bytes) else pack(message))
 
     async def hear(self, kind: type[M]) -> M:
         """The next message but keepalives, which is of this kind."""
@@ -145,7 +147,7 @@ class Peer:
                 if not data:
                     raise Closed(f"closed where {kind.__name__} was due")
                 self._codec.feed(bytes(data))
-                self._heard += [p.parse_message(obj) for obj in self._codec.objects()]
+                self._heard += [parse_message(obj) for obj in self._codec.objects()]
 
     async def until_error(self) -> p.Error:
         while True:
@@ -203,7 +205,7 @@ class FalseDestination:
             first = await stream.receive_some(len(KIND[p.DATA]))
             if first == KIND[p.DATA]:
                 hello: p.DataHello = await receive_object(stream, p.DataHello)
-                await stream.send_all(p.pack(p.DataWelcome(hello.migration)))
+                await stream.send_all(pack(p.DataWelcome(hello.migration)))
                 self.data.insert(0 if hello.urgent else len(self.data), stream)
                 while self.reads and await stream.receive_some(MIB):
                     pass
@@ -258,7 +260,7 @@ class Middle:
 
     def __init__(self, to: Host) -> None:
         self.to = to
-        self.message: Callable[[str, p.Message], bytes] = lambda _, message: p.pack(message)
+        self.message: Callable[[str, p.Message], bytes] = lambda _, message: pack(message)
         self.frame: Callable[[str, bytes, bytes], bytes] = lambda _, header, payload: (
             header + payload
         )
@@ -276,9 +278,9 @@ class Middle:
                 await destination.send_all(kind)
                 if kind == KIND[p.DATA]:
                     hello: p.DataHello = await receive_object(source, p.DataHello)
-                    await destination.send_all(p.pack(hello))
+                    await destination.send_all(pack(hello))
                     welcome = await receive_object(destination, p.DataWelcome)
-                    await source.send_all(p.pack(welcome))
+                    await source.send_all(pack(welcome))
                     kinds = "urgent" if hello.urgent else "push"
                     nursery.start_soon(self._frames, source, destination, kinds)
                     await self._frames(destination, source, "")
@@ -289,12 +291,12 @@ class Middle:
                 nursery.cancel_scope.cancel()
 
     async def _messages(self, a: trio.SocketStream, b: trio.SocketStream, to: str) -> None:
-        codec = p.Codec()
+        codec = Codec()
         with suppress(trio.BrokenResourceError):
             while data := await a.receive_some(CHUNK):
                 codec.feed(bytes(data))
                 for obj in codec.objects():
-                    await b.send_all(self.message(to, p.parse_message(obj)))
+                    await b.send_all(self.message(to, parse_message(obj)))
         with suppress(trio.BrokenResourceError):
             await b.send_eof()
 
@@ -323,8 +325,8 @@ OVERSIZED = b"\xdb\xff\xff\xff\xff" + b"x" * 1_100_000
 NESTED = b"\x91" * 5000
 ROOM = b"\xdc\x02\x00" * 3000
 TWICE = b"\x82\xa4type\xa5hello\xa4type\xa5error"
-UNKNOWN = p.pack(p.Error("x", "y")).replace(b"error", b"erxor")
-WRONG = {"destination": p.pack(p.Loaded()), "source": p.pack(p.Handover())}
+UNKNOWN = pack(p.Error("x", "y")).replace(b"error", b"erxor")
+WRONG = {"destination": pack(p.Loaded()), "source": pack(p.Handover())}
 
 REFUSED = "sent what is no|sent a bad|sent a message of more|not possible"
 
@@ -376,7 +378,7 @@ async def test_bad_message_in_each_state(pair: Pair) -> None:
 
         def message(side: str, one: p.Message) -> bytes:
             nonlocal done
-            data = p.pack(one)
+            data = pack(one)
             if done or (side, tag(one)) != (to, after):
                 return data
             done = True
@@ -474,7 +476,7 @@ async def data_connection(host: Host, *hello: p.DataHello | bytes) -> trio.Socke
     stream = await connected(host)
     await stream.send_all(KIND[p.DATA])
     for one in hello:
-        await stream.send_all(one if isinstance(one, bytes) else p.pack(one))
+        await stream.send_all(one if isinstance(one, bytes) else pack(one))
     return stream
 
 
@@ -676,7 +678,7 @@ def zeros(first: int, count: int) -> bytes:
 
 def pass_of(pages: bytes) -> bytes:
     """A Pass with these bytes for its number."""
-    return p.pack(p.Pass(0)).replace(b"pages\x00", b"pages" + pages)
+    return pack(p.Pass(0)).replace(b"pages\x00", b"pages" + pages)
 
 
 DATA = p.pack_frame(p.Frame(p.PAGES, 0, 7, 1, PAGE)) + b"\x5a" * PAGE
@@ -730,7 +732,7 @@ async def test_source_that_passes_wrongly(pair: Pair) -> None:
             said = b""
             for step in steps:
                 if isinstance(step, p.Message):
-                    said += p.pack(step)
+                    said += pack(step)
                     continue
                 await peer.say(said)
                 said = b""
@@ -957,8 +959,8 @@ async def test_one_name_for_two_migrations(pair: Pair) -> None:
 async def test_slow_peers(pair: Pair) -> None:
     """Whoever says nothing, or next to nothing, or only that it is there, is let go in time."""
     _, b = pair
-    keepalive = p.pack(p.Keepalive())
-    offer = p.pack(p.Offer("m", "v", "d", [p.RegionOffer("r", 1, 4096)], {}, 1, 1))
+    keepalive = pack(p.Keepalive())
+    offer = pack(p.Offer("m", "v", "d", [p.RegionOffer("r", 1, 4096)], {}, 1, 1))
     drips: list[tuple[bytes, bytes]] = [
         (b"", KIND[p.CONTROL]),
         (b"", b""),
@@ -968,7 +970,7 @@ async def test_slow_peers(pair: Pair) -> None:
         (KIND[p.CONTROL] + HELLO, offer),
         (KIND[p.CONTROL] + HELLO + b"\xdb\xff\xff\xff\xff", keepalive * 100),
         (KIND[p.CONTROL] + HELLO, b"\xc6\x00\x00\xff\xff" + bytes(100)),
-        (KIND[p.DATA], p.pack(p.DataHello("m", bytes(32), urgent=True))),
+        (KIND[p.DATA], pack(p.DataHello("m", bytes(32), urgent=True))),
         (KIND[p.DATA], b""),
     ]
     began = trio.current_time()
@@ -1024,7 +1026,7 @@ async def test_peer_that_talks_without_end(pair: Pair) -> None:
 
     waiting = pair.name()
     await pair.attach(b, waiting, pair.guest(*SMALL, "--incoming"))
-    offered = p.pack(structs.replace(offer, migration="talk", vm=waiting))
+    offered = pack(structs.replace(offer, migration="talk", vm=waiting))
     async with beside(pair), trio.open_nursery() as nursery:
         for first in (b"", HELLO, HELLO, HELLO + offered):
             nursery.start_soon(talk, KIND[p.CONTROL] + first)

@@ -39,6 +39,7 @@ from pair import (
 
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
+from postcopyd.net.codec import pack
 from postcopyd.vmm.process.driver import ProcessVmm
 
 # --- daemons that end
@@ -161,10 +162,10 @@ async def test_peers_that_break_the_rules(pair: Pair) -> None:
     a, b = pair
     started = await a.call("Migrate", name=name, to=b.address, bandwidth=8 * MIB)
     await status_until(b, name, lambda status: status["phase"] == "postcopy")
-    newer = p.pack(p.Hello(version=p.VERSION + 1, software="a test", host="test"))
-    late = p.pack(p.Drained(0, 0, 0, 0, 0, 0, 0, 0.0, p.Faults()))
-    token = p.pack(p.DataHello(migration=started["migration"], token=bytes(32), urgent=True))
-    other = p.pack(p.DataHello(migration="none", token=bytes(32), urgent=True))
+    newer = pack(p.Hello(version=p.VERSION + 1, software="a test", host="test"))
+    late = pack(p.Drained(0, 0, 0, 0, 0, 0, 0, 0.0, p.Faults()))
+    token = pack(p.DataHello(migration=started["migration"], token=bytes(32), urgent=True))
+    other = pack(p.DataHello(migration="none", token=bytes(32), urgent=True))
     peers = {
         b"GET / HTTP/1.1\r\n\r\n": b"",
         bytes(64): b"",
@@ -215,7 +216,7 @@ async def test_source_of_strange_destinations(pair: Pair, sends: bytes | str) ->
         async with stream:
             await stream.receive_some(100)
             if sends == "newer":
-                await stream.send_all(p.pack(p.Hello(version=9, software="x", host="new")))
+                await stream.send_all(pack(p.Hello(version=9, software="x", host="new")))
                 await stream.receive_some(4000)
             elif sends == "silent":
                 await trio.sleep_forever()

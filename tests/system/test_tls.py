@@ -38,6 +38,7 @@ from postcopyd import protocol as p
 from postcopyd.demo.hosts import DemoError, certified
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
+from postcopyd.net.codec import pack
 from postcopyd.net.connection import dial, dial_control, dial_data, receive_object
 from postcopyd.net.tls import Tls
 from postcopyd.records.store import Store
@@ -149,7 +150,7 @@ async def test_key_of_another_migration(pair: Pair) -> None:
         for kind in (p.DATA, p.DATA_TLS):
             raw = await dial("127.0.0.1", int(b.address.rpartition(":")[2]), kind)
             async with raw:
-                await raw.send_all(p.pack(p.DataHello(offer.migration, token, True)))
+                await raw.send_all(pack(p.DataHello(offer.migration, token, True)))
                 with pytest.raises((PostcopydError, trio.BrokenResourceError)):
                     await receive_object(raw, p.DataWelcome)
         wires = [

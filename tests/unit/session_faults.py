@@ -31,7 +31,8 @@ from postcopyd.dest import arrival, drain, load, memory
 from postcopyd.dest.session import DestinationSession
 from postcopyd.host import procfs
 from postcopyd.net import connection
-from postcopyd.net.connection import ConnectionLost
+from postcopyd.net.channel import ConnectionLost
+from postcopyd.net.codec import parse
 from postcopyd.records import locks
 from postcopyd.records.store import StateNotWritten
 from postcopyd.sessions.vm import Vm
@@ -116,7 +117,7 @@ async def received_at_once(stream: trio.SocketStream, kind: type[Any]) -> Any:
             unpacker = msgpack.Unpacker(raw=False)
             unpacker.feed(data)
             with suppress(msgpack.OutOfData):
-                found = p.parse(unpacker.unpack(), kind)
+                found = parse(unpacker.unpack(), kind)
                 await stream.socket.recv(unpacker.tell())
                 return found
             await trio.sleep(0.01)

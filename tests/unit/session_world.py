@@ -31,6 +31,7 @@ from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Source
 from postcopyd.model import MigrateRequest
+from postcopyd.net.codec import Codec, pack, parse_message
 from postcopyd.records.store import StateNotWritten, Store
 from postcopyd.sessions.settings import Settings
 from postcopyd.vmm import Role, State
@@ -353,25 +354,25 @@ class World:
             await self._drop(source, to)
 
     async def _messages(self, source: trio.SocketStream, to: trio.SocketStream, way: str) -> None:
-        codec = p.Codec()
+        codec = Codec()
         try:
             async for data in source:
                 codec.feed(bytes(data))
                 for obj in codec.objects():
-                    await self._message(p.parse_message(obj), to, way)
+                    await self._message(parse_message(obj), to, way)
             async with self._sending:
                 await to.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             await self._drop(source, to)
 
     async def _message(self, message: p.Message, to: trio.SocketStream, way: str) -> None:
-        data, then_cut = p.pack(message), False
+        data, then_cut = pack(message), False
         if isinstance(message, p.Offer | p.Handover | p.Resume):
             self._passing = getattr(message, "staged", False) or getattr(message, "whole", False)
         if not isinstance(message, p.Keepalive):
             tag = str(message.__struct_config__.tag)
             instead: Instead = self.reach(f"{way} {tag}") or Instead()
-            data = p.pack(instead.message) if instead.message else data[: instead.bytes]
+            data = pack(instead.message) if instead.message else data[: instead.bytes]
             then_cut = instead.then_cut
         if not self.silent:
             async with self._sending:
@@ -394,7 +395,7 @@ class World:
     def say(self, role: Role, message: p.Message) -> None:
         """Sends a host what the other has not said."""
         if stream := self._ends.get(role):
-            self._nursery.start_soon(self._say, stream, p.pack(message))
+            self._nursery.start_soon(self._say, stream, pack(message))
 
     async def _say(self, stream: trio.SocketStream, data: bytes) -> None:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):

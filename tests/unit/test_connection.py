@@ -21,7 +21,9 @@ from postcopyd.cli import certs
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Machine, Source
 from postcopyd.net import connection
-from postcopyd.net.connection import Channel, ConnectionLost, PeerError, receive_object
+from postcopyd.net.channel import Channel, ConnectionLost, PeerError
+from postcopyd.net.codec import Codec, pack
+from postcopyd.net.connection import receive_object
 from postcopyd.net.tls import Tls
 from postcopyd.protocol import LocalProtocolError, RemoteProtocolError
 from postcopyd.records.store import Store
@@ -44,7 +46,7 @@ def alone(state: Source | Destination) -> tuple[Channel, Any]:
 
 async def all_of(stream: Any) -> list[Any]:
     """What has been sent to a bare stream until it ended."""
-    codec, found = p.Codec(), []
+    codec, found = Codec(), []
     async for data in stream:
         codec.feed(bytes(data))
         found.extend(codec.objects())
@@ -72,7 +74,7 @@ async def test_both_sides_greet() -> None:
 async def test_other_version_is_refused(version: int, says: str) -> None:
     """A peer of another version ends the greeting with a sentence that says which is newer."""
     channel, peer = alone(Source.GREETING)
-    await peer.send_all(p.pack(p.Hello(version, [], "postcopyd x", "host2")))
+    await peer.send_all(pack(p.Hello(version, [], "postcopyd x", "host2")))
     with pytest.raises(PostcopydError, match=f"host2.*{says}") as caught:
         await channel.greet()
     assert caught.value.name == "VersionMismatch"
@@ -81,7 +83,7 @@ async def test_other_version_is_refused(version: int, says: str) -> None:
 async def test_peer_that_does_not_greet_is_refused() -> None:
     """A first message that is no greeting is the peer's error."""
     channel, peer = alone(Source.GREETING)
-    await peer.send_all(p.pack(p.Ready(bytes(32))))
+    await peer.send_all(pack(p.Ready(bytes(32))))
     with pytest.raises(RemoteProtocolError, match="received 'Ready'"):
         await channel.greet()
 
@@ -89,7 +91,7 @@ async def test_peer_that_does_not_greet_is_refused() -> None:
 async def test_messages_come_in_order_in_any_pieces() -> None:
     """Messages that arrive in one piece, or byte by byte, are received one by one."""
     channel, peer = alone(Destination.GREETING)
-    stream = p.pack(p.Hello(1)) + p.pack(OFFER)
+    stream = pack(p.Hello(1)) + pack(OFFER)
     async with trio.open_nursery() as nursery:
 
         @nursery.start_soon
@@ -113,7 +115,7 @@ async def test_message_out_of_turn_is_not_sent() -> None:
 async def test_message_out_of_turn_is_refused() -> None:
     """What the peer must not say now is its error, and changes no state."""
     channel, peer = alone(Source.OFFERED)
-    await peer.send_all(p.pack(p.Ran()))
+    await peer.send_all(pack(p.Ran()))
     with pytest.raises(RemoteProtocolError):
         await channel.receive()
     assert channel.machine.state is Source.OFFERED
@@ -122,7 +124,7 @@ async def test_message_out_of_turn_is_refused() -> None:
 async def test_expect_refuses_another_message() -> None:
     """A message that is allowed but not the one that is due is refused by name."""
     channel, peer = alone(Source.ASKED)
-    await peer.send_all(p.pack(p.Checked([])))
+    await peer.send_all(pack(p.Checked([])))
     with pytest.raises(RemoteProtocolError, match="there sent Checked where Ready was due"):
         await channel.expect(p.Ready)
 
@@ -277,7 +279,7 @@ async def test_error_to_a_peer_that_does_not_read(autojump_clock: trio.testing.M
 
 async def test_end_of_stream_is_a_loss() -> None:
     """The end of a connection is never success, in the middle of a message or between two."""
-    for rest in (b"", p.pack(OFFER)[:20]):
+    for rest in (b"", pack(OFFER)[:20]):
         channel, peer = alone(Destination.WAITING)
         await peer.send_all(rest)
         await peer.send_eof()
@@ -377,7 +379,7 @@ async def test_receive_object_takes_not_a_byte_more() -> None:
     hello = p.DataHello("m1", bytes(range(32)), True)
     frame = p.pack_frame(p.Frame(p.ZERO, 0, 0, 1, 0))
     async with sockets() as (left, right):
-        await left.send_all(p.pack(hello) + frame)
+        await left.send_all(pack(hello) + frame)
         assert await receive_object(right, p.DataHello) == hello
         fd = connection.detach(right)
         with socket.socket(fileno=fd) as rest:
@@ -402,7 +404,7 @@ async def test_bad_first_object_is_refused(bad: bytes) -> None:
 async def test_data_connection_that_ends_while_set_up() -> None:
     """The end of the stream before the first object is a loss."""
     async with sockets() as (left, right):
-        await left.send_all(p.pack(p.DataWelcome("m1"))[:-1])
+        await left.send_all(pack(p.DataWelcome("m1"))[:-1])
         await left.send_eof()
         with pytest.raises(ConnectionLost, match="while it was set up"):
             await receive_object(right, p.DataWelcome)
@@ -419,7 +421,7 @@ async def test_data_connection_that_says_nothing(autojump_clock: trio.testing.Mo
 async def test_first_object_in_pieces() -> None:
     """However it is cut, it is taken whole, with nothing of what follows."""
     hello = p.DataHello("m" * 128, bytes(range(32)), True)
-    packed = p.pack(hello)
+    packed = pack(hello)
     for cut in range(1, len(packed)):
         async with sockets() as (left, right), trio.open_nursery() as nursery:
             await left.send_all(packed[:cut])
@@ -468,7 +470,7 @@ async def test_a_strangers_first_message_is_small() -> None:
     assert channel._codec.beyond <= 2 * p.MAX_FIRST
     channel, peer = alone(Source.GREETING)
     problems = p.Checked(["x" * 4000] * 100)
-    await peer.send_all(p.pack(p.Hello(version=p.VERSION)) + p.pack(problems))
+    await peer.send_all(pack(p.Hello(version=p.VERSION)) + pack(problems))
     assert isinstance(await channel.receive(), p.Hello)
     channel.machine.state = Source.ASKED
     assert await channel.receive() == problems
@@ -546,11 +548,11 @@ async def test_nursery_raises_the_first_failure_by_itself() -> None:
         raise error
 
     with pytest.raises(ConnectionLost):
-        async with connection.open_nursery() as nursery:
+        async with open_nursery() as nursery:
             nursery.start_soon(fail, ConnectionLost("x"))
             await trio.sleep_forever()
     with pytest.raises(ZeroDivisionError):
-        async with connection.open_nursery() as nursery:
+        async with open_nursery() as nursery:
             nursery.start_soon(fail, ConnectionLost("x"))
             nursery.start_soon(fail, ZeroDivisionError())
             await trio.sleep_forever()
@@ -560,7 +562,7 @@ async def test_nursery_passes_cancellation_on() -> None:
     """A cancelled nursery is cancelled, not failed; no thread or task is left."""
     threads = threading.active_count()
     with trio.move_on_after(0.01) as scope:
-        async with connection.open_nursery() as nursery:
+        async with open_nursery() as nursery:
             nursery.start_soon(trio.sleep_forever)
     assert scope.cancelled_caught
     assert threading.active_count() == threads

@@ -382,7 +382,7 @@ async def test_bug_in_the_end_of_an_arrival(
 
 def test_names_of_silence() -> None:
     """What is taken for silence is what connections really say."""
-    from postcopyd.net.connection import ConnectionLost
+    from postcopyd.net.channel import ConnectionLost
     from postcopyd.source.decision import GIVEN_UP, SILENT
 
     assert ConnectionLost.name in SILENT

@@ -19,6 +19,7 @@ from session_world import Instead, World
 
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
+from postcopyd.net.codec import parse_message
 from postcopyd.records import identity, store
 from postcopyd.records.store import Store
 from postcopyd.source.granted import Granted
@@ -269,8 +270,8 @@ def test_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hello_of_an_older_daemon() -> None:
     """A hello without it is one; with it, one that an older daemon reads."""
-    assert p.parse_message({"type": "hello", "version": 1}).daemon is None  # type: ignore[union-attr]
-    known = p.parse_message({"type": "hello", "version": 1, "daemon": {
+    assert parse_message({"type": "hello", "version": 1}).daemon is None  # type: ignore[union-attr]
+    known = parse_message({"type": "hello", "version": 1, "daemon": {
         "machine": "", "boot": "b", "state": "s", "more": 1}})  # fmt: skip
     assert isinstance(known, p.Hello)
     assert known.daemon == p.DaemonId("", "b", "s")

@@ -38,7 +38,8 @@ from postcopyd.config.options import ServeOptions
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.model import MigrateRequest
-from postcopyd.net.connection import Channel, PeerError, dial
+from postcopyd.net.channel import Channel, PeerError
+from postcopyd.net.connection import dial
 from postcopyd.net.peers import DOOR, Peers, Visitor
 from postcopyd.records.store import Store
 from postcopyd.sessions.limits import Arrivals, Limits, Uplink, shares

@@ -18,7 +18,8 @@ from postcopyd._native import ffi
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.errors import PostcopydError
 from postcopyd.native.engine import faults
-from postcopyd.protocol import Progress, pack, parse_message
+from postcopyd.net.codec import pack, parse_message
+from postcopyd.protocol import Progress
 from postcopyd.source.engine import SourceEngine
 from postcopyd.vmm import Region
 

@@ -21,6 +21,8 @@ from postcopyd import names as rules
 from postcopyd import protocol as p
 from postcopyd.cli import progress
 from postcopyd.errors import PostcopydError
+from postcopyd.net.channel import check_hello
+from postcopyd.net.codec import Codec, pack, parse, parse_message
 from postcopyd.protocol import LocalProtocolError, RemoteProtocolError
 
 MESSAGES: tuple[type[p.Message], ...] = get_args(p.AnyMessage)
@@ -127,7 +129,7 @@ sample = {type(message): message for message in samples}
 
 def decoded(stream: bytes, cuts: Sequence[int] = ()) -> list[Any]:
     """What a codec makes of a stream that arrives in pieces, cut at these places."""
-    codec, found = p.Codec(), []
+    codec, found = Codec(), []
     edges = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
     for start, end in pairwise(edges):
         codec.feed(stream[start:end])
@@ -146,21 +148,21 @@ def altered(message: p.Message, /, **changes: Any) -> Any:
 @given(messages, st.randoms())
 def test_message_survives_any_chunks(message: p.Message, random: Any) -> None:
     """Each message comes out as it went in, however its bytes are cut."""
-    stream = p.pack(message)
+    stream = pack(message)
     cuts = [random.randrange(len(stream) + 1) for _ in range(5)]
-    assert [message] == [p.parse_message(obj) for obj in decoded(stream, cuts)]
+    assert [message] == [parse_message(obj) for obj in decoded(stream, cuts)]
 
 
 @pytest.mark.parametrize("message", samples, ids=lambda m: type(m).__name__)
 def test_message_survives_byte_by_byte(message: p.Message) -> None:
     """Each kind of message comes out whole at its last byte, and not before."""
-    codec = p.Codec()
-    stream = p.pack(message)
+    codec = Codec()
+    stream = pack(message)
     for at in range(len(stream) - 1):
         codec.feed(stream[at : at + 1])
         assert list(codec.objects()) == []
     codec.feed(stream[-1:])
-    assert [p.parse_message(obj) for obj in codec.objects()] == [message]
+    assert [parse_message(obj) for obj in codec.objects()] == [message]
 
 
 def test_every_kind_of_message_is_tried() -> None:
@@ -171,20 +173,20 @@ def test_every_kind_of_message_is_tried() -> None:
 @given(st.lists(messages, max_size=8), st.lists(st.integers(min_value=0), max_size=12))
 def test_stream_of_messages_survives_any_chunks(sent: list[p.Message], cuts: list[int]) -> None:
     """Many messages in one stream come out in order, however it is cut."""
-    stream = b"".join(map(p.pack, sent))
-    assert sent == [p.parse_message(obj) for obj in decoded(stream, cuts)]
+    stream = b"".join(map(pack, sent))
+    assert sent == [parse_message(obj) for obj in decoded(stream, cuts)]
 
 
 def test_data_connection_objects() -> None:
     """The two objects of a data connection pass like messages, without a type."""
     for thing in (p.DataHello("m1", bytes(32), True), p.DataWelcome("m1")):
-        assert p.parse(decoded(p.pack(thing))[0], type(thing)) == thing
+        assert parse(decoded(pack(thing))[0], type(thing)) == thing
 
 
 @pytest.mark.parametrize("message", samples, ids=lambda m: type(m).__name__)
 def test_unknown_fields_are_ignored(message: p.Message) -> None:
     """A field that this version does not know changes nothing, whatever is in it."""
-    assert p.parse_message(altered(message, later=[{"a": [None, 1.5, b"x"]}])) == message
+    assert parse_message(altered(message, later=[{"a": [None, 1.5, b"x"]}])) == message
 
 
 @pytest.mark.parametrize("message", samples, ids=lambda m: type(m).__name__)
@@ -193,7 +195,7 @@ def test_fields_of_wrong_type_are_refused_or_right(message: p.Message, wrong: An
     """No field takes a value of another type: what is accepted comes back as it was sent."""
     for field, value in to_builtins(message, builtin_types=(bytes,)).items():
         try:
-            taken = p.parse_message(altered(message, **{field: wrong}))
+            taken = parse_message(altered(message, **{field: wrong}))
         except RemoteProtocolError:
             continue
         back = to_builtins(taken, builtin_types=(bytes,))[field]
@@ -220,7 +222,7 @@ def test_missing_fields_are_refused(message: p.Message) -> None:
     optional |= {"daemon", "disks", "places", "unsafe"}
     for field in whole.keys() - optional - {"type"}:
         with pytest.raises(RemoteProtocolError, match=field):
-            p.parse_message({key: value for key, value in whole.items() if key != field})
+            parse_message({key: value for key, value in whole.items() if key != field})
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def test_missing_fields_are_refused(message: p.Message) -> None:
 def test_what_is_no_message_is_refused(obj: Any) -> None:
     """Objects that are no message are refused in a sentence of moderate length."""
     with pytest.raises(RemoteProtocolError) as caught:
-        p.parse_message(obj)
+        parse_message(obj)
     assert len(str(caught.value)) < 300
 
 
@@ -251,7 +253,7 @@ def test_type_that_is_a_deep_nest_is_refused() -> None:
     """A tag nested as deep as the unpacker allows is refused like any other wrong tag."""
     nest = decoded(b"\x81\xa4type" + b"\x91" * 1022 + b"\xc0")[0]
     with pytest.raises(RemoteProtocolError):
-        p.parse_message(nest)
+        parse_message(nest)
 
 
 # --- versions ------------------------------------------------------------------------------------
@@ -259,7 +261,7 @@ def test_type_that_is_a_deep_nest_is_refused() -> None:
 
 def test_same_version_is_accepted() -> None:
     """A peer of this version is greeted, whatever features it names."""
-    p.check_hello(p.Hello(p.VERSION, ["of the future"]))
+    check_hello(p.Hello(p.VERSION, ["of the future"]))
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,7 @@ def test_same_version_is_accepted() -> None:
 def test_other_version_is_refused_with_what_to_do(version: int, says: str) -> None:
     """A newer or older peer is refused with both versions and which host to upgrade."""
     with pytest.raises(PostcopydError, match=says) as caught:
-        p.check_hello(p.Hello(version, [], "postcopyd 9", "host2"))
+        check_hello(p.Hello(version, [], "postcopyd 9", "host2"))
     assert caught.value.name == "VersionMismatch"
     assert "host2" in str(caught.value)
     assert "postcopyd 9" in str(caught.value)
@@ -296,7 +298,7 @@ def test_words_of_a_peer_can_be_shown(message: p.Message) -> None:
     was. What is built here and what comes out of the codec are the same."""
     raw = {key: _with(value) for key, value in to_builtins(message).items()}
     assert repr(EVIL)[1:-1] in repr(raw)
-    parsed = p.parse_message(decoded(msgpack.packb(raw))[0])
+    parsed = parse_message(decoded(msgpack.packb(raw))[0])
     text = repr(parsed)
     assert "?]0;owned??[2J web1: drained??" in text
     assert rules.plain(text) == text
@@ -392,9 +394,9 @@ AT_AND_BEYOND: list[tuple[p.Message, str, Any, Any]] = [
 )
 def test_limit_at_and_beyond(message: p.Message, field: str, at: Any, beyond: Any) -> None:
     """Each field takes its limit and refuses what is just beyond it."""
-    p.parse_message(altered(message, **{field: at}))
+    parse_message(altered(message, **{field: at}))
     with pytest.raises(RemoteProtocolError):
-        p.parse_message(altered(message, **{field: beyond}))
+        parse_message(altered(message, **{field: beyond}))
 
 
 def filler(size: int) -> bytes:
@@ -415,16 +417,16 @@ def test_message_of_the_largest_size_passes(chunk: int) -> None:
     """A message of MAX_MESSAGE bytes passes whatever it arrives with; a longer one does not."""
     good = filler(p.MAX_MESSAGE)
     assert len(good) == p.MAX_MESSAGE
-    stream = p.pack(p.Ran()) + good + p.pack(p.Loaded()) + good
+    stream = pack(p.Ran()) + good + pack(p.Loaded()) + good
     assert len(decoded(stream, range(0, len(stream), chunk))) == 4
-    bad = p.pack(p.Ran()) + filler(p.MAX_MESSAGE + 1)
+    bad = pack(p.Ran()) + filler(p.MAX_MESSAGE + 1)
     with pytest.raises(RemoteProtocolError, match="more than 1048576"):
         decoded(bad, range(0, len(bad), chunk))
 
 
 def test_message_that_never_ends_is_refused_in_time() -> None:
     """A message without an end is refused as soon as it is longer than any may be."""
-    codec = p.Codec()
+    codec = Codec()
     codec.feed(b"\xdc\x02\x00")
     fed = 3
     with pytest.raises(RemoteProtocolError, match="more than"):
@@ -515,7 +517,7 @@ def test_nesting_beyond_the_unpackers_limit_is_refused() -> None:
 def test_what_is_no_msgpack_of_ours_is_refused(stream: bytes, says: str | None) -> None:
     """Broken msgpack, keys of other types, double keys and extension types end in one error."""
     with pytest.raises(RemoteProtocolError, match=says):
-        p.parse_message(decoded(stream)[0])
+        parse_message(decoded(stream)[0])
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(min_value=0), max_size=4))
@@ -527,20 +529,20 @@ def test_random_bytes_give_objects_or_one_error(stream: bytes, cuts: list[int]) 
         return
     for obj in found:
         with pytest.raises(RemoteProtocolError):
-            p.parse_message(obj)
+            parse_message(obj)
 
 
 @given(messages, st.data())
 def test_mutated_messages_give_messages_or_one_error(message: p.Message, data: Any) -> None:
     """A message with some bytes changed is a message, or one error, or incomplete."""
-    stream = bytearray(p.pack(message))
+    stream = bytearray(pack(message))
     for _ in range(data.draw(st.integers(1, 4))):
         stream[data.draw(st.integers(0, min(len(stream), 400) - 1))] = data.draw(
             st.integers(0, 255)
         )
     try:
         for obj in decoded(bytes(stream)):
-            p.parse_message(obj)
+            parse_message(obj)
     except RemoteProtocolError:
         pass
 
@@ -549,7 +551,7 @@ def test_too_large_a_message_is_found_before_it_is_sent() -> None:
     """A message that the peer would refuse for its size is an error here."""
     facts = {str(n): "a" * 4096 for n in range(256)}
     with pytest.raises(LocalProtocolError, match="Offer of 10"):
-        p.pack(p.Offer("m1", "web1", "qemu", offer.regions, facts, 1, 1))
+        pack(p.Offer("m1", "web1", "qemu", offer.regions, facts, 1, 1))
 
 
 def test_kinds_of_connections_fit_a_short_string() -> None:
@@ -666,12 +668,12 @@ def test_a_data_connection_can_be_read_as_a_whole() -> None:
     """Kind, hello and frames of a captured connection are one msgpack stream."""
     hello = p.DataHello("m1", bytes(32), False)
     page = bytes(range(256)) * 16
-    stream = msgpack.packb(p.DATA) + p.pack(hello)
+    stream = msgpack.packb(p.DATA) + pack(hello)
     stream += p.pack_frame(p.Frame(p.PAGES, 0, 7, 1, 4096)) + page
     stream += p.pack_frame(p.Frame(p.ZERO, 0, 8, 100, 0))
     unpacker = msgpack.Unpacker()
     unpacker.feed(stream)
     kind, first, *rest = unpacker
     assert kind == p.DATA
-    assert p.parse(first, p.DataHello) == hello
+    assert parse(first, p.DataHello) == hello
     assert rest == [[p.PAGES, 0, 7, 1, page], [p.ZERO, 0, 8, 100, b""]]

@@ -40,7 +40,9 @@ from postcopyd.dest.engine import DestinationEngine
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Machine, Source
 from postcopyd.model import MigrateRequest
-from postcopyd.net.connection import Channel, ConnectionLost, PeerError, dial
+from postcopyd.net.channel import Channel, ConnectionLost, PeerError
+from postcopyd.net.codec import pack
+from postcopyd.net.connection import dial
 from postcopyd.sessions.vm import ENDING_S
 from postcopyd.source.retry import PATIENCE_S
 from postcopyd.vmm import Declined, Role, State, VmmError
@@ -239,7 +241,7 @@ async def test_no_hook_for_what_is_no_name(name: str, tmp_path: Path, clock: Clo
         for vm in (name, "web2"):
             stream = await dial("127.0.0.1", made.destination.port, p.CONTROL)
             async with Channel(stream, Machine(Source.OFFERING), "there") as channel:
-                await stream.send_all(p.pack(p.Hello(p.VERSION)))
+                await stream.send_all(pack(p.Hello(p.VERSION)))
                 raw = to_builtins(offer, builtin_types=(bytes,)) | {"vm": vm}
                 await stream.send_all(msgpack.packb(raw))
                 channel.machine.state = Source.GREETING

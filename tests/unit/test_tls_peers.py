@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgpack
 import pytest
 import trio
 from cryptography import x509
@@ -28,7 +29,9 @@ from postcopyd.daemon.daemon import Daemon
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.net import connection
-from postcopyd.net.connection import ConnectionLost, PeerError, dial_control, peer_of
+from postcopyd.net.channel import ConnectionLost, PeerError
+from postcopyd.net.codec import Codec
+from postcopyd.net.connection import dial_control, peer_of
 from postcopyd.net.tls import NotAllowed, Tls, TlsFailed, certificate_names, keyed, same_peer
 from postcopyd.records.store import Store
 from postcopyd.sessions.settings import Settings
@@ -354,10 +357,10 @@ async def test_older_version_to_us(tmp_path: Path) -> None:
                 "regions": [{"name": "ram", "pages": 1, "pageSize": 4096}], "facts": {},
                 "connections": 2,
             }  # fmt: skip
-            packer = p.msgpack.Packer()
+            packer = msgpack.Packer()
             await stream.send_all(packer.pack({"type": "hello", "version": 1}))
             await stream.send_all(packer.pack(offer))
-            codec, found = p.Codec(), []
+            codec, found = Codec(), []
             async for data in stream:
                 codec.feed(bytes(data))
                 found += [obj["type"] for obj in codec.objects()]
