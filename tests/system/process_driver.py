@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 
 import trio
 
-from postcopyd.vmm.process.driver import Limits, ProcessVmm
+from postcopyd.vmm.process.driver import ProcessVmm
+from postcopyd.vmm.process.exchange import Limits
 
 QUICK = Limits(hello=0.5, answer=0.5, save=0.5, load=0.5, quit=0.5, state_bytes=1 << 20)
 

@@ -24,8 +24,9 @@ from qemu_lab import FILE, MACHINE, MIB, PAIRS, QEMUS, RAM, Lab, Machine, inspec
 from postcopyd.host import procfs
 from postcopyd.native import adoption
 from postcopyd.vmm import Declined, VmmError, VmmGone, VmmTimeout
-from postcopyd.vmm.qemu import driver as qemu_driver
-from postcopyd.vmm.qemu.driver import QemuVmm, hugepages, stream, userfaultfd
+from postcopyd.vmm.qemu import hugepages, stream, userfaultfd
+from postcopyd.vmm.qemu import source as qemu_source
+from postcopyd.vmm.qemu.driver import QemuVmm
 from postcopyd.vmm.qemu.qmp import Qmp
 
 UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
@@ -741,7 +742,7 @@ async def test_a_guest_that_cannot_run_again_is_named(
     """A QEMU that hangs inside, or does not want to go on, is an error that says what to do."""
     machine = lab.start(qemu)
     driver = await lab.drive(machine)
-    monkeypatch.setattr(qemu_driver, "CONT_SECONDS", 0.2)
+    monkeypatch.setattr(qemu_source, "CONT_SECONDS", 0.2)
     with trio.fail_after(5), pytest.raises(VmmTimeout, match="send QMP `cont`"):
         async with driver.still():
             machine.process.send_signal(signal.SIGSTOP)

@@ -28,6 +28,7 @@ from postcopyd.net.tls import Tls
 from postcopyd.protocol import LocalProtocolError, RemoteProtocolError
 from postcopyd.records.store import Store
 from postcopyd.sessions.settings import Settings
+from postcopyd.tasks.nursery import open_nursery
 
 OFFER = p.Offer("m1", "web1", "qemu", [p.RegionOffer("ram", 512, 4096)], {}, 2, 1)
 

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The driver for a VMM that takes part: docs/VMM-PROTOCOL.md, the daemon's side.
 
-It owns the verbs, the connection and a pidfd. It must not know what the device state means or
-which VMM it is. The VMM is not trusted: everything it says is checked and everything it does is
-bounded, in bytes, lines and seconds.
-
-Any request that does not run to its end (a time limit, a rule broken, a cancellation) ends the
-connection, because nobody could tell whose answer comes next. The next request makes a new one,
-and the VMM has promised that a disconnect changes nothing.
+It owns the verbs (exchange.py has how one is asked and answered). It must not know what the device
+state means or which VMM it is. The VMM is not trusted: everything it says is checked and everything
+it does is bounded, in bytes, lines and seconds.
 """
 
 from __future__ import annotations
@@ -16,24 +12,18 @@ import contextlib
 import fcntl
 import os
 import signal
-import socket as sockets
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 
 import trio
 
-from postcopyd.errors import PostcopydError, shortage
+from postcopyd.errors import PostcopydError
 from postcopyd.host import kernel, procfs
-from postcopyd.names import plain
 from postcopyd.tasks import threads
 from postcopyd.vmm import (
     Declined,
     Region,
     Role,
     Shape,
-    State,
-    Vmm,
     VmmError,
     VmmGone,
     VmmProtocolError,
@@ -42,197 +32,18 @@ from postcopyd.vmm import (
     writers,
 )
 from postcopyd.vmm.process import mappings
-from postcopyd.vmm.process.lines import Link, attributes, close_all, number
+from postcopyd.vmm.process.exchange import Asked, within
+from postcopyd.vmm.process.lines import Link, close_all, number
 
-HELLO = "hello postcopyd 1"
-STATES: dict[str, State] = {"running": "running", "paused": "paused", "incoming": "incoming"}
-MAX_LINES = 256  # of data in one answer: a region each
 MAX_FACTS = 64
 FAREWELL_S = 1.0  # for the rest of what a VMM that has ended has said
 PIPE_SIZE = 1 << 20  # bytes; the most that an unprivileged process may ask for by default
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How long a VMM may take, in seconds, and how much it may say."""
-
-    hello: float = 5.0  # to connect and get the first answer
-    answer: float = 30.0  # each later answer
-    save: float = 30.0  # all waiting for pieces of the device state together
-    load: float = 120.0  # taking the device state and loading it: faults may wait for the source
-    quit: float = 5.0  # before SIGKILL
-    state_bytes: int = 1 << 30  # of device state
-
-
-@contextlib.contextmanager
-def _within(seconds: float) -> Iterator[None]:
-    """Bounds what the VMM does, and names what the operating system says of it."""
-    try:
-        with trio.fail_after(max(0.0, seconds)):
-            yield
-    except trio.TooSlowError:
-        raise VmmTimeout(
-            f"it did not answer within {seconds:.3g} s; see whether its process hangs or another "
-            "client holds its socket"
-        ) from None
-    except (OSError, trio.BrokenResourceError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise shortage(error) or VmmGone(
-            f"the connection broke ({why}); see whether its process ended"
-        ) from None
-
-
-class ProcessVmm(Vmm):
+class ProcessVmm(Asked):
     """A cooperating VMM; see `Vmm` for what each method promises."""
 
     kind = "process"
-
-    def __init__(self, name: str, socket: str, limits: Limits) -> None:
-        self.name = name
-        self.socket = socket
-        self.limits = limits
-        self.pid = 0
-        self._pidfd = -1
-        self._vmm = ""
-        self._writes = "seen"  # how tracking sees what is written to guest RAM
-        self._link: Link | None = None
-        self._turn = trio.Lock()  # one request at a time
-        self._ended: str | None = None  # why its guest has, if that is the last it has said
-        self._ending = False  # by us
-
-    @classmethod
-    async def connect(cls, name: str, socket: str, limits: Limits | None = None) -> Self:
-        vmm = cls(name, socket, limits or Limits())
-        try:
-            await vmm._hello()
-        except BaseException:
-            await vmm.aclose()
-            raise
-        return vmm
-
-    # --- one request, one answer
-
-    @contextlib.asynccontextmanager
-    async def _exchange(self, verb: str) -> AsyncIterator[Link]:
-        """A turn on the connection, which ends when anything goes wrong in it but a refusal.
-
-        Errors of the VMM get said of whom and of what they are; others come through as they are.
-        """
-        async with self._turn:
-            try:
-                if self._link is None:
-                    self._link = await self._dial()
-                yield self._link
-            except VmmError as refusal:
-                raise VmmError(f"the VMM of {self.name} refused to {verb}: {refusal}") from None
-            except (VmmProtocolError, VmmGone, VmmTimeout) as error:
-                self._drop()
-                raise type(error)(
-                    f"asking the VMM of {self.name} at {self.socket} to {verb}: {error}"
-                ) from None
-            except BaseException:
-                self._drop()
-                raise
-
-    async def _dial(self) -> Link:
-        with _within(self.limits.hello):
-            link = Link(await self._open())
-            try:
-                await link.send(HELLO)
-                said, _ = await self._answer(link)
-                link.take(0)
-                self._know(link.pid, said.get("vmm", ""))
-            except BaseException:
-                link.close()
-                raise
-        return link
-
-    async def _open(self) -> trio.socket.SocketType:
-        raw = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM | sockets.SOCK_NONBLOCK)
-        try:
-            raw.setsockopt(sockets.SOL_SOCKET, sockets.SO_PASSCRED, 1)
-            while True:
-                try:
-                    raw.connect(self.socket)
-                    return trio.socket.from_stdlib_socket(raw)
-                except BlockingIOError:
-                    # A unix socket whose queue is full cannot be waited for, only asked again.
-                    await trio.sleep(0.05)
-        except OSError as error:
-            raw.close()
-            raise VmmGone(
-                f"nobody answers there ({error.strerror or error}); start the VMM, or attach "
-                "with the path of its socket"
-            ) from None
-        except BaseException:
-            raw.close()
-            raise
-
-    def _know(self, pid: int, vmm: str) -> None:
-        """Who answers: the same process always, or this is another VMM."""
-        if not mappings.NAME.fullmatch(vmm):
-            raise VmmProtocolError("its answer to hello has no vmm=NAME")
-        if pid <= 0:
-            raise VmmGone("its process cannot be seen; run postcopyd in the host's pid namespace")
-        if not self.pid:
-            self._pidfd = os.pidfd_open(pid)
-            self.pid, self._vmm = pid, vmm
-        elif (pid, vmm) != (self.pid, self._vmm):
-            raise VmmGone(
-                f"process {pid} answers instead of {self.pid}; detach {self.name} and attach it "
-                "again"
-            )
-
-    def _drop(self) -> None:
-        if self._link is not None:
-            self._link.close()
-            self._link = None
-
-    async def _answer(self, link: Link) -> tuple[dict[str, str], list[str]]:
-        """The attributes of `ok`, and the lines before it; `VmmError` for `error`."""
-        lines: list[str] = []
-        while True:
-            line = await link.line()
-            if self._says_ended(line):
-                continue
-            word, _, rest = line.partition(" ")
-            if word == "ok":
-                return attributes(rest), lines
-            if word == "error":
-                link.take(0)
-                raise VmmError(rest[:500])
-            lines.append(line)
-            if len(lines) > MAX_LINES:
-                raise VmmProtocolError(f"it answered with more than {MAX_LINES} lines")
-
-    def _says_ended(self, line: str) -> bool:
-        """Unasked, between any two answers. A VMM that goes on after it has not ended."""
-        word, _, why = line.partition(" ")
-        self._ended = (plain(why[:500]) or "its VMM ended it") if word == "ended" else None
-        return word == "ended"
-
-    async def _ask(self, link: Link, request: str) -> tuple[dict[str, str], list[str]]:
-        with _within(self.limits.answer):
-            await link.send(request)
-            return await self._answer(link)
-
-    async def _do(self, request: str) -> None:
-        """A request whose answer is one word."""
-        async with self._exchange(request.partition(" ")[0]) as link:
-            _, lines = await self._ask(link, request)
-            link.take(0)
-            if lines:
-                raise VmmProtocolError("it answered with lines that do not belong there")
-
-    async def _hello(self) -> State:
-        async with self._exchange("hello") as link:
-            said, _ = await self._ask(link, HELLO)
-            link.take(0)
-            self._know(link.pid, said.get("vmm", ""))
-            self._writes = said.get("writes", "seen")
-            if (state := STATES.get(said.get("state", ""))) is None:
-                raise VmmProtocolError("its answer to hello has no state= that is known")
-            return state
 
     # --- both sides
 
@@ -364,14 +175,14 @@ class ProcessVmm(Vmm):
             read_end, write_end = _pipe()
             async with trio.lowlevel.FdStream(read_end) as pipe:
                 try:
-                    with _within(self.limits.answer):
+                    with within(self.limits.answer):
                         await link.send("save", write_end)
                 finally:
                     os.close(write_end)
                 total, left = 0, self.limits.save
                 while True:
                     began = trio.current_time()
-                    with _within(left):
+                    with within(left):
                         piece = await pipe.receive_some(PIPE_SIZE)
                     left -= trio.current_time() - began
                     if not piece:
@@ -382,7 +193,7 @@ class ProcessVmm(Vmm):
                             f"its device state is longer than {self.limits.state_bytes} bytes"
                         )
                     await send(bytes(piece))
-            with _within(self.limits.answer):
+            with within(self.limits.answer):
                 said, _ = await self._answer(link)
             _check_moved(link, said, total)
 
@@ -477,20 +288,20 @@ class ProcessVmm(Vmm):
             total, left = 0, self.limits.load
             async with trio.lowlevel.FdStream(write_end) as pipe:
                 try:
-                    with _within(self.limits.answer):
+                    with within(self.limits.answer):
                         await link.send("load", read_end)
                 finally:
                     os.close(read_end)
                 async for piece in receive:
                     began = trio.current_time()
-                    with _within(left):
+                    with within(left):
                         try:
                             await pipe.send_all(piece)
                         except trio.BrokenResourceError:
                             break  # it takes no more: its answer says why
                     left -= trio.current_time() - began
                     total += len(piece)
-            with _within(left):
+            with within(left):
                 said, _ = await self._answer(link)
             _check_moved(link, said, total)
         if (state := await self._hello()) != "paused":

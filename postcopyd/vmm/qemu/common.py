@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One QEMU: its monitor, its process, what it looks like and how it ends.
+
+Owns the QMP connection and the pidfd, until `aclose`; both halves of the driver use them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal, Self
+
+import trio
+
+from postcopyd.errors import PostcopydError, shortage
+from postcopyd.host import procfs
+from postcopyd.names import plain
+from postcopyd.tasks import threads
+from postcopyd.vmm import (
+    Role,
+    Shape,
+    State,
+    Vmm,
+    VmmError,
+    VmmGone,
+    VmmTimeout,
+    process_ended,
+    writers,
+)
+from postcopyd.vmm.qemu import disks as qemu_disks
+from postcopyd.vmm.qemu import facts as qemu_facts
+from postcopyd.vmm.qemu import farewell, ram, settings
+from postcopyd.vmm.qemu import state as qemu_state
+from postcopyd.vmm.qemu.answers import Cpu, Migration, Status
+from postcopyd.vmm.qemu.qmp import ANSWER_SECONDS, Events, Qmp
+from postcopyd.vmm.qemu.state import PAUSED, Now
+
+LOOKS = trio.CapacityLimiter(4)
+"""QEMUs that are looked at, at a time: hundreds of questions each, on which this process and theirs
+are at work. Forty at once would each be slow, and be taken for stuck. Who waits has patience."""
+
+LOOK_ANSWERS = 6
+"""A look may take as long as so many late answers: on a busy host none is quick."""
+
+QUIT_SECONDS = 2.0  # for a QEMU whose guest is not needed any more
+FAREWELL_SECONDS = 1.0  # for the rest of what a QEMU that has ended has said
+
+
+class Qemu(Vmm):
+    """One QEMU, by its QMP socket."""
+
+    kind = "qemu"
+
+    def __init__(self, name: str, socket: str, qmp: Qmp, pid: int, pidfd: int) -> None:
+        self.name = name
+        self.socket = socket
+        self.pid = pid
+        self._qmp = qmp
+        self._pidfd = pidfd
+        self._settings = settings.Settings(qmp)
+        # Whether we have forbidden huge pages; None: an adoption of another daemon's may have.
+        self._forbade_huge: bool | None = None
+        # What the guest did when it was last looked at.
+        self._seen: Literal["running", "paused"] | None = None
+        self._moved = False  # by our own migration, at its last stop
+        self._resumes: Events | None = None  # since `save`
+        self._last_words = qmp.last(*farewell.EVENTS)
+        self._made: list[int] | None = None  # userfaultfds in QEMU, by `adopt`
+        self._ending = False  # by us
+
+    @classmethod
+    async def connect(cls, name: str, socket: str) -> Self:
+        """Take the monitor at a QMP socket. Raises PostcopydError within seconds when it cannot."""
+        qmp = Qmp(socket)
+        try:
+            with patience(name):
+                await qmp.open()
+                cpus = await qmp.ask(list[Cpu], "query-cpus-fast")
+            pidfd = _pidfd(name, qmp.pid)
+            # Whose memory is written to and who is ended is for the kernel to say. What QEMU says
+            # shows that it speaks for itself, and not through another process.
+            for cpu in cpus[:1]:
+                if not procfs.has_thread(qmp.pid, cpu.thread_id):
+                    os.close(pidfd)
+                    raise VmmError(
+                        f"Process {qmp.pid} ({procfs.command(qmp.pid)}) answers at {socket} and is "
+                        f"not the QEMU of {name}, whose vCPU it says is thread {cpu.thread_id}: "
+                        f"name a monitor of QEMU's own, with nothing in between."
+                    )
+            return cls(name, socket, qmp, qmp.pid, pidfd)
+        except BaseException:
+            qmp.close()
+            raise
+
+    @classmethod
+    async def known(cls, name: str, socket: str, pid: int) -> Self:
+        """As the interface says; its monitor is taken at first use. That `pid` is still that QEMU
+        (by its start time) is the caller's to see."""
+        return cls(name, socket, Qmp(socket, pid), pid, _pidfd(name, pid))
+
+    async def inspect(self, role: Role) -> Shape:
+        """What is there and what forbids a migration in this role. Only asks and reads."""
+        async with LOOKS:
+            with patience(self.name, LOOK_ANSWERS):
+                return await self._inspect(role)
+
+    async def _inspect(self, role: Role) -> Shape:
+        qmp = self._qmp
+        with qmp.taking_apart():
+            outline = await qemu_disks.outline(qmp)  # first: what changes from here on shows
+        run_state = (await qmp.ask(Status, "query-status")).status
+        backends = await ram.backends(qmp)
+        devices = [device async for device in qemu_facts.devices(qmp)]
+        facts = await qemu_facts.facts(qmp, backends, devices)
+        places = await qemu_facts.places(qmp, devices)
+        problems = await qemu_facts.refusals(qmp, self.pid, role, run_state, devices)
+        with qmp.taking_apart():
+            disks, unmovable = await qemu_disks.look(qmp, self.pid)
+        problems += unmovable
+        regions, unfit = ram.regions(backends, self.pid, qmp.version)
+        try:
+            facts |= {f"pages of {r.name}": f"{r.page_size} bytes each" for r in regions}
+            problems += unfit
+            problems += await trio.to_thread.run_sync(
+                ram.sharers, regions, self.pid, limiter=threads.WALKS
+            )
+            direct, unseen = await trio.to_thread.run_sync(
+                writers.look, self.pid, limiter=threads.WALKS
+            )
+            # SCSI commands of the guest go to the host's disk as they are, with the guest's pages.
+            direct += [
+                device.id or device.path for device in devices if device.kind == "scsi-block"
+            ]
+        except BaseException:
+            close_each(region.fd for region in regions)
+            raise
+        state: State = "paused"
+        if run_state == "running":
+            state = "running"
+        elif run_state == "inmigrate":
+            state = "incoming"
+        self._seen = "running" if state == "running" else "paused"
+        return Shape(
+            state=state,
+            pid=self.pid,
+            regions=tuple(regions),
+            facts=facts,
+            problems=tuple(problems),
+            direct_io=writers.direct_sentence(direct),
+            untracked=writers.unseen_sentence(unseen),
+            disks=tuple(disks),
+            places=places,
+            outline=outline,
+        )
+
+    async def outline(self) -> str:
+        """As the interface says."""
+        with patience(self.name), self._qmp.taking_apart():
+            return await qemu_disks.outline(self._qmp)
+
+    async def gone(self) -> None:
+        """Returns when QEMU has ended. Also reads the monitor meanwhile: keep it running."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._idle)
+            await self._exit()
+            nursery.cancel_scope.deadline = trio.current_time() + FAREWELL_SECONDS
+        # The same for each that waits here, whoever is first.
+        if self._last_words.queue and not self._ending:
+            self.farewell = farewell.farewell(self._last_words.queue[-1])
+
+    async def _idle(self) -> None:
+        """Reads to the end: what QEMU has said last may still be on its way."""
+        with suppress(PostcopydError):
+            await self._qmp.drain()
+
+    async def _exit(self) -> None:
+        await process_ended(self._pidfd)
+
+    async def aclose(self) -> None:
+        """Leave QEMU as it is and let go of its monitor."""
+        self._qmp.close()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        await trio.lowlevel.checkpoint()
+
+    async def _now(self) -> Now:
+        return await qemu_state.look(self._qmp)
+
+    async def _look(self) -> Literal["running", "paused"]:
+        """Note what the guest does before we change it. Raises VmmError when somebody else has a
+        hand on it, or when it does neither."""
+        now = await self._now()
+        if not now.migration.over or not (now.running or now.run_state in PAUSED):
+            raise VmmError(f"The guest {self.name} cannot be moved now: {now.words}.")
+        self._moved = False
+        self.before = self._seen = "running" if now.running else "paused"
+        return self.before
+
+    async def _runs(self) -> bool:
+        return (await self._qmp.ask(Status, "query-status")).running
+
+    async def _why(self, status: str) -> str:
+        """QEMU's reason for the end of a migration, or where to look for it."""
+        reason = (await self._qmp.ask(Migration, "query-migrate")).error_desc
+        return plain(reason or f"migration {status}, its own log says why").rstrip(".")
+
+    async def end(self) -> None:
+        """End QEMU for certain; returns when the process is gone."""
+        await self._end(QUIT_SECONDS)
+
+    async def _end(self, patience: float) -> None:
+        self._ending = True
+        with trio.move_on_after(patience):
+            with suppress(PostcopydError):
+                await self._qmp.execute("quit")
+            await self._exit()
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        await self._exit()
+
+
+@contextmanager
+def patience(name: str, answers: int = 1) -> Iterator[None]:
+    """Questions are answered in milliseconds, or QEMU's main loop is stuck."""
+    seconds = answers * ANSWER_SECONDS
+    try:
+        with trio.fail_after(seconds):
+            yield
+    except trio.TooSlowError:
+        raise VmmTimeout(
+            f"The QEMU of {name} did not answer for {seconds:g} s: see whether it is "
+            f"stopped (SIGSTOP), waits for its disks, or for pages of a migration."
+        ) from None
+
+
+def _pidfd(name: str, pid: int) -> int:
+    if pid <= 0:
+        raise VmmGone(
+            f"The process of the QEMU of {name} has no number here: run postcopyd in the PID "
+            f"namespace of QEMU or above it."
+        )
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        raise shortage(error) or VmmGone(
+            f"The QEMU process {pid} of {name} was not found ({error.strerror}): run postcopyd in "
+            f"the PID namespace of QEMU or above it, and start QEMU if it has ended."
+        ) from None
+
+
+def close_each(descriptors: Iterable[int | None]) -> None:
+    for descriptor in descriptors:
+        if descriptor is not None:
+            os.close(descriptor)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The half of the driver at the destination: adopts guest RAM, loads the device state, runs.
+
+Owns the userfaultfds that it has QEMU make, until `release`; their duplicates are the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterable
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from postcopyd.errors import PostcopydError
+from postcopyd.tasks import threads
+from postcopyd.vmm import (
+    Declined,
+    Shape,
+    VmmError,
+)
+from postcopyd.vmm.qemu import disks as qemu_disks
+from postcopyd.vmm.qemu import hugepages, ram, settings, stream, userfaultfd
+from postcopyd.vmm.qemu.answers import Status
+from postcopyd.vmm.qemu.common import Qemu, close_each
+from postcopyd.vmm.qemu.qmp import Events, QmpClosed, QmpRefused
+from postcopyd.vmm.qemu.settings import ARRIVING, IGNORE, LATE
+
+# Faults of one userfaultfd are read by one thread: several serve several vCPUs better, but each
+# costs threads. Region i belongs to descriptor i % number.
+MAX_DESCRIPTORS = 4
+
+
+class Arriving(Qemu):
+    """A QEMU that waits for a guest, or has got one."""
+
+    async def adopt(self, shape: Shape) -> list[int]:
+        """Empty the RAM and make the userfaultfds in QEMU: min(4, number of regions) of them.
+
+        Region i of the shape belongs to descriptor i % number; they are sorted by their number in
+        QEMU, so that `adopted` can give them in the same order.
+        Raises PostcopydError; then nothing is left in QEMU, and the RAM is as good as empty.
+        """
+        state = (await self._qmp.ask(Status, "query-status")).status
+        if state != "inmigrate":
+            raise VmmError(
+                f"The QEMU of {self.name} does not wait for a guest (run state {state}), so its "
+                f"RAM was not touched: start it anew with -incoming defer."
+            )
+        regions = list(shape.regions)
+        sharers = await trio.to_thread.run_sync(
+            ram.sharers, regions, self.pid, limiter=threads.WALKS
+        )
+        if sharers:
+            raise VmmError(sharers[0])
+        await userfaultfd.close_all(self.pid)
+        await self._settings.apply(settings.DESTINATION)
+        # Whatever its options: the guest runs when it is told to and not before.
+        await self._qmp.execute("stop")
+        descriptors: dict[int, int] = {}
+        try:
+            if not self._forbade_huge:  # before it is emptied, and then there are none
+                self._forbade_huge = await hugepages.forbid(self.pid)
+            await self.discard(shape)
+            for _ in range(min(len(regions), MAX_DESCRIPTORS)):
+                ours, number = await userfaultfd.create(self._qmp, self.pid)
+                descriptors[number] = ours
+            self._made = sorted(descriptors)
+        except BaseException:
+            close_each(descriptors.values())
+            with trio.CancelScope(shield=True), suppress(PostcopydError, OSError):
+                await self.release()
+            raise
+        return [descriptors[number] for number in sorted(descriptors)]
+
+    async def discard(self, shape: Shape) -> None:
+        """Empty the RAM. Raises VmmError when not all of it could be."""
+        await trio.to_thread.run_sync(
+            ram.empty, list(shape.regions), self.pid, limiter=threads.WALKS
+        )
+
+    async def adopted(self) -> list[int]:
+        """Duplicates of the userfaultfds in QEMU, in the order that `adopt` returned them."""
+        return userfaultfd.duplicates(self.pid)
+
+    async def load(self, receive: AsyncIterable[bytes]) -> None:
+        """Feed the device state; returns with the guest paused and the stream at its end.
+
+        After any failure this QEMU is of no use any more: `end` it. Raises VmmError, VmmGone, and
+        whatever `receive` raises.
+        """
+        arguments: dict[str, Any] = {"uri": stream.URI}
+        if self._qmp.version >= (9, 1):
+            arguments["exit-on-error"] = False
+        with self._qmp.events("RESUME", "MIGRATION") as events:
+            async with stream.opened(self._qmp) as ours, stream.crew() as crew:
+                await self._qmp.execute("migrate-incoming", arguments)
+                crew.start_soon(stream.feed, ours, receive, self._nearly_loaded)
+                await self._loaded(events)
+        if self._takes_disks and (disks := await qemu_disks.untaken(self._qmp)):
+            raise VmmError(
+                f"QEMU could not take the disk{'s' if disks[1:] else ''} {', '.join(disks)} of "
+                f"{self.name}, which is to stay paused: see who holds the images (its own log "
+                f"says more), and start this QEMU anew."
+            )
+
+    @property
+    def _takes_disks(self) -> bool:
+        """At the end of the load. QEMU before 10 aborts when it gives away disks that it has not
+        taken, which `cont` does; so those of a guest that stays paused are taken then."""
+        return self.before == "paused" and self._qmp.version < (10, 0)
+
+    async def _nearly_loaded(self) -> None:
+        """QEMU waits for the last byte and has read all that x-ignore-shared is about. Were it on
+        any longer, a save by somebody else would leave out guest RAM; from here on one reads it
+        all, and waits for pages as the guest does. Until the guest runs none may begin.
+        """
+        states = {IGNORE: False}
+        if self._takes_disks:
+            states[LATE] = False
+        commands = [
+            settings.capabilities(states),
+            settings.parameters(tls_creds=ARRIVING),
+        ]
+        with suppress(QmpClosed):  # `_loaded` hears of it too, and says so
+            for answer in await self._qmp.execute_all(commands, patience=math.inf):
+                if isinstance(answer, QmpRefused):
+                    raise answer
+
+    async def _loaded(self, events: Events) -> None:
+        ran = False
+        while True:
+            event = await events.next()
+            ran |= event["event"] == "RESUME"
+            status = event["data"].get("status")
+            if status == "failed":
+                raise VmmError(
+                    f"QEMU could not load the device state of {self.name}: "
+                    f"{await self._why(status)}; see that both QEMUs have the same devices, and "
+                    f"start this one anew."
+                )
+            if status == "completed":
+                if ran:
+                    raise VmmError(f"QEMU ran {self.name} before it was told to: end it.")
+                return
+
+    async def run(self) -> None:
+        """Run the guest. Raises Declined when it certainly did not run, another PostcopydError when
+        that cannot be known. Waits while QEMU waits for a page."""
+        with self._qmp.events("RESUME") as events:
+            try:
+                await self._qmp.execute("cont", patience=math.inf)
+            except QmpClosed as closed:
+                if closed.unsent:
+                    raise Declined(f"The guest {self.name} was not run: {closed}") from None
+                raise
+            except QmpRefused as refusal:
+                if not await self._runs():
+                    raise Declined(
+                        f"QEMU would not run the guest {self.name} ({refusal.reason}): see that "
+                        f"its disks are not in use elsewhere."
+                    ) from None
+                return
+            resumed = events.take() is not None
+        # QEMU answers `cont` after RESUME; a state that it ignores `cont` in is neither yes nor no.
+        if not resumed and not await self._runs():
+            raise VmmError(
+                f"QEMU accepted to run {self.name} but does not: look at QMP query-status."
+            )
+        with suppress(PostcopydError):  # others may move and save it again; it runs in any case
+            await self._qmp.tell(*settings.parameters(tls_creds=""))
+
+    async def release(self) -> None:
+        """Close the userfaultfds in QEMU and put its settings back.
+
+        Only after the guest is drained, or before `load`."""
+        if self._made is None:  # by an adoption of another daemon's, if any
+            await userfaultfd.close_all(self.pid)
+        else:
+            await userfaultfd.close(self.pid, self._made)
+        self._made = None
+        if self._forbade_huge is not False:
+            await hugepages.allow(self.pid, known=bool(self._forbade_huge))
+            self._forbade_huge = None
+        await self._settings.restore()
