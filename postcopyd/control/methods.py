@@ -17,6 +17,7 @@ from importlib import resources
 from typing import Any, Literal, Protocol
 
 import trio
+from msgspec import to_builtins
 
 from postcopyd import __version__, names
 from postcopyd.config.options import parse_address
@@ -72,7 +73,7 @@ class Control:
         if not os.path.isabs(path) or "\0" in path:
             raise _invalid(f"cannot attach {name}: {path!r} has to be an absolute path")
         status = await self._daemon.attach(name, call.parameters["driver"], path)
-        return {"status": status}
+        return {"status": to_builtins(status)}
 
     async def detach(self, call: server.Call) -> None:
         await self._daemon.detach(call.parameters["name"])
@@ -113,17 +114,17 @@ class Control:
         await self._daemon.resolve(call.parameters["name"], call.parameters["decision"])
 
     async def list(self, call: server.Call) -> Mapping[str, Any]:
-        return {"vms": sorted(self._daemon.list(), key=lambda status: str(status["vm"]))}
+        return {"vms": to_builtins(self._daemon.list())}
 
     async def status(self, call: server.Call) -> Mapping[str, Any]:
-        return {"status": self._daemon.status(call.parameters["name"])}
+        return {"status": to_builtins(self._daemon.status(call.parameters["name"]))}
 
     async def watch(self, call: server.Call) -> None:
         name = call.parameters["name"]
         async with self._daemon.watch(name) as states:
             # The next state is asked for once the client has taken the last one.
             async for state in states:
-                await call.send({"status": state})
+                await call.send({"status": to_builtins(state)})
         raise PostcopydError(f"{name} is not attached any more", "NoSuchVm")
 
 

@@ -158,10 +158,10 @@ class Acceptor:
         vm = self._vm(offer.vm)
         await vm.ended()
         vm.attached()
-        if vm.claimed_by is None and vm.status["phase"] == "paused":
+        if vm.claimed_by is None and vm.status.phase == "paused":
             raise PostcopydError(
                 f"{offer.vm} is known at the destination, in a migration that is not at its end: "
-                f"{vm.status['message']}",
+                f"{vm.status.message}",
                 "Busy",
             )
         session = DestinationSession(vm, offer, channel, self._settings)
@@ -203,7 +203,7 @@ class Acceptor:
         vm = self._vm(asked.vm)
         if asked.look:
             same = vm.about.get("migration") == asked.migration
-            said = vm.status["message"] if same else f"it knows {vm.name}, and not of this move"
+            said = vm.status.message if same else f"it knows {vm.name}, and not of this move"
             await channel.send(p.Checked([p.sentence(said)]))
         else:
             await self._resume(channel, asked, vm)
@@ -247,13 +247,13 @@ class Acceptor:
         elif "answer" in vm.about:
             await _answer(channel, vm.about)
         else:
-            raise PostcopydError(f"at the destination: {vm.status['message']}", "Paused")
+            raise PostcopydError(f"at the destination: {vm.status.message}", "Paused")
 
     def _must_be_last(self, vm: Vm, asked: p.Resume) -> None:
         """Raises PostcopydError when the last arrival of this VM was another one."""
-        if not vm.about and vm.status["phase"] == "paused" and self._inquiries.of(vm) is None:
+        if not vm.about and vm.status.phase == "paused" and self._inquiries.of(vm) is None:
             # Its record cannot be read: it may run here.
-            raise PostcopydError(f"at the destination: {vm.status['message']}", "Paused")
+            raise PostcopydError(f"at the destination: {vm.status.message}", "Paused")
         epoch = vm.about.get("offer", {}).get("epoch")
         if (vm.about.get("migration"), epoch) != (asked.migration, asked.epoch):
             raise PostcopydError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import trio
 from msgspec import to_builtins
+from msgspec.structs import asdict
 
 from postcopyd import protocol as p
 from postcopyd.daemon.inquiries import Inquiries
@@ -44,15 +45,15 @@ class Decisions:
         leaving, again = vm.claimed_by, self._restart.again(vm)
         inquiry = self._inquiries.of(vm)
         if not isinstance(leaving, SourceSession) and inquiry is None:
-            if vm.status["role"] == "destination" and again is not None:
+            if vm.status.role == "destination" and again is not None:
                 again.set()
                 return
             if again is None:
                 _must_have_arrived(vm)
-            if vm.status["role"] == "destination":
+            if vm.status.role == "destination":
                 raise PostcopydError(
                     f"continuing the migration of {name}: its source does that, "
-                    f"{vm.status['peer']}; it dials by itself, or at once by `postcopyd recover "
+                    f"{vm.status.peer}; it dials by itself, or at once by `postcopyd recover "
                     f"{name}` there",
                     "NotMigrating",
                 )
@@ -85,7 +86,7 @@ class Decisions:
         elif decision == "take_back" and leaving is None:
             _must_have_arrived(vm)
             raise PostcopydError(
-                f"taking {name} back: that is for the host it left, {vm.status['peer']}",
+                f"taking {name} back: that is for the host it left, {vm.status.peer}",
                 "NotMigrating",
             )
         elif decision == "kill" and leaving is None:
@@ -98,7 +99,7 @@ class Decisions:
         if not isinstance(arrived, DestinationSession):
             raise PostcopydError(
                 f"poisoning the missing pages of {vm.name}: they are not missing here; say it "
-                f"where the guest waits for them, at {vm.status['peer']}",
+                f"where the guest waits for them, at {vm.status.peer}",
                 "NotMigrating",
             )
         with vm.claim(arrived):
@@ -122,13 +123,13 @@ class Decisions:
             before = vm.status
             vm.settle(
                 phase="failed",
-                message=f"the VMM of {name} here {ended} with {before['peer']}, by an operator's "
+                message=f"the VMM of {name} here {ended} with {before.peer}, by an operator's "
                 f"decision; before you start it anywhere ask `postcopyd status {name}` there",
             )
             try:
                 vm.record("declined")
             except PostcopydError as error:
-                vm.show(**before)
+                vm.show(**asdict(before))
                 raise PostcopydError(
                     f"the VMM of {name} here {ended}, which is not on record: {error}; then say "
                     f"it again",
@@ -138,10 +139,10 @@ class Decisions:
 
     def _paused(self, name: str) -> Vm:
         vm = self._registry.vm(name)
-        if vm.status["phase"] != "paused":
+        if vm.status.phase != "paused":
             raise PostcopydError(
                 f"{name} has no paused migration here, so there is nothing to decide: it is "
-                f"{vm.status['phase']}, {vm.status['message']}",
+                f"{vm.status.phase}, {vm.status.message}",
                 "NotMigrating",
             )
         return vm
@@ -149,10 +150,10 @@ class Decisions:
 
 def _must_have_arrived(vm: Vm) -> None:
     """Or what is asked for cannot be had from this source as it is."""
-    if vm.status["role"] == "source":
+    if vm.status.role == "source":
         raise PostcopydError(
-            f"{vm.name} cannot go on from here: {vm.status['message']}; see `postcopyd status "
-            f"{vm.name}` at {vm.status['peer']}",
+            f"{vm.name} cannot go on from here: {vm.status.message}; see `postcopyd status "
+            f"{vm.name}` at {vm.status.peer}",
             "NotMigrating",
         )
 

@@ -57,7 +57,7 @@ class Inquiries:
         (intent, sentence), why = inquiry, ""
 
         def wanted() -> bool:
-            here = self._vms.get(vm.name) is vm and vm.status["phase"] == "paused"
+            here = self._vms.get(vm.name) is vm and vm.status.phase == "paused"
             return here and self._open.get(vm) is inquiry
 
         while wanted():

@@ -100,8 +100,8 @@ class Metrics(Collector):
         for role in ("source", "destination"):
             under_way = [vm.status for vm in self._daemon.vms.values() if _under_way(vm, role)]
             for phase, name in PHASES.items():
-                now.add_metric((role, name), sum(one["phase"] == phase for one in under_way))
-            left.add_metric((role,), sum(one.get("remaining", 0) for one in under_way))
+                now.add_metric((role, name), sum(one.phase == phase for one in under_way))
+            left.add_metric((role,), sum(one.remaining or 0 for one in under_way))
         yield now
         yield left
         recovered = CounterMetricFamily(
@@ -249,13 +249,13 @@ class Metrics(Collector):
 
     async def _handed_over(self) -> None:
         with trio.move_on_after(HANDOVER_S):
-            while any(vm.status["phase"] == "handover" for vm in self._daemon.vms.values()):
+            while any(vm.status.phase == "handover" for vm in self._daemon.vms.values()):
                 await trio.sleep(0.01)
 
 
 def _under_way(vm: Vm, role: str) -> bool:
-    phase = vm.status["phase"]
-    if vm.status["role"] != role or phase not in PHASES:
+    phase = vm.status.phase
+    if vm.status.role != role or phase not in PHASES:
         return False
     return phase != "idle" or vm.claimed_by is not None
 

@@ -83,7 +83,7 @@ class Registry:
             raise
         self.vms[name] = vm
         self.spawn(vm, self._follow, vm, connected)
-        vm.show(**({"message": "attached, no migration"} if vm.status["phase"] == "idle" else {}))
+        vm.show(**({"message": "attached, no migration"} if vm.status.phase == "idle" else {}))
         log.info("attached", vm=name, driver=driver, socket=socket)
         await self._say_whether_fit(vm, connected)
         return vm.status
@@ -93,10 +93,10 @@ class Registry:
         known = self.vms.get(name)
         if known is None:
             self.settings.limits.one_more_vm(name, [*self.vms])
-        elif known.status["phase"] == "paused":
+        elif known.status.phase == "paused":
             raise PostcopydError(
                 f"attaching {name} at {socket}: {name} is here already, in a migration that is not "
-                f"at its end: {known.status['message']}; `postcopyd resolve {name} --kill` ends "
+                f"at its end: {known.status.message}; `postcopyd resolve {name} --kill` ends "
                 f"its VMM here when you know that you must",
                 "Busy",
             )
@@ -132,7 +132,7 @@ class Registry:
         if shape.problems:
             why = "; ".join(shape.problems)
             log.warning("not fit to be migrated", vm=vm.name, why=why)
-            if vm.status["phase"] == "idle" and vm.claimed_by is None:
+            if vm.status.phase == "idle" and vm.claimed_by is None:
                 vm.show(message=f"attached, and cannot be migrated as it is now: {why}")
 
     async def detach(self, name: str) -> None:
@@ -140,13 +140,13 @@ class Registry:
         await vm.ended()
         if vm.claimed_by is not None:
             raise PostcopydError(
-                f"{name} is in migration {vm.status['migration']}: wait for it, or cancel it",
+                f"{name} is in migration {vm.status.migration}: wait for it, or cancel it",
                 "Busy",
             )
         self._must_be_whole(vm)
-        if vm.status["phase"] == "paused":
+        if vm.status.phase == "paused":
             raise PostcopydError(
-                f"{name} cannot be let go of in the middle of a migration: {vm.status['message']}; "
+                f"{name} cannot be let go of in the middle of a migration: {vm.status.message}; "
                 f"`postcopyd resolve {name} --kill` ends its VMM here when you know that you must",
                 "Busy",
             )
@@ -224,15 +224,15 @@ class Registry:
                 waiting, vm.waiting = vm.waiting, None
                 if waiting is not None:
                     await waiting.vmm_ended(driver.farewell)
-                if vm.status["phase"] == "idle":
+                if vm.status.phase == "idle":
                     vm.show(
                         message=f"the VMM of {vm.name} here has ended; attach it again once it runs"
                     )
-                elif vm.status["phase"] == "paused":
+                elif vm.status.phase == "paused":
                     vm.show(
                         message=f"the VMM of {vm.name} here has ended in the middle of its move, "
                         f"and what its guest did here is lost; `postcopyd resolve {vm.name} "
-                        f"--kill` here, then decide at {vm.status['peer']}"
+                        f"--kill` here, then decide at {vm.status.peer}"
                     )
 
     async def _gone(self, vm: Vm, driver: vmm.Vmm) -> None:
@@ -264,13 +264,13 @@ class Registry:
         await vm.ended()
         vm.attached()
         self._must_be_whole(vm)
-        if vm.claimed_by is None and vm.status["phase"] == "paused":
+        if vm.claimed_by is None and vm.status.phase == "paused":
             raise PostcopydError(
-                f"{name} is in a migration that is not at its end: {vm.status['message']}", "Busy"
+                f"{name} is in a migration that is not at its end: {vm.status.message}", "Busy"
             )
         if vm.claimed_by is None and vm.ownership == "granted":
             raise PostcopydError(
-                f"the guest of {name} was given to {vm.status['peer']} and the VMM here is a stale "
+                f"the guest of {name} was given to {vm.status.peer} and the VMM here is a stale "
                 f"copy of it: end that VMM and `postcopyd detach {name}`",
                 "Refused",
             )
@@ -301,7 +301,7 @@ class Registry:
             vm.claimed_by.cancel()
         elif vm.claimed_by is not None:
             raise PostcopydError(
-                f"{name} is arriving here: cancel it at its source, {vm.status['peer']}",
+                f"{name} is arriving here: cancel it at its source, {vm.status.peer}",
                 "NotMigrating",
             )
         else:
@@ -314,7 +314,7 @@ class Registry:
         self._nursery.start_soon(guard.outlived, partial(self._failed, vm), task, *args)
 
     def _failed(self, vm: Vm, error: Exception) -> None:
-        going_on = vm.status["phase"] in ("precopy", "handover", "postcopy")
+        going_on = vm.status.phase in ("precopy", "handover", "postcopy")
         if vm.claimed_by is None and going_on:  # nobody settles it any more
             vm.show(phase="paused", message=f"{vm.name} met an internal error: {error!r}")
 
@@ -346,7 +346,7 @@ class Registry:
         vm.log.info("record written")
         if vm.claimed_by is None and vm.ownership in ("held", "declined"):
             vm.remove_pages()
-            if vm.status["phase"] == "drained" and vm.driver is not None:
+            if vm.status.phase == "drained" and vm.driver is not None:
                 with vm.claim(DAEMON):
                     await vm.driver.release()
 

@@ -37,8 +37,8 @@ log = structlog.get_logger()
 
 async def show_again(registry: Registry, vm: Vm, told: Status) -> None:
     """Nothing was under way. Says so again where an attempt before this one has failed."""
-    if vm.status["message"] != told["message"]:
-        vm.show(message=told["message"])
+    if vm.status.message != told.message:
+        vm.show(message=told.message)
 
 
 async def run_again(registry: Registry, vm: Vm, told: Status) -> None:
@@ -70,7 +70,7 @@ async def take_faults(registry: Registry, vm: Vm, told: Status) -> None:
     to go on."""
     if await finish_unwritten(vm):
         return
-    channel = Channel(Nobody(), Machine(Destination.RUNNING_LOST), vm.status["peer"])
+    channel = Channel(Nobody(), Machine(Destination.RUNNING_LOST), vm.status.peer)
     session = await DestinationSession.restored(vm, vm.about, channel, registry.settings)
     if session.complete and session.ran and not session.settled:
         await session.finish()
@@ -184,7 +184,7 @@ class Restart:
                 return
             if certainly_ended(vm):
                 if vm.ownership == "granted":
-                    self._inquiries.ask(vm, intent_of(vm), vm.status["message"])
+                    self._inquiries.ask(vm, intent_of(vm), vm.status.message)
                 return
             before = (vm.ownership, vm.driver)
             again = self._between[vm] = trio.Event()
@@ -198,7 +198,7 @@ class Restart:
 
     async def _attempt(self, vm: Vm, told: Status) -> bool:
         """Returns whether it is done. `told` is what people were shown when the daemon started."""
-        row = found(vm.ownership, told["phase"] == "drained")
+        row = found(vm.ownership, told.phase == "drained")
         try:
             await self._registry.reach(vm, must=row.needs_vmm)
             await row.do(self._registry, vm, told)
@@ -216,9 +216,9 @@ class Restart:
             error = PostcopydError(f"internal error: {error!r}", "InternalError")
         message = (
             f"going on with {vm.name} after a restart of the daemon "
-            f"(here: {vm.ownership}, with {vm.status['peer'] or 'nobody'}): {error}"
+            f"(here: {vm.ownership}, with {vm.status.peer or 'nobody'}): {error}"
         )
-        if vm.status["message"] != message:
+        if vm.status.message != message:
             vm.show(**({} if row.calm else {"phase": "paused"}), message=message)
             vm.log.error("VM not restored", ownership=vm.ownership, error=str(error))
 
@@ -227,7 +227,7 @@ def came_back(vm: Vm, intent: Mapping[str, Any]) -> bool:
     """Whether an intent is older than what the record says: its guest is this host's again."""
     if vm.ownership != "held":
         return False
-    arrived = vm.status["role"] == "destination" and vm.status["phase"] == "drained"
+    arrived = vm.status.role == "destination" and vm.status.phase == "drained"
     return vm.void or (arrived and vm.about.get("migration") != intent["migration"])
 
 
@@ -235,7 +235,7 @@ def intent_of(vm: Vm) -> dict[str, Any]:
     """Of a guest that was given away: whom to ask, as its intent has it."""
     return {
         "migration": vm.about["migration"],
-        "peer": vm.status["peer"],
+        "peer": vm.status.peer,
         "epoch": vm.epoch,
         "identity": vm.about.get("identity", ()),
         **({"granted": vm.about["granted"]} if "granted" in vm.about else {}),

@@ -15,7 +15,6 @@ import socket
 import time
 from collections.abc import Sequence
 from ipaddress import ip_address
-from typing import Any
 
 import structlog
 import trio
@@ -26,6 +25,7 @@ from postcopyd.daemon.daemon import Daemon
 from postcopyd.daemon.journal import configure_logging
 from postcopyd.daemon.sd import Manager
 from postcopyd.errors import PostcopydError
+from postcopyd.model import Status
 from postcopyd.native.engine import longest_still_s
 from postcopyd.net import socket_file
 from postcopyd.net.tls import Tls
@@ -154,16 +154,16 @@ async def _tell(manager: Manager, daemon: Daemon, ending: trio.Event) -> None:
         await trio.sleep(min(TELL_S, (patience or 4 * TELL_S) / 4))
 
 
-def summary(vms: Sequence[dict[str, Any]]) -> str:
+def summary(vms: Sequence[Status]) -> str:
     """One line of what goes on, for status objects: `2 VMs; web1 leaving to host2: postcopy,
     312.0 MiB remaining`."""
-    moving = [vm for vm in vms if vm["phase"] in ("precopy", "handover", "postcopy", "paused")]
-    moving.sort(key=lambda vm: vm["phase"] != "paused")  # a person may have to look at these
+    moving = [vm for vm in vms if vm.phase in ("precopy", "handover", "postcopy", "paused")]
+    moving.sort(key=lambda vm: vm.phase != "paused")  # a person may have to look at these
     parts = [f"{len(vms)} VM{'' if len(vms) == 1 else 's'}"]
     for vm in moving[:SHOWN_VMS]:
-        way = "leaving to" if vm["role"] == "source" else "arriving from"
-        left = f", {size(vm['remaining'])} remaining" if vm.get("remaining") else ""
-        parts.append(f"{vm['vm']} {way} {vm['peer']}: {vm['phase']}{left}")
+        way = "leaving to" if vm.role == "source" else "arriving from"
+        left = f", {size(vm.remaining)} remaining" if vm.remaining else ""
+        parts.append(f"{vm.vm} {way} {vm.peer}: {vm.phase}{left}")
     if len(moving) > SHOWN_VMS:
         parts.append(f"and {len(moving) - SHOWN_VMS} more")
     return "; ".join(parts)

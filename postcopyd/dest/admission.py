@@ -53,7 +53,7 @@ async def admit(m: Migration, held: AsyncExitStack) -> Shape:
             raise PostcopydError("; ".join(problems), "Refused")
         held.callback(looked.pop_all().close)
     _accept(m, f"preparing for {m.vm.name} from {m.peer}")
-    m.log.info("migration started", mode=m.vm.status["mode"])
+    m.log.info("migration started", mode=m.vm.status.mode)
     promise(m, shape, held)
     return shape
 

@@ -96,7 +96,7 @@ async def vmm_ended(m: Migration, farewell: str | None) -> None:
     is over, and a source that asks is told; else a person decides, as disks may have been
     changed."""
     vm = m.vm
-    if vm.status["phase"] == "failed":
+    if vm.status.phase == "failed":
         return  # a person was faster
     if m.stage is Stage.HERE:  # but for what was lost: its move was over, and the answer stands
         vm.show(

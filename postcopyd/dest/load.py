@@ -38,7 +38,7 @@ class Load:
         m = self._m
         m.vm.show(
             phase="handover",
-            mode="precopy" if self._whole else m.vm.status.get("mode"),
+            mode="precopy" if self._whole else m.vm.status.mode,
             message=f"{m.vm.name} is being handed over from {m.peer}",
         )
         async with open_nursery() as nursery:

@@ -16,21 +16,19 @@ from typing import Any, Final, Protocol
 
 import structlog
 import trio
+from msgspec import convert, to_builtins
+from msgspec.structs import replace
 
 from postcopyd import counts
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.host import procfs
+from postcopyd.model import Status
 from postcopyd.records.schema import Attachment, Ownership, Record
 from postcopyd.records.store import StateNotWritten, Store
 from postcopyd.vmm import Vmm
 
-Status = dict[str, Any]
-
 ENDING_S = 10.0
 """How long a request waits for the last steps of a migration that is over."""
-
-PERMANENT = ("vm", "role", "phase", "migration", "peer", "mode", "remaining", "message", "result")
-"""Fields of the status that stay when a migration is over, and outlive the daemon."""
 
 
 UNDER_WAY = frozenset({"precopy", "handover", "postcopy"})
@@ -86,15 +84,15 @@ class Vm:
         self.owing: Callable[[], None] = lambda: None  # somebody writes later: the daemon's
         self._lock = -1
         self._store = store
-        self.status: Status = {
-            "vm": name,
-            "role": "",
-            "phase": "idle",
-            "migration": "",
-            "peer": "",
-            "remaining": 0,
-            "message": "attached, no migration",
-        }
+        self.status = Status(
+            vm=name,
+            role="",
+            phase="idle",
+            migration="",
+            peer="",
+            remaining=0,
+            message="attached, no migration",
+        )
         self._changed = trio.Event()
         self._gone = False
         self._spent: dict[str, float] = {}
@@ -103,43 +101,43 @@ class Vm:
     @property
     def log(self) -> Any:
         """A logger that knows the VM and where its migration is."""
-        known = {key: self.status.get(key) for key in ("migration", "peer", "role", "phase")}
+        known = {key: getattr(self.status, key) for key in ("migration", "peer", "role", "phase")}
         return structlog.get_logger().bind(
             vm=self.name, **{key: value for key, value in known.items() if value}
         )
 
     def show(self, **changes: Any) -> None:
-        """Changes the status and tells who watches. None removes a field."""
-        self._put(self.status | changes)
+        """Changes fields of the status and tells who watches."""
+        self._put(replace(self.status, **changes))
 
     def _put(self, status: Status, counted_as: counts.Result = "failed") -> None:
-        before, self.status = self.status, {k: v for k, v in status.items() if v is not None}
-        if any(before.get(key) != self.status.get(key) for key in ("migration", "phase")):
+        before, self.status = self.status, status
+        if (before.migration, before.phase) != (status.migration, status.phase):
             self._turned(before, counted_as)
         self._changed.set()
         self._changed = trio.Event()
 
     def _turned(self, before: Status, counted_as: counts.Result) -> None:
         """A new phase, or a new migration: notes when, says so, and counts what is over."""
-        now, phase, after = time.monotonic(), self.status["phase"], before["phase"]
-        if before.get("migration") != self.status.get("migration"):
+        now, phase, after = time.monotonic(), self.status.phase, before.phase
+        if before.migration != self.status.migration:
             self._spent = {}
         else:
             self._spent[after] = self._spent.get(after, 0.0) + now - self._since
         self._since = now
-        if not self.status.get("migration") or phase == "idle":
+        if not self.status.migration or phase == "idle":
             return
         self.log.info("phase", after=after, after_ms=round(self._spent.get(after, 0.0) * 1e3, 2))
         if phase in ("drained", "failed"):
             result = "completed" if phase == "drained" else counted_as
-            counts.ended[self.status["role"], self.status.get("mode", ""), result] += 1
-            if result == "completed" and (downtime_ms := before.get("downtimeMs")):
+            counts.ended[self.status.role, self.status.mode or "", result] += 1
+            if result == "completed" and (downtime_ms := before.downtime_ms):
                 counts.downtimes.observe(downtime_ms / 1e3)
 
     def phases(self, at: float) -> list[dict[str, Any]]:
         """How long this daemon has seen the migration in each phase, until `at` on the monotonic
         clock: each phase once, in the order they came, `ms` in all."""
-        phase = self.status["phase"]
+        phase = self.status.phase
         last = self._spent.get(phase, 0.0) + max(at - self._since, 0.0)
         spent = self._spent | {phase: last}
         return [{"phase": phase, "ms": round(s * 1e3, 2)} for phase, s in spent.items()]
@@ -152,8 +150,7 @@ class Vm:
     def settle(self, *, counted_as: counts.Result = "failed", **changes: Any) -> None:
         """`show` for the end of a migration: what was only progress goes. `counted_as` is how one
         counts that does not complete."""
-        kept = {k: v for k, v in self.status.items() if k in PERMANENT}
-        self._put(kept | changes, counted_as)
+        self._put(replace(self.status.lasting(), **changes), counted_as)
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[AsyncIterator[Status]]:
@@ -172,7 +169,7 @@ class Vm:
         """Takes the VM for a session; raises PostcopydError when another has it."""
         if self.claimed_by is not None:
             raise PostcopydError(
-                f"{self.name} is in migration {self.status['migration'] or '(starting)'} already: "
+                f"{self.name} is in migration {self.status.migration or '(starting)'} already: "
                 f"wait for it or cancel it",
                 "Busy",
             )
@@ -188,8 +185,8 @@ class Vm:
     @property
     def under_way(self) -> bool:
         """Whether by what is shown a migration is on its way, and not at its end or paused."""
-        phase, migration = self.status["phase"], self.status["migration"]
-        preparing = phase == "idle" and bool(migration) and "result" not in self.status
+        phase, migration = self.status.phase, self.status.migration
+        preparing = phase == "idle" and bool(migration) and self.status.result is None
         return preparing or phase in UNDER_WAY
 
     def _must_be_told(self) -> None:
@@ -197,7 +194,7 @@ class Vm:
         here, so that nobody waits for ever who waits for a migration."""
         if not self.under_way:
             return
-        migration = self.status["migration"]
+        migration = self.status.migration
         away = self.ownership in ("granted", "owned")
         where = "may be at either host" if away else "is as that left it"
         message = (
@@ -224,8 +221,8 @@ class Vm:
         gone = self.driver is not None and not self._lives()
         if self.claimed_by is None:
             return gone
-        over = self.status["phase"] in ("drained", "failed")
-        arriving = self.status["role"] == "destination"
+        over = self.status.phase in ("drained", "failed")
+        arriving = self.status.role == "destination"
         return self.claimed_by is DAEMON or over or (gone and arriving)
 
     def attached(self) -> Vmm:
@@ -288,7 +285,7 @@ class Vm:
         )
         self.attachment = Attachment.of(record)
         self.void = record.get("void", False)
-        self.status = self.status | record["status"]
+        self.status = convert(to_builtins(self.status) | record["status"], Status)
 
     def record(self, ownership: Ownership | None = None) -> None:
         """Writes the record before what it says is acted on. Raises PostcopydError.
@@ -308,7 +305,7 @@ class Vm:
                     "epoch": self.epoch,
                     "ownership": self.ownership,
                     "void": self.void,
-                    "status": {k: v for k, v in self.status.items() if k in PERMANENT},
+                    "status": to_builtins(self.status.lasting()),
                     "about": self.about,
                 },
             )

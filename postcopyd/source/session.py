@@ -219,7 +219,7 @@ class SourceSession:
         finally:
             self._ending = True
             if self._decision is not None:
-                ended = f"{self.vm.name}: its migration has ended: {self.vm.status['message']}"
+                ended = f"{self.vm.name}: its migration has ended: {self.vm.status.message}"
                 self._decision.done(PostcopydError(ended, "NotMigrating"))
             with trio.CancelScope(shield=True):
                 await self._close()
@@ -590,7 +590,7 @@ class SourceSession:
         assert engine is not None
         self.vm.show(
             phase="postcopy",
-            downtimeMs=self._downtime_ms or None,
+            downtime_ms=self._downtime_ms or None,
             message=f"{self.vm.name} runs at {self.request.to}, its memory follows",
         )
         if not self._recoveries and self.request.mode != "precopy":
@@ -680,7 +680,7 @@ class SourceSession:
         """Until nobody needs this source any more: the guest is there whole, or was declined, or a
         person has decided (`resolve`)."""
         now = trio.current_time()
-        patience = 0.0 if "result" in self.vm.status else PATIENCE_S
+        patience = 0.0 if self.vm.status.result is not None else PATIENCE_S
         retry = Retry(now, now + patience, self._arrived)
         while self.machine.gave_away and self._completed is None:
             self._poke, recoveries, decision = trio.Event(), self._recoveries, self._decision
@@ -735,7 +735,7 @@ class SourceSession:
     def _tell_paused(self, trouble: PostcopydError) -> None:
         """Who waits for the result is told that it is a pause, which is a long one."""
         status = self.vm.status
-        if status["phase"] == "paused" and "result" not in status:
+        if status.phase == "paused" and status.result is None:
             self.log.error("migration paused", error=str(trouble))
             self.vm.show(result=self._result(None, event="paused", error=str(trouble)))
 
@@ -909,8 +909,8 @@ class SourceSession:
         """After the grant nobody here runs the guest, whatever happened."""
         if self._completed is not None:
             self.log.warning("after drained", error=str(error))
-            if "result" not in self.vm.status:
-                message = f"{self.vm.status['message']}; the VMM here was not ended: {error}"
+            if self.vm.status.result is None:
+                message = f"{self.vm.status.message}; the VMM here was not ended: {error}"
                 self.vm.show(result=self._completed, message=message)
                 self._record_settled("granted")
             return
@@ -922,8 +922,8 @@ class SourceSession:
         )
         if error.name in (p.LOST, p.POISONED):
             message = f"{self.request.to} needs the memory of {self.vm.name} no more: {error}"
-        news = self.vm.status.get("message") != message
-        if news or self.vm.status["phase"] != "paused":
+        news = self.vm.status.message != message
+        if news or self.vm.status.phase != "paused":
             self.vm.show(phase="paused", message=message)
             self._record_settled(None)
             self.log.warning("migration paused", error=str(error))
@@ -1037,12 +1037,12 @@ class SourceSession:
             await trio.sleep(SHOW_S)
             now, moved = time.monotonic(), stats.transferred_bytes
             self.vm.show(
-                totalBytes=self._total_bytes,
-                transferredBytes=moved,
-                bytesPerSecond=round((moved - before) / (now - at)),
+                total_bytes=self._total_bytes,
+                transferred_bytes=moved,
+                bytes_per_second=round((moved - before) / (now - at)),
                 faults=faults_json(self._faults),
-                elapsedMs=round((now - self._began) * 1e3),
-                downtimeMs=self._downtime_ms,
+                elapsed_ms=round((now - self._began) * 1e3),
+                downtime_ms=self._downtime_ms,
             )
             if until is not None:
                 self.vm.show(remaining=max(until - stats.passed_pages, 0) * self._page_size)

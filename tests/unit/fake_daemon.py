@@ -10,7 +10,10 @@ from typing import Any, Literal
 import trio
 
 from postcopyd.errors import PostcopydError
-from postcopyd.model import MigrateRequest, Status
+from postcopyd.model import MigrateRequest
+
+Status = dict[str, Any]
+"""As clients see it, which may be what no daemon of this version says."""
 
 FAULTS = {"count": 10, "p50Us": 90.5, "p99Us": 800.0, "maxUs": 2100.0}
 RESULT = {

@@ -191,7 +191,7 @@ class Host:
 
     @property
     def phase(self) -> str:
-        return str(self.vm.status["phase"])
+        return str(self.vm.status.phase)
 
     @property
     def quiet(self) -> bool:
@@ -485,12 +485,12 @@ class World:
     def _check_statuses(self) -> None:
         for host in self.hosts.values():
             status = host.vm.status
-            assert status["phase"] in ("idle", "failed", "paused", "drained"), status
-            assert len(status["message"]) > 10
-            assert not status["message"].endswith((": ", "; ")), status
+            assert status.phase in ("idle", "failed", "paused", "drained"), status
+            assert len(status.message) > 10
+            assert not status.message.endswith((": ", "; ")), status
         # One daemon shows the result of what it began or went on with.
         if self.source.phase != "idle" and (self.source.session or len(self.source.lives) == 1):
-            event = self.source.vm.status.get("result", {}).get("event")
+            event = (self.source.vm.status.result or {}).get("event")
             events = {"drained": ["completed"], "paused": ["paused", None]}
             assert event in events.get(self.source.phase, ["failed", "cancelled"])
         if self.source.phase == "drained":

@@ -119,7 +119,7 @@ async def test_no_take_back_from_who_goes_on_without(tmp_path: Path, clock: Cloc
         await made.destination.daemon.resolve("web1", "poison")
         made.down = False
         await trio.sleep(20)
-        assert "needs the memory of web1 no more" in made.source.vm.status["message"]
+        assert "needs the memory of web1 no more" in made.source.vm.status.message
         with pytest.raises(PostcopydError, match="not known to be dead"):
             await made.source.daemon.resolve("web1", "take_back")
         assert (made.source.vmm.state, made.source.recorded()) == ("stopped", "granted")
@@ -282,7 +282,7 @@ async def test_cancel_of_what_has_failed(tmp_path: Path, clock: Clock) -> None:
     async with world(tmp_path, faults) as made:
         await made.migrate()
     assert refused == ["NotMigrating"]
-    assert made.source.vm.status["result"]["event"] == "failed"
+    assert made.source.vm.status.result["event"] == "failed"
 
 
 # --- bugs in the last steps ----------------------------------------------------------------------
@@ -291,9 +291,9 @@ async def test_cancel_of_what_has_failed(tmp_path: Path, clock: Clock) -> None:
 async def result(made: World) -> dict[str, Any]:
     """What who waits for the migration is told, in time."""
     with trio.fail_after(60):
-        while "result" not in made.source.vm.status or made.source.vm.claimed_by is not None:
+        while made.source.vm.status.result is None or made.source.vm.claimed_by is not None:
             await trio.sleep(1)
-    found: dict[str, Any] = made.source.vm.status["result"]
+    found: dict[str, Any] = made.source.vm.status.result
     return found
 
 
@@ -309,7 +309,7 @@ async def test_vmm_without_regions(
 
     monkeypatch.setattr(FakeDriver, "inspect", inspect)
     async with world(tmp_path, {}) as made:
-        assert why in made.source.vm.status["message"]
+        assert why in made.source.vm.status.message
         async with made.migrating():
             told = await result(made)
     assert told["event"] == "failed"
@@ -468,4 +468,4 @@ async def test_device_state_without_end(
     monkeypatch.setattr(device_state, "MOST_WAITING", 1 << 20)
     made = await migrated(tmp_path, {"destination.load": hang})
     assert made.source.vmm.state == "running"
-    assert "takes no more device state" in made.source.vm.status["message"]
+    assert "takes no more device state" in made.source.vm.status.message

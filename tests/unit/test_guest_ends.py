@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from msgspec import to_builtins
 from session_faults import (
     Clock,
     destination_dies,
@@ -52,11 +53,11 @@ def assert_over(made: World) -> None:
         status = host.vm.status
         assert host.vmm.state == "ended"
         assert (host.phase, host.recorded()) == ("failed", "held")
-        assert FAREWELL in status["message"]
+        assert FAREWELL in status.message
         assert host.vm.claimed_by is host.vm.waiting is None
         assert not host.store.intents()
         assert not (host.store.directory / "web1.pages").exists()
-        assert verbs._settled(status)
+        assert verbs._settled(to_builtins(status))
     assert not [entry for entry in made.logs if str(entry["event"]).startswith("bug")]
 
 
@@ -70,7 +71,7 @@ async def test_guest_shuts_down(point: str, tmp_path: Path, clock: Clock) -> Non
         await made.migrate()
         assert not made.stuck
         assert_over(made)
-        result = made.source.vm.status["result"]
+        result = made.source.vm.status.result
         assert result["event"] == "ended"
         assert "web1 ran at" in result["error"]
 
@@ -122,7 +123,7 @@ async def test_source_vmm_is_kept(tmp_path: Path, clock: Clock) -> None:
         assert made.guest.broken == []
         assert made.source.recorded() == "granted"
         assert made.source.store.intents()
-        assert made.source.vm.status["result"]["event"] == "ended"
+        assert made.source.vm.status.result["event"] == "ended"
 
 
 @pytest.mark.parametrize("farewell", [FAREWELL, None])
@@ -166,7 +167,7 @@ async def test_killed_guest_is_no_end(tmp_path: Path, clock: Clock) -> None:
         await made.destination.daemon.resolve("web1", "kill")
         await trio.sleep(5)
         assert made.destination.recorded() == "declined"
-        assert "operator's decision" in made.destination.vm.status["message"]
+        assert "operator's decision" in made.destination.vm.status.message
         made.down = False
         await trio.sleep(20)
         assert made.source.phase == "paused"

@@ -75,7 +75,7 @@ async def test_another_daemon(kind: str, restarts: bool, tmp_path: Path, clock: 
         if restarts:
             made.source.kill()
             await trio.sleep(60)
-        told = made.source.vm.status["message"]
+        told = made.source.vm.status.message
         assert "knows nothing of web1 does not say that web1 runs nowhere" in told
         assert ("start that with the --state-dir" in told) is (kind == "another --state-dir")
         assert "was granted to the postcopyd of" in await not_taken_back(made)
@@ -94,7 +94,7 @@ async def test_its_machine_has_restarted(tmp_path: Path, clock: Clock) -> None:
         made.guest.given_up = True
         made.destination.vmm.die()
         await answers_instead(made, replace(THERE, boot="the next"), tmp_path / "empty")
-        assert "no VM web1 is attached" in made.source.vm.status["message"]
+        assert "no VM web1 is attached" in made.source.vm.status.message
         await made.source.daemon.resolve("web1", "take_back")
         assert (made.source.vmm.state, made.source.recorded()) == ("running", "held")
 
@@ -199,7 +199,7 @@ async def test_a_source_that_has_restarted_is_told(tmp_path: Path, clock: Clock)
         await trio.sleep(10)
         await there.daemon.attach("web1", "process", there.vmm.socket)
         await trio.sleep(30)
-        message = source.vm.status["message"]
+        message = source.vm.status.message
         assert "says: it knows web1, and not of this move (and web1 was granted to" in message
 
 

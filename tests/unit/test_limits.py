@@ -240,7 +240,7 @@ async def test_peers(tmp_path: Path, clock: Clock) -> None:
         peers.most = 0
         await made.migrate()
         assert made.source.phase == "failed"
-        assert "max-peers" in made.source.vm.status["message"]
+        assert "max-peers" in made.source.vm.status.message
         peers.most = 1  # its data connections need none
         await made.migrate()
         assert made.source.phase == "drained"
@@ -287,7 +287,7 @@ async def test_strangers_keep_no_guest_waiting(tmp_path: Path, clock: Clock) -> 
         await made.check()
         made.check_over()
         assert made.source.phase == "drained"
-        assert made.source.vm.status["result"]["recoveries"] == 1
+        assert made.source.vm.status.result["recoveries"] == 1
 
 
 def at_the_door(*addresses: str) -> Callable[[ExitStack, Peers], list[Visitor]]:
@@ -351,7 +351,7 @@ async def full(folder: Path, **request: Any) -> AsyncIterator[tuple[World, Arriv
         limits.arrivals.take("another", 1)
         async with made.migrating(**request):
             with trio.fail_after(10):
-                while "waits for its turn" not in made.source.vm.status["message"]:
+                while "waits for its turn" not in made.source.vm.status.message:
                     await trio.sleep(0.1)
             yield made, limits.arrivals
 
@@ -362,9 +362,9 @@ async def test_waits_and_goes_on(mode: str, tmp_path: Path, clock: Clock) -> Non
     says so, runs its guest, and goes on by itself."""
     async with full(tmp_path, mode=mode) as (made, arrivals):
         daemon, there = made.destination.daemon, made.destination.vmm
-        assert "web1 runs on here and waits for its turn at" in made.source.vm.status["message"]
-        assert made.source.vm.status["message"].endswith(": it is next")
-        assert "waits for its turn to come here" in made.destination.vm.status["message"]
+        assert "web1 runs on here and waits for its turn at" in made.source.vm.status.message
+        assert made.source.vm.status.message.endswith(": it is next")
+        assert "waits for its turn to come here" in made.destination.vm.status.message
         arrivals.join("a third", RAM)
         await trio.sleep(20 * p.DEAD_S)
         assert (made.source.phase, made.source.vmm.state) == ("idle", "running")
@@ -395,9 +395,9 @@ async def test_place_in_the_queue(tmp_path: Path, clock: Clock) -> None:
                 "abc", ("2 others before it", "1 other before", "it is next"), strict=True
             ):
                 with trio.fail_after(10):
-                    while says not in made.source.vm.status["message"]:
+                    while says not in made.source.vm.status.message:
                         await trio.sleep(0.1)
-                assert says in made.destination.vm.status["message"]
+                assert says in made.destination.vm.status.message
                 arrivals.leave(who)
             await made.settled()
         assert made.source.phase == "drained"
@@ -422,7 +422,7 @@ async def test_ends_while_it_waits(fault: Fault, tmp_path: Path, clock: Clock) -
         assert made.went["destination.adopt"] == 0
         if fault is cancel:
             assert made.refused == []
-            assert made.source.vm.status["result"]["event"] == "cancelled"
+            assert made.source.vm.status.result["event"] == "cancelled"
         assert arrivals.ahead("a third") == 0
         arrivals.leave("another")
         assert arrivals.ahead("a third") is None
@@ -441,7 +441,7 @@ async def test_vmm_ends_while_it_waits(fault: Fault, tmp_path: Path, clock: Cloc
     async with full(tmp_path) as (made, arrivals):
         fault(made, "")
         await made.settled()
-        assert "has ended" in made.source.vm.status["message"]
+        assert "has ended" in made.source.vm.status.message
         assert made.source.phase == made.destination.phase == "failed"
         arrivals.join("a third", 1)
         arrivals.leave("another")
@@ -466,7 +466,7 @@ async def test_looked_at_again(
         arrivals.leave("another")
         await made.settled()
         await made.check()
-        assert "it has a new device" in made.source.vm.status["message"]
+        assert "it has a new device" in made.source.vm.status.message
         assert made.source.vmm.state == "running"
         assert made.destination.vmm.state == "incoming"
 
@@ -477,7 +477,7 @@ async def test_too_large(tmp_path: Path, clock: Clock) -> None:
         arrivals = made.destination.daemon.settings.limits.arrivals = Arrivals(memory=RAM - 1)
         await made.migrate()
         await made.check()
-        assert "max-arriving-memory" in made.source.vm.status["message"]
+        assert "max-arriving-memory" in made.source.vm.status.message
         async with made.network() as port:
             problems, _ = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
         assert len(problems) == 1

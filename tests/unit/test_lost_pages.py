@@ -37,7 +37,7 @@ def cut_short(made: World, point: str) -> None:
 
 
 def poisons(made: World) -> None:
-    if "UFFDIO_POISON" in made.destination.vm.status["message"]:
+    if "UFFDIO_POISON" in made.destination.vm.status.message:
         missing("UFFDIO_POISON, of Linux 6.6")
 
 
@@ -49,10 +49,10 @@ async def check_lost(made: World) -> None:
     assert made.guest.broken == []
     assert (source.phase, destination.phase) == ("drained", "drained")
     assert (source.vmm.state, destination.vmm.state) == ("ended", "running")
-    assert source.vm.status["result"]["event"] == "completed"
-    assert source.vm.status["result"]["memory"]["lostPages"] == 3
+    assert source.vm.status.result["event"] == "completed"
+    assert source.vm.status.result["memory"]["lostPages"] == 3
     for host in made.hosts.values():
-        assert "3 pages that could not be read" in host.vm.status["message"]
+        assert "3 pages that could not be read" in host.vm.status.message
     assert any(entry["event"] == "memory lost" and entry["pages"] == 3 for entry in made.logs)
     assert destination.vmm.registered()  # or the errors would become zeros
     assert destination.recorded() == "owned"
@@ -100,7 +100,7 @@ async def test_the_engine_stays(tmp_path: Path, clock: Clock) -> None:
                 await trio.sleep(1)
         await check_lost(made)
         assert made.destination.vm.waiting is not None
-        migration = made.destination.vm.status["migration"]
+        migration = made.destination.vm.status.migration
         async with asking(made, migration, 1) as channel:
             drained = await channel.expect(p.Drained)
             assert (drained.confirmed, drained.lost) == (32, 3)
@@ -128,7 +128,7 @@ async def test_a_destination_that_cannot_be_told(
     monkeypatch.setattr(p, "FEATURES", frozenset({p.QUEUE}))
     async with world(tmp_path, {"source.save stopped": cut_short}) as made, made.migrating():
         with trio.fail_after(1000):
-            while "cannot be told" not in made.source.vm.status["message"]:
+            while "cannot be told" not in made.source.vm.status.message:
                 await trio.sleep(0.1)
         made.down = True
         made.cut(p.CONTROL, p.DATA)
@@ -144,7 +144,7 @@ async def test_a_destination_that_cannot_be_told(
         assert made.destination.vmm.memory() == made.source.vmm.memory()
         made.down = False
         with trio.fail_after(1000):
-            while "given up" not in made.source.vm.status["message"]:
+            while "given up" not in made.source.vm.status.message:
                 await trio.sleep(1)
 
 
@@ -159,7 +159,7 @@ async def test_end_after_drained(farewell: str | None, tmp_path: Path, clock: Cl
         there.vmm.die(farewell)
         await trio.sleep(5)
         assert (there.phase, there.recorded()) == ("drained", "held")
-        assert "its VMM has ended since" in there.vm.status["message"]
+        assert "its VMM has ended since" in there.vm.status.message
         assert there.vm.about["answer"]["type"] == "drained"
         assert there.vm.driver is there.vm.waiting is None
         await there.daemon.detach("web1")
@@ -192,9 +192,9 @@ async def test_killed_before_foreign_is_recorded(
                 await trio.sleep(0.1)
         assert "foreign" not in there.store.load()["web1"]["about"]
         await trio.sleep(60)
-        assert "page 4 of region 0" in there.vm.status["message"]
-        assert "not to be trusted" in there.vm.status["message"]
-        assert "not to be trusted" in made.source.vm.status["message"]
+        assert "page 4 of region 0" in there.vm.status.message
+        assert "not to be trusted" in there.vm.status.message
+        assert "not to be trusted" in made.source.vm.status.message
         assert (there.phase, there.recorded()) == ("paused", "owned")
         assert there.vm.waiting is None
         assert there.vmm.registered()
@@ -207,16 +207,16 @@ async def test_foreign_pages_end_it(tmp_path: Path, clock: Clock) -> None:
     async with world(tmp_path, {"<- ran": foreign}) as made, made.migrating():
         there = made.destination
         with trio.fail_after(1000):
-            while "not to be trusted" not in there.vm.status["message"]:
+            while "not to be trusted" not in there.vm.status.message:
                 await trio.sleep(0.1)
         for life in (1, 2):
-            assert "page 4 of region 0" in there.vm.status["message"] or life == 2
-            assert "khugepaged" in there.vm.status["message"]
+            assert "page 4 of region 0" in there.vm.status.message or life == 2
+            assert "khugepaged" in there.vm.status.message
             assert (there.phase, there.recorded()) == ("paused", "owned")
             assert there.vm.waiting is None
             assert there.vmm.registered()
             await trio.sleep(20)
-            assert "not to be trusted" in made.source.vm.status["message"]
+            assert "not to be trusted" in made.source.vm.status.message
             if life == 1:
                 made.kill("destination")
                 with trio.fail_after(100):

@@ -63,7 +63,7 @@ async def test_what_others_do_between_two_daemons_is_left(
 
 def _left(made: World) -> None:
     assert made.source.vmm.state == "taken"
-    message = made.source.vm.status["message"]
+    message = made.source.vm.status.message
     assert "as it was:" not in message
     if made.went["source.rollback"]:
         assert "was left here as it was found: somebody else has it" in message

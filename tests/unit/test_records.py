@@ -141,12 +141,12 @@ async def test_a_bad_record_is_the_trouble_of_its_vm(word: str, tmp_path: Path) 
     write(store, "web1", RECORD)
     assert len(names) > 50
     async with started(store) as made:
-        assert made.status("web1")["phase"] == "idle"
+        assert made.status("web1").phase == "idle"
         for name in names:
             status = made.status(name)
-            assert status["phase"] in schema.Phase.__args__
-            assert isinstance(status["message"], str)
-            assert "internal error" not in status["message"], (name, status)
+            assert status.phase in schema.Phase.__args__
+            assert isinstance(status.message, str)
+            assert "internal error" not in status.message, (name, status)
 
 
 async def test_what_is_wrong_is_said(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ async def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     write(store, "three", {**EACH["granted"], "about": {}})
     write(store, "four", [])
     async with started(store) as made:
-        said = {name: made.status(name)["message"] for name in made.vms}
+        said = {name: made.status(name).message for name in made.vms}
     assert f"reading the record {tmp_path}/one.json: it lacks about; move it away" in said["one"]
     assert "it does not make sense: expected `int`, got `str` - at `$.epoch`" in said["two"]
     assert "about its migration it lacks downtime, migration, recoveries" in said["three"]
@@ -172,10 +172,10 @@ async def test_a_bad_record_beside_an_intent(tmp_path: Path) -> None:
     store.save_intent("web1", INTENT)
     async with started(store) as made:
         status = made.status("web1")
-        assert "web1.json: it does not make sense" in status["message"]
-        assert status["peer"] == "127.0.0.1:1"
+        assert "web1.json: it does not make sense" in status.message
+        assert status.peer == "127.0.0.1:1"
         await made.recover("web1", "127.0.0.1:2")
-        assert made.status("web1")["peer"] == "127.0.0.1:2"
+        assert made.status("web1").peer == "127.0.0.1:2"
     assert store.intents()["web1"]["peer"] == "127.0.0.1:2"
 
 

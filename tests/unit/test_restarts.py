@@ -154,7 +154,7 @@ async def test_a_held_guest_is_attached_later(
         monkeypatch.setattr(FakeDriver, "connect", classmethod(slow))
         made.source.kill()
         await trio.sleep(2)
-        assert "did not answer" in made.source.vm.status["message"]
+        assert "did not answer" in made.source.vm.status.message
         await trio.sleep(100)
         assert made.source.vm.driver is not None
         assert made.source.vm.status == before
@@ -176,12 +176,12 @@ async def test_recover_asks_a_late_vmm_at_once(
             assert made.source.phase == "paused"
             made.down = True
             await made.source.daemon.recover("web1", "127.0.0.1:9")
-            assert made.source.vm.status["peer"] == "127.0.0.1:9"
+            assert made.source.vm.status.peer == "127.0.0.1:9"
             assert made.source.store.intents()["web1"]["peer"] == "127.0.0.1:9"
             await trio.sleep(400)
             made.source.kill()
             await trio.sleep(400)
-            assert made.source.vm.status["peer"] == "127.0.0.1:9"
+            assert made.source.vm.status.peer == "127.0.0.1:9"
             assert made.source.session.request.to == "127.0.0.1:9"
             made.down = False
             await made.source.daemon.recover("web1", made.to)
@@ -217,13 +217,13 @@ async def test_a_kept_source_outlives_restarts(tmp_path: Path, clock: Clock) -> 
     and when it ends, that is noticed."""
     async with world(tmp_path, {}) as made:
         await made.migrate(keep_source=True)
-        told = made.source.vm.status["message"]
+        told = made.source.vm.status.message
         for _ in range(3):
             made.source.kill()
             await trio.sleep(10)
             assert made.source.up
             assert made.source.vm.driver is not None
-            assert (made.source.phase, made.source.vm.status["message"]) == ("drained", told)
+            assert (made.source.phase, made.source.vm.status.message) == ("drained", told)
         made.source.vmm.die()
         await trio.sleep(10)
         assert made.source.up
@@ -283,10 +283,10 @@ async def test_full_at_drained_then_a_restart(left: str, tmp_path: Path, clock: 
             pages.unlink()
         await trio.sleep(100)
         if left == "userfaultfd":  # which alone prove nothing
-            assert "the page record of web1 is gone" in made.destination.vm.status["message"]
+            assert "the page record of web1 is gone" in made.destination.vm.status.message
             pages.write_bytes(kept)  # for the next attempt
             await trio.sleep(2 * SELDOM_S)
-        assert made.destination.vm.status["message"] == "web1 is here, with all of its memory"
+        assert made.destination.vm.status.message == "web1 is here, with all of its memory"
         assert made.destination.recorded() == "held"
         assert made.destination.vmm.state == "running"
         assert made.destination.vmm.memory() == made.source.vmm.memory()
@@ -302,7 +302,7 @@ async def test_userfaultfds_that_are_gone(tmp_path: Path, clock: Clock) -> None:
     async with world(tmp_path, {"<- progress": closed}) as made, made.migrating():
         await trio.sleep(60)
         assert made.destination.phase == "paused"
-        assert "do not trust its guest" in made.destination.vm.status["message"]
+        assert "do not trust its guest" in made.destination.vm.status.message
         assert made.source.phase == "paused"
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from postcopyd.daemon.sd import Manager
 from postcopyd.daemon.service import summary
+from postcopyd.model import Status
 
 
 def test_without_a_service_manager_nothing_happens() -> None:
@@ -99,9 +100,9 @@ def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
         assert "descriptor 3, given by the service manager, is no socket" in taken(file.fileno())
 
 
-def vm(name: str, phase: str, **about: Any) -> dict[str, Any]:
-    plain = {"vm": name, "role": "source", "phase": phase, "peer": "host2:16525", "remaining": 0}
-    return plain | about
+def vm(name: str, phase: Any, **about: Any) -> Status:
+    plain = {"role": "source", "migration": "m1", "peer": "host2:16525", "message": ""}
+    return Status(vm=name, phase=phase, **plain | about)
 
 
 def test_the_status_line() -> None:

@@ -144,7 +144,7 @@ async def test_declined(faults: dict[str, Fault], tmp_path: Path, clock: Clock) 
     assert made.destination.vmm.state == "ended"
     assert (made.source.recorded(), made.destination.recorded()) == ("held", "declined")
     assert made.source.vm.epoch == 2  # what the destination had was 1, and is over
-    assert "could not run web1" in made.source.vm.status["message"]
+    assert "could not run web1" in made.source.vm.status.message
 
 
 async def test_declined_and_not_ended(tmp_path: Path, clock: Clock) -> None:
@@ -255,7 +255,7 @@ async def test_no_hook_for_what_is_no_name(name: str, tmp_path: Path, clock: Clo
 async def test_paused_guest_is_no_destination(tmp_path: Path, clock: Clock) -> None:
     """A VMM with a guest that waits here takes no other offer, and goes on waiting."""
     async with source_is_gone(tmp_path) as made:
-        before = dict(made.destination.vm.status)
+        before = made.destination.vm.status
         stream = await dial("127.0.0.1", made.destination.port, p.CONTROL)
         region = p.RegionOffer("ram0", 24, 4096)
         async with Channel(stream, Machine(Source.GREETING), "there") as channel:
@@ -299,8 +299,8 @@ async def asking(made: World, migration: str, epoch: int) -> AsyncIterator[Chann
 async def test_resume_of_another(migration: str, epoch: int, tmp_path: Path, clock: Clock) -> None:
     """Who asks for another migration or another epoch is told so, and the guest waits on."""
     async with source_is_gone(tmp_path) as made:
-        waiting, before = made.destination.vm.waiting, dict(made.destination.vm.status)
-        async with asking(made, migration or before["migration"], epoch) as channel:
+        waiting, before = made.destination.vm.waiting, made.destination.vm.status
+        async with asking(made, migration or before.migration, epoch) as channel:
             with pytest.raises(PeerError, match="knows nothing of this move"):
                 await channel.receive()
         assert made.destination.vm.waiting is waiting is not None
@@ -310,7 +310,7 @@ async def test_resume_of_another(migration: str, epoch: int, tmp_path: Path, clo
 async def test_resume_takes_over(tmp_path: Path, clock: Clock) -> None:
     """A source that asks again has lost the connection before, whatever this side thinks of it."""
     async with source_is_gone(tmp_path) as made:
-        migration = made.destination.vm.status["migration"]
+        migration = made.destination.vm.status.migration
         async with asking(made, migration, 1) as first:
             token = (await first.expect(p.Ready)).token
             await first.expect(p.Ran)
@@ -344,7 +344,7 @@ async def test_recover_elsewhere(tmp_path: Path, clock: Clock) -> None:
         await made.check()
         made.check_over()
         assert made.source.phase == "drained"
-        assert made.source.vm.status["peer"] == address
+        assert made.source.vm.status.peer == address
         with pytest.raises(PostcopydError, match="no paused migration"):
             await made.source.daemon.recover("web1", None)
 
@@ -354,21 +354,21 @@ async def test_result_of_a_pause(tmp_path: Path, clock: Clock) -> None:
     is refused."""
     async with network_is_down(tmp_path) as made:
         vm = made.source.vm
-        while vm.status["phase"] != "paused":
+        while vm.status.phase != "paused":
             await trio.sleep(0.1)
         await trio.sleep(PATIENCE_S - 2)
-        assert (vm.status["phase"], vm.status.get("result")) == ("paused", None)
+        assert (vm.status.phase, vm.status.result) == ("paused", None)
         with trio.fail_after(PATIENCE_S):
-            while vm.status.get("result") is None:
+            while vm.status.result is None:
                 await trio.sleep(1)
-        assert vm.status["result"]["event"] == "paused"
+        assert vm.status.result["event"] == "paused"
         with pytest.raises(PostcopydError, match="it can only go on there"):
             await made.source.daemon.cancel("web1")
         made.down = False
         await made.settled()
         await made.check()
         made.check_over()
-        assert vm.status["result"]["event"] == "completed"
+        assert vm.status.result["event"] == "completed"
 
 
 # --- a daemon that has just started --------------------------------------------------------------
@@ -415,14 +415,14 @@ async def test_nothing_to_decide(tmp_path: Path, clock: Clock) -> None:
 async def test_wait(tmp_path: Path, clock: Clock) -> None:
     """To wait changes nothing on either side, and what is for the other side is refused."""
     async with network_is_down(tmp_path) as made:
-        before = [dict(host.vm.status) for host in made.hosts.values()]
+        before = [host.vm.status for host in made.hosts.values()]
         for host in made.hosts.values():
             await host.daemon.resolve("web1", "wait")
         with pytest.raises(PostcopydError, match="they are not missing here"):
             await made.source.daemon.resolve("web1", "poison")
         with pytest.raises(PostcopydError, match="that is for the host it left"):
             await made.destination.daemon.resolve("web1", "take_back")
-        assert [dict(host.vm.status) for host in made.hosts.values()] == before
+        assert [host.vm.status for host in made.hosts.values()] == before
         made.down = False
         await made.settled()
         made.check_over()
@@ -438,7 +438,7 @@ async def test_take_back(tmp_path: Path, clock: Clock) -> None:
         assert made.source.vmm.state == "running"
         assert (made.source.recorded(), made.source.phase) == ("held", "failed")
         assert made.source.vm.epoch == 2
-        assert "taken back by an operator's decision" in made.source.vm.status["message"]
+        assert "taken back by an operator's decision" in made.source.vm.status.message
 
 
 async def test_kill_the_source(tmp_path: Path, clock: Clock) -> None:
@@ -447,7 +447,7 @@ async def test_kill_the_source(tmp_path: Path, clock: Clock) -> None:
         await made.source.daemon.resolve("web1", "kill")
         assert (made.source.vmm.state, made.source.phase) == ("ended", "failed")
         assert made.source.recorded() == "declined"
-        assert made.source.vm.status["result"]["event"] == "paused"  # for all that is known here
+        assert made.source.vm.status.result["event"] == "paused"  # for all that is known here
         assert (made.destination.vmm.state, made.destination.phase) == ("running", "paused")
 
 
@@ -472,9 +472,9 @@ async def test_poison(tmp_path: Path, clock: Clock) -> None:
                 missing("UFFDIO_POISON, of Linux 6.6")
             raise
         assert made.destination.vmm.state == "running"
-        assert "without" in made.destination.vm.status["message"]
+        assert "without" in made.destination.vm.status.message
         assert made.destination.vmm.registered()  # or the errors would become zeros
-        async with asking(made, made.destination.vm.status["migration"], 1) as channel:
+        async with asking(made, made.destination.vm.status.migration, 1) as channel:
             with pytest.raises(PeerError, match="were given up"):
                 await channel.receive()
 
@@ -499,7 +499,7 @@ async def test_veto(role: Role, phase: str, tmp_path: Path, clock: Clock) -> Non
     made = await migrated(tmp_path, {})
     assert "source.save" not in made.went
     assert made.source.vmm.state == "running"
-    assert "not now" in made.source.vm.status["message"]
+    assert "not now" in made.source.vm.status.message
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ async def test_check_touches_nothing(tmp_path: Path, clock: Clock) -> None:
     """A check asks both VMMs and changes neither, nor a record or a status."""
     async with world(tmp_path, {}) as made:
         made.destination.vmm.problems = ("it has no shared memory",)
-        before = [dict(host.vm.status) for host in made.hosts.values()]
+        before = [host.vm.status for host in made.hosts.values()]
         async with made.network() as port:
             problems, _ = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
         assert problems == ["it has no shared memory"]
