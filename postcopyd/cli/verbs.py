@@ -342,7 +342,7 @@ def _daemon_against(args: argparse.Namespace) -> str:
     except _NotRunning:
         return _record_against(args)
     for status in vms:
-        if status["vm"] == args.name and not _settled(status):
+        if status["vm"] == args.name and not _stays_here(status):
             return str(status["message"])
     return ""
 
@@ -352,7 +352,7 @@ def _record_against(args: argparse.Namespace) -> str:
     from postcopyd.records import store
 
     record = store.read_record(_state_dir(args), args.name)
-    if record is None or _settled(record["status"]):
+    if record is None or _stays_here(record["status"]):
         return ""
     return f"{record['status']['message']}; no daemon answers here: start it, it goes on with that"
 
@@ -365,7 +365,7 @@ def _state_dir(args: argparse.Namespace) -> Path:
     return durable.parent if durable.name == "durable" else options.DEFAULT_STATE_DIR
 
 
-def _settled(status: Mapping[str, Any]) -> bool:
+def _stays_here(status: Mapping[str, Any]) -> bool:
     """Whether the guest is not at the other host, nor on its way there or here."""
     result = status.get("result") or {}
     match status["role"], status["phase"]:

@@ -31,7 +31,7 @@ from postcopyd.net.peers import Visitor
 from postcopyd.net.tls import TlsFailed, handshake, same_peer
 from postcopyd.protocol import POISONED, RemoteProtocolError
 from postcopyd.sessions.hooks import run_hooks
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import DAEMON, Vm
 from postcopyd.tasks.nursery import open_nursery
 
@@ -47,12 +47,12 @@ class Acceptor:
 
     def __init__(
         self,
-        settings: Settings,
+        shared: Shared,
         vms: Mapping[str, Vm],
         arrived: Callable[[Vm, DestinationSession], None],
         inquiries: Inquiries,
     ) -> None:
-        self._settings = settings
+        self._shared = shared
         self._vms = vms
         self._arrived = arrived
         self._inquiries = inquiries
@@ -64,7 +64,7 @@ class Acceptor:
             tune(stream.socket)
             # A socket for both families has IPv4's addresses within IPv6's.
             peer = str(stream.socket.getpeername()[0]).removeprefix("::ffff:")
-            with self._settings.limits.peers.visit(peer) as visitor, visitor.scope:
+            with self._shared.limits.peers.visit(peer) as visitor, visitor.scope:
                 await self._serve(stream, peer, visitor)
             if visitor.scope.cancelled_caught:
                 log.debug("connection refused", peer=peer, error="too many at the door")
@@ -77,7 +77,7 @@ class Acceptor:
 
     async def _serve(self, stream: trio.SocketStream, peer: str, visitor: Visitor) -> None:
         kind = await accepted_kind(stream)
-        if kind.endswith(" tls") != (self._settings.tls is not None):
+        if kind.endswith(" tls") != (self._shared.tls is not None):
             await self._refuse(stream, kind, peer)
         elif kind in (p.DATA, p.DATA_TLS):
             await self._take_data(stream)
@@ -86,7 +86,7 @@ class Acceptor:
 
     async def _refuse(self, stream: trio.SocketStream, kind: str, peer: str) -> None:
         """One side has TLS and the other has not. Raises PostcopydError, once the peer was told."""
-        which, other = ("with", "without") if self._settings.tls else ("without", "with")
+        which, other = ("with", "without") if self._shared.tls else ("without", "with")
         sentence = (
             f"the daemon at the destination was started {which} TLS, and the one at the source "
             f"{other}: start both with TLS, or both with `--tls off`"
@@ -101,11 +101,11 @@ class Acceptor:
         Raises PostcopydError."""
         machine = Machine(Destination.GREETING)
         channel = partial(
-            Channel, instance=self._settings.instance, daemon=self._settings.daemon, peer=peer
+            Channel, instance=self._shared.instance, daemon=self._shared.daemon, peer=peer
         )
-        if self._settings.tls is None:
+        if self._shared.tls is None:
             return channel(stream, machine)
-        secure = self._settings.tls.server(stream)
+        secure = self._shared.tls.server(stream)
         try:
             with trio.fail_after(CONNECT_S):
                 names = await handshake(secure, peer)
@@ -148,7 +148,7 @@ class Acceptor:
     # --- a migration begins ----------------------------------------------------------------------
 
     async def _take_offer(self, channel: Channel, offer: p.Offer) -> None:
-        tls = self._settings.tls
+        tls = self._shared.tls
         if tls is not None and offer.check:
             tls.allow(channel.names, "control", "send")
         elif tls is not None:
@@ -164,7 +164,7 @@ class Acceptor:
                 f"{vm.status.message}",
                 "Busy",
             )
-        session = DestinationSession(vm, offer, channel, self._settings)
+        session = DestinationSession(vm, offer, channel, self._shared)
         if offer.check:
             with vm.claim(session):
                 await session.check()
@@ -178,7 +178,7 @@ class Acceptor:
         async with channel.alive(), open_nursery() as nursery:
             nursery.start_soon(_hear_end, channel)
             await run_hooks(
-                self._settings.hooks,
+                self._shared.hooks,
                 offer.vm,
                 "destination",
                 "prepare",
@@ -194,7 +194,7 @@ class Acceptor:
         known = self._vms.get(asked.vm)
         about = known.about if known else {}
         if about.get("migration") != asked.migration:
-            about = self._settings.store.answered(asked.vm, asked.migration)
+            about = self._shared.store.answered(asked.vm, asked.migration)
         self._may_ask(channel, asked, about.get("identity", ()))
         past = about and (known is None or about is not known.about)
         if past and not asked.look and about["offer"]["epoch"] == asked.epoch:
@@ -211,7 +211,7 @@ class Acceptor:
     def _may_ask(self, channel: Channel, asked: p.Resume, identity: Collection[str]) -> None:
         """Raises PostcopydError for a peer that is not the source of this migration, of
         `identity`."""
-        tls = self._settings.tls
+        tls = self._shared.tls
         if tls is not None and asked.look:
             tls.allow(channel.names, "control", "send")
         elif tls is not None and not identity:
@@ -227,7 +227,7 @@ class Acceptor:
         with trio.move_on_after(ANSWER_S):
             await vm.free.wait()
         self._must_be_last(vm, asked)
-        if isinstance(vm.waiting, DestinationSession) and not vm.waiting.settled:
+        if isinstance(vm.waiting, DestinationSession) and not vm.waiting.over:
             if vm.waiting.poisoned:
                 raise PostcopydError(
                     f"the missing pages of {vm.name} were given up at the destination by a person, "
@@ -276,7 +276,7 @@ class Acceptor:
                 yield
             finally:
                 del self.sessions[migration]
-                self._settings.limits.arrivals.leave(migration)
+                self._shared.limits.arrivals.leave(migration)
         tidy()
 
     def _vm(self, name: str) -> Vm:

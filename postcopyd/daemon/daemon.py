@@ -10,18 +10,18 @@ from postcopyd.daemon.decisions import Decisions
 from postcopyd.daemon.inquiries import Inquiries
 from postcopyd.daemon.registry import Registry
 from postcopyd.daemon.restart import Restart
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 
 
 class Daemon(Registry):
     """The registry, and what works at its VMs beside it. `nursery` holds the tasks of VMs."""
 
-    def __init__(self, settings: Settings, nursery: trio.Nursery) -> None:
-        super().__init__(settings, nursery)
-        inquiries = Inquiries(settings, self.vms, self.spawn)
+    def __init__(self, shared: Shared, nursery: trio.Nursery) -> None:
+        super().__init__(shared, nursery)
+        inquiries = Inquiries(shared, self.vms, self.spawn)
         restart = Restart(self, inquiries)
         decisions = Decisions(self, restart, inquiries)
-        self.acceptor = Acceptor(settings, self.vms, self.arrived, inquiries)
+        self.acceptor = Acceptor(shared, self.vms, self.arrived, inquiries)
         self.restore = restart.begin
         self.serve_peer = self.acceptor.serve_peer
         self.recover, self.resolve = decisions.recover, decisions.resolve

@@ -59,7 +59,7 @@ class Decisions:
                 )
         if to is not None:
             # First: a host that is started again asks where a person has said.
-            redirect = self._registry.settings.store.redirect_intent
+            redirect = self._registry.shared.store.redirect_intent
             await trio.to_thread.run_sync(redirect, name, to, limiter=threads.DISK)
         if isinstance(leaving, SourceSession):
             leaving.recover(to)
@@ -70,7 +70,7 @@ class Decisions:
             if to is not None and "request" in vm.about:
                 vm.about["request"] = {**vm.about["request"], "to": to}
                 vm.show(peer=to)
-                vm.record_settled(None)
+                vm.record_soon(None)
             again.set()
 
     async def resolve(self, name: str, decision: Decision) -> None:
@@ -121,7 +121,7 @@ class Decisions:
             if vm.driver is not None or certainly_ended(vm):
                 vm.about["answer"] = to_builtins(_lost_here(name))
             before = vm.status
-            vm.settle(
+            vm.conclude(
                 phase="failed",
                 message=f"the VMM of {name} here {ended} with {before.peer}, by an operator's "
                 f"decision; before you start it anywhere ask `postcopyd status {name}` there",

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import trio
 
 from postcopyd.errors import PostcopydError
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
-from postcopyd.source.restart import look
+from postcopyd.source.restart import ask_destination
 
 AGAIN_S = 5.0
 """How long until a host that did not answer is asked again."""
@@ -34,11 +34,11 @@ class Inquiries:
 
     def __init__(
         self,
-        settings: Settings,
+        shared: Shared,
         vms: Mapping[str, Vm],
         spawn: Callable[[Vm, Callable[..., Awaitable[None]], Vm, Inquiry], None],
     ) -> None:
-        self._settings = settings
+        self._shared = shared
         self._vms = vms
         self._spawn = spawn
         self._open: dict[Vm, Inquiry] = {}
@@ -62,7 +62,7 @@ class Inquiries:
 
         while wanted():
             try:
-                said = await look(vm.name, intent, self._settings)
+                said = await ask_destination(vm.name, intent, self._shared)
             except PostcopydError as error:
                 if why != (why := str(error)):
                     vm.log.warning("destination not asked", error=why)

@@ -64,7 +64,7 @@ def configure_logging() -> None:
     listeners = logging.getLogger("trio.serve_listeners")
     listeners.handlers, listeners.propagate = [Shortage()], False
     least = os.environ.get("POSTCOPYD_LOG_LEVEL", "info").upper()
-    sink: Any = Journal() if is_journal(2) else Lines()
+    sink: Any = Journal() if is_journal(2) else Stream()
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping().get(least, logging.INFO)
@@ -85,7 +85,7 @@ def is_journal(fd: int) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-class Lines:
+class Stream:
     """One line for each entry, or what suits a terminal, to a descriptor."""
 
     def __init__(self, fd: int = 2) -> None:

@@ -29,7 +29,7 @@ from postcopyd.config.options import MODES, parse_address
 from postcopyd.daemon import journal
 from postcopyd.errors import PostcopydError
 from postcopyd.net import socket_file
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
 from postcopyd.tasks import guard
 
@@ -59,7 +59,7 @@ class Daemon(Protocol):
 
     vms: dict[str, Vm]
 
-    settings: Settings
+    shared: Shared
 
 
 class Metrics(Collector):
@@ -167,14 +167,14 @@ class Metrics(Collector):
         yield GaugeMetricFamily(
             "postcopyd_peer_connections",
             "Connections from other daemons",
-            len(self._daemon.settings.limits.peers),
+            len(self._daemon.shared.limits.peers),
         )
         yield GaugeMetricFamily(
             "postcopyd_arrivals_waiting",
             "Guests that wait for their turn to come here",
-            self._daemon.settings.limits.arrivals.waiting,
+            self._daemon.shared.limits.arrivals.waiting,
         )
-        if (tls := self._daemon.settings.tls) is not None:
+        if (tls := self._daemon.shared.tls) is not None:
             yield GaugeMetricFamily(
                 "postcopyd_certificate_end_timestamp_seconds",
                 "When the first of this host's certificates is not valid any more",

@@ -27,7 +27,7 @@ from postcopyd.errors import PostcopydError
 from postcopyd.model import MigrateRequest, Status
 from postcopyd.records import locks
 from postcopyd.sessions import hugepages, losses
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import DAEMON, Vm
 from postcopyd.source.session import SourceSession
 from postcopyd.tasks import guard
@@ -48,8 +48,8 @@ log = structlog.get_logger()
 class Registry:
     """`nursery` holds the tasks of VMs; it is the daemon's."""
 
-    def __init__(self, settings: Settings, nursery: trio.Nursery) -> None:
-        self.settings = settings
+    def __init__(self, shared: Shared, nursery: trio.Nursery) -> None:
+        self.shared = shared
         self.vms: dict[str, Vm] = {}
         self._nursery = nursery
         self._owing: set[Vm] = set()
@@ -92,7 +92,7 @@ class Registry:
         """The VM of this name, if it is known here and may be attached. Raises PostcopydError."""
         known = self.vms.get(name)
         if known is None:
-            self.settings.limits.one_more_vm(name, [*self.vms])
+            self.shared.limits.one_more_vm(name, [*self.vms])
         elif known.status.phase == "paused":
             raise PostcopydError(
                 f"attaching {name} at {socket}: {name} is here already, in a migration that is not "
@@ -151,7 +151,7 @@ class Registry:
                 "Busy",
             )
         vm.keep_answer()
-        self.settings.store.remove(name)
+        self.shared.store.remove(name)
         # It is known here no more before anybody else's turn comes, who may attach it anew.
         del self.vms[name]
         vm.let_go()
@@ -255,7 +255,7 @@ class Registry:
         await vm.ended()
         self._must_be_whole(vm)
         request = MigrateRequest(to, unsafe=unsafe)
-        session = SourceSession(vm, request, self.settings, secrets.token_hex(8))
+        session = SourceSession(vm, request, self.shared, secrets.token_hex(8))
         with vm.claim(session):
             return await session.check()
 
@@ -275,7 +275,7 @@ class Registry:
                 "Refused",
             )
         migration = secrets.token_hex(8)
-        session = SourceSession(vm, request, self.settings, migration)
+        session = SourceSession(vm, request, self.shared, migration)
         claimed = vm.claim(session)  # here, so that Busy is the answer to this call
 
         async def run() -> None:
@@ -286,13 +286,13 @@ class Registry:
                     log.exception("bug in a session", vm=name, migration=migration)
             tidy()
 
-        vm.settle(role="source", phase="idle", migration=migration, peer=request.to, result=None)
+        vm.conclude(role="source", phase="idle", migration=migration, peer=request.to, result=None)
         self.spawn(vm, run)
         return migration
 
     def _must_be_whole(self, vm: Vm) -> None:
         """Raises PostcopydError for a guest that has lost pages in its move here."""
-        if isinstance(vm.waiting, DestinationSession) and vm.waiting.settled:
+        if isinstance(vm.waiting, DestinationSession) and vm.waiting.over:
             raise PostcopydError(losses.immovable(vm.name, vm.waiting.lost), "Refused")
 
     async def cancel(self, name: str) -> None:
@@ -315,12 +315,12 @@ class Registry:
 
     def _failed(self, vm: Vm, error: Exception) -> None:
         going_on = vm.status.phase in ("precopy", "handover", "postcopy")
-        if vm.claimed_by is None and going_on:  # nobody settles it any more
+        if vm.claimed_by is None and going_on:  # nobody concludes it any more
             vm.show(phase="paused", message=f"{vm.name} met an internal error: {error!r}")
 
     def known(self, name: str) -> Vm:
         """A VM of this daemon, in its registry or about to be."""
-        vm = Vm(name, self.settings.store, None)
+        vm = Vm(name, self.shared.store, None)
         vm.owing = partial(self._owes, vm)
         return vm
 

@@ -43,13 +43,13 @@ async def show_again(registry: Registry, vm: Vm, told: Status) -> None:
 
 async def run_again(registry: Registry, vm: Vm, told: Status) -> None:
     """The guest was not granted, and may have been stopped."""
-    await roll_back(vm, registry.settings)
+    await roll_back(vm, registry.shared)
 
 
 async def dial_again(registry: Registry, vm: Vm, told: Status) -> None:
     """The guest was granted: its destination is asked, and the rest of its memory follows."""
     session = await SourceSession.restored(
-        vm, vm.about, registry.settings, Machine(Source.GRANTED_LOST)
+        vm, vm.about, registry.shared, Machine(Source.GRANTED_LOST)
     )
     vm.claimed_by = session
     await session.resume()
@@ -71,13 +71,13 @@ async def take_faults(registry: Registry, vm: Vm, told: Status) -> None:
     if await finish_unwritten(vm):
         return
     channel = Channel(Nobody(), Machine(Destination.RUNNING_LOST), vm.status.peer)
-    session = await DestinationSession.restored(vm, vm.about, channel, registry.settings)
-    if session.complete and session.ran and not session.settled:
+    session = await DestinationSession.restored(vm, vm.about, channel, registry.shared)
+    if session.complete and session.ran and not session.over:
         await session.finish()
         registry.arrived(vm, session)
     else:
         vm.waiting = session
-        if session.poisoned or session.settled:
+        if session.poisoned or session.over:
             return
         vm.show(
             phase="paused",
@@ -139,18 +139,18 @@ class Restart:
     def begin(self) -> None:
         """Knows the VMs of the daemon before again. What each had under way goes on in a task of
         its own, which has claimed its VM when this returns."""
-        store, vms = self._registry.settings.store, self._registry.vms
+        store, vms = self._registry.shared.store, self._registry.vms
         records, unread = store.load_each()
         intents, torn = store.intents_each()
         for name, record in records.items():
             vm = vms[name] = self._registry.known(name)
             vm.remember(record)
             if vm.ownership == "held" and vm.under_way:
-                vm.settle(
+                vm.conclude(
                     phase="failed",
                     message=untouched(name, "the daemon ended while it was copied"),
                 )
-                vm.record_settled("held")
+                vm.record_soon("held")
             self._registry.spawn(vm, self._until_done, vm, vm.claim(DAEMON))
             if name in intents and came_back(vm, intents[name]):
                 vm.home()

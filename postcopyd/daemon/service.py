@@ -32,7 +32,7 @@ from postcopyd.net.tls import Tls
 from postcopyd.records import identity, locks
 from postcopyd.records.store import Store
 from postcopyd.sessions.limits import Limits
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.tasks import guard
 from postcopyd.units import size
 
@@ -82,7 +82,7 @@ async def _serve_alone(options: ServeOptions, manager: Manager, store: Store) ->
     gc.collect()
     gc.freeze()
     raise_limit()
-    settings = Settings(
+    shared = Shared(
         store,
         options.hooks_dir,
         options.bandwidth or 0,
@@ -97,13 +97,13 @@ async def _serve_alone(options: ServeOptions, manager: Manager, store: Store) ->
         warn_of_plaintext(listeners, options)
     async with trio.open_nursery() as process:
         async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
-            daemon = Daemon(settings, migrations)
+            daemon = Daemon(shared, migrations)
             methods.interface()  # while there are descriptors to read it with
             daemon.restore()
             if options.metrics:
                 await _metered(daemon, options.metrics, nursery)
             ending = trio.Event()
-            await nursery.start(_signals, manager, settings, ending, nursery, migrations)
+            await nursery.start(_signals, manager, shared, ending, nursery, migrations)
             control_at = control_listener.getsockname()
             await nursery.start(methods.serve, daemon, control_listener)
             await nursery.start(trio.serve_listeners, guard.each(daemon.serve_peer), listeners)
@@ -232,7 +232,7 @@ async def _listen(options: ServeOptions) -> list[trio.SocketListener]:
 
 async def _signals(
     manager: Manager,
-    settings: Settings,
+    shared: Shared,
     ending: trio.Event,
     *nurseries: trio.Nursery,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -243,7 +243,7 @@ async def _signals(
         task_status.started()
         async for number in signals:
             if number == signal.SIGHUP:
-                _reload(manager, settings)
+                _reload(manager, shared)
                 continue
             log.info("ending", signal=signal.Signals(number).name)
             manager.tell("STOPPING=1")
@@ -253,13 +253,13 @@ async def _signals(
             return
 
 
-def _reload(manager: Manager, settings: Settings) -> None:
+def _reload(manager: Manager, shared: Shared) -> None:
     """What cannot be used leaves things as they are: guests are on their way."""
     # CLOCK_MONOTONIC, as sd_notify(3) wants it of those who reload.
     manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        if settings.tls is not None:
-            settings.tls.reload()
+        if shared.tls is not None:
+            shared.tls.reload()
         log.info("certificates reloaded")
     except PostcopydError as error:
         log.error("certificates not reloaded, those before stay in use", error=str(error))

@@ -60,14 +60,14 @@ async def admit(m: Migration, held: AsyncExitStack) -> Shape:
 
 def promise(m: Migration, shape: Shape, held: AsyncExitStack) -> None:
     """The memory that this arrival lacks is set aside for it."""
-    m.settings.arriving[m.vm.name] = shape
+    m.shared.arriving[m.vm.name] = shape
     held.callback(no_longer_promised, m, shape)
 
 
 def no_longer_promised(m: Migration, shape: Shape) -> None:
     """It is there, or is not wanted."""
-    if m.settings.arriving.get(m.vm.name) is shape:
-        del m.settings.arriving[m.vm.name]
+    if m.shared.arriving.get(m.vm.name) is shape:
+        del m.shared.arriving[m.vm.name]
 
 
 async def _look(m: Migration) -> Shape:
@@ -77,7 +77,7 @@ async def _look(m: Migration) -> Shape:
 def _accept(m: Migration, message: str) -> None:
     """It is this VM that the source means: its status tells of the arrival."""
     m.stage = Stage.ACCEPTED
-    m.vm.settle(
+    m.vm.conclude(
         role="destination",
         phase="idle",
         migration=m.offer.migration,
@@ -91,13 +91,13 @@ def _accept(m: Migration, message: str) -> None:
 def _has_place(m: Migration, shape: Shape) -> bool:
     """Whether this host may take so many guests and so much memory at once, this one included. It
     is in line then, or has its place, until the daemon has it leave."""
-    arrivals, size = m.settings.limits.arrivals, sum(region.size for region in shape.regions)
+    arrivals, size = m.shared.limits.arrivals, sum(region.size for region in shape.regions)
     arrivals.join(m.offer.migration, size)
     return arrivals.ahead(m.offer.migration) is None
 
 
 async def _wait_for_turn(m: Migration) -> None:
-    limits, told = m.settings.limits, -1
+    limits, told = m.shared.limits, -1
     arrivals, who = limits.arrivals, m.offer.migration
     m.log.info("arrival waits for its turn", ahead=arrivals.ahead(who))
     with limits.peers.aside():
@@ -117,7 +117,7 @@ async def _wait_for_turn(m: Migration) -> None:
 def _unfit(m: Migration, shape: Shape) -> list[str]:
     """What time does not change: why this VMM, or this host, cannot take what is offered."""
     size = sum(region.size for region in shape.regions)
-    too_large = m.settings.limits.arrivals.too_large(size)
+    too_large = m.shared.limits.arrivals.too_large(size)
     return [*shape.problems, *_differences(m, shape), *too_large]
 
 
@@ -133,6 +133,6 @@ def _differences(m: Migration, shape: Shape) -> list[str]:
 
 def _lacks(m: Migration, shape: Shape) -> list[str]:
     """Memory that this host lacks. Past the handover the kernel would kill the VMM for it."""
-    promised = sum(headroom.needed(other.regions) for other in m.settings.arriving.values())
+    promised = sum(headroom.needed(other.regions) for other in m.shared.arriving.values())
     pids = [shape.pid, os.getpid()] if m.offer.staged else [shape.pid]
     return headroom.problems(pids, shape.regions, promised)

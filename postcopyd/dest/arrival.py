@@ -32,7 +32,7 @@ async def adopt(m: Migration, shape: Shape, held: AsyncExitStack) -> Memory:
     m.stage = Stage.ADOPTED
     uffds = owned(await m.vm.attached().adopt(shape), held)
     m.userfaultfds = len(uffds)
-    record = m.settings.store.open_pages(m.vm.name)
+    record = m.shared.store.open_pages(m.vm.name)
     held.callback(m.forget_pages)
     return Memory.served(m, shape, uffds, record, held)
 

@@ -74,10 +74,10 @@ class Drain:
             m.huge = hugepages.Ram.of(self._memory.shape.pid, self._memory.shape.regions)
         drained = self._counted()
         sentence = losses.arrived(vm.name, m.peer, lost)
-        vm.settle(phase="drained", remaining=0, message=sentence)
+        vm.conclude(phase="drained", remaining=0, message=sentence)
         m.note(drained)
         vm.home()
-        written = vm.record_settled(None if lost else "held")
+        written = vm.record_soon(None if lost else "held")
         # After the record: a daemon that is started in between needs them no more. Without it they
         # stay, and the page record with them, by which it sees that the guest is whole.
         if lost:

@@ -58,7 +58,7 @@ class CallingOff:
             m.log.error("cleaning up failed", error=str(trouble))
         if m.stage >= Stage.ACCEPTED:  # or it may be a guest of this host, named by mistake
             how: counts.Result = "cancelled" if self._cancelled else "failed"
-            vm.settle(counted_as=how, phase="failed", remaining=0, message=message)
+            vm.conclude(counted_as=how, phase="failed", remaining=0, message=message)
             self._record(message)
         if self._cancelled:
             m.log.info("migration cancelled", error=str(self._error))
@@ -88,7 +88,7 @@ class CallingOff:
         declined = self._clean or not self._loading
         with suppress(PostcopydError):  # of an answer before this one, which is kept then
             self._m.note(p.Declined(p.sentence(message)) if declined else None)
-        self._m.vm.record_settled("declined" if declined else None)
+        self._m.vm.record_soon("declined" if declined else None)
 
 
 async def vmm_ended(m: Migration, farewell: str | None) -> None:
@@ -103,12 +103,12 @@ async def vmm_ended(m: Migration, farewell: str | None) -> None:
             message=f"{vm.name} was here, with all of its memory but some lost pages, and its VMM "
             f"has ended since; it may be started again"
         )
-        vm.record_settled("held")
+        vm.record_soon("held")
     elif vm.ownership == "loading":  # it was not on record that it may run, so nothing ran
         message = f"{vm.name} did not come here: its VMM has ended before it was run"
         m.note(p.Declined(p.sentence(message)))
-        vm.settle(phase="failed", remaining=0, message=message)
-        vm.record_settled("declined")
+        vm.conclude(phase="failed", remaining=0, message=message)
+        vm.record_soon("declined")
         m.log.warning("migration failed", error=message)
         await m.hooks("failed", message=message)
     elif farewell is None:
@@ -117,7 +117,7 @@ async def vmm_ended(m: Migration, farewell: str | None) -> None:
             message=f"the VMM of {vm.name} here has ended in the middle of its move from {m.peer}, "
             f"where part of its memory still is: the guest is lost",
         )
-        vm.record_settled(None)
+        vm.record_soon(None)
         m.log.error("migration paused", error="the VMM here has ended")
     else:
         await _ended_by_itself(m, farewell)
@@ -127,7 +127,7 @@ async def _ended_by_itself(m: Migration, farewell: str) -> None:
     vm = m.vm
     said = f"{vm.name} has ended there before all of its memory had come: {farewell}"
     m.note(p.Error(name=p.ENDED, message=p.sentence(said)))
-    vm.settle(
+    vm.conclude(
         counted_as="ended",
         phase="failed",
         remaining=0,
@@ -135,6 +135,6 @@ async def _ended_by_itself(m: Migration, farewell: str) -> None:
         f"{farewell}; it may be started again",
     )
     vm.home()
-    vm.record_settled("held")
+    vm.record_soon("held")
     m.log.warning("guest ended while its memory followed", why=farewell)
     await m.hooks("ended", message=farewell)

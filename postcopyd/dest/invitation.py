@@ -33,7 +33,7 @@ class Invitation:
         self.token = secrets.token_bytes(32)
         self._engine = engine
         self._channel = m.channel
-        self._secure = m.settings.tls is not None
+        self._secure = m.shared.tls is not None
         self._lacking = [True, *[False] * m.offer.connections]  # urgent or not
         self._made = trio.Event()
         self._withdrawn = False

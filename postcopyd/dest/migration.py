@@ -24,7 +24,7 @@ from postcopyd.protocol import RemoteProtocolError
 from postcopyd.records.schema import Arrival, RecordedRegion
 from postcopyd.sessions import hugepages
 from postcopyd.sessions.hooks import run_hooks
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
 from postcopyd.tasks.nursery import open_nursery
 from postcopyd.vmm import Shape
@@ -52,12 +52,12 @@ class Migration:
     a person, what was missing. `ram` and `userfaultfds` are as the record has them, for a daemon
     that is started later. `huge` is set once the guest is here: what may be in huge pages."""
 
-    def __init__(self, vm: Vm, offer: p.Offer, channel: Channel, settings: Settings) -> None:
+    def __init__(self, vm: Vm, offer: p.Offer, channel: Channel, shared: Shared) -> None:
         self.vm = vm
         self.offer = offer
         self.channel = channel
         self.machine: Machine = channel.machine
-        self.settings = settings
+        self.shared = shared
         self.identity = channel.names
         self.stage = Stage.OFFERED
         self.run = True
@@ -121,7 +121,7 @@ class Migration:
 
     async def hooks(self, phase: str, **about: Any) -> None:
         await run_hooks(
-            self.settings.hooks,
+            self.shared.hooks,
             self.vm.name,
             "destination",
             phase,

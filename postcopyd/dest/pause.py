@@ -58,7 +58,7 @@ def show(m: Migration, error: PostcopydError, distrust: str | None) -> None:
     if distrust is not None:
         message = distrust
     m.vm.show(phase="paused", message=message)
-    m.vm.record_settled(None)
+    m.vm.record_soon(None)
     m.log.warning("migration paused", error=str(error))
 
 
@@ -106,7 +106,7 @@ async def poison(m: Migration, memory: Memory) -> None:
         message=f"{vm.name} runs here without {pages} pages that were lost with {m.peer}: it gets "
         f"a memory error where it touches one; shut it down when you can, it cannot be moved",
     )
-    vm.record_settled(None)
+    vm.record_soon(None)
     m.log.warning("ownership changed by a person", decision="poison", pages=pages)
 
 

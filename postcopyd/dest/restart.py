@@ -45,9 +45,9 @@ async def call_off(vm: Vm) -> None:
             with within(END_S, f"ending the VMM of {vm.name} here"):
                 await driver.end()  # before its RAM is let go: it must not go on with zeros
         message += "; its VMM here has ended, start it anew for another attempt"
-    vm.settle(phase="failed", remaining=0, message=message)
+    vm.conclude(phase="failed", remaining=0, message=message)
     vm.about["answer"] = to_builtins(p.Declined(p.sentence(message)))
-    vm.record_settled("declined")
+    vm.record_soon("declined")
     vm.log.warning("migration failed", error=message)
 
 
@@ -68,10 +68,10 @@ async def finish_unwritten(vm: Vm) -> bool:
         return False
     pages = sum(regions)
     drained = p.Drained(pages, 0, pages, 0, 0, 0, 0, 0.0, p.Faults())
-    vm.settle(phase="drained", remaining=0, message=f"{vm.name} is here, with all of its memory")
+    vm.conclude(phase="drained", remaining=0, message=f"{vm.name} is here, with all of its memory")
     about["answer"] = to_builtins(drained)
     vm.home()
-    vm.record_settled("held")
+    vm.record_soon("held")
     vm.log.info("migration completed", pages=pages)
     return True
 
@@ -99,7 +99,7 @@ async def adopted_again(m: Migration, held: AsyncExitStack) -> Memory:
             f"that are missing may read as zeros; stop it, and do not trust its guest",
             "UserfaultfdLost",
         )
-    record = m.settings.store.open_pages(m.vm.name, again=True)
+    record = m.shared.store.open_pages(m.vm.name, again=True)
     memory = Memory.served(m, shape, uffds, record, held)
     if memory.engine.foreign:  # the daemon before was killed before it could be recorded
         m.vm.about["foreign"] = losses.foreign(m.vm.name, m.peer, memory.engine.sentence)

@@ -50,7 +50,7 @@ async def say_ran(m: Migration, memory: Memory) -> None:
     finally:
         memory.engine.settle()
         m.note()
-        m.vm.record_settled(None)
+        m.vm.record_soon(None)
     m.vm.show(
         phase="postcopy",
         message=f"{m.vm.name} runs here, its memory follows",
@@ -67,5 +67,5 @@ async def _decline(m: Migration, reason: str) -> None:
         await m.vm.attached().end()
     declined = p.Declined(p.sentence(reason))
     m.note(declined)
-    m.vm.record_settled("declined")
+    m.vm.record_soon("declined")
     await m.channel.send(declined)

@@ -39,7 +39,7 @@ from postcopyd.net.channel import Channel
 from postcopyd.net.codec import parse
 from postcopyd.records.schema import Arrival
 from postcopyd.sessions import hugepages
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
 from postcopyd.vmm import Shape
 
@@ -48,9 +48,9 @@ class DestinationSession:
     """Made and run by the daemon for a control connection whose offer has named a VM, or `restored`
     from a record; `resume`d for each further connection."""
 
-    def __init__(self, vm: Vm, offer: p.Offer, channel: Channel, settings: Settings) -> None:
+    def __init__(self, vm: Vm, offer: p.Offer, channel: Channel, shared: Shared) -> None:
         self.vm = vm
-        self._migration = Migration(vm, offer, channel, settings)
+        self._migration = Migration(vm, offer, channel, shared)
         self._held = AsyncExitStack()
         self._shape: Shape | None = None
         self._memory: Memory | None = None
@@ -80,7 +80,7 @@ class DestinationSession:
         """The rest of it on a new connection, whose epoch the daemon has compared."""
         m = self._migration
         m.channel, channel.machine = channel, m.machine
-        m.settings.limits.arrivals.take(m.offer.migration, self.memory.size)
+        m.shared.limits.arrivals.take(m.offer.migration, self.memory.size)
         await self._whole(lambda: self._go_on(asked))
 
     async def _go_on(self, asked: p.Resume) -> None:
@@ -117,7 +117,7 @@ class DestinationSession:
         return invitation
 
     async def _leave(self) -> None:
-        """Nothing is due any more: all is closed, but where pages were lost (`settled`)."""
+        """Nothing is due any more: all is closed, but where pages were lost (`over`)."""
         memory = self._memory
         if memory is None or not memory.engine.lost:
             await self.close()
@@ -218,14 +218,14 @@ class DestinationSession:
 
     @classmethod
     async def restored(
-        cls, vm: Vm, about: dict[str, Any], channel: Channel, settings: Settings
+        cls, vm: Vm, about: dict[str, Any], channel: Channel, shared: Shared
     ) -> DestinationSession:
         """The session of a guest that was granted to this host before the daemon was started.
 
         Faults are taken again when this returns. Raises PostcopydError; nothing is closed in the
         VMM then, and its threads go on waiting.
         """
-        session = cls(vm, parse(about["offer"], p.Offer), channel, settings)
+        session = cls(vm, parse(about["offer"], p.Offer), channel, shared)
         m = session._migration
         m.remember(cast(Arrival, about))  # held to that when it was read
         if distrust := about.get("foreign"):
@@ -274,7 +274,7 @@ class DestinationSession:
         return self._migration.given_up
 
     @property
-    def settled(self) -> bool:
+    def over(self) -> bool:
         """Every page is here or lost, and that is recorded. One that is kept has lost some: the
         engine serves for as long as its VMM lives, see `pause.poison`."""
         return self._migration.stage is Stage.HERE

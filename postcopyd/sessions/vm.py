@@ -147,7 +147,7 @@ class Vm:
         self._gone = True
         self._changed.set()
 
-    def settle(self, *, counted_as: counts.Result = "failed", **changes: Any) -> None:
+    def conclude(self, *, counted_as: counts.Result = "failed", **changes: Any) -> None:
         """`show` for the end of a migration: what was only progress goes. `counted_as` is how one
         counts that does not complete."""
         self._put(replace(self.status.lasting(), **changes), counted_as)
@@ -205,9 +205,9 @@ class Vm:
         result = {"event": event, "vm": self.name, "migration": migration, "error": message}
         self.log.error("migration ended by a bug", ownership=self.ownership)
         if away:
-            self.settle(phase="paused", message=message, result=result)
+            self.conclude(phase="paused", message=message, result=result)
         else:
-            self.settle(phase="failed", message=message, result=result)
+            self.conclude(phase="failed", message=message, result=result)
 
     async def ended(self) -> None:
         """Returns when no migration has the VM that is over but for its last steps: who has seen
@@ -316,7 +316,7 @@ class Vm:
             raise
         self.unwritten = False
 
-    def record_settled(self, ownership: Ownership | None) -> bool:
+    def record_soon(self, ownership: Ownership | None) -> bool:
         """`record`, for what has happened already: what cannot be written now is written later.
 
         Until then the record from before stands, and what it needs must stay with it. Returns

@@ -14,18 +14,18 @@ from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.net.connection import dial_control
 from postcopyd.net.tls import same_peer
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
 from postcopyd.source.back import ROLLBACK_S, known_again, undone_as
 from postcopyd.source.granted import Granted, unknowing
 
 
-async def look(vm: str, intent: Mapping[str, Any], settings: Settings) -> str:
+async def ask_destination(vm: str, intent: Mapping[str, Any], shared: Shared) -> str:
     """What the destination of a handover says of it, which this host only knows to have intended.
     Nothing goes on by that. Raises PostcopydError."""
     peer = intent["peer"]
     granted = Granted.recorded(intent.get("granted", {"at": peer}))
-    async with await dial_control(peer, Machine(Source.GREETING), settings) as channel:
+    async with await dial_control(peer, Machine(Source.GREETING), shared) as channel:
         same_peer(intent.get("identity", ()), channel.names, vm)
         answers = Granted.greeted(peer, await channel.greet())
         await channel.send(p.Resume(intent["migration"], vm, intent["epoch"], look=True))
@@ -46,7 +46,7 @@ async def let_go(vm: Vm) -> None:
         await vm.leave()
 
 
-async def roll_back(vm: Vm, settings: Settings) -> None:
+async def roll_back(vm: Vm, shared: Shared) -> None:
     """Runs the guest again whose handover was under way, and not granted, when the daemon ended."""
     try:
         with trio.fail_after(ROLLBACK_S):
@@ -56,7 +56,7 @@ async def roll_back(vm: Vm, settings: Settings) -> None:
         raise PostcopydError(f"its VMM did not run it again within {ROLLBACK_S:.0f} s") from None
     sentence = undone_as(vm.name, "the daemon ended before it was granted", left)
     result = {"event": "failed", "vm": vm.name, "migration": vm.about["migration"]}
-    vm.settle(phase="failed", remaining=0, message=sentence, result={**result, "error": sentence})
+    vm.conclude(phase="failed", remaining=0, message=sentence, result={**result, "error": sentence})
     vm.home()
-    vm.record_settled("held")
+    vm.record_soon("held")
     vm.log.warning("migration failed", error=sentence)

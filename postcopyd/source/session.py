@@ -34,7 +34,7 @@ from postcopyd.sessions import alike, losses
 from postcopyd.sessions.hooks import run_hooks
 from postcopyd.sessions.limits import Uplink, in_line
 from postcopyd.sessions.patience import END_S, within
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
 from postcopyd.source.back import known_again, undone, untouched
 from postcopyd.source.decision import GIVEN_UP, SILENT, UNKNOWN, Choice, Decision, still_there
@@ -63,10 +63,10 @@ STALE_PAGES = 8 * p.DEVICE_CHUNK
 class SourceSession:
     """Made and run by the daemon; `cancel` may be called meanwhile."""
 
-    def __init__(self, vm: Vm, request: MigrateRequest, settings: Settings, migration: str) -> None:
+    def __init__(self, vm: Vm, request: MigrateRequest, shared: Shared, migration: str) -> None:
         self.vm = vm
         self.request = request
-        self.settings = settings
+        self.shared = shared
         self.migration = migration
         self.machine = Machine(Source.GREETING)
         self._cancelling = trio.CancelScope()
@@ -99,14 +99,14 @@ class SourceSession:
 
     @classmethod
     async def restored(
-        cls, vm: Vm, about: dict[str, Any], settings: Settings, machine: Machine
+        cls, vm: Vm, about: dict[str, Any], shared: Shared, machine: Machine
     ) -> SourceSession:
         """The session of a guest that was granted before the daemon was started, for `resume`.
 
         Raises PostcopydError when the VMM cannot be asked for its RAM.
         """
         request = msgspec.convert(about["request"], MigrateRequest)
-        session = cls(vm, request, settings, about["migration"])
+        session = cls(vm, request, shared, about["migration"])
         session.machine = machine
         session._committed = True
         session._identity = tuple(about.get("identity", ()))
@@ -156,7 +156,7 @@ class SourceSession:
             self.request = replace(self.request, to=to)
             self._note()
             self.vm.show(peer=to)
-            self._record_settled(None)
+            self._record_soon(None)
         self._poke.set()
 
     async def resolve(self, choice: Choice) -> None:
@@ -185,7 +185,7 @@ class SourceSession:
     async def run(self) -> None:
         """The whole migration. What goes wrong ends in the VM's status, and is not raised."""
         vm, to = self.vm, self.request.to
-        vm.settle(
+        vm.conclude(
             role="source",
             phase="idle",
             migration=self.migration,
@@ -310,7 +310,7 @@ class SourceSession:
             "granted": self._granted.json(),
         }
         self.vm.leaving()
-        save = self.settings.store.save_intent
+        save = self.shared.store.save_intent
         await trio.to_thread.run_sync(save, self.vm.name, intent, limiter=threads.DISK)
         self._note()
         self.vm.record("intent")
@@ -318,10 +318,10 @@ class SourceSession:
     async def _greeted(self) -> Channel:
         """The destination: one that guests may go to, and the same one ever after."""
         to = self.request.to  # a person may say another meanwhile
-        channel = await dial_control(to, self.machine, self.settings)
+        channel = await dial_control(to, self.machine, self.shared)
         self._channel = channel
-        if self.settings.tls is not None and not self._identity:
-            self.settings.tls.allow(channel.names, "receive")
+        if self.shared.tls is not None and not self._identity:
+            self.shared.tls.allow(channel.names, "receive")
         same_peer(self._identity, channel.names, self.vm.name)
         self._identity = self._identity or channel.names
         self._answers = Granted.greeted(to, await channel.greet())
@@ -344,7 +344,7 @@ class SourceSession:
             driver=self.vm.attached().kind,
             regions=[p.RegionOffer(r.name, r.pages, r.page_size) for r in shape.regions],
             facts={key: p.fact(value) for key, value in shape.facts.items()},
-            connections=self.settings.connections,
+            connections=self.shared.connections,
             epoch=self.vm.epoch + 1,
             check=check,
             staged=self._tracking is not None,
@@ -382,9 +382,9 @@ class SourceSession:
         """The data connections: one urgent, the others for pushing."""
         assert self._engine is not None and self._channel is not None
         self._engine.tell_losses(p.LOSSES in self._channel.features)
-        for urgent in (True, *[False] * self.settings.connections):
+        for urgent in (True, *[False] * self.shared.connections):
             wire = await dial_data(
-                self.request.to, self.settings, self.migration, token, urgent=urgent
+                self.request.to, self.shared, self.migration, token, urgent=urgent
             )
             self._engine.connect(wire.fd, tls=wire.tls, urgent=urgent)
 
@@ -596,7 +596,7 @@ class SourceSession:
         if not self._recoveries and self.request.mode != "precopy":
             engine.push(self._rate())
         self._note()
-        self._record_settled(None)
+        self._record_soon(None)
         async with open_nursery() as nursery:
             nursery.start_soon(self._watch_engine)
             nursery.start_soon(self._show_progress)
@@ -634,13 +634,13 @@ class SourceSession:
         )
         if message.lost:
             self.log.error("memory lost", pages=message.lost)
-        self.vm.settle(phase="drained", remaining=0, message=sentence)
-        self._record_settled("granted")
+        self.vm.conclude(phase="drained", remaining=0, message=sentence)
+        self._record_soon("granted")
         await self._acknowledge(channel)
         trouble = await self._let_go()
         # Who waits for the result is told last, and finds the VMM here as it shall be.
         self.vm.show(result=result, message=sentence + trouble)
-        self._record_settled("granted")
+        self._record_soon("granted")
         self.log.info(
             "migration completed",
             downtime_ms=result["downtimeMs"],
@@ -719,7 +719,7 @@ class SourceSession:
         over = vm.driver is None and not trouble
         if not over:
             ended += f"{trouble}; its VMM here is left: end it before you start {name} again"
-        vm.settle(
+        vm.conclude(
             counted_as="ended",
             phase="failed",
             remaining=0,
@@ -728,7 +728,7 @@ class SourceSession:
         )
         if over:
             vm.home()
-        self._record_settled("held" if over else "granted")
+        self._record_soon("held" if over else "granted")
         self.log.warning("guest ended while its memory followed", why=said)
         await self._hooks("ended", message=said)
 
@@ -760,13 +760,13 @@ class SourceSession:
             f"{vm.name}` here once you know where it runs"
         )
         result = self._result(None, event="paused", error=f"ended {by}")
-        vm.settle(phase="failed", message=message, result=result)
+        vm.conclude(phase="failed", message=message, result=result)
         self._ending = True
         try:
             vm.record("declined")
         except PostcopydError as error:
             unwritten = f"the VMM of {vm.name} here was ended {by}, which is not on record: {error}"
-            vm.settle(phase="paused", message=unwritten)
+            vm.conclude(phase="paused", message=unwritten)
             decision.done(PostcopydError(f"{unwritten}; then say it again", error.name))
         decision.done()
         return True
@@ -804,7 +804,7 @@ class SourceSession:
         if at == self.request.to:
             return ""
         try:
-            async with await dial_control(at, Machine(Source.GREETING), self.settings) as channel:
+            async with await dial_control(at, Machine(Source.GREETING), self.shared) as channel:
                 answers = Granted.greeted(at, await channel.greet())
         except PostcopydError as error:
             return "" if error.name in SILENT else f"where {name} was granted: {error}"
@@ -912,7 +912,7 @@ class SourceSession:
             if self.vm.status.result is None:
                 message = f"{self.vm.status.message}; the VMM here was not ended: {error}"
                 self.vm.show(result=self._completed, message=message)
-                self._record_settled("granted")
+                self._record_soon("granted")
             return
         self.machine.happened(Happened.LOST)
         ran = self.machine.state is Source.RAN_LOST
@@ -925,7 +925,7 @@ class SourceSession:
         news = self.vm.status.message != message
         if news or self.vm.status.phase != "paused":
             self.vm.show(phase="paused", message=message)
-            self._record_settled(None)
+            self._record_soon(None)
             self.log.warning("migration paused", error=str(error))
 
     async def _rolled_back(self, error: PostcopydError) -> None:
@@ -955,7 +955,7 @@ class SourceSession:
                     await self._channel.send(p.Cancel(p.sentence(str(error))), within=1)
                 else:
                     await self._channel.tell_error(error)
-        vm.settle(
+        vm.conclude(
             phase="failed",
             counted_as="cancelled" if cancelled else "failed",
             remaining=0,
@@ -963,16 +963,16 @@ class SourceSession:
             result=self._result(None, event="cancelled" if cancelled else "failed", error=sentence),
         )
         vm.home()
-        self._record_settled("held")
+        self._record_soon("held")
         if cancelled:
             self.log.info("migration cancelled", error=str(error))
         else:
             self.log.warning("migration failed", error=str(error))
         await self._hooks("failed", message=str(error))
 
-    def _record_settled(self, ownership: Ownership | None) -> None:
+    def _record_soon(self, ownership: Ownership | None) -> None:
         # Where it is not written, what was recorded before stands: the careful side of the truth.
-        self.vm.record_settled(ownership)
+        self.vm.record_soon(ownership)
 
     async def _untrack(self) -> None:
         tracking, self._tracking = self._tracking, None
@@ -999,12 +999,12 @@ class SourceSession:
     @property
     def _bandwidth(self) -> int:
         """Of this migration: what was asked for, within what the configuration allows."""
-        asked, most = self.request.bandwidth or 0, self.settings.bandwidth
+        asked, most = self.request.bandwidth or 0, self.shared.bandwidth
         return min(asked, most) if asked and most else asked or most
 
     @property
     def _uplink(self) -> Uplink:
-        return self.settings.limits.uplink
+        return self.shared.limits.uplink
 
     def _rate(self) -> int:
         """What it may send from now on; how much that is changes as others begin and end."""
@@ -1016,7 +1016,7 @@ class SourceSession:
 
     async def _hooks(self, phase: str, **about: Any) -> None:
         await run_hooks(
-            self.settings.hooks,
+            self.shared.hooks,
             self.vm.name,
             "source",
             phase,

@@ -4,7 +4,7 @@ ends in the log and in the state of the one VM, connection or client that it was
 
 Every task of the daemon's own nurseries is started through here, and every connection that comes in
 is served through here, or by the Varlink server, which does the same by itself; a test sees to
-that. Sessions have nurseries of their own, and settle what goes wrong there themselves.
+that. Sessions have nurseries of their own, and see themselves to what goes wrong there.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the code can show of a guest, read from the code: the messages of each phase.
 
-Finds the calls `show(...)` and `settle(...)` and follows their `message` within the function; what
-is filled in is a PLACE. Runs nothing.
+Finds the calls `show(...)` and `conclude(...)` and follows their `message` within the function;
+what is filled in is a PLACE. Runs nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def sentences() -> list[str]:
 def _of(function: ast.AST, where: str) -> Iterator[Shown]:
     values = _values(function)
     for call in ast.walk(function):
-        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("show", "settle"):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("show", "conclude"):
             said = {keyword.arg: keyword.value for keyword in call.keywords}
             if "message" in said:
                 phase = said.get("phase", ast.Constant(""))

@@ -42,7 +42,7 @@ from postcopyd.net.codec import pack
 from postcopyd.net.connection import dial, dial_control, dial_data, receive_object
 from postcopyd.net.tls import Tls
 from postcopyd.records.store import Store
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.vmm.process.driver import ProcessVmm
 
 
@@ -127,25 +127,25 @@ async def test_hybrid(pair: Pair) -> None:
     await verified(there)
 
 
-def by_hand(pair: Pair, number: int) -> Settings:
+def by_hand(pair: Pair, number: int) -> Shared:
     """What a test needs to be the source at one of the hosts."""
     folder = pair.folder / f"host{number}.tls"
-    return Settings(Store(pair.folder / "by-hand"), connections=1, tls=Tls.load(folder))
+    return Shared(Store(pair.folder / "by-hand"), connections=1, tls=Tls.load(folder))
 
 
 async def test_key_of_another_migration(pair: Pair) -> None:
     """A key that is not this migration's opens no data connection, and costs it no place."""
     name, _, there = await pair.place()
     b = pair.hosts[1]
-    settings, offer = by_hand(pair, 0), await offered(pair, name)
-    channel = await dial_control(b.address, Machine(Source.GREETING), settings)
+    shared, offer = by_hand(pair, 0), await offered(pair, name)
+    channel = await dial_control(b.address, Machine(Source.GREETING), shared)
     async with channel, channel.alive():
         await channel.greet()
         await channel.send(offer)
         token = (await channel.expect(p.Ready)).token
         for wrong in (os.urandom(32), bytes(32)):
             with pytest.raises(PostcopydError, match="has the key of another migration"):
-                await dial_data(b.address, settings, offer.migration, wrong, urgent=True)
+                await dial_data(b.address, shared, offer.migration, wrong, urgent=True)
         # Without TLS, with the token in the clear, and with a key behind another name.
         for kind in (p.DATA, p.DATA_TLS):
             raw = await dial("127.0.0.1", int(b.address.rpartition(":")[2]), kind)
@@ -154,7 +154,7 @@ async def test_key_of_another_migration(pair: Pair) -> None:
                 with pytest.raises((PostcopydError, trio.BrokenResourceError)):
                     await receive_object(raw, p.DataWelcome)
         wires = [
-            await dial_data(b.address, settings, offer.migration, token, urgent=urgent)
+            await dial_data(b.address, shared, offer.migration, token, urgent=urgent)
             for urgent in (True, False)
         ]
         await channel.expect(p.Serving)
@@ -200,7 +200,7 @@ async def test_only_the_same_host_goes_on(pair: Pair) -> None:
     b.end()
     b.tls, b.address = right, address
     # The right one again, and a source that is another host.
-    impostor = Settings(
+    impostor = Shared(
         Store(pair.folder / "impostor"),
         tls=Tls.load(certified(pair.folder, "host8", "127.0.0.8")),
     )

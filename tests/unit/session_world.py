@@ -33,7 +33,7 @@ from postcopyd.handover import Destination, Source
 from postcopyd.model import MigrateRequest
 from postcopyd.net.codec import Codec, pack, parse_message
 from postcopyd.records.store import StateNotWritten, Store
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.vmm import Role, State
 
 Fault = Callable[["World", str], Any]
@@ -156,11 +156,11 @@ class Host:
 
     async def _daemon(self, task_status: trio.TaskStatus[None]) -> None:
         self.which = self.which and replace(self.which, state=self.store.identity())
-        settings = Settings(
+        shared = Shared(
             self.store, self._folder / f"{self.role}-hooks", connections=1, daemon=self.which
         )
         async with trio.open_nursery() as nursery:
-            self.daemon = Daemon(settings, nursery)
+            self.daemon = Daemon(shared, nursery)
             if len(self.lives) == 1:
                 await self.daemon.attach("web1", "process", self.vmm.socket)
             else:
@@ -196,7 +196,7 @@ class Host:
     @property
     def quiet(self) -> bool:
         """Nothing goes on here."""
-        return self.up and not self.daemon.settings.limits.peers and self.vm.claimed_by is None
+        return self.up and not self.daemon.shared.limits.peers and self.vm.claimed_by is None
 
 
 class World:
@@ -522,7 +522,7 @@ class World:
     def _check_left_behind(self) -> None:
         destination, there = self.destination, self.destination.vmm
         assert destination.daemon.acceptor.sessions == {}
-        assert destination.daemon.settings.arriving == {} or destination.phase == "paused"
+        assert destination.daemon.shared.arriving == {} or destination.phase == "paused"
         if destination.phase in ("failed", "drained", "idle"):
             assert destination.vm.waiting is None
             assert not there.registered() or self.may("destination.end", "destination.release")

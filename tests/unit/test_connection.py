@@ -27,7 +27,7 @@ from postcopyd.net.connection import receive_object
 from postcopyd.net.tls import Tls
 from postcopyd.protocol import LocalProtocolError, RemoteProtocolError
 from postcopyd.records.store import Store
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.tasks.nursery import open_nursery
 
 OFFER = p.Offer("m1", "web1", "qemu", [p.RegionOffer("ram", 512, 4096)], {}, 2, 1)
@@ -171,7 +171,7 @@ async def test_another_program_is_there(
     if secure:
         certs.make(tmp_path / "tls", ["127.0.0.1"], None)
         tls = Tls.load(tmp_path / "tls")
-    settings = Settings(Store(tmp_path / "state"), tls=tls)
+    shared = Shared(Store(tmp_path / "state"), tls=tls)
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(
             partial(trio.serve_tcp, answer, 0, host="127.0.0.1", handler_nursery=nursery)
@@ -179,7 +179,7 @@ async def test_another_program_is_there(
         to = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         with pytest.raises(RemoteProtocolError, match="no postcopyd: say the port") as caught:
             async with await connection.dial_control(
-                to, Machine(Source.GREETING), settings
+                to, Machine(Source.GREETING), shared
             ) as channel:
                 await channel.greet()
         nursery.cancel_scope.cancel()

@@ -416,7 +416,7 @@ async def test_stuck_vmm_keeps_no_place(
     """A VMM that never answers while a migration is called off holds up neither the host's places
     for arrivals, nor its own VM, nor the end of the daemon."""
     async with world(tmp_path, {**faults, point: hang}) as made:
-        arrivals = made.destination.daemon.settings.limits.arrivals
+        arrivals = made.destination.daemon.shared.limits.arrivals
         arrivals._most = 1
         async with made.migrating(mode="hybrid"):
             await trio.sleep(90)

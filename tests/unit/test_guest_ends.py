@@ -57,7 +57,7 @@ def assert_over(made: World) -> None:
         assert host.vm.claimed_by is host.vm.waiting is None
         assert not host.store.intents()
         assert not (host.store.directory / "web1.pages").exists()
-        assert verbs._settled(to_builtins(status))
+        assert verbs._stays_here(to_builtins(status))
     assert not [entry for entry in made.logs if str(entry["event"]).startswith("bug")]
 
 

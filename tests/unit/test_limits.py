@@ -43,7 +43,7 @@ from postcopyd.net.connection import dial
 from postcopyd.net.peers import DOOR, Peers, Visitor
 from postcopyd.records.store import Store
 from postcopyd.sessions.limits import Arrivals, Limits, Uplink, shares
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
 from postcopyd.source.engine import SourceEngine
 from postcopyd.source.session import SourceSession
@@ -146,8 +146,8 @@ async def test_bandwidth_of_one_migration(
     asked: int | None, most: int, rate: int, tmp_path: Path
 ) -> None:
     """The configured one is what a migration has that asks for none, and the most otherwise."""
-    settings = Settings(store := Store(tmp_path), bandwidth=most)
-    session = SourceSession(Vm("web1", store, None), MigrateRequest("h", asked), settings, "m")
+    shared = Shared(store := Store(tmp_path), bandwidth=most)
+    session = SourceSession(Vm("web1", store, None), MigrateRequest("h", asked), shared, "m")
     session.request = replace(session.request, bandwidth=asked)
     assert session._bandwidth == session._rate() == rate
 
@@ -204,7 +204,7 @@ async def test_push_shares_the_host(
         uplink.join("another", 0, lambda rate: None)
 
     async with world(tmp_path, {"<- passed": another_begins}) as made:
-        made.source.daemon.settings.limits.uplink = uplink
+        made.source.daemon.shared.limits.uplink = uplink
         await made.migrate(mode="hybrid", precopy_passes=2)
         await made.check()
         made.check_over()
@@ -220,7 +220,7 @@ async def test_vms(tmp_path: Path, clock: Clock) -> None:
     """A VM too many is refused with a sentence; one that is known may come back."""
     async with world(tmp_path, {}) as made:
         host = made.destination.daemon
-        host.settings.limits.max_vms = 1
+        host.shared.limits.max_vms = 1
         with pytest.raises(PostcopydError, match=r"attaching web2: .* max-vms .* is 1") as refused:
             await host.attach("web2", "process", made.destination.vmm.socket)
         assert refused.value.name == "Refused"
@@ -236,7 +236,7 @@ async def test_peers(tmp_path: Path, clock: Clock) -> None:
     """A guest that finds all places taken stays where it is, its operator is told, and it goes once
     there is one."""
     async with world(tmp_path, {}) as made:
-        peers = made.destination.daemon.settings.limits.peers
+        peers = made.destination.daemon.shared.limits.peers
         peers.most = 0
         await made.migrate()
         assert made.source.phase == "failed"
@@ -275,7 +275,7 @@ async def test_strangers_keep_no_guest_waiting(tmp_path: Path, clock: Clock) -> 
         peers.most = 0
 
     async with world(tmp_path, {"<- ran": all_are_taken, "<- progress": cut}) as made:
-        peers = made.destination.daemon.settings.limits.peers
+        peers = made.destination.daemon.shared.limits.peers
         async with strangers(made.destination.port):
             while len(peers) < DOOR:
                 await trio.sleep(0.1)
@@ -346,7 +346,7 @@ async def test_places() -> None:
 async def full(folder: Path, **request: Any) -> AsyncIterator[tuple[World, Arrivals]]:
     """A migration to a host where another guest arrives already, as far as it goes."""
     async with world(folder, {}) as made:
-        limits = made.destination.daemon.settings.limits
+        limits = made.destination.daemon.shared.limits
         limits.arrivals = Arrivals(most=1, memory=RAM)
         limits.arrivals.take("another", 1)
         async with made.migrating(**request):
@@ -368,13 +368,13 @@ async def test_waits_and_goes_on(mode: str, tmp_path: Path, clock: Clock) -> Non
         arrivals.join("a third", RAM)
         await trio.sleep(20 * p.DEAD_S)
         assert (made.source.phase, made.source.vmm.state) == ("idle", "running")
-        assert daemon.settings.arriving == {}
+        assert daemon.shared.arriving == {}
         assert made.destination.recorded() == "held"
         assert not there.registered()
-        daemon.settings.limits.peers.most = 1
-        with daemon.settings.limits.peers.visit("192.0.2.1") as other:
+        daemon.shared.limits.peers.most = 1
+        with daemon.shared.limits.peers.visit("192.0.2.1") as other:
             other.let_in()  # nobody is kept out
-        daemon.settings.limits.peers.most = 256
+        daemon.shared.limits.peers.most = 256
         arrivals.leave("another")
         await made.settled()
         await made.check()
@@ -386,7 +386,7 @@ async def test_waits_and_goes_on(mode: str, tmp_path: Path, clock: Clock) -> Non
 async def test_place_in_the_queue(tmp_path: Path, clock: Clock) -> None:
     """The source is told whenever its place has changed."""
     async with world(tmp_path, {}) as made:
-        limits = made.destination.daemon.settings.limits
+        limits = made.destination.daemon.shared.limits
         arrivals = limits.arrivals = Arrivals(most=1)
         for who in "abc":
             arrivals.join(who, 1)
@@ -474,7 +474,7 @@ async def test_looked_at_again(
 async def test_too_large(tmp_path: Path, clock: Clock) -> None:
     """A guest that could never come is refused at once, by a check too."""
     async with world(tmp_path, {}) as made:
-        arrivals = made.destination.daemon.settings.limits.arrivals = Arrivals(memory=RAM - 1)
+        arrivals = made.destination.daemon.shared.limits.arrivals = Arrivals(memory=RAM - 1)
         await made.migrate()
         await made.check()
         assert "max-arriving-memory" in made.source.vm.status.message
@@ -496,7 +496,7 @@ async def test_a_pause_keeps_nobody_out(tmp_path: Path, clock: Clock) -> None:
         takes.append(arrivals.ahead("another"))
 
     async with world(tmp_path, {"<- ran": another_comes, "<- progress": cut}) as made:
-        arrivals = made.destination.daemon.settings.limits.arrivals = Arrivals(most=1)
+        arrivals = made.destination.daemon.shared.limits.arrivals = Arrivals(most=1)
         take = arrivals.take
 
         def another_was_let_in(who: object, size: int) -> None:
@@ -515,7 +515,7 @@ async def test_a_pause_keeps_nobody_out(tmp_path: Path, clock: Clock) -> None:
 async def test_source_that_knows_no_queue(tmp_path: Path, clock: Clock) -> None:
     """An older source waits without a word, and is served in its turn."""
     async with world(tmp_path, {}) as made:
-        arrivals = made.destination.daemon.settings.limits.arrivals = Arrivals(most=1)
+        arrivals = made.destination.daemon.shared.limits.arrivals = Arrivals(most=1)
         arrivals.take("another", 1)
         stream = await dial("127.0.0.1", made.destination.port, p.CONTROL)
         regions = [p.RegionOffer("ram0", 24, 4096), p.RegionOffer("ram1", 8, 4096)]

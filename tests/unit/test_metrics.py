@@ -34,7 +34,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 class Daemon:
-    settings: Any = SimpleNamespace(limits=Limits(), tls=SimpleNamespace(ends=2e9))
+    shared: Any = SimpleNamespace(limits=Limits(), tls=SimpleNamespace(ends=2e9))
 
     def __init__(self, *vms: Vm) -> None:
         self.vms = {vm.name: vm for vm in vms}
@@ -107,7 +107,7 @@ async def test_a_scrape_before_anything(tmp_path: Path) -> None:
     """Each answer is whole and says what there is; series that may be alerted on are there at 0."""
     path = str(tmp_path / "metrics")
     daemon = Daemon()
-    visiting = daemon.settings.limits.peers.visit("192.0.2.1")
+    visiting = daemon.shared.limits.peers.visit("192.0.2.1")
     async with served(daemon, path):
         with visiting:
             samples = await scraped(path)
@@ -208,8 +208,8 @@ def collected(made: World) -> Samples:
 def test_migrations_that_do_not_complete(tmp_path: Path, result: counts.Result) -> None:
     """Each is counted once, and one that an operator has called off is no failure."""
     vm = Vm("web1", Store(tmp_path), None)
-    vm.settle(role="destination", phase="idle", migration="m1", mode="hybrid")
-    vm.settle(phase="failed", counted_as=result)
+    vm.conclude(role="destination", phase="idle", migration="m1", mode="hybrid")
+    vm.conclude(phase="failed", counted_as=result)
     vm.show(message="more of it")
     assert counts.ended == {("destination", "hybrid", result): 1}
 

@@ -31,6 +31,6 @@ def test_the_status_is_that_of_the_interface() -> None:
 def test_only_what_is_there_is_shown(path: Path) -> None:
     """Whoever changes a VM's status names fields of it."""
     for call in ast.walk(ast.parse(path.read_text())):
-        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("show", "settle"):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("show", "conclude"):
             named = {keyword.arg for keyword in call.keywords if keyword.arg}
             assert named <= FIELDS | {"counted_as"}, f"line {call.lineno}"

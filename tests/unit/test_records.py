@@ -22,7 +22,7 @@ from postcopyd.host import procfs
 from postcopyd.records import schema
 from postcopyd.records.schema import Ownership
 from postcopyd.records.store import StateNotWritten, Store, read_intent
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 
 # As the version of commit e7939b1 has written them, at each word of ownership.
 
@@ -112,7 +112,7 @@ def spoilt(record: Any) -> Iterator[tuple[str, Any]]:
 async def started(store: Store) -> AsyncIterator[Daemon]:
     """A daemon that has been started on what is there; nothing of it may fail."""
     async with trio.open_nursery() as nursery:
-        made = Daemon(Settings(store), nursery)
+        made = Daemon(Shared(store), nursery)
         made.restore()
         for vm in made.vms.values():
             with trio.fail_after(5):

@@ -231,7 +231,7 @@ async def test_no_data_connections(
 async def test_no_hook_for_what_is_no_name(name: str, tmp_path: Path, clock: Clock) -> None:
     """An offer for a VM that cannot be called so ends before the hooks are run for it."""
     async with world(tmp_path, {}) as made:
-        hooks = made.destination.daemon.settings.hooks
+        hooks = made.destination.daemon.shared.hooks
         assert hooks is not None
         hooks.mkdir()
         hook = hooks / "tell"

@@ -34,7 +34,7 @@ from postcopyd.net.codec import Codec
 from postcopyd.net.connection import dial_control, peer_of
 from postcopyd.net.tls import NotAllowed, Tls, TlsFailed, certificate_names, keyed, same_peer
 from postcopyd.records.store import Store
-from postcopyd.sessions.settings import Settings
+from postcopyd.sessions.shared import Shared
 from postcopyd.source.retry import MENDS
 
 HERE = "127.0.0.1"
@@ -191,28 +191,28 @@ class Server:
 async def serving(folder: Path, tls: Tls | None) -> AsyncIterator[Server]:
     with capture_logs() as logs:
         async with trio.open_nursery() as nursery:
-            daemon = Daemon(Settings(Store(folder / "state"), tls=tls), nursery)
+            daemon = Daemon(Shared(Store(folder / "state"), tls=tls), nursery)
             listeners = await trio.open_tcp_listeners(0, host=HERE)
             nursery.start_soon(trio.serve_listeners, daemon.serve_peer, listeners)
             yield Server(listeners[0].socket.getsockname()[1], daemon, logs)
             nursery.cancel_scope.cancel()
 
 
-def source(folder: Path, tls: Tls | None, *peers: Peer) -> Settings:
-    return Settings(Store(folder / "source"), tls=tls, peers=peers)
+def source(folder: Path, tls: Tls | None, *peers: Peer) -> Shared:
+    return Shared(Store(folder / "source"), tls=tls, peers=peers)
 
 
-async def asked(settings: Settings, to: str, message: p.Message = OFFER) -> Any:
+async def asked(shared: Shared, to: str, message: p.Message = OFFER) -> Any:
     """What a daemon answers to an offer."""
-    async with await dial_control(to, Machine(Source.GREETING), settings) as channel:
+    async with await dial_control(to, Machine(Source.GREETING), shared) as channel:
         await channel.greet()
         await channel.send(message)
         return await channel.receive()
 
 
-async def refused(settings: Settings, to: str) -> PostcopydError:
+async def refused(shared: Shared, to: str) -> PostcopydError:
     with trio.fail_after(8), pytest.raises(PostcopydError) as caught:
-        await asked(settings, to)
+        await asked(shared, to)
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -383,15 +383,15 @@ async def test_peers_are_held_to_what_they_may(tmp_path: Path) -> None:
         assert isinstance(error, PeerError) and error.name == "NotAllowed"
         assert "127.0.0.1, host1 may not send guests to this host: [peers]" in str(error)
         await server.said("may not send guests")
-        settings = source(tmp_path, ours)
+        shared = source(tmp_path, ours)
         with pytest.raises(PeerError, match="no VM web1"):  # it may ask
-            await asked(settings, server.to, p.Resume("m", "web1", 1, look=True))
+            await asked(shared, server.to, p.Resume("m", "web1", 1, look=True))
         with pytest.raises(PeerError, match="no VM web1"):
-            await asked(settings, server.to, p.Offer(
+            await asked(shared, server.to, p.Offer(
                 "m1", "web1", "process", [p.RegionOffer("ram", 1, 4096)], {}, 1, 1, check=True
             ))  # fmt: skip
         with pytest.raises(PeerError, match="may not send"):
-            await asked(settings, server.to, p.Resume("m", "web1", 1))
+            await asked(shared, server.to, p.Resume("m", "web1", 1))
 
 
 def test_list_of_peers(tmp_path: Path) -> None:
@@ -410,11 +410,11 @@ def test_list_of_peers(tmp_path: Path) -> None:
 def test_peers_by_name(tmp_path: Path) -> None:
     """A peer with an address is dialled there, and its certificate must have its name."""
     peers = (Peer("host2", Address("192.0.2.2", 17000)), Peer("host3"))
-    settings = source(tmp_path, None, *peers)
-    assert peer_of("Host2", settings) == (Address("192.0.2.2", 17000), "host2")
-    assert peer_of("host2:18000", settings) == (Address("192.0.2.2", 18000), "host2")
-    assert peer_of("host3", settings) == (Address("host3", 16525), "host3")
-    assert peer_of("[fe80::1%2]:7", settings) == (Address("fe80::1%2", 7), "fe80::1%2")
+    shared = source(tmp_path, None, *peers)
+    assert peer_of("Host2", shared) == (Address("192.0.2.2", 17000), "host2")
+    assert peer_of("host2:18000", shared) == (Address("192.0.2.2", 18000), "host2")
+    assert peer_of("host3", shared) == (Address("host3", 16525), "host3")
+    assert peer_of("[fe80::1%2]:7", shared) == (Address("fe80::1%2", 7), "fe80::1%2")
 
 
 async def test_name_of_a_peer_is_checked(tmp_path: Path) -> None:

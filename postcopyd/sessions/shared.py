@@ -13,7 +13,7 @@ from postcopyd.vmm import Shape
 
 
 @dataclass(frozen=True)
-class Settings(Endpoint):
+class Shared(Endpoint):
     """`bandwidth` is that of one migration at most, in bytes per second, 0 for no limit;
     `connections` are push connections."""
 
