@@ -107,7 +107,7 @@ class Happened(Enum):
     LOST = "the connection was lost"
     FAILED = "something failed here"
     MISCOUNTED = "the destination counts other pages than the guest has"
-    TAKEN_BACK = "a person says that the destination is dead for certain"
+    TAKEN_BACK = "a person says that the destination is certainly dead"
 
 
 State = Source | Destination

@@ -26,11 +26,11 @@ def problem(name: str) -> str:
     if not name:
         return "a name has at least one character"
     if "/" in name or name in (".", ".."):
-        return "it would be a path of files: a name has no / and is not . or .."
+        return "it would be a path: a name has no / and is not . or .."
     if name.startswith("-"):
         return "programs would take it for an option: a name does not begin with -"
     if _UNSEEN.search(name):
-        return "it has characters that nobody sees (line ends, other controls)"
+        return "it has invisible characters (line ends, other control characters)"
     if len(name.encode()) > LONGEST:
         return f"it has more than {LONGEST} bytes"
     return ""

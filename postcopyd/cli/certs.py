@@ -187,7 +187,8 @@ def _general_names(hosts: list[str]) -> list[x509.GeneralName]:
                 names.append(x509.DNSName(name))
                 continue
         raise PostcopydError(
-            f"{text!r} is no name of a host: say a DNS name or an IP address, without a port",
+            f"{text!r} cannot be the name of a host: give a DNS name or an IP address, without "
+            f"a port",
             "InvalidRequest",
         )
     return names
@@ -229,7 +230,7 @@ def _authority(home: Path) -> tuple[Authority, bool]:
         raise PostcopydError(f"{key} is not the key of {certificate}: find the right one")
     if found.not_valid_after_utc < datetime.now(UTC) + timedelta(days=1):
         raise PostcopydError(
-            f"the CA {certificate} has ended: make a new one in another folder, and new "
+            f"the CA {certificate} has expired: make a new one in another folder, and new "
             f"certificates for every host with it"
         )
     return Authority(found, private), False
@@ -257,7 +258,7 @@ def _must_replace(directory: Path, ca: Authority, hosts: list[str]) -> None:
             )
         except (ValueError, InvalidSignature, x509.ExtensionNotFound):
             raise PostcopydError(
-                f"{path} is not of the CA here and stays as it is: move it away, or name another "
+                f"{path} is not from the CA here and stays as it is: move it away, or name another "
                 f"folder with --dir"
             ) from None
         if not set(names) & set(_general_names(hosts)):

@@ -278,7 +278,7 @@ def _ptrace_scope() -> Iterator[Check]:
         yield Check(what, OK, "no Yama in this kernel")
     elif value == "3":
         mend = "boot without kernel.yama.ptrace_scope=3: it cannot be lowered in a running kernel"
-        yield Check(what, LACKS, "3: nobody may adopt anything", mend)
+        yield Check(what, LACKS, "3: no process may adopt another", mend)
     else:
         yield Check(what, OK, f"{value}: the daemon may adopt, with CAP_SYS_PTRACE")
 
@@ -310,7 +310,7 @@ def _adoption() -> Iterator[Check]:
             raise PostcopydError(f"the child ended (status {child.returncode})")
         yield Check(what, OK, "a child made a userfaultfd, lent it and went on")
     except (PostcopydError, OSError) as error:
-        mend = "mend what lacks above; else see what AppArmor, SELinux or a container forbids"
+        mend = "mend what is missing above, or see what AppArmor, SELinux or a container forbids"
         why = getattr(error, "strerror", None) or str(error)
         yield Check(what, LACKS, why, mend)
     finally:
@@ -392,7 +392,7 @@ def _kvm() -> Iterator[Check]:
     if os.access("/dev/kvm", os.R_OK | os.W_OK):
         yield Check("/dev/kvm", OK, "usable")
     else:
-        mend = "load kvm_intel or kvm_amd, or see its permissions; guests under TCG do without"
+        mend = "load kvm_intel or kvm_amd, or see its permissions; guests under TCG do not need it"
         yield Check("/dev/kvm", NOTE, "not there, or not for this user", mend)
 
 
@@ -415,9 +415,7 @@ def _memory() -> Iterator[Check]:
             yield Check("/dev/shm", OK, found)
     total, free_pages = int(fields.get("HugePages_Total", 0)), fields.get("HugePages_Free", "0")
     each = size(int(fields.get("Hugepagesize", 0)) << 10)
-    found = (
-        f"{free_pages} of {total} of {each} free" if total else "none; guests need not have them"
-    )
+    found = f"{free_pages} of {total} of {each} free" if total else "none; guests do not need them"
     yield Check("huge pages", OK, found)
 
 

@@ -80,7 +80,7 @@ def _connect(args: argparse.Namespace, within: float | None = None) -> Client:
     except NoAnswer as error:
         if isinstance(error.__cause__, PermissionError):
             why = "run this as root or as a member of the group postcopyd"
-            raise Failed(f"may not speak to the daemon on {path} ({error}): {why}") from None
+            raise Failed(f"not allowed to speak to the daemon on {path} ({error}): {why}") from None
         start = f"start it with `postcopyd serve --control {path}`"
         absent = isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError)
         failed = _NotRunning if absent else Failed
@@ -114,7 +114,9 @@ def _refused(error: ErrorReply) -> Failed:
     sentence = error.parameters.get("message")
     if not sentence:
         detail = "".join(f" {value}" for value in error.parameters.values())
-        sentence = f"the daemon answered {name}{detail}: it may be of another version than this"
+        sentence = (
+            f"the daemon answered {name}{detail}: it may have another version than this command"
+        )
     return Failed(sentence, USAGE if name == "InvalidRequest" else FAILED)
 
 
@@ -251,9 +253,9 @@ def _follow(client: Client, args: argparse.Namespace, migration: str) -> dict[st
         ) from None
     except KeyboardInterrupt:
         follow = f"follow it with {_again(args, 'watch')}"
-        off = f"call it off with {_again(args, 'cancel')}"
+        off = f"cancel it with {_again(args, 'cancel')}"
         if maybe_there:
-            off = "it is past the handover and cannot be called off"
+            off = "after the handover it cannot be cancelled"
         raise Failed(
             f"the migration of {args.name} goes on in the daemon: {follow}; {off}", INTERRUPTED
         ) from None
@@ -307,7 +309,7 @@ def watch(args: argparse.Namespace) -> int:
 
 def cancel(args: argparse.Namespace) -> int:
     _ask(args, "Cancel", name=args.name)
-    return _tell(args, "cancelled", "the migration is called off, the guest is here as it was")
+    return _tell(args, "cancelled", "the migration is cancelled, the guest is here as it was")
 
 
 def recover(args: argparse.Namespace) -> int:
@@ -354,7 +356,7 @@ def _record_against(args: argparse.Namespace) -> str:
     record = store.read_record(_state_dir(args), args.name)
     if record is None or _stays_here(record["status"]):
         return ""
-    return f"{record['status']['message']}; no daemon answers here: start it, it goes on with that"
+    return f"{record['status']['message']}; no daemon answers here: start it, and it goes on"
 
 
 def _state_dir(args: argparse.Namespace) -> Path:
@@ -385,7 +387,7 @@ def _disk_against(args: argparse.Namespace) -> str:
 
     folder = Path(args.durable_dir or options.DEFAULT_DURABLE_DIR)
     if args.durable_dir and not folder.is_dir():
-        return f"there is no folder {folder}: name the one of the daemon, which makes it"
+        return f"there is no folder {folder}: name the daemon's folder"
     intent = store.read_intent(folder, args.name)
     if intent is None:
         return ""

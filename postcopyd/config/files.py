@@ -161,7 +161,7 @@ def _read(file: Path, said: dict[Where, Said], mistakes: list[str]) -> None:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        mistakes.append(f"{file}, line {line}: this is no text in UTF-8")
+        mistakes.append(f"{file}, line {line}: this is not UTF-8 text")
         return
     take_text(text, file, said, mistakes)
 
@@ -204,8 +204,8 @@ def _take(where: Where, value: Any, said: dict[Where, Said], by: Said) -> None:
         case ("peers", name):
             if not isinstance(value, dict):
                 raise _wrong(
-                    f"{_shown(name)} is no table: say [peers.{_shown(name)}], and below it what is "
-                    f"known of that peer: {', '.join(PEER_KEYS)}"
+                    f"{_shown(name)} is not a table: write [peers.{_shown(name)}], and below it "
+                    f"its keys: {', '.join(PEER_KEYS)}"
                 )
             try:
                 said["peers", peer_name(name)] = by._replace(value=name)
@@ -214,8 +214,8 @@ def _take(where: Where, value: Any, said: dict[Where, Said], by: Said) -> None:
         case ("peers", name, key):
             if key in KEYS and key not in PEER_KEYS:
                 raise _wrong(
-                    f"{key} is no key of the table [peers.{_shown(name)}] that it stands in: move "
-                    f"it above the first table, [...], of this file"
+                    f"{key} is not a key of the table [peers.{_shown(name)}] above it: move it "
+                    f"above the first table, [...], of this file"
                 )
             if isinstance(value, dict) and key not in PEER_KEYS:
                 raise _wrong(
@@ -240,7 +240,7 @@ def _value(name: str, key: Key, value: Any) -> Any:
     try:
         read = key.read(value)
         if key.metavar in ("PATH", "DIR") and read is not None and not os.path.isabs(read):
-            raise _wrong("an absolute path is wanted, beginning with /")
+            raise _wrong("an absolute path is expected, beginning with /")
     except PostcopydError as error:
         raise _wrong(f"{name} = {_shown(value)}: {error}") from None
     return read
@@ -311,7 +311,7 @@ def _what_is_broken(text: str, error: str) -> str:
     rows = text.split("\n")
     number, place = int(line or len(rows)), int(column or len(rows[-1]) + 1)
     if re.match("Cannot (overwrite|declare)", what) and (twice := _twice(rows[:number])):
-        return f"line {number}: {twice}; say it once"
+        return f"line {number}: {twice}; write it once"
     hint = _hint(rows[number - 1])
     return f"line {number}, column {place}: {what[:1].lower()}{what[1:]}{hint}"
 

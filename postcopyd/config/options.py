@@ -194,7 +194,7 @@ class Key(NamedTuple):
 
 def _text(value: Any, wanted: str) -> str:
     if not isinstance(value, str) or not value or not value.isprintable():
-        raise _invalid(f"{wanted} is wanted, in quotes")
+        raise _invalid(f"{wanted} is expected, in quotes")
     return value
 
 
@@ -214,14 +214,14 @@ def _rate(value: Any) -> int:
     if type(value) is int and abs(value) < 2**64:
         value = str(value)
     if not isinstance(value, str):
-        raise _invalid('a whole number of bytes is wanted, or one with K, M or G like "1.5G"')
+        raise _invalid('a whole number of bytes is expected, or one with K, M or G like "1.5G"')
     return parse_rate(value)
 
 
 def _number(least: int, most: int) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         if type(value) is not int or not least <= value <= most:
-            raise _invalid(f"a number from {least} to {most} is wanted")
+            raise _invalid(f"a number from {least} to {most} is expected")
         return value
 
     return read
@@ -231,7 +231,7 @@ def _one_of(*words: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in words:
             allowed = " or ".join(f'"{word}"' for word in words)
-            raise _invalid(f"{allowed} is wanted{near(value, words)}")
+            raise _invalid(f"{allowed} is expected{near(value, words)}")
         return str(value)
 
     return read
@@ -242,7 +242,7 @@ def _metrics(value: Any) -> str:
     if not text.startswith("/"):
         parse_address(text, listening=True)
         if not text.rpartition("]")[2].count(":"):
-            raise _invalid("a port is wanted, HOST:PORT, or the absolute path of a unix socket")
+            raise _invalid("a port is expected, HOST:PORT, or the absolute path of a unix socket")
     return text
 
 
@@ -257,7 +257,7 @@ def _or_none(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _may(value: Any) -> frozenset[May]:
-    wanted = 'a list of "send", "receive" and "control" is wanted, like ["send", "receive"]'
+    wanted = 'a list of "send", "receive" and "control" is expected, like ["send", "receive"]'
     if not isinstance(value, list):
         raise _invalid(wanted)
     for one in value:

@@ -24,7 +24,7 @@ _WRONG: Final = {
     "since",
 }
 NO_TRACKING: Final = (
-    "this host's kernel cannot say which pages a guest writes, as Linux 6.7 and later can"
+    "this host's kernel cannot say which pages a guest writes; Linux 6.7 and later can"
 )
 
 _known: dict[Callable[[], int], int] = {}
@@ -56,7 +56,7 @@ def why_no_passes() -> str | None:
         )
     missed = [words for bit, words in _WRONG.items() if found & bit]
     if not missed:
-        return "this host's kernel takes pages for written that are not"
+        return "this host's kernel reports pages as written that are not"
     return f"this host's kernel does not show all that is written: it misses {' and '.join(missed)}"
 
 

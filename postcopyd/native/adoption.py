@@ -36,7 +36,7 @@ def _call(pid: int, name: str, arguments: tuple[int, ...], allow_seccomp: bool) 
     numbers = _CALLS.get(platform.machine())
     if numbers is None:
         raise AdoptionError(
-            f"adopting process {pid}: adoption is not there for {platform.machine()} yet"
+            f"adopting process {pid}: adoption does not know {platform.machine()} yet"
         )
     error = ffi.new("struct adopt_error *")
     result = ffi.new("long *")

@@ -76,7 +76,7 @@ class Peers:
 
     def let_in(self, visitor: Visitor, always: bool) -> None:
         if visitor not in self._door:
-            raise PostcopydError("too many others came at the same time: try again", "Busy")
+            raise PostcopydError("too many others connected at the same time: try again", "Busy")
         if len(self._places) - self._aside >= self.most and not always:
             raise PostcopydError(
                 f"the destination speaks with {self.most} other daemons, and max-peers in its "

@@ -48,7 +48,7 @@ def listen(
     except OSError as error:
         listener.close()
         why = error.strerror or str(error)
-        raise PostcopydError(f"{what}: {why}; say another with {option}") from error
+        raise PostcopydError(f"{what}: {why}; choose another with {option}") from error
     return listener
 
 
@@ -77,10 +77,12 @@ def _make_way(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(entry.st_mode):
-        raise PostcopydError("something that is no socket is there; remove it or say another path")
+        raise PostcopydError(
+            "something that is not a socket is there; remove it or name another path"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         failed = probe.connect_ex(path)
     # Anything but a refusal, a full backlog for one, means that somebody owns it.
     if failed != errno.ECONNREFUSED:
-        raise PostcopydError("a daemon answers there already; stop it or say another path")
+        raise PostcopydError("a daemon answers there already; stop it or name another path")
     os.unlink(path)

@@ -90,7 +90,7 @@ class Tls:
             if must:
                 raise
             made._why = f"{error}; then `systemctl reload postcopyd` (SIGHUP)"
-            log.error("no host is trusted, and none is spoken with", error=made._why)
+            log.error("this daemon trusts no host and speaks with none", error=made._why)
         return made
 
     def reload(self) -> None:
@@ -238,7 +238,7 @@ def _bad(why: str, directory: Path) -> PostcopydError:
 
 def _locked() -> str:
     """Called for a key with a password: there is nobody to ask."""
-    raise ValueError("the key wants a password: store it without one, readable by root only")
+    raise ValueError("the key has a password: store it without one, readable by root only")
 
 
 def normal(name: str) -> str:
@@ -304,7 +304,7 @@ def refusal(error: trio.BrokenResourceError) -> bool:
 
 
 def was_cut(error: trio.BrokenResourceError) -> bool:
-    """Whether the connection ended without a word of TLS on why."""
+    """Whether the connection ended and TLS did not say why."""
     cause = error.__cause__
     return isinstance(cause, ssl.SSLEOFError) or not isinstance(cause, ssl.SSLError)
 
@@ -316,7 +316,7 @@ def explain(error: trio.BrokenResourceError, peer: str) -> str:
         return f"the certificate of {peer} is refused here: {_verdict(cause)}"
     if was_cut(error):
         return (
-            f"{peer} ended the connection without a word of TLS ({cause or error}): it was cut, "
+            f"{peer} ended the connection without any TLS ({cause or error}): it was cut, "
             f"or the daemon there is of a version without TLS"
         )
     assert isinstance(cause, ssl.SSLError)
@@ -337,15 +337,20 @@ def _verdict(error: ssl.SSLError) -> str:
     code = getattr(error, "verify_code", 0)
     said = getattr(error, "verify_message", "") or error.reason or str(error)
     if code in (62, 64):  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
-        return f"{said}: dial it by a name that its certificate has, or give it one with this name"
+        return (
+            f"{said}: use a name that its certificate has, or give it a certificate with this name"
+        )
     if code in (2, 18, 19, 20, 21):
-        return f"{said}: it is not of the CA in {CA} here, make both hosts' with the same CA"
+        return (
+            f"{said}: it is not from the CA in {CA} here, make both hosts' certificates with the "
+            f"same CA"
+        )
     if code == 10:
         return f"{said}: renew it, and see that the clocks of both hosts are right"
     if code == 9:
         return f"{said}: see that the clocks of both hosts are right"
     if code == 26:
-        return f"{said}: it must be good for servers, or for clients, where it is used as such"
+        return f"{said}: a server needs a certificate for servers, a client one for clients"
     if code in (3, 11, 12):
         return f"{said}: renew {CRL} here, or remove it"
     return said
@@ -355,23 +360,23 @@ _CA = f"its {CA} is not that of the CA of the certificates here, make both hosts
 _ALERTS = {
     "UNKNOWN_CA": _CA,
     "DECRYPT_ERROR": _CA,  # a CA of the same name and with another key
-    "CERTIFICATE_REQUIRED": f"it wants one and got none, see that {CLIENT[0]} is there",
-    "CERTIFICATE_EXPIRED": f"it has expired, renew {CLIENT[0]} here and see to both clocks",
+    "CERTIFICATE_REQUIRED": f"it got no certificate, see that {CLIENT[0]} is there",
+    "CERTIFICATE_EXPIRED": f"it has expired, renew {CLIENT[0]} here and check both clocks",
     "CERTIFICATE_REVOKED": f"it was revoked, by the {CRL} there; make a new one",
     "UNSUPPORTED_CERTIFICATE": f"it is not for clients, make {CLIENT[0]} with that purpose",
-    "BAD_CERTIFICATE": "it is not valid there (yet), or has not the name that was dialled; see to "
-    "both clocks and names",
+    "BAD_CERTIFICATE": "it is not valid there (yet), or does not have the name that was dialled; "
+    "check both clocks and names",
     "PROTOCOL_VERSION": "it speaks no TLS 1.3, upgrade the older postcopyd",
     "UNEXPECTED_MESSAGE": "it does not expect what a postcopyd says first, another program may be "
     "there",
-    "INTERNAL_ERROR": "it has met an error of its own, see its log",
+    "INTERNAL_ERROR": "it had an internal error, see its log",
 }
 _REASONS = {
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": f"it showed no certificate, it needs {CLIENT[0]}",
-    "UNSUPPORTED_PROTOCOL": "it speaks TLS older than 1.3, which is not taken",
+    "UNSUPPORTED_PROTOCOL": "it speaks TLS older than 1.3, which is refused",
     "WRONG_VERSION_NUMBER": "it does not speak TLS: it was started with `--tls off`; start both "
     "daemons with TLS, or both without",
-    "HTTP_REQUEST": "it speaks HTTP: nothing of postcopyd is there",
+    "HTTP_REQUEST": "it speaks HTTP: another program is there",
 }
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from postcopyd import protocol as p
 from postcopyd.vmm import Disk, DiskFile, Region, Shape
 
-INSIST = "or say --unsafe if you know that both hosts have the same there"
+INSIST = "or use --unsafe if you know that both hosts have the same there"
 
 NONE = "none"
 
@@ -128,7 +128,7 @@ def _files(disk: str, ours: list[p.DiskFileOffer], theirs: list[p.DiskFileOffer]
         if same is None and mine.writable and not (mine.shared and other.shared):
             yield (
                 f"disk {disk} is on local storage, {_file(mine)} here and {_file(other)} at the "
-                f"source, where each host has files of its own: put it on storage that both hosts "
+                f"source, where each host has its own files: put it on storage that both hosts "
                 f"share, {INSIST}"
             )
         elif same is False:

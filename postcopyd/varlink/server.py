@@ -384,7 +384,7 @@ class Connection:
     async def _until_gone(self) -> None:
         while await self._receive():
             if len(self._buffer) > MAX_MESSAGE:
-                raise Malformed("more calls behind a streaming one than are kept")
+                raise Malformed("too many calls behind a streaming one")
         raise ClientGone
 
 

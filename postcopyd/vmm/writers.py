@@ -93,4 +93,4 @@ def unseen_sentence(names: list[str]) -> str | None:
     """`Shape.untracked` for these."""
     if not names:
         return None
-    return f"Guest RAM is written by what no page table shows: {', '.join(names)}."
+    return f"Something that no page table shows writes to guest RAM: {', '.join(names)}."

@@ -102,7 +102,7 @@ async def test_to_a_web_server(pair: Pair) -> None:
         to = f"127.0.0.1:{server.getsockname()[1]}"
         failed = await a.result(name, (await a.call("Migrate", name=name, to=to))["migration"])
         assert failed["event"] == "failed"
-        assert "an HTTP server is there, and no postcopyd" in failed["error"]
+        assert "an HTTP server is there, and not postcopyd" in failed["error"]
     await worked(here)
 
 

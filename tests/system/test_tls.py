@@ -228,7 +228,7 @@ async def test_strangers_and_the_careless(pair: Pair) -> None:
     assert (await cli("certs", "--dir", str(stranger), "--host", "127.0.0.1"))[0] == 0
     tls = a.tls
     for options, why in (
-        (("--tls-dir", str(stranger)), "it is not of the CA in ca-cert.pem here"),
+        (("--tls-dir", str(stranger)), "it is not from the CA in ca-cert.pem here"),
         (("--tls", "off"), "the destination was started with TLS"),
     ):
         a.end()

@@ -173,7 +173,7 @@ def test_no_certificates() -> None:
         (("migrate", "web1", "--to", "h", "--precopy-passes", "-1"), "'-1'"),
         (("migrate", "web1", "--to", "h", "--max-downtime", "nan"), "'nan'"),
         (("resolve", "web1"), "--wait --poison --kill --take-back is required"),
-        (("certs", "--dir", "/nowhere", "--host", "h:1"), "'h:1' is no name of a host"),
+        (("certs", "--dir", "/nowhere", "--host", "h:1"), "'h:1' cannot be the name of a host"),
         (("serve", "--config", "/no/file"), "/no/file"),
         (("demo", "--memory", "much"), "'much'"),
     ],
@@ -714,7 +714,7 @@ def test_may_run_when_nobody_answers(
         assert asked("web2", *where) == (
             1,
             "postcopyd: do not start web2 here: web2 waits for pages; no daemon answers here: "
-            "start it, it goes on with that\n",
+            "start it, and it goes on\n",
         )
         assert asked("web3", *where) == (0, "")
         assert "web4.json: it does not make sense" in asked("web4", *where)[1]

@@ -177,7 +177,7 @@ async def test_another_program_is_there(
             partial(trio.serve_tcp, answer, 0, host="127.0.0.1", handler_nursery=nursery)
         )
         to = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
-        with pytest.raises(RemoteProtocolError, match="no postcopyd: say the port") as caught:
+        with pytest.raises(RemoteProtocolError, match="not postcopyd: give the port") as caught:
             async with await connection.dial_control(
                 to, Machine(Source.GREETING), shared
             ) as channel:

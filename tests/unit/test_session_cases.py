@@ -429,7 +429,7 @@ async def test_wait(tmp_path: Path, clock: Clock) -> None:
 
 
 async def test_take_back(tmp_path: Path, clock: Clock) -> None:
-    """Who says that the destination is dead for certain has the guest here, as it stopped here."""
+    """Who says that the destination is certainly dead has the guest here, as it stopped here."""
     async with network_is_down(tmp_path) as made:
         made.destination.vmm.die()
         made.guest.given_up = True

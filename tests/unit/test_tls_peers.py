@@ -126,10 +126,10 @@ def locks_key(folder: Path) -> None:
         (gives_key_away, "belongs to user 4711"),
         (mixes_keys, "server-key.pem is not the key of"),
         (expired, "server-cert.pem: certificate has expired: renew it"),
-        (of_another_ca, "it is not of the CA in ca-cert.pem"),
+        (of_another_ca, "it is not from the CA in ca-cert.pem"),
         (for_servers_only, "certificate purpose: it must be good for"),
         (spoilt, "client-cert.pem or"),
-        (locks_key, "wants a password"),
+        (locks_key, "has a password"),
     ],
 )
 def test_files_that_will_not_do(spoil: Any, says: str, tmp_path: Path) -> None:
@@ -237,8 +237,15 @@ class Bad(NamedTuple):
 @pytest.mark.parametrize(
     "bad",
     [
-        Bad({}, {"ca": OTHERS, "trusted": OURS}, "hosts' with the same CA", "not of the CA"),
-        Bad({"ca": OTHERS}, {}, "not of the CA in ca-cert.pem here", "ca-cert.pem is not that of"),
+        Bad(
+            {},
+            {"ca": OTHERS, "trusted": OURS},
+            "hosts' certificates with the same CA",
+            "not from the CA",
+        ),
+        Bad(
+            {"ca": OTHERS}, {}, "not from the CA in ca-cert.pem here", "ca-cert.pem is not that of"
+        ),
         Bad({}, {"ends": PAST}, "it has expired, renew client-cert.pem", "has expired"),
         Bad({"ends": PAST}, {}, "has expired: renew it", "it has expired"),
         Bad({"name": "host9"}, {}, "IP address mismatch", "has not the name that was dialled"),

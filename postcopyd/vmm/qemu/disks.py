@@ -300,7 +300,7 @@ class _Nodes:
 
 async def _jobs(qmp: Qmp) -> list[str]:
     return [
-        f"QEMU runs the job '{job.id}' ({job.type}, {job.status}), which would not go along with "
+        f"QEMU runs the job '{job.id}' ({job.type}, {job.status}), which would not move with "
         f"the guest: wait for its end, or end it with QMP `job-cancel`."
         for job in await qmp.ask(list[_Job], "query-jobs")
         if job.status not in OVER

@@ -473,7 +473,7 @@ class Qmp:
             event = {"event": message["event"], "data": data if isinstance(data, dict) else {}}
             for events in self._subscribers:
                 if message["event"] in events.kinds and not events.put(event, len(text)):
-                    self._fail(QmpProtocolError(f"{self._path} sent more events than make sense."))
+                    self._fail(QmpProtocolError(f"{self._path} sent too many events."))
         elif "QMP" in message and self._greeting is None:
             self._greeting = message
         elif type(number) is int and number in self._replies:

@@ -24,7 +24,7 @@ WORDS = {
     "inmigrate": "its QEMU waits for an incoming migration",
     "postmigrate": "somebody else has moved or saved it by QEMU's own `migrate` (run state "
     "postmigrate), so it may run elsewhere: run it here only when you know that it does not",
-    "finish-migrate": "somebody else's migration of it comes to its end: see where it runs then, "
+    "finish-migrate": "somebody else's migration of it is about to end: see where it runs then, "
     "before you run it anywhere",
     "shutdown": "its guest has shut down: QMP `system_reset` starts it anew",
     "suspended": "its guest sleeps (S3): QMP `system_wakeup` wakes it",
