@@ -356,7 +356,10 @@ def _verdict(error: ssl.SSLError) -> str:
     return said
 
 
-_CA = f"its {CA} is not that of the CA of the certificates here, make both hosts' with the same CA"
+_CA = (
+    f"its {CA} is not that of the CA of the certificates here, make both hosts' certificates with "
+    f"the same CA"
+)
 _ALERTS = {
     "UNKNOWN_CA": _CA,
     "DECRYPT_ERROR": _CA,  # a CA of the same name and with another key

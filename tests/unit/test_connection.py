@@ -195,7 +195,7 @@ async def test_greeting_oneself() -> None:
     theirs = Channel(right, Machine(Destination.GREETING), "192.0.2.1", instance="a")
 
     async def greets(channel: Channel) -> None:
-        with pytest.raises(PostcopydError, match="is this daemon itself: say the other host"):
+        with pytest.raises(PostcopydError, match="is this daemon itself: name the host"):
             await channel.greet()
 
     async with trio.open_nursery() as nursery:

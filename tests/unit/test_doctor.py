@@ -149,7 +149,7 @@ def test_features_that_lack(
         (0, "ok", ["hybrid migration"]),
         (lib.PC_MISSES_ZAPPED, "note", ["swapped out", "postcopy alone", "update the kernel"]),
         (lib.PC_MISSES_TABLES, "note", ["huge page that was split", "postcopy alone"]),
-        (lib.PC_SEES_QUIET, "note", ["takes pages for written", "postcopy alone"]),
+        (lib.PC_SEES_QUIET, "note", ["reports pages as written", "postcopy alone"]),
         (-errno.EOPNOTSUPP, "note", ["Linux 6.7", "postcopy alone"]),
         (-errno.ENOMEM, "note", ["could not be tried (Cannot allocate memory)", "postcopy alone"]),
     ],

@@ -311,7 +311,7 @@ async def test_who_has_to_go() -> None:
         others = at_the_door("192.0.2.1", "203.0.113.1")(stack, peers)
         assert gone(first + others) == [] and gone(crowd) == [0, 1, 2, 3]
         assert len(peers) == DOOR
-        with pytest.raises(PostcopydError, match="others came at the same time"):
+        with pytest.raises(PostcopydError, match="others connected at the same time"):
             crowd[0].let_in()
         first[0].let_in()
     assert len(peers) == 0

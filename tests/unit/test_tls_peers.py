@@ -127,7 +127,7 @@ def locks_key(folder: Path) -> None:
         (mixes_keys, "server-key.pem is not the key of"),
         (expired, "server-cert.pem: certificate has expired: renew it"),
         (of_another_ca, "it is not from the CA in ca-cert.pem"),
-        (for_servers_only, "certificate purpose: it must be good for"),
+        (for_servers_only, "certificate purpose: a server needs"),
         (spoilt, "client-cert.pem or"),
         (locks_key, "has a password"),
     ],
@@ -248,7 +248,9 @@ class Bad(NamedTuple):
         ),
         Bad({}, {"ends": PAST}, "it has expired, renew client-cert.pem", "has expired"),
         Bad({"ends": PAST}, {}, "has expired: renew it", "it has expired"),
-        Bad({"name": "host9"}, {}, "IP address mismatch", "has not the name that was dialled"),
+        Bad(
+            {"name": "host9"}, {}, "IP address mismatch", "does not have the name that was dialled"
+        ),
         Bad({}, {"purposes": SERVERS}, "it is not for clients", "certificate purpose"),
     ],
     ids=["our CA", "their CA", "ours expired", "theirs expired", "name", "purpose"],
