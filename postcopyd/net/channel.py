@@ -178,8 +178,7 @@ class Channel:
         check_hello(hello)
         if self._instance and hello.instance == self._instance:
             raise PostcopydError(
-                f"{self.peer} is this daemon itself: say the other host, to which the guest shall "
-                f"go",
+                f"{self.peer} is this daemon itself: name the host that the guest is to move to",
                 "Refused",
             )
         self.features = p.FEATURES.intersection(hello.features)
@@ -244,8 +243,8 @@ class Nobody(trio.abc.Stream):
 
 def somebody_else(peer: str, what: str) -> RemoteProtocolError:
     return RemoteProtocolError(
-        f"speaking with {peer}: {what} is there, and no postcopyd: say the port of `postcopyd "
-        f"serve`, {DEFAULT_PORT} where nothing else was configured",
+        f"speaking with {peer}: {what} is there, and not postcopyd: give the port of `postcopyd "
+        f"serve`, {DEFAULT_PORT} by default",
         "PeerUnreachable",
     )
 

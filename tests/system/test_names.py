@@ -70,10 +70,10 @@ async def test_to_itself(pair: Pair) -> None:
     port = a.address.rpartition(":")[2]
     for to in (a.address, f"localhost:{port}"):
         problems = await refused(a.call("Check", name=name, to=to))
-        assert "is this daemon itself: say the other host" in problems
+        assert "is this daemon itself: name the host" in problems
         failed = await a.result(name, (await a.call("Migrate", name=name, to=to))["migration"])
         assert failed["event"] == "failed"
-        assert "is this daemon itself: say the other host" in failed["error"]
+        assert "is this daemon itself: name the host" in failed["error"]
     await worked(here)
 
 

@@ -240,7 +240,7 @@ def patience(name: str, answers: int = 1) -> Iterator[None]:
 def _pidfd(name: str, pid: int) -> int:
     if pid <= 0:
         raise VmmGone(
-            f"The process of the QEMU of {name} has no number here: run postcopyd in the PID "
+            f"The process of the QEMU of {name} has no process id here: run postcopyd in the PID "
             f"namespace of QEMU or above it."
         )
     try:

@@ -108,7 +108,7 @@ class Leaving(Qemu):
                 elif not now.running:
                     raise VmmError(
                         f"The guest {self.name} was stopped for a moment and was not run again, as "
-                        f"somebody else has had a hand on it meanwhile: {now.words}."
+                        f"somebody else has changed its state meanwhile: {now.words}."
                     )
                 await self._settings.unguard()
                 return resumed
