@@ -71,3 +71,74 @@ class MigrateRequest:
     max_downtime_ms: float | None = None
     keep_source: bool = False
     unsafe: bool = False
+
+
+class Memory(msgspec.Struct, frozen=True, rename="camel"):
+    """The guest's pages, by how they crossed. `page_size` is that of its first region; a page that
+    crossed twice is a `duplicate` one at the destination."""
+
+    total_bytes: int
+    page_size: int  # bytes
+    pages: int
+    zero_pages: int
+    precopy_pages: int
+    dirty_pages: int
+    pushed_pages: int
+    urgent_pages: int
+    duplicate_pages: int
+    lost_pages: int
+
+
+class Faults(msgspec.Struct, frozen=True, rename="camel"):
+    """Faults of the guest at the destination, from fault to placed. `histogram_us` maps the lower
+    bound of each log2 bucket to its count."""
+
+    count: int
+    p50_us: float
+    p99_us: float
+    max_us: float
+    histogram_us: dict[str, int]
+
+
+class Pass(msgspec.Struct, frozen=True, rename="camel"):
+    """One pass: `dirty_pages` are those that the guest has written meanwhile."""
+
+    pages: int
+    bytes: int
+    ms: float
+    bytes_per_second: int
+    dirty_pages: int
+    dirty_pages_per_second: int
+
+
+class PhaseTime(msgspec.Struct, frozen=True):
+    """How long a migration was in one phase, in all."""
+
+    phase: str
+    ms: float
+
+
+class Result(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True):
+    """How a migration ended, or that it is paused. What was measured is None where it could not be
+    had."""
+
+    event: Literal["completed", "failed", "cancelled", "paused", "ended"]
+    vm: str
+    migration: str
+    peer: str | None = None
+    mode: str | None = None
+    downtime_ms: float | None = None  # from the stop to the word that it runs there
+    downtime_parts_ms: dict[str, float] | None = None  # save, load, run
+    total_ms: float | None = None
+    brownout_ms: float | None = None  # from the resume to the last page
+    memory: Memory | None = None
+    faults: Faults | None = None
+    transferred_bytes: int | None = None
+    bytes_per_second: int | None = None
+    recoveries: int | None = None
+    phases: list[PhaseTime] | None = None
+    passes: list[Pass] | None = None
+    handed_over: str | None = None  # why, after passes
+    tracking: dict[str, float] | None = None  # what passes cost the guest
+    warning: str | None = None
+    error: str | None = None

@@ -20,13 +20,13 @@ from postcopyd.daemon.registry import Registry, certainly_ended, patience, tidy
 from postcopyd.dest.restart import call_off, finish_unwritten
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError, shortage
-from postcopyd.handover import Destination, Machine, Source
+from postcopyd.handover import Destination, Machine
 from postcopyd.model import Status
 from postcopyd.net.channel import Channel, Nobody
 from postcopyd.records.schema import Ownership
 from postcopyd.sessions.vm import DAEMON, Claim, Vm
-from postcopyd.source.back import untouched
 from postcopyd.source.restart import let_go, roll_back
+from postcopyd.source.rollback import untouched
 from postcopyd.source.session import SourceSession
 
 log = structlog.get_logger()
@@ -48,9 +48,7 @@ async def run_again(registry: Registry, vm: Vm, told: Status) -> None:
 
 async def dial_again(registry: Registry, vm: Vm, told: Status) -> None:
     """The guest was granted: its destination is asked, and the rest of its memory follows."""
-    session = await SourceSession.restored(
-        vm, vm.about, registry.shared, Machine(Source.GRANTED_LOST)
-    )
+    session = await SourceSession.restored(vm, vm.about, registry.shared)
     vm.claimed_by = session
     await session.resume()
 

@@ -45,7 +45,7 @@ TELL_S = 1.0
 
 STOP_S = 300.0
 """For how long the service manager is asked to wait for the end of a daemon that is ending: guests
-before the grant go back first, each within source.back.ROLLBACK_S, several VMMs' disks at once.
+before the grant go back first, each within source.rollback.ROLLBACK_S, several VMMs' disks at once.
 After that it may kill."""
 
 SHOWN_VMS = 4

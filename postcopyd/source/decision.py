@@ -55,6 +55,32 @@ class Decision:
             raise self._error
 
 
+class Person:
+    """What a person has said to a migration that is paused: to ask at once, or a decision. There is
+    one decision at a time."""
+
+    def __init__(self) -> None:
+        self.decision: Decision | None = None
+        self._spoke = trio.Event()
+
+    def wants_it_asked(self) -> None:
+        """The destination, at once."""
+        self._spoke.set()
+
+    def decides(self, choice: Choice) -> Decision:
+        self.decision = Decision(choice)
+        self._spoke.set()
+        return self.decision
+
+    def heard(self) -> Decision | None:
+        """What is decided so far; `listen` waits for what is said from here on."""
+        self._spoke = trio.Event()
+        return self.decision
+
+    async def listen(self) -> None:
+        await self._spoke.wait()
+
+
 def still_there(name: str, peer: str, choice: Choice, said: str) -> PostcopydError:
     """Why a guest is not decided about whose destination may live."""
     what = "running it here again" if choice == "take_back" else "ending its VMM here"

@@ -15,6 +15,7 @@ import msgspec
 
 from postcopyd.errors import PostcopydError
 from postcopyd.protocol import LOST, DaemonId, Hello
+from postcopyd.records import schema
 from postcopyd.source.decision import UNKNOWN
 
 
@@ -31,12 +32,13 @@ class Granted(msgspec.Struct, frozen=True):
         return cls(at, hello.host, hello.daemon)
 
     @classmethod
-    def recorded(cls, about: Any) -> Granted:
+    def known_again(cls, about: Any) -> Granted:
+        """The one that `recorded` was written of."""
         return msgspec.convert(about, cls)
 
-    def json(self) -> dict[str, Any]:
-        """What `recorded` takes."""
-        found: dict[str, Any] = msgspec.to_builtins(self)
+    def recorded(self) -> schema.Granted:
+        """As records and intents have it."""
+        found: schema.Granted = msgspec.to_builtins(self)
         return found
 
     def has_told(self, error: str) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from postcopyd import model
 from postcopyd.errors import PostcopydError
 
 PAYS = 0.7
@@ -53,16 +54,16 @@ class Pass:
         """Seconds that what is left would take at this pass's rate."""
         return self.left / self.rate if self.pages else 0.0
 
-    def json(self) -> dict[str, float]:
+    def shown(self) -> model.Pass:
         """As results and status have it."""
-        return {
-            "pages": self.pages,
-            "bytes": self.bytes,
-            "ms": round(self.seconds * 1e3, 2),
-            "bytesPerSecond": round(self.bytes / self.seconds) if self.seconds else 0,
-            "dirtyPages": self.left,
-            "dirtyPagesPerSecond": round(self.written),
-        }
+        return model.Pass(
+            pages=self.pages,
+            bytes=self.bytes,
+            ms=round(self.seconds * 1e3, 2),
+            bytes_per_second=round(self.bytes / self.seconds) if self.seconds else 0,
+            dirty_pages=self.left,
+            dirty_pages_per_second=round(self.written),
+        )
 
 
 def why_now(

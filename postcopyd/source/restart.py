@@ -7,24 +7,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import trio
 
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
+from postcopyd.model import Result
 from postcopyd.net.connection import dial_control
 from postcopyd.net.tls import same_peer
 from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
-from postcopyd.source.back import ROLLBACK_S, known_again, undone_as
 from postcopyd.source.granted import Granted, unknowing
+from postcopyd.source.rollback import ROLLBACK_S, known_again, undone_as
 
 
 async def ask_destination(vm: str, intent: Mapping[str, Any], shared: Shared) -> str:
     """What the destination of a handover says of it, which this host only knows to have intended.
     Nothing goes on by that. Raises PostcopydError."""
     peer = intent["peer"]
-    granted = Granted.recorded(intent.get("granted", {"at": peer}))
+    granted = Granted.known_again(intent.get("granted", {"at": peer}))
     async with await dial_control(peer, Machine(Source.GREETING), shared) as channel:
         same_peer(intent.get("identity", ()), channel.names, vm)
         answers = Granted.greeted(peer, await channel.greet())
@@ -55,8 +57,9 @@ async def roll_back(vm: Vm, shared: Shared) -> None:
     except trio.TooSlowError:
         raise PostcopydError(f"its VMM did not run it again within {ROLLBACK_S:.0f} s") from None
     sentence = undone_as(vm.name, "the daemon ended before it was granted", left)
-    result = {"event": "failed", "vm": vm.name, "migration": vm.about["migration"]}
-    vm.conclude(phase="failed", remaining=0, message=sentence, result={**result, "error": sentence})
+    name = vm.about["migration"]
+    result = Result(event="failed", vm=vm.name, migration=name, error=sentence)
+    vm.conclude(phase="failed", remaining=0, message=sentence, result=msgspec.to_builtins(result))
     vm.home()
     vm.record_soon("held")
     vm.log.warning("migration failed", error=sentence)

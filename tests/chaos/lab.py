@@ -28,7 +28,7 @@ from postcopyd.varlink.client import ConnectionLost
 VM = "guest"
 
 TERMINATE_S = 45.0
-"""A daemon that is told to end takes its guests back first; source.session.ROLLBACK_S is 30."""
+"""A daemon that is told to end takes its guests back first; source.rollback.ROLLBACK_S is 30."""
 ANSWER_S = 10.0
 """How long a monitor may take to answer when its guest lacks nothing."""
 

@@ -36,6 +36,7 @@ from postcopyd.net.codec import parse
 from postcopyd.records import locks
 from postcopyd.records.store import StateNotWritten
 from postcopyd.sessions.vm import Vm
+from postcopyd.source import migration
 from postcopyd.source import session as leaving
 from postcopyd.vmm import State
 
@@ -95,7 +96,7 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         monkeypatch.setattr(module, "receive_object", received_at_once)
     for kind in (leaving.SourceSession, DestinationSession):
         monkeypatch.setattr(kind, "__init__", noted(kind.__init__))
-    monkeypatch.setattr(leaving, "SHOW_S", 1.0)
+    monkeypatch.setattr(migration, "SHOW_S", 1.0)
     return patient_clock()
 
 

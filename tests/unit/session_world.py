@@ -134,6 +134,13 @@ class Host:
         sessions = [one for one in self.life.sessions if getattr(one, "accepted", True)]
         return sessions[-1] if sessions else None
 
+    @property
+    def engine(self) -> Any:
+        """Of the newest session, which has one."""
+        if self.role == "source":
+            return self.session._rollback.guest.engine
+        return self.session.memory.engine
+
     async def serve(self, task_status: trio.TaskStatus[None]) -> None:
         while True:
             with trio.CancelScope() as self._scope:

@@ -30,7 +30,11 @@ from postcopyd import protocol as p
 from postcopyd.dest import device_state
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
+from postcopyd.source import recovery
 from postcopyd.source.decision import TAKE_BACK_S
+from postcopyd.source.figures import Figures
+from postcopyd.source.migration import Migration
+from postcopyd.source.rollback import Rollback
 from postcopyd.source.session import SourceSession
 from postcopyd.vmm import Declined, Role, Shape, VmmError
 
@@ -328,18 +332,18 @@ async def broken_step(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("step", "bug"),
     [
-        ("_figures", broken),
-        ("_result", broken),
-        ("_rolled_back", broken_step),
-        ("_end_early", broken_step),
-        ("_close", broken_step),
+        ((Figures, "tell"), broken),
+        ((Migration, "result"), broken),
+        ((Rollback, "run"), broken_step),
+        ((SourceSession, "_end_early"), broken_step),
+        ((SourceSession, "_close"), broken_step),
     ],
 )
 async def test_bug_in_the_end_of_a_session(
-    step: str, bug: Any, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    step: tuple[type, str], bug: Any, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A source's session whose own last steps fail still answers who waits, and lets the VM go."""
-    monkeypatch.setattr(SourceSession, step, bug)
+    monkeypatch.setattr(*step, bug)
     with_refusal = {"source.prepare": refusing(VmmError("no"))}
     async with world(tmp_path, with_refusal) as made, made.migrating():
         told = await result(made)
@@ -355,7 +359,7 @@ async def test_bug_after_the_grant(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the grant such a bug leaves a pause, and never a guest that two may run."""
-    monkeypatch.setattr(SourceSession, "_paused", broken)
+    monkeypatch.setattr(recovery, "pause", broken)
     async with world(tmp_path, {"<- progress": cut}) as made, made.migrating():
         told = await result(made)
         assert told["event"] == "paused"

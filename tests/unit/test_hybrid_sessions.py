@@ -222,7 +222,7 @@ async def test_the_world_stops(point: str, tmp_path: Path, clock: Clock) -> None
     compared = []
 
     def compare(made: World, point: str) -> None:
-        engine = made.source.session._engine
+        engine = made.source.engine
         engine.must(lib.pc_source_look(engine.handle, lib.PC_LOOK_ONLY), "looking")
         here, there = made.source.vmm.memory(), made.destination.vmm.memory()
         for region, pages in enumerate(PAGES):

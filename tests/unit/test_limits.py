@@ -7,8 +7,8 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,9 +147,10 @@ async def test_bandwidth_of_one_migration(
 ) -> None:
     """The configured one is what a migration has that asks for none, and the most otherwise."""
     shared = Shared(store := Store(tmp_path), bandwidth=most)
-    session = SourceSession(Vm("web1", store, None), MigrateRequest("h", asked), shared, "m")
-    session.request = replace(session.request, bandwidth=asked)
-    assert session._bandwidth == session._rate() == rate
+    request = MigrateRequest("h", bandwidth=asked)
+    session = SourceSession(Vm("web1", store, None), request, shared, "m")
+    engine: Any = SimpleNamespace(limit=None)
+    assert session.migration.bandwidth == session.migration.rate(engine) == rate
 
 
 # --- an engine at work ---------------------------------------------------------------------------

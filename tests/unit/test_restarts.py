@@ -182,7 +182,7 @@ async def test_recover_asks_a_late_vmm_at_once(
             made.source.kill()
             await trio.sleep(400)
             assert made.source.vm.status.peer == "127.0.0.1:9"
-            assert made.source.session.request.to == "127.0.0.1:9"
+            assert made.source.session.migration.peer.to == "127.0.0.1:9"
             made.down = False
             await made.source.daemon.recover("web1", made.to)
             with trio.fail_after(1000):

@@ -174,9 +174,7 @@ async def test_pages_cannot_come(
 
     async def cut_until_seen(made: World, point: str) -> None:
         made.cut(p.DATA)
-        session = made.hosts[sees].session
-        engine = session._engine if sees == "source" else session.memory.engine
-        while not engine.stats.failure:
+        while not made.hosts[sees].engine.stats.failure:
             await trio.sleep(0.001)
 
     made = await migrated(tmp_path, {"destination.load done": cut_until_seen})

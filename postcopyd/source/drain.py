@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fourth phase: the guest runs there, and the rest of its memory follows until all of it is there.
+
+Threads of the engine answer and push; this says when they begin, shows how far they are, and
+compares the counts at the end. Then the copy here is of no use to anybody: the VMM is ended. A
+connection that is lost meanwhile is recovery.py's, which makes a drain for the next one. Borrows
+the channel and the guest.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from postcopyd import protocol as p
+from postcopyd.errors import PostcopydError
+from postcopyd.handover import Happened
+from postcopyd.model import Result
+from postcopyd.net.channel import Channel
+from postcopyd.protocol import RemoteProtocolError
+from postcopyd.sessions import losses
+from postcopyd.source.guest import Guest
+from postcopyd.source.migration import Migration
+from postcopyd.tasks.nursery import open_nursery
+
+
+class Drain:
+    """Of one connection."""
+
+    def __init__(self, migration: Migration, guest: Guest, channel: Channel) -> None:
+        self._migration, self._figures, self._vm = migration, migration.figures, migration.vm
+        self._guest, self._engine, self._channel = guest, guest.engine, channel
+
+    async def run(self) -> None:
+        """Its memory follows. On a connection that resumes, what the destination has comes first
+        and nothing is pushed before it."""
+        figures, vm = self._figures, self._vm
+        vm.show(
+            phase="postcopy",
+            downtime_ms=figures.downtime_ms or None,
+            message=f"{vm.name} runs at {self._migration.peer.to}, its memory follows",
+        )
+        if not figures.recoveries and self._migration.request.mode != "precopy":
+            self._engine.push(self._guest.rate())
+        self._guest.note()
+        vm.record_soon(None)
+        async with open_nursery() as nursery:
+            nursery.start_soon(self._engine.watch)
+            nursery.start_soon(self._migration.show_progress)
+            while not isinstance(message := await self._channel.receive(), p.Drained):
+                if isinstance(message, p.Progress):
+                    figures.arrived = max(figures.arrived, message.confirmed)
+                    figures.faults = message.faults
+                    vm.show(remaining=message.remaining)
+                elif isinstance(message, p.Have):
+                    self._engine.have(message.region, message.first, message.count, message.bits)
+                else:
+                    self._engine.push(self._guest.rate())
+            nursery.cancel_scope.cancel()
+        await self.over(message)
+
+    async def over(self, drained: p.Drained) -> None:
+        """The destination says that it has all."""
+        migration, vm = self._migration, self._vm
+        if drained.confirmed != self._engine.stats.total_pages:
+            migration.machine.happened(Happened.MISCOUNTED)
+            raise RemoteProtocolError(
+                f"{migration.peer.to} counts {drained.confirmed} pages as drained, "
+                f"but the guest has {self._engine.stats.total_pages}"
+            )
+        result = migration.completed = await self._counted(drained)
+        sentence = (
+            f"{vm.name} is at {migration.peer.to}, with all of its memory{losses.but(drained.lost)}"
+        )
+        if drained.lost:
+            migration.log.error("memory lost", pages=drained.lost)
+        vm.conclude(phase="drained", remaining=0, message=sentence)
+        # Where it is not written, what was recorded before stands: the careful side of the truth.
+        vm.record_soon("granted")
+        await self._acknowledge()
+        trouble = await let_go(migration)
+        # Who waits for the result is told last, and finds the VMM here as it shall be.
+        vm.show(result=msgspec.to_builtins(result), message=sentence + trouble)
+        vm.record_soon("granted")
+        self._log(result)
+        await migration.hooks("drained")
+
+    async def _counted(self, drained: p.Drained) -> Result:
+        """All of it, to the last byte that was sent."""
+        self._figures.faults = drained.faults
+        moved = time.monotonic()
+        await self._engine.disconnect()  # its threads count what they have sent to the last
+        self._migration.stop_sending()
+        await self._guest.untrack()
+        return self._migration.result("completed", drained=drained, at=moved)
+
+    async def _acknowledge(self) -> None:
+        try:
+            await self._channel.send(p.Acknowledged())
+        except PostcopydError:  # the destination has all it needs
+            self._migration.log.info("the destination went before it was acknowledged")
+
+    def _log(self, result: Result) -> None:
+        self._migration.log.info(
+            "migration completed",
+            downtime_ms=result.downtime_ms,
+            brownout_ms=result.brownout_ms,
+            total_ms=result.total_ms,
+            bytes=result.transferred_bytes,
+            faults=result.faults and result.faults.count,
+            recoveries=self._figures.recoveries,
+            phases=", ".join(f"{one.phase} {one.ms:.1f} ms" for one in result.phases or []),
+        )
+
+
+async def let_go(migration: Migration) -> str:
+    """Ends the VMM here, or leaves it; returns what the operator has to be told."""
+    vm, keep = migration.vm, migration.request.keep_source
+    if vm.driver is None:
+        return ""
+    try:
+        await vm.driver.finish(keep)
+    except PostcopydError as error:
+        migration.log.error("the source VMM did not end as told", error=str(error))
+        return f"; the VMM here: {error}"
+    finally:
+        if not keep:
+            await vm.leave()
+    return ""

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest here, as the phases have it: what its VMM looked like when it was offered, the engine
+that reads its RAM, and the tracking of what it writes.
+
+Owns the engine and the tracking, and ends both (`aclose`); the session calls that last. Descriptors
+of guest RAM are the session's, and outlive the engine, which reads by them. One task at a time
+calls the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from postcopyd.errors import PostcopydError
+from postcopyd.records import schema
+from postcopyd.sessions import alike
+from postcopyd.source.engine import SourceEngine
+from postcopyd.source.figures import NO_STATS
+from postcopyd.source.migration import Migration
+from postcopyd.source.tracking import Tracking
+from postcopyd.vmm import Shape
+
+
+class Guest:
+    """`touched`: something was done to its VMM, which a rollback has to undo; `tracking` is None
+    where there are no passes."""
+
+    def __init__(self, migration: Migration, shape: Shape) -> None:
+        self.shape = shape
+        self.engine = SourceEngine(shape.regions, shape.pid)
+        self.tracking: Tracking | None = None
+        self.touched = False
+        self._migration = migration
+        migration.figures.stats = self.engine.stats
+
+    @classmethod
+    def known_again(cls, migration: Migration, shape: Shape, about: schema.Departure) -> Guest:
+        """The guest that was granted before the daemon was started, by what its VMM looks like now.
+        Raises PostcopydError when it has other RAM."""
+        regions = [(r.name, r.pages, r.page_size) for r in shape.regions]
+        if regions != [tuple(region) for region in about["regions"]]:
+            raise PostcopydError(
+                f"the VMM of {migration.vm.name} here has other RAM than the one that was migrated"
+            )
+        # What the guest did before it was stopped for this is what it goes back to.
+        before = migration.vm.attached().before or "paused"
+        guest = cls(migration, replace(shape, state=before))
+        guest.touched = True
+        return guest
+
+    def rate(self) -> int:
+        """How many bytes a second its engine may send from now on; 0: no limit."""
+        return self._migration.rate(self.engine)
+
+    def note(self) -> None:
+        """What a daemon that is started again needs of it, for the next record."""
+        self._migration.note(self.shape)
+
+    async def still_as_offered(self, meanwhile: str) -> None:
+        """Passes take their time, and so does waiting: what was offered must be so still. Only
+        whether the guest runs may have changed. Raises PostcopydError."""
+        vm = self._migration.vm
+        was, now = self.shape, await vm.attached().inspect("source")
+        now.close()
+        if news := alike.changes(was, now):
+            raise PostcopydError(
+                f"the VMM of {vm.name} has changed while it {meanwhile}: {'; '.join(news)}; "
+                f"migrate again",
+                "Refused",
+            )
+        self.shape = replace(was, state=now.state, outline=now.outline)
+
+    async def outline_is_as_offered(self) -> bool:
+        """Whether nothing was plugged, or put behind a disk, since it was looked at: a millisecond,
+        in the blackout too."""
+        return await self._migration.vm.attached().outline() == self.shape.outline
+
+    async def untrack(self) -> None:
+        """What it writes costs it nothing any more. Idempotent."""
+        tracking, self.tracking = self.tracking, None
+        if tracking is not None:
+            try:
+                await tracking.aclose()
+            except Exception:  # a bug: the rest must happen, and tracking ends with the daemon
+                self._migration.log.exception("bug in the end of tracking")
+            self._migration.figures.tracked = tracking.json()
+
+    async def aclose(self) -> None:
+        """Idempotent."""
+        await self.untrack()
+        self._migration.figures.stats = NO_STATS
+        await self.engine.aclose()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First phase: the guest is offered, waits for its turn, and the data connections are made.
+
+Also what `postcopyd check` asks, which is the same offer with the question whether it would be
+taken. Until the turn comes the guest runs here as ever, and nobody looks at it. Functions, as no
+state stays. Borrows the channel.
+"""
+
+from __future__ import annotations
+
+from postcopyd import protocol as p
+from postcopyd.errors import PostcopydError
+from postcopyd.host import kernel
+from postcopyd.net.channel import Channel
+from postcopyd.protocol import RemoteProtocolError
+from postcopyd.sessions import alike
+from postcopyd.sessions.limits import in_line
+from postcopyd.sessions.vm import Vm
+from postcopyd.source.guest import Guest
+from postcopyd.source.migration import Migration
+from postcopyd.tasks.nursery import open_nursery
+from postcopyd.vmm import Shape, VmmGone
+
+
+async def problems(migration: Migration, shape: Shape) -> list[str]:
+    """What would keep the guest from going, on both hosts. What would make it another migration
+    than was asked for is among the warnings. Touches nothing."""
+    found = [*shape.problems]
+    if why := shape.untracked or kernel.why_no_passes():
+        migration.figures.warnings.append(
+            f"it would be moved by postcopy alone, without passes: {why}"
+        )
+    try:
+        if shape.regions or not found:  # without any, there is nothing to offer
+            channel = await greeted(migration, shape)
+            await channel.send(_offer(migration, shape, check=True))
+            found += (await channel.expect(p.Checked)).problems
+    except PostcopydError as error:
+        found.append(str(error))
+    return found
+
+
+def refuse(vm: Vm, shape: Shape) -> None:
+    """Raises PostcopydError for a guest that can be seen here not to go anywhere."""
+    if shape.problems:
+        raise PostcopydError("; ".join(shape.problems), "Refused")
+    if shape.state == "incoming":
+        raise PostcopydError(
+            f"{vm.name} is itself waiting for an incoming migration here", "Refused"
+        )
+
+
+async def greeted(migration: Migration, shape: Shape) -> Channel:
+    """The channel to the destination, which is the one that this guest is granted to."""
+    peer = migration.peer
+    channel = await peer.greeted()
+    peer.granted = peer.answers
+    if shape.disks and p.DISKS not in channel.features and not migration.request.unsafe:
+        raise PostcopydError(
+            f"the postcopyd at {peer.to} is too old to see that the disks of "
+            f"{migration.vm.name} are the same there: upgrade it, {alike.INSIST}",
+            "Refused",
+        )
+    return channel
+
+
+async def accepted(migration: Migration, guest: Guest, channel: Channel) -> None:
+    """Until the destination serves this guest. Raises PostcopydError: it does not take it."""
+    await channel.send(_offer(migration, guest.shape, staged=guest.tracking is not None))
+    token = await _turn(migration, guest, channel)
+    await migration.peer.connect(channel, guest.engine, migration.name, token)
+    await channel.expect(p.Serving)
+
+
+def _offer(
+    migration: Migration, shape: Shape, *, check: bool = False, staged: bool = False
+) -> p.Offer:
+    return p.Offer(
+        migration=migration.name,
+        vm=migration.vm.name,
+        driver=migration.vm.attached().kind,
+        regions=[p.RegionOffer(r.name, r.pages, r.page_size) for r in shape.regions],
+        facts={key: p.fact(value) for key, value in shape.facts.items()},
+        connections=migration.shared.connections,
+        epoch=migration.vm.epoch + 1,
+        check=check,
+        staged=staged,
+        disks=alike.offered(shape.disks),
+        unsafe=migration.request.unsafe,
+        places={key: p.fact(value) for key, value in shape.places.items()},
+    )
+
+
+async def _turn(migration: Migration, guest: Guest, channel: Channel) -> bytes:
+    """Waits until the destination takes this guest; the token for data connections. Until then it
+    runs here as ever, and what was seen of its VMM may be old."""
+    vm, to = migration.vm, migration.peer.to
+    queued = False
+    async with open_nursery() as nursery:
+        nursery.start_soon(_watch_vmm, vm)
+        while isinstance(answer := await channel.receive(), p.Queued):
+            queued = True
+            vm.show(
+                message=f"{vm.name} runs on here and waits for its turn at {to}: "
+                f"{in_line(answer.ahead)}"
+            )
+        nursery.cancel_scope.cancel()
+    if not isinstance(answer, p.Ready):
+        raise RemoteProtocolError(f"{to} sent {type(answer).__name__} where Ready was due")
+    if queued:
+        await guest.still_as_offered("waited for its turn")
+    return answer.token
+
+
+async def _watch_vmm(vm: Vm) -> None:
+    await vm.attached().gone()
+    raise VmmGone(f"the VMM of {vm.name} here has ended by itself")

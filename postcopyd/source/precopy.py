@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Second phase, with hybrid and precopy: the guest's memory in passes, while it runs on here.
+
+What it has written again is found by tracking (tracking.py), and what was measured decides after
+each pass whether another one pays (passes.py). The last look is the blackout's, once the guest is
+stopped. Borrows the channel and the guest; what it has found stays in `figures.passes`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+import trio
+
+from postcopyd import protocol as p
+from postcopyd.errors import PostcopydError
+from postcopyd.net.channel import Channel
+from postcopyd.source.guest import Guest
+from postcopyd.source.migration import Migration
+from postcopyd.source.passes import Pass, why_now
+from postcopyd.source.tracking import Tracking
+from postcopyd.tasks.nursery import open_nursery
+
+MAX_DOWNTIME_MS = 300.0
+"""Of a precopy, where nothing else was asked for; as QEMU's."""
+
+STOPPED_S = 0.1
+"""How long passes may stop a guest that does direct I/O, all together, before no more are made."""
+
+
+async def track(migration: Migration, guest: Guest) -> None:
+    """Before the offer, which says whether there will be passes: sees what the guest writes from
+    here on, or notes why that cannot be. Raises PostcopydError for a precopy that cannot."""
+    guest.touched = True
+    try:
+        guest.tracking = await Tracking.of(migration.vm, guest.shape, guest.engine)
+    except PostcopydError as error:
+        if migration.request.mode == "precopy":
+            raise PostcopydError(f"{error}; --mode postcopy does not need it", error.name) from None
+        migration.figures.warnings.append(f"handed over without a pass before: {error}")
+        migration.log.warning("no passes", error=str(error))
+
+
+class Precopy:
+    """Made for a guest that is tracked."""
+
+    def __init__(
+        self, migration: Migration, guest: Guest, tracking: Tracking, channel: Channel
+    ) -> None:
+        self._migration, self._figures, self._vm = migration, migration.figures, migration.vm
+        self._guest, self._engine, self._tracking = guest, guest.engine, tracking
+        self._channel = channel
+
+    async def run(self) -> None:
+        """Until another pass would not pay. Raises PostcopydError for a precopy that does not
+        converge."""
+        request, figures = self._migration.request, self._figures
+        mode, most = request.mode, request.precopy_passes
+        downtime_s = (request.max_downtime_ms or MAX_DOWNTIME_MS) / 1e3
+        assert mode != "postcopy"
+        while not figures.why_now and (most != 0 or mode == "precopy"):
+            figures.passes.append(await self._pass(await self._arm()))
+            shown = [msgspec.to_builtins(one.shown()) for one in figures.passes]
+            self._migration.log.info("pass", **shown[-1])
+            self._vm.show(passes=shown)
+            figures.why_now = why_now(mode, figures.passes, most, downtime_s) or ""
+            if not figures.why_now and mode == "hybrid" and self._tracking.stopped_s > STOPPED_S:
+                figures.why_now = (
+                    "each pass stops the guest, for its direct I/O, longer than it gains"
+                )
+
+    async def _arm(self) -> int:
+        """Has what the guest writes from here on seen by the next look: how many pages to send.
+        With direct I/O it is held still for that, and a daemon that is started again then runs it
+        (`roll_back`)."""
+        if not self._guest.shape.direct_io:
+            return await self._tracking.arm()
+        self._guest.note()
+        self._vm.record("intent")
+        pages = await self._tracking.arm_still(self._vm)
+        self._vm.record("held")
+        return pages
+
+    async def _pass(self, pages: int) -> Pass:
+        self._vm.show(
+            phase="precopy",
+            remaining=pages * self._figures.page_size,
+            message=f"copying {self._vm.name} to {self._migration.peer.to} while it runs here, "
+            f"pass {len(self._figures.passes) + 1}",
+        )
+        stats, began = self._engine.stats, time.monotonic()
+        before, moved = stats.passed_pages, stats.transferred_bytes
+        async with open_nursery() as nursery:
+            nursery.start_soon(self._send)
+            nursery.start_soon(self._migration.show_progress, before + pages)
+            seen = trio.Event()
+            nursery.start_soon(self._look_at_vmm, seen)  # takes longer than a short pass
+            await self._channel.expect(p.Passed)
+            seconds = time.monotonic() - began
+            await seen.wait()
+            nursery.cancel_scope.cancel()
+        return Pass(
+            pages=stats.passed_pages - before,
+            bytes=stats.transferred_bytes - moved,
+            seconds=seconds,
+            left=await self._tracking.look(),
+        )
+
+    async def _send(self) -> None:
+        engine = self._engine
+        engine.copy(self._guest.rate())
+        await engine.watch(lambda: engine.stats.pushing == 0)
+        engine.check()  # threads that have failed push no more either
+        await self._channel.send(p.Pass(engine.stats.passed_pages))
+
+    async def _look_at_vmm(self, seen: trio.Event) -> None:
+        await self._guest.still_as_offered("was copied")
+        seen.set()

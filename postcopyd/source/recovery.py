@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After the grant, when the connection is lost or anything else fails: a pause, until it goes on.
+
+Nobody here runs the guest, whatever happened. The source dials again and asks, until the guest is
+at the destination whole (drain.py), was declined there (rollback.py), has ended there, or a person
+has decided (resolve.py). When it asks again retry.py says. The engine stays: it has the guest's
+RAM, and the guest may wait for any of it. The peer closes the connection before the next one is
+made; one task does all of this, and a person only has it wake up (`Person`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+import trio
+
+from postcopyd import counts
+from postcopyd import protocol as p
+from postcopyd.errors import PostcopydError
+from postcopyd.handover import Happened, Source
+from postcopyd.net.channel import Channel
+from postcopyd.protocol import RemoteProtocolError
+from postcopyd.source.drain import Drain, let_go
+from postcopyd.source.guest import Guest
+from postcopyd.source.migration import Migration
+from postcopyd.source.resolve import kill, refuse, take_back
+from postcopyd.source.retry import AGAIN_S, PATIENCE_S, Retry
+from postcopyd.source.rollback import Rollback
+
+
+def pause(migration: Migration, error: PostcopydError) -> None:
+    """What has stopped a migration whose guest was granted is shown and recorded."""
+    vm, to = migration.vm, migration.peer.to
+    migration.stop_sending()
+    if migration.completed is not None:
+        migration.log.warning("after drained", error=str(error))
+        if vm.status.result is None:
+            vm.show(
+                result=msgspec.to_builtins(migration.completed),
+                message=f"{vm.status.message}; the VMM here was not ended: {error}",
+            )
+            vm.record_soon("granted")
+        return
+    migration.machine.happened(Happened.LOST)
+    ran = migration.machine.state is Source.RAN_LOST
+    message = (
+        f"{vm.name} {'runs at' if ran else 'was granted to'} {to} and part of its memory is still "
+        f"here: {error}; it is tried again, keep this VMM as it is"
+    )
+    if error.name in (p.LOST, p.POISONED):
+        message = f"{to} needs the memory of {vm.name} no more: {error}"
+    if (vm.status.message, vm.status.phase) != (message, "paused"):
+        vm.show(phase="paused", message=message)
+        vm.record_soon(None)
+        migration.log.warning("migration paused", error=str(error))
+
+
+class Recovery:
+    """Made as soon as there is a guest, and run only when it was granted. `_heard`: a word has come
+    from the destination since it was asked last."""
+
+    def __init__(self, migration: Migration, guest: Guest, rollback: Rollback) -> None:
+        self._migration, self._figures, self._vm = migration, migration.figures, migration.vm
+        self._guest, self._engine = guest, guest.engine
+        self._rollback = rollback
+        self._heard = False
+
+    def redirect(self, to: str) -> None:
+        """The destination has another address."""
+        self._migration.peer.to = to
+        self._guest.note()
+        self._vm.show(peer=to)
+        self._vm.record_soon(None)
+
+    async def run(self) -> None:
+        """Until nobody needs this source any more."""
+        person, figures = self._migration.person, self._figures
+        now = trio.current_time()
+        patience = PATIENCE_S if self._vm.status.result is None else 0.0
+        retry = Retry(now, now + patience, figures.arrived)
+        while self._goes_on():
+            decision, recoveries = person.heard(), figures.recoveries
+            if decision is not None and decision.choice == "kill":
+                if await kill(self._migration, decision):
+                    return
+                continue
+            trouble = await self._asked()
+            if trouble is None:
+                return
+            now = trio.current_time()
+            went_on = figures.recoveries > recoveries
+            wait = retry.failed(trouble.name, now, figures.arrived, went_on)
+            if now >= retry.told:
+                self._tell_paused(trouble)
+            if (
+                decision is not None
+                and self._goes_on()
+                and await take_back(
+                    self._migration, self._rollback, decision, trouble, heard=self._heard
+                )
+            ):
+                return
+            with trio.move_on_after(wait if person.decision is None else AGAIN_S):
+                await person.listen()
+        if person.decision is not None and person.decision.choice == "take_back":
+            person.decision.done(self._rollback.trouble)  # it was declined just then
+
+    def _goes_on(self) -> bool:
+        return self._migration.machine.gave_away and self._migration.completed is None
+
+    async def _asked(self) -> PostcopydError | None:
+        """One attempt; None: the migration is over. What else came of it is shown, and returned."""
+        try:
+            await self._ask()
+            return None
+        except Exception as error:
+            trouble = self._migration.ours(error)
+        if trouble.name == p.ENDED:
+            await self._guest_ended(str(trouble))
+            return None
+        if self._migration.machine.gave_away:
+            pause(self._migration, trouble)
+        else:
+            await self._rollback.run(trouble)
+        return trouble
+
+    async def _ask(self) -> None:
+        """What became of the guest, and the rest of its memory."""
+        migration, vm = self._migration, self._vm
+        self._heard = False
+        await migration.peer.aclose()
+        await self._engine.disconnect()
+        channel = await migration.peer.greeted()
+        self._heard = True
+        async with channel.alive():
+            await channel.send(p.Resume(migration.name, vm.name, vm.epoch))
+            answer = await migration.peer.told(channel)
+            if not isinstance(answer, p.Declined):
+                refuse(migration, "it has the guest, and goes on with it")
+            if isinstance(answer, p.Ready):
+                await migration.peer.connect(channel, self._engine, migration.name, answer.token)
+                self._engine.serve()  # the guest may wait for any of it
+                answer = await channel.receive()
+            if isinstance(answer, p.Declined):
+                raise PostcopydError(
+                    f"the destination did not run {vm.name}: {answer.reason}", "Declined"
+                )
+            if isinstance(answer, p.Drained):
+                await Drain(migration, self._guest, channel).over(answer)
+                return
+            if not isinstance(answer, p.Ran):
+                raise RemoteProtocolError(
+                    f"{migration.peer.to} sent {type(answer).__name__} where Ran was due"
+                )
+            await self._go_on(channel)
+
+    async def _go_on(self, channel: Channel) -> None:
+        """The guest runs there, and is served again."""
+        migration, figures = self._migration, self._figures
+        migration.peer.granted = migration.peer.answers  # wherever it was: it is there
+        figures.recoveries += 1
+        if not figures.downtime_ms and figures.stopped_at:
+            figures.ran()
+        counts.recoveries["source"] += 1
+        self._vm.show(result=None)
+        migration.log.info("migration recovered", recoveries=figures.recoveries)
+        await Drain(migration, self._guest, channel).run()
+
+    def _tell_paused(self, trouble: PostcopydError) -> None:
+        """Who waits for the result is told that it is a pause, which is a long one."""
+        status = self._vm.status
+        if status.phase == "paused" and status.result is None:
+            self._migration.log.error("migration paused", error=str(trouble))
+            result = self._migration.result("paused", str(trouble))
+            self._vm.show(result=msgspec.to_builtins(result))
+
+    async def _guest_ended(self, said: str) -> None:
+        """It ran at the destination and was ended there, as was meant: the copy here is of no use
+        to anybody, and the guest may be started again, on any host."""
+        migration, vm = self._migration, self._vm
+        trouble = await let_go(migration)
+        ended = (
+            f"{vm.name} ran at {migration.peer.to} and was ended there before all of its memory "
+            f"had come: {said}"
+        )
+        over = vm.driver is None and not trouble
+        if not over:
+            ended += f"{trouble}; its VMM here is left: end it before you start {vm.name} again"
+        vm.conclude(
+            counted_as="ended",
+            phase="failed",
+            remaining=0,
+            message=ended,
+            result=msgspec.to_builtins(migration.result("ended", ended)),
+        )
+        if over:
+            vm.home()
+        vm.record_soon("held" if over else "granted")
+        migration.log.warning("guest ended while its memory followed", why=said)
+        await migration.hooks("ended", message=said)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A person's decision about a departure that is paused, carried out or refused.
+
+Called between two attempts to ask the destination, by the one task of the recovery, so that a
+destination that answers just then has the last word. What was decided is in decision.py.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import trio
+
+from postcopyd.errors import PostcopydError
+from postcopyd.handover import Happened
+from postcopyd.sessions.patience import END_S, within
+from postcopyd.source.decision import GIVEN_UP, SILENT, Decision, still_there
+from postcopyd.source.migration import Migration
+from postcopyd.source.rollback import Rollback, own_again
+
+
+def refuse(migration: Migration, said: str) -> None:
+    """Whatever a person has decided: the destination lives."""
+    person = migration.person
+    decision, person.decision = person.decision, None
+    if decision is not None:
+        to = migration.peer.to
+        decision.done(still_there(migration.vm.name, to, decision.choice, said))
+
+
+async def kill(migration: Migration, decision: Decision) -> bool:
+    """A person has given the copy here up: whether its VMM has ended."""
+    vm = migration.vm
+    migration.person.decision = None
+    migration.log.warning("ownership changed by a person", decision=decision.choice)
+    if vm.driver is not None:
+        try:
+            with within(END_S, f"ending the VMM of {vm.name} here"):
+                await vm.driver.end()
+        except Exception as trouble:
+            refusal = f"{trouble}; the migration of {vm.name} is as it was"
+            migration.log.error("decision not carried out", error=refusal)
+            decision.done(PostcopydError(refusal, "VmmFailed"))
+            return False
+    by = _by(migration)
+    message = (
+        f"the VMM of {vm.name} here was ended {by}; memory that the guest there still lacks "
+        f"is lost: if it waits, `postcopyd resolve {vm.name}` there too; `postcopyd detach "
+        f"{vm.name}` here once you know where it runs"
+    )
+    result = migration.result("paused", f"ended {by}")
+    vm.conclude(phase="failed", message=message, result=msgspec.to_builtins(result))
+    migration.ending = True
+    try:
+        vm.record("declined")
+    except PostcopydError as error:
+        unwritten = f"the VMM of {vm.name} here was ended {by}, which is not on record: {error}"
+        vm.conclude(phase="paused", message=unwritten)
+        decision.done(PostcopydError(f"{unwritten}; then say it again", error.name))
+    decision.done()
+    return True
+
+
+async def take_back(
+    migration: Migration,
+    rollback: Rollback,
+    decision: Decision,
+    trouble: PostcopydError,
+    *,
+    heard: bool,
+) -> bool:
+    """A person says that the destination is dead, and it was asked once more: whether the migration
+    is over. It goes on when there was any word from there (`heard`)."""
+    peer = migration.peer
+    if trouble.name not in GIVEN_UP:
+        if heard or trouble.name not in SILENT:
+            refuse(migration, str(trouble))
+            return False
+        if trio.current_time() < decision.until:
+            return False
+    if not peer.granted.has_told(trouble.name) and (said := await peer.where_granted()):
+        refuse(migration, said)
+        return False
+    migration.person.decision = None
+    migration.log.warning("ownership changed by a person", decision=decision.choice)
+    try:
+        own_again(migration.vm)  # or it does not run
+    except PostcopydError as error:
+        decision.done(error)
+        return False
+    migration.machine.happened(Happened.TAKEN_BACK)
+    taken = f"taken back {_by(migration)}, as it was when it stopped here"
+    await rollback.run(PostcopydError(taken, "TakenBack"))
+    decision.done(rollback.trouble)
+    return True
+
+
+def _by(migration: Migration) -> str:
+    return f"by an operator's decision, in the middle of the move to {migration.peer.to}"

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever fails before the grant, or is declined or taken back after it: the guest as it was.
+
+What was done to its VMM is undone, only what is known to be ours, and never so that a guest runs
+which others may have moved. Then the destination is told, and then people, of what is known. No
+cancel reaches it. Ends no connection and no engine: the session does that afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+import structlog
+import trio
+
+from postcopyd.errors import PostcopydError
+from postcopyd.handover import Happened, Source
+from postcopyd.sessions.vm import Vm
+from postcopyd.source.guest import Guest
+from postcopyd.source.migration import Migration
+from postcopyd.vmm import VmmGone
+
+ROLLBACK_S = 30.0
+"""How long a VMM may take to run its guest again before the operator is told that it did not."""
+
+
+class Rollback:
+    """Made before any step. `guest` is None until there is anything of it to undo; `trouble` is why
+    the guest is not here as it was, after a rollback that failed."""
+
+    def __init__(self, migration: Migration) -> None:
+        self._migration, self._vm = migration, migration.vm
+        self.guest: Guest | None = None
+        self.trouble: PostcopydError | None = None
+
+    async def run(self, error: PostcopydError) -> None:
+        """`error` is why it was not moved."""
+        self._migration.ending = True
+        self._migration.stop_sending()
+        with trio.CancelScope(shield=True):
+            sentence = await self._undone(error)
+            await self._told(error, sentence)
+
+    async def _undone(self, error: PostcopydError) -> str:
+        """The guest is this host's again; the sentence about that."""
+        machine, vm = self._migration.machine, self._vm
+        if machine.state not in (Source.DECLINED, Source.ROLLED_BACK, Source.TAKEN_BACK):
+            machine.happened(Happened.FAILED)
+        if self.guest is not None:
+            await self.guest.engine.disconnect()
+        if machine.state is Source.DECLINED:
+            try:
+                own_again(vm)
+            except PostcopydError as trouble:  # a daemon that is started again is told the same
+                self._migration.log.error("record not written", error=str(trouble))
+                vm.epoch += 1
+        sentence = untouched(vm.name, str(error))
+        if self.guest is not None and self.guest.touched and vm.driver is not None:
+            sentence, here = await undone(vm, str(error))
+            if not here:
+                self.trouble = PostcopydError(sentence, "VmmFailed")
+        if self.guest is not None:
+            await self.guest.untrack()
+        return sentence
+
+    async def _told(self, error: PostcopydError, sentence: str) -> None:
+        """After the guest runs again: a peer that hears nothing would hold it up."""
+        migration, vm = self._migration, self._vm
+        ended: Literal["cancelled", "failed"]
+        ended = "cancelled" if error.name == "Cancelled" else "failed"
+        if migration.machine.state is Source.ROLLED_BACK:
+            await migration.peer.tell_end(error)
+        vm.conclude(
+            phase="failed",
+            counted_as=ended,
+            remaining=0,
+            message=sentence,
+            result=msgspec.to_builtins(migration.result(ended, sentence)),
+        )
+        vm.home()
+        vm.record_soon("held")
+        if ended == "cancelled":
+            migration.log.info("migration cancelled", error=str(error))
+        else:
+            migration.log.warning("migration failed", error=str(error))
+        await migration.hooks("failed", message=str(error))
+
+
+def own_again(vm: Vm) -> None:
+    """On record before the guest runs here again: a daemon that is started then runs it. What the
+    destination may still say is of an epoch that is over. Raises PostcopydError."""
+    vm.epoch += 1
+    try:
+        vm.record("intent")
+    except PostcopydError:
+        vm.epoch -= 1
+        raise
+
+
+async def known_again(vm: Vm) -> None:
+    """Tells the driver what the daemon before has done to the guest, by the record. Raises
+    PostcopydError."""
+    driver, about = vm.attached(), vm.about
+    driver.before = "running" if about["run"] else "paused"
+    if not about.get("marked", False):
+        await driver.mark()
+
+
+async def undone(vm: Vm, why: str) -> tuple[str, bool]:
+    """The guest is put back as its driver can; `why` it was not moved. The sentence about it, and
+    whether that went well: it is here as it was, or as others have left it."""
+    assert vm.driver is not None
+    moved = f"{vm.name} was not moved"
+    try:
+        with trio.fail_after(ROLLBACK_S):
+            left = await vm.driver.rollback()
+    except VmmGone as gone:
+        vm.log.error("rollback failed", error=str(gone))
+        return (
+            f"{moved} ({why}) and its VMM here has ended, by a failure or because the guest was "
+            f"shut down: {gone}",
+            False,
+        )
+    except Exception as trouble:  # a driver's bug too: the rest must happen
+        said = str(trouble) or f"no answer within {ROLLBACK_S:.0f} s"
+        if not isinstance(trouble, PostcopydError | trio.TooSlowError):
+            structlog.get_logger().exception("bug in a driver", vm=vm.name)
+        vm.log.error("rollback failed", error=said)
+        return (
+            f"{moved} ({why}) and its VMM here did not run it again: {said}; it is this host's, as "
+            f"far as this move is concerned: look at its VMM before you run it",
+            False,
+        )
+    return undone_as(vm.name, why, left), True
+
+
+def undone_as(name: str, why: str, left: str) -> str:
+    """`left` is what a driver's `rollback` has returned."""
+    if left:
+        return f"{name} was not moved ({why}) and was left here as it was found: {left}"
+    return f"{name} was not moved and is at this host as it was: {why}"
+
+
+def untouched(name: str, why: str) -> str:
+    """Of a guest to which nothing was done."""
+    return f"{name} was not moved, and nothing was done to it here: {why}"
