@@ -422,7 +422,7 @@ AnyMessage = (
 
 
 class DataHello(Struct, frozen=True, rename="camel"):
-    """What a data connection begins with, behind its kind. With TLS `token` is empty: it is the
+    """The first object of a data connection, after its kind. With TLS `token` is empty: it is the
     pre-shared key, and never on this connection."""
 
     migration: Name

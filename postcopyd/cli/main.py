@@ -105,21 +105,29 @@ def parser() -> argparse.ArgumentParser:
     vmm.add_argument("--process", metavar="SOCKET", help="the socket of a cooperating VMM")
     client("detach", verbs.detach, "make the daemon forget a VM, which goes on as it is")
     check = client("check", verbs.check, "find what would make a migration fail; changes nothing")
-    check.add_argument("--to", metavar="HOST[:PORT]", type=address, required=True)
+    check.add_argument(
+        "--to", metavar="HOST[:PORT]", type=address, required=True, help="the destination"
+    )
     migrate = client("migrate", verbs.migrate, "move a guest, and return when its memory is there")
-    migrate.add_argument("--to", metavar="HOST[:PORT]", type=address, required=True)
+    migrate.add_argument(
+        "--to", metavar="HOST[:PORT]", type=address, required=True, help="the destination"
+    )
     migrate.add_argument("--mode", choices=config.MODES, default="hybrid", help=(
         "hybrid (the default): copy memory while the guest runs, then postcopy; postcopy: hand the "
         "guest over at once; precopy: run it there only when all of its memory is there"
     ))  # fmt: skip
-    migrate.add_argument("--bandwidth", metavar="RATE", type=rate, help="bytes/s; K, M, G")
+    migrate.add_argument("--bandwidth", metavar="RATE", type=rate, help=(
+        "limit pages that nobody waits for, in bytes per second; K, M, G"
+    ))  # fmt: skip
     migrate.add_argument("--precopy-passes", metavar="N", type=_number(0, int), help=(
         "make at most N passes; by default the daemon decides by what it measures"
     ))  # fmt: skip
     migrate.add_argument("--max-downtime", metavar="MS", type=_number(0.001, float), help=(
         "precopy: stop the guest when the rest takes at most MS milliseconds (300)"
     ))  # fmt: skip
-    migrate.add_argument("--keep-source", action="store_true", help="do not end the source's VMM")
+    migrate.add_argument(
+        "--keep-source", action="store_true", help="leave the source's VMM, stopped"
+    )
     for moving in (check, migrate):
         moving.add_argument("--unsafe", action="store_true", help=(
             "you assert that both hosts have the same disk files, where the daemons cannot see it"
@@ -129,7 +137,9 @@ def parser() -> argparse.ArgumentParser:
     client("watch", verbs.watch, "follow a VM until interrupted")
     client("cancel", verbs.cancel, "cancel a migration, before the destination owns the guest")
     recover = client("recover", verbs.recover, "connect a paused migration again at once")
-    recover.add_argument("--to", metavar="HOST[:PORT]", type=address)
+    recover.add_argument("--to", metavar="HOST[:PORT]", type=address, help=(
+        "another address of the same destination"
+    ))  # fmt: skip
     resolve = client("resolve", verbs.resolve, "decide about a paused migration")
     way = resolve.add_mutually_exclusive_group(required=True)
     for decision, text in (
