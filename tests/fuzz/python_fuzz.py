@@ -30,6 +30,7 @@ from postcopyd import protocol as p
 from postcopyd.config import options
 from postcopyd.control import methods
 from postcopyd.errors import PostcopydError
+from postcopyd.net import codec as bytes_of
 from postcopyd.net.codec import Codec, pack, parse_message
 from postcopyd.varlink import idl, server
 
@@ -123,7 +124,7 @@ SERVICE = methods.service(NoVms())
 PEER = server.Peer(1, 0, 0, frozenset())
 Target = Callable[[bytes], Iterator[str]]
 TARGETS: dict[str, Target] = {"control": control_stream, "call": control_call}
-TRACED = {module.__file__ for module in (options, methods, h, p, server, idl)}
+TRACED = {module.__file__ for module in (options, methods, h, p, bytes_of, server, idl)}
 
 # --- where to begin
 
