@@ -41,7 +41,7 @@ async def kill(migration: Migration, decision: Decision) -> bool:
             migration.log.error("decision not carried out", error=refusal)
             decision.done(PostcopydError(refusal, "VmmFailed"))
             return False
-    by = _by(migration)
+    by = f"by an operator's decision, in the middle of the move to {migration.peer.to}"
     message = (
         f"the VMM of {vm.name} here was ended {by}; memory that the guest there still lacks "
         f"is lost: if it waits, `postcopyd resolve {vm.name}` there too; `postcopyd detach "
@@ -88,11 +88,8 @@ async def take_back(
         decision.done(error)
         return False
     migration.machine.happened(Happened.TAKEN_BACK)
-    taken = f"taken back {_by(migration)}, as it was when it stopped here"
+    by = f"by an operator's decision, in the middle of the move to {migration.peer.to}"
+    taken = f"taken back {by}, as it was when it stopped here"
     await rollback.run(PostcopydError(taken, "TakenBack"))
     decision.done(rollback.trouble)
     return True
-
-
-def _by(migration: Migration) -> str:
-    return f"by an operator's decision, in the middle of the move to {migration.peer.to}"
