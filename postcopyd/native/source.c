@@ -49,13 +49,14 @@ struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count,
   if (s->slots) {
     s->data = calloc(s->slots / 64, sizeof *s->data);
     s->sent = calloc(s->slots / 64, sizeof *s->sent);
-    s->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (!s->data || !s->sent || s->stop < 0)
+    if (s->data && s->sent) /* else there is nothing that pc_source_free could end */
+      s->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (s->stop < 0)
       snprintf(error, 200, "making bitmaps of %llu pages: %s", (unsigned long long)s->slots,
                strerrordesc_np(errno));
   }
   order_init(&s->order, s->regions, s->slots, s->data, s->sent);
-  if (!s->data || !s->sent || s->stop < 0) {
+  if (s->stop < 0) {
     pc_source_free(s);
     return NULL;
   }

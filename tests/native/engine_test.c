@@ -15,6 +15,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
 /* --- whole guests ----------------------------------------------------------------------------- */
@@ -505,6 +506,17 @@ static void no_room_for_record(void) {
   close(record);
   guest_free(&g);
   free_tmpfs(&s);
+}
+
+/* A sanitizer has a limit of its own, and ends. */
+static void no_room_for_bitmaps(void) {
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  struct pc_region region = {.pages = 1ull << 40, .page_size = SMALL, .fd = 0};
+  struct rlimit little = {1 << 30, 1 << 30};
+  char error[200];
+  check(!setrlimit(RLIMIT_AS, &little), "%m");
+  check(!pc_source_new(&region, 1, -1, error) && strstr(error, "Cannot allocate"), "%s", error);
+#endif
 }
 
 /* --- broken connections ----------------------------------------------------------------------- */
@@ -1381,6 +1393,7 @@ static const struct subtest SUBTESTS[] = {
     {"no_memory", no_memory},
     {"no_memory_for_zeros", no_memory_for_zeros},
     {"no_room_for_record", no_room_for_record},
+    {"no_room_for_bitmaps", no_room_for_bitmaps},
     {"cut", cut},
     {"cut_tls", cut_tls},
     {"connect_again", connect_again},
