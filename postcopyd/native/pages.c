@@ -22,10 +22,7 @@ int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t co
   struct region *r = region_of(d, region, first, count);
   if (!r)
     return -EINVAL;
-  memset(bits, 0, (count + 7) / 8);
-  for (uint64_t i = 0; i < count; i++)
-    if (record_has(&d->record, r->first + first + i))
-      bits[i / 8] |= (uint8_t)(1 << i % 8);
+  record_have(&d->record, r->first + first, count, bits);
   return 0;
 }
 

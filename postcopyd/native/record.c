@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -279,12 +280,19 @@ bool record_done(const struct record *c, uint64_t slot) {
   return atomic_load(at(c, slot)) & DONE;
 }
 
-bool record_has(const struct record *c, uint64_t slot) {
+static bool has(const struct record *c, uint64_t slot) {
   return atomic_load_explicit(at(c, slot), memory_order_acquire) & (DONE | HERE);
 }
 
+void record_have(const struct record *c, uint64_t slot, uint64_t count, uint8_t *bits) {
+  memset(bits, 0, (count + 7) / 8);
+  for (uint64_t i = 0; i < count; i++)
+    if (has(c, slot + i))
+      bits[i / 8] |= (uint8_t)(1 << i % 8);
+}
+
 bool record_claim_lacking(struct record *c, uint64_t slot) {
-  if (record_has(c, slot))
+  if (has(c, slot))
     return false;
   atomic_fetch_or(at(c, slot), CLAIMED); /* nobody else claims what is to be given up */
   return true;

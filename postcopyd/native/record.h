@@ -138,7 +138,8 @@ bool record_none_here(const struct record *c, uint64_t slot);
 /* --- what the session asks and decides --------------------------------------------------------- */
 
 bool record_done(const struct record *c, uint64_t slot);
-bool record_has(const struct record *c, uint64_t slot); /* DONE or HERE */
+/* Bit i % 8 of byte i / 8 becomes: page slot + i is DONE or HERE. */
+void record_have(const struct record *c, uint64_t slot, uint64_t count, uint8_t *bits);
 /* Claims a page that lacks, to give it up. False: it does not lack. */
 bool record_claim_lacking(struct record *c, uint64_t slot);
 /* It could not be given up and lacks as before. */
