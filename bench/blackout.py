@@ -19,9 +19,10 @@ from pathlib import Path
 
 import table
 import trio
-from movers import MIB, Daemons, Qemu, guest_config, newest_qemu, started
+from guests import qemu as q
+from movers import MIB, Daemons, Qemu, guest_config, started
+from qemus import newest
 
-from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import Host, open_hosts
 
 TOUCHED_MIB = 128
@@ -99,12 +100,12 @@ async def run(folder: Path, sizes: list[int], runs: int) -> Found:
     blackouts: dict[int, list[float]] = defaultdict(list)
     memory: dict[int, list[int]] = defaultdict(list)
     work = q.Workload(test_mb=TOUCHED_MIB, report_ms=200)
-    config = guest_config(folder, newest_qemu(), workload=work)
+    config = guest_config(folder, workload=work)
     async with contextlib.AsyncExitStack() as stack:
         hosts = await stack.enter_async_context(open_hosts(folder))
         mobiles = []
         for mib in sizes:
-            guest = await stack.enter_async_context(q.open_guest(folder))
+            guest = await stack.enter_async_context(q.Guest.open(folder))
             mobile = Mobile(guest, replace(config, memory=mib * MIB), hosts)
             stack.push_async_callback(mobile.aclose)
             await mobile.boot()
@@ -129,7 +130,7 @@ def main() -> int:
     parser.add_argument("--sizes", default="256,1024,4096,16384")
     options = parser.parse_args()
     sizes = [int(size) for size in options.sizes.split(",")]
-    about = table.machine(qemu=str(newest_qemu()), accel=q.GuestConfig.accel, runs=options.runs)
+    about = table.machine(qemu=str(newest()), accel=q.GuestConfig.accel, runs=options.runs)
     table.warm(2 << 30)
     with tempfile.TemporaryDirectory(prefix="pcb-", dir="/dev/shm") as folder:
         blackouts, memory, idle = trio.run(run, Path(folder), sizes, options.runs)

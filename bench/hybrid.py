@@ -20,10 +20,11 @@ from typing import Any
 
 import table
 import trio
-from movers import MIB, Daemons, Mover, devices_only, guest_config, newest_qemu, postcopy
+from guests import qemu as q
+from movers import MIB, Daemons, Mover, devices_only, guest_config, postcopy
 from qemu import REPORT_MS, Moving
+from qemus import newest
 
-from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import open_hosts
 
 Run = dict[str, Any]
@@ -37,14 +38,12 @@ def passes_s(run: Run) -> float:
 
 async def run(folder: Path, options: argparse.Namespace) -> Runs:
     work = q.Workload(test_mb=options.test_mb, report_ms=REPORT_MS)
-    config = guest_config(
-        folder, newest_qemu(), memory=options.memory * MIB, workload=work, accel=options.accel
-    )
+    config = guest_config(folder, memory=options.memory * MIB, workload=work, accel=options.accel)
     ways = ("unmoved", "hybrid", "postcopy", "qemu", "devices")
     runs: Runs = {guest: {way: [] for way in ways} for guest in ("quiet", "busy")}
     async with (
         open_hosts(folder) as hosts,
-        q.open_guest(folder) as guest,
+        q.Guest.open(folder) as guest,
         contextlib.aclosing(Moving(folder, guest, config, options.watch)) as moving,
     ):
         await moving.start()
@@ -149,7 +148,7 @@ def main() -> int:
     parser.add_argument("--accel", default="tcg,thread=multi")
     options = parser.parse_args()
     about = table.machine(
-        qemu=str(newest_qemu()), accel=options.accel, runs=options.runs,
+        qemu=str(newest()), accel=options.accel, runs=options.runs,
         memory_mib=options.memory, writes_mib=options.test_mb, quiet_rate=options.rate,
         watched_s=options.watch,
     )  # fmt: skip

@@ -9,7 +9,6 @@ STOP and RESUME are seen, by QEMU's own time stamps, for all ways alike.
 from __future__ import annotations
 
 import dataclasses
-import os
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -18,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import table
 import trio
+from guests import qemu as q
+from qemus import newest
 
-from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import Host
 from postcopyd.vmm.qemu.qmp import Events, Qmp
 
@@ -62,29 +61,13 @@ class Qemu:
     monitor: Qmp
 
 
-def newest_qemu() -> q.QemuBinary:
-    """The newest of find_qemu(), and of what `make test` and `make bench` unpack beside it."""
-    root = table.ROOT / ".build/qemu/root/usr"
-    newest = root / "bin/qemu-system-x86_64"
-    if newest.exists() and "POSTCOPYD_QEMU" not in os.environ:
-        firmware = (root / "share/qemu", Path("/usr/share/seabios"), Path("/usr/lib/ipxe/qemu"))
-        options = ",".join(f"-L,{folder}" for folder in firmware)
-        os.environ["POSTCOPYD_QEMU"] = f"/usr/bin/qemu-system-x86_64:{newest},{options}"
-    found = q.find_qemu()
-    if not found:
-        raise SystemExit(q.MISSING_QEMU)
-    return max(found, key=lambda qemu: qemu.version)
+def guest_config(folder: Path, **more: Any) -> q.GuestConfig:
+    """The verifying guest, in the newest QEMU of this machine; its initramfs is made in `folder`.
 
-
-def guest_config(folder: Path, qemu: q.QemuBinary, **more: Any) -> q.GuestConfig:
-    """The verifying guest; its initramfs is made in `folder`."""
-    kernel = q.find_kernel()
-    if kernel is None:
-        raise SystemExit(q.MISSING_KERNEL)
-    initramfs = folder / "initramfs"
-    if not initramfs.exists():
-        q.write_initramfs(initramfs, kernel, q.find_init())
-    return q.GuestConfig(qemu=qemu, kernel=kernel.image, initramfs=initramfs, **more)
+    Raises q.MissingPartError where this machine lacks a part of it.
+    """
+    kernel, initramfs = q.boot(folder)
+    return q.GuestConfig(qemu=newest(), kernel=kernel, initramfs=initramfs, **more)
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from typing import Any
 
 import table
 import trio
+from guests import qemu as q
 from movers import (
     MIB,
     Daemons,
@@ -30,13 +31,12 @@ from movers import (
     Qemu,
     devices_only,
     guest_config,
-    newest_qemu,
     postcopy,
     started,
     unmoved,
 )
+from qemus import newest
 
-from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import open_hosts
 
 USUAL_S = 2.0
@@ -204,13 +204,11 @@ def show(way: str, found: dict[str, Any]) -> None:
 
 async def run(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     work = q.Workload(test_mb=options.test_mb, report_ms=REPORT_MS)
-    config = guest_config(
-        folder, newest_qemu(), memory=options.memory * MIB, workload=work, accel=options.accel
-    )
+    config = guest_config(folder, memory=options.memory * MIB, workload=work, accel=options.accel)
     runs: dict[str, list[dict[str, Any]]] = {"ours": [], "qemu": [], "devices": []}
     async with (
         open_hosts(folder) as hosts,
-        q.open_guest(folder) as guest,
+        q.Guest.open(folder) as guest,
         contextlib.aclosing(Moving(folder, guest, config, options.watch)) as moving,
     ):
         movers: dict[str, Mover] = {
@@ -271,7 +269,7 @@ def main() -> int:
     parser.add_argument("--accel", default="tcg,thread=multi")
     options = parser.parse_args()
     about = table.machine(
-        qemu=str(newest_qemu()), accel=options.accel, runs=options.runs,
+        qemu=str(newest()), accel=options.accel, runs=options.runs,
         memory_mib=options.memory, writes_mib=options.test_mb, watched_s=options.watch,
     )  # fmt: skip
     table.warm(4 * options.memory * MIB)

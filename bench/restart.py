@@ -20,10 +20,12 @@ from pathlib import Path
 
 import table
 import trio
-from movers import MIB, guest_config, newest_qemu, started
+from guests import qemu as q
+from guests.process import ProcessGuest
+from movers import MIB, guest_config, started
+from qemus import newest
 
-from postcopyd.demo import qemu_guest as q
-from postcopyd.demo.hosts import Host, ProcessGuest, open_hosts
+from postcopyd.demo.hosts import Host, open_hosts
 
 RATE = 500
 """Operations of the guest per second: what it touches must last until the last kill."""
@@ -125,9 +127,9 @@ async def move(  # noqa: PLR0917
 async def qemu(folder: Path, options: argparse.Namespace, killed: Killed) -> None:
     """Its guest is moved on from QEMU to QEMU."""
     work = q.Workload(test_mb=options.memory // 2, rate=RATE, report_ms=10)
-    config = guest_config(folder, newest_qemu(), memory=options.memory * MIB, workload=work,
+    config = guest_config(folder, memory=options.memory * MIB, workload=work,
                           accel=options.accel)  # fmt: skip
-    async with q.open_guest(folder) as guest, contextlib.AsyncExitStack() as stack:
+    async with q.Guest.open(folder) as guest, contextlib.AsyncExitStack() as stack:
         leaving = await stack.enter_async_context(started(guest, config, "q0"))
         await guest.ready()
 
@@ -151,7 +153,7 @@ async def qemu(folder: Path, options: argparse.Namespace, killed: Killed) -> Non
 
 async def process(folder: Path, options: argparse.Namespace, killed: Killed) -> None:
     """A new pair of VMMs for each move; its guest has filled its memory first."""
-    words = ("--memory", f"{PROCESS_MIB}M", "--threads", "2", "--rate", "3000", "--report")
+    words = ("--memory", f"{PROCESS_MIB}M", "--threads", "2", "--rate", "3000")
     async with open_hosts(folder) as hosts:
         for turn in range(options.moves):
             leaving = ProcessGuest(folder / f"p{turn}a", *words)
@@ -197,7 +199,7 @@ def main() -> int:
     parser.add_argument("--memory", type=int, default=1024)
     parser.add_argument("--accel", default="tcg,thread=multi")
     options = parser.parse_args()
-    about = table.machine(qemu=str(newest_qemu()), accel=options.accel, moves=options.moves,
+    about = table.machine(qemu=str(newest()), accel=options.accel, moves=options.moves,
                           memory_mib=options.memory)  # fmt: skip
     table.warm(2 * options.memory * MIB)
     killed = Killed()

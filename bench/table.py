@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# Guests and daemons are those of the tests.
+sys.path.append(str(ROOT / "tests"))
 RESULTS = Path(os.environ.get("BENCH_RESULTS") or ROOT / "bench/results").absolute()
 
 MISSED = 3

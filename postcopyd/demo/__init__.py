@@ -82,17 +82,16 @@ async def _process(folder: Path, memory: int, as_json: bool) -> dict[str, Any]:
 
 
 async def _qemu(folder: Path, memory: int, as_json: bool) -> dict[str, Any]:
+    from postcopyd.demo import initramfs
     from postcopyd.demo import qemu_guest as q
 
-    qemus, kernel = q.find_qemu(), q.find_kernel()
-    if not qemus or kernel is None:
-        raise DemoError(q.MISSING_QEMU if not qemus else q.MISSING_KERNEL)
-    initramfs = folder / "initramfs"
-    q.write_initramfs(initramfs, kernel, q.find_init())
+    qemus, kernel = q.find_qemus(), initramfs.find_kernel()
+    archive = folder / "initramfs"
+    initramfs.write(archive, initramfs.find_init())
     config = q.GuestConfig(
-        qemu=qemus[-1], kernel=kernel.image, initramfs=initramfs, memory=memory, name="source"
+        qemu=qemus[-1], kernel=kernel, initramfs=archive, memory=memory, name="source"
     )
-    async with open_hosts(folder, tls=True) as (source, destination), q.open_guest(folder) as guest:
+    async with open_hosts(folder, tls=True) as (source, destination), q.Guest.open(folder) as guest:
         leaving = await guest.launch(config)
         await guest.ready()
         arriving = await guest.launch(
@@ -105,6 +104,5 @@ async def _qemu(folder: Path, memory: int, as_json: bool) -> dict[str, Any]:
         if result["event"] != "completed":
             return result | {"verified": False, "verifiedPages": 0, "badPages": 0}
         sweep = await guest.sweep()
-        report = await guest.report()
-    bad = max(sweep.bad, report.bad)
+        bad = max(sweep.bad, await guest.bad_pages())
     return result | {"verified": bad == 0, "verifiedPages": sweep.pages, "badPages": bad}

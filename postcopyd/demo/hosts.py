@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hosts that are daemons on this machine's loopback: for the demo, the tests and benchmarks.
+"""Hosts that are daemons on this machine's loopback, and the demo's small VMM.
 
 Owns the daemons' processes, folders and ports. Speaks to them as any client does, by the control
 socket; knows nothing of their inside.
@@ -7,10 +7,8 @@ socket; knows nothing of their inside.
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import selectors
 import signal
 import socket
 import subprocess
@@ -183,10 +181,13 @@ def certified(folder: Path, name: str, address: str = "127.0.0.1") -> Path:
 class ProcessGuest:
     """The demo guest: examples/vmm.c, a small VMM whose threads write and check their memory."""
 
-    def __init__(self, path: Path, *options: str, program: Path | None = None) -> None:
+    program = Path(__file__).with_name("demo-guest")
+    """Installed beside this module."""
+
+    def __init__(self, path: Path, *options: str) -> None:
         self.path = path
         self.process = subprocess.Popen(
-            [str(program or executable()), "--socket", str(path), *options],
+            [str(self.program), "--socket", str(path), *options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -197,8 +198,6 @@ class ProcessGuest:
         if b"listening" not in line:
             self.kill()
             raise DemoError(f"starting the demo guest: {line.decode(errors='replace').strip()}")
-        os.set_blocking(self.process.stdout.fileno(), False)
-        self._said = b""
 
     def ask(self, line: str) -> dict[str, str]:
         """One of the guest's own verbs, which it answers whoever drives it: the words of the
@@ -218,25 +217,6 @@ class ProcessGuest:
         words = self.ask("verify")
         return int(words["pages"]), int(words["bad"])
 
-    def report(self, seconds: float = 5.0) -> dict[str, Any]:
-        """The next report of a guest started with --report; raises DemoError when none comes."""
-        assert self.process.stdout is not None
-        while more := self.process.stdout.read():  # what was said before is of the past
-            self._said = (self._said + more).rpartition(b"\n")[2]
-        with selectors.DefaultSelector() as ready:
-            ready.register(self.process.stdout, selectors.EVENT_READ)
-            while True:
-                line, end, rest = self._said.partition(b"\n")
-                if end:
-                    self._said = rest
-                    if line.startswith(b"{"):
-                        report: dict[str, Any] = json.loads(line)
-                        return report
-                elif ready.select(seconds) and (more := self.process.stdout.read()):
-                    self._said += more
-                else:
-                    raise DemoError("the demo guest does not report")
-
     def kill(self) -> None:
         if self.process.poll() is None:  # or its number may be another's by now
             with suppress(ProcessLookupError):
@@ -244,8 +224,3 @@ class ProcessGuest:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-
-
-def executable() -> Path:
-    """The demo guest, installed beside this module."""
-    return Path(__file__).with_name("demo-guest")

@@ -2,8 +2,8 @@
 """The verifying guest in QEMU: its command line on either host, its processes, its serial line.
 
 Owns the QEMU processes of one guest and what the guest says of itself, wherever it runs at the
-moment.  It must not know how the guest is moved: it never touches the first QMP socket, which
-serves one client only, and that is the daemon.
+moment.  It must not know how the guest is moved: it never touches the QMP socket, which serves one
+client only, and that is the daemon. tests/guests/qemu.py has a guest with more, for tests.
 """
 
 from __future__ import annotations
@@ -13,40 +13,18 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import trio
 
-from postcopyd.demo.initramfs import (
-    MISSING_KERNEL,
-    Kernel,
-    MissingPartError,
-    find_init,
-    find_kernel,
-    write_initramfs,
-)
+from postcopyd.demo.initramfs import MissingPartError
 from postcopyd.errors import PostcopydError
-
-# All that a caller needs for a guest can be had from here.
-__all__ = [
-    "MISSING_KERNEL", "MISSING_QEMU", "Echo", "Guest", "GuestConfig", "GuestError", "Kernel",
-    "MissingPartError", "QemuBinary", "QemuProcess", "Report", "Sweep", "Workload", "command",
-    "find_init", "find_kernel", "find_qemu", "open_guest", "write_initramfs",
-    "write_known_disk",
-]  # fmt: skip
-
-MISSING_QEMU = (
-    "found no QEMU to run the guest in: install the Debian package qemu-system-x86, or name a "
-    "qemu-system-x86_64 in $POSTCOPYD_QEMU"
-)
 
 MIB = 1 << 20
 # Emulated, and beside a second QEMU on two cores, a guest of 16 GiB still starts within this.
@@ -54,7 +32,6 @@ BOOT_SECONDS = 180.0
 # A command is lost when the guest moves while it is on its way; the guest answers one id once.
 ASK_AGAIN_SECONDS = 2.0
 SOCKET_NAME_BYTES = 107  # sun_path, without its final NUL: unix(7)
-
 
 _T = TypeVar("_T")
 
@@ -75,8 +52,10 @@ class QemuBinary:
         return ".".join(map(str, self.version))
 
 
-def find_qemu() -> list[QemuBinary]:
+def find_qemus() -> list[QemuBinary]:
     """The binaries in `$POSTCOPYD_QEMU`, else the one in PATH; without those that do not start.
+
+    Raises `MissingPartError` where there is none.
 
     The variable is a list separated by ":"; each entry a path, or a path and its first options
     separated by commas: `/opt/q10/bin/qemu-system-x86_64,-L,/opt/q10/share/qemu`.
@@ -92,34 +71,12 @@ def find_qemu() -> list[QemuBinary]:
             if version := re.search(r"version (\d+)\.(\d+)\.(\d+)", said.stdout):
                 major, minor, patch = (int(number) for number in version.groups())
                 found.append(QemuBinary(Path(path), (major, minor, patch), tuple(options)))
+    if not found:
+        raise MissingPartError(
+            "found no QEMU to run the guest in: install the Debian package qemu-system-x86, or "
+            "name a qemu-system-x86_64 in $POSTCOPYD_QEMU"
+        )
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What the guest does all the time; the same words as in guest_init.c."""
-
-    test_mb: int | None = None
-    """Memory that proves itself, in MiB; by default all but what Linux needs."""
-    hot_mb: int = 0
-    """MiB of it that the workers work on, each on its part; the rest lies idle. 0 for all of it."""
-    threads: int | None = None
-    order: str = "random"
-    write_percent: int = 100
-    rate: int = -1
-    """Operations per second of all workers; 0 idle, -1 unlimited."""
-    report_ms: int = 50
-    disk_rate: int = 200
-    """Operations per second, where there is a disk."""
-    readers: int = 0
-    """Threads that instead read the disk all the time, made by `write_known_disk`, and prove what
-    they have read, then and later; 16 at most."""
-    read_kb: int = 256
-    """Of one read."""
-    read_mb: int = 8
-    """Guest RAM that all of them read into."""
-    net_rate: int = 200
-    """Datagrams per second, where there is a network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,167 +88,74 @@ class GuestConfig:
     initramfs: Path
     name: str = "guest"
     memory: int = 1024 * MIB
-    """Bytes of guest RAM, shared equally by `backends`, each a region and a NUMA node."""
+    """Bytes of guest RAM."""
     vcpus: int = 2
-    backends: int = 1
-    backing: str | Path = Path("/dev/shm")
-    """A folder on tmpfs or hugetlbfs, or "memfd"."""
-    mem_paths: tuple[str, ...] = ()
-    """Files named outright, one for each backend, instead of `backing`; not removed at the end."""
     accel: str = "tcg,thread=multi"
     machine: str = "q35"
     """Both sides must say the same: between versions of QEMU name one, as pc-q35-7.2."""
-    cpu: str = "qemu64"
-    disk: Path | None = None
-    disk_cache: str = "none"
-    """"none" for O_DIRECT, "writeback" for the page cache."""
-    net_port: int | None = None
-    """The port of `Guest.echo`; None for no network."""
-    balloon: str | None = None
-    """Options of virtio-balloon, "" for none of them; None for no balloon."""
-    user: str | None = None
-    sandbox: bool = True
     incoming: bool = False
-    second_qmp: Path | None = None
-    """A monitor of one's own, beside the daemon's."""
-    workload: Workload = field(default_factory=Workload)
+
+    def command(self, qmp_path: Path, serial_path: Path) -> list[str]:
+        """The command line, for either side of a migration."""
+        return [
+            *(str(self.qemu.path), *self.qemu.options),
+            *("-name", self.name, "-nodefaults", "-no-user-config", "-no-reboot"),
+            *("-display", "none", "-vga", "none"),
+            *("-accel", self.accel, "-cpu", "qemu64", "-smp", str(self.vcpus)),
+            *("-m", f"{self.memory // MIB}M", *self.ram()),
+            *("-kernel", str(self.kernel), "-initrd", str(self.initramfs)),
+            *("-append", " ".join(self.kernel_arguments())),
+            *(*monitor(qmp_path), *self.more()),
+            # QEMU makes them in this order, so monitors listen when `launch` has the serial line.
+            *("-chardev", f"socket,id=serial0,path={serial_path},server=on,wait=off"),
+            *("-serial", "chardev:serial0", *self.confinement()),
+            *(("-incoming", "defer", "-S") if self.incoming else ()),
+        ]
 
     def ram_files(self) -> tuple[str, ...]:
-        """The file of each backend; empty where they have no name."""
-        if self.mem_paths or self.backing == "memfd":
-            return self.mem_paths
-        names = (f"postcopyd-{os.getpid()}-{self.name}-ram{i}" for i in range(self.backends))
-        return tuple(str(Path(self.backing) / name) for name in names)
+        """Files of guest RAM that are made for this QEMU, and removed at its end."""
+        return (f"/dev/shm/postcopyd-{os.getpid()}-{self.name}-ram0",)
 
+    def ram(self) -> list[str]:
+        """Options for guest RAM, which others have to be able to map."""
+        (file,) = self.ram_files()
+        return [
+            *("-object", backend(0, self.memory, file)),
+            *("-machine", f"{self.machine},memory-backend=ram0"),
+        ]
 
-def command(config: GuestConfig, qmp_path: Path, serial_path: Path) -> list[str]:
-    """The command line of `config`, for either side of a migration."""
-    arguments = [str(config.qemu.path), *config.qemu.options]
-    arguments += [
-        *("-name", config.name, "-nodefaults", "-no-user-config", "-no-reboot"),
-        *("-display", "none", "-vga", "none"),
-        *("-accel", config.accel, "-cpu", config.cpu, "-smp", str(config.vcpus)),
-        *("-m", f"{config.memory // MIB}M", *_memory(config)),
-        *("-kernel", str(config.kernel), "-initrd", str(config.initramfs)),
-        *("-append", _kernel_arguments(config)),
-    ]
-    for path in filter(None, (qmp_path, config.second_qmp)):
-        arguments += ["-qmp", f"unix:{path},server=on,wait=off"]
-    # QEMU makes them in this order, so both monitors listen when `launch` has the serial line.
-    arguments += ["-chardev", f"socket,id=serial0,path={serial_path},server=on,wait=off"]
-    arguments += ["-serial", "chardev:serial0"]
-    if config.disk:
-        direct = "on" if config.disk_cache == "none" else "off"
-        file = f"file.driver=file,file.filename={config.disk},file.cache.direct={direct}"
-        arguments += ["-blockdev", f"driver=raw,node-name=disk0,cache.direct={direct},{file}"]
-        arguments += ["-device", "virtio-blk-pci,drive=disk0"]
-    if config.net_port is not None:
-        arguments += ["-netdev", "user,id=net0"]
-        arguments += ["-device", "virtio-net-pci,netdev=net0,mac=52:54:00:70:63:64,romfile="]
-    if config.balloon is not None:
-        arguments += ["-device", ",".join(filter(None, ["virtio-balloon-pci", config.balloon]))]
-    if config.incoming:
-        arguments += ["-incoming", "defer", "-S"]
-    if config.user:
-        as_user = ["-run-with", f"user={config.user}"]
-        arguments += as_user if config.qemu.version >= (9, 1) else ["-runas", config.user]
-    if config.sandbox:
-        # QEMU changes its user when the filter is already there, and must be allowed to.
-        elevate = "allow" if config.user else "deny"
+    def more(self) -> list[str]:
+        """Options for what a guest of another kind has besides."""
+        return []
+
+    def confinement(self, elevate: str = "deny") -> list[str]:
         denied = f"obsolete=deny,elevateprivileges={elevate},spawn=deny,resourcecontrol=deny"
-        arguments += ["-sandbox", f"on,{denied}"]
-    return arguments
-
-
-def _memory(config: GuestConfig) -> Iterable[str]:
-    size = config.memory // config.backends
-    files = config.ram_files()
-    for i in range(config.backends):
-        kind = f"memory-backend-file,mem-path={files[i]}" if files else "memory-backend-memfd"
-        yield from ("-object", f"{kind},id=ram{i},size={size},share=on")
-        if config.backends > 1:
-            yield from ("-numa", f"node,nodeid={i},memdev=ram{i}")
-    single = ",memory-backend=ram0" if config.backends == 1 else ""
-    yield from ("-machine", config.machine + single)
-
-
-def _kernel_arguments(config: GuestConfig) -> str:
-    work = config.workload
-    megabytes = config.memory // MIB
-    # Linux, its page structures and our tables take about 90 MiB and 3 % of the rest.
-    read_mb = 2 * work.read_mb if work.readers else 0
-    test_mb = work.test_mb or max(16, (megabytes - 96 - read_mb) * 15 // 16)
-    words = ["console=ttyS0,115200", "quiet", "loglevel=4", "panic=-1", "mitigations=off"]
-    # Under emulation zeroing memory twice is a good part of the time until the guest is ready.
-    words += ["init_on_alloc=0"]
-    # A guest that waits for its memory has no fault of its own to report.
-    words += ["nowatchdog", "rcupdate.rcu_cpu_stall_suppress=1"]
-    if config.accel.startswith("tcg"):
-        words += ["tsc=reliable"]  # else each look at the clock is a trip out of the guest
-    words += [f"pc.mb={test_mb}", f"pc.threads={work.threads or config.vcpus}"]
-    words += [f"pc.order={work.order}", f"pc.write={work.write_percent}"]
-    words += [f"pc.rate={work.rate}", f"pc.report={work.report_ms}", f"pc.hot={work.hot_mb}"]
-    if config.disk and work.readers:
-        words += [f"pc.readers={work.readers}", f"pc.read_kb={work.read_kb}"]
-        words += [f"pc.read_mb={work.read_mb}"]
-    elif config.disk:
-        words += [f"pc.disk={work.disk_rate}"]
-    if config.net_port is not None:
-        # The addresses of QEMU's user network: the guest's, and what stands for this host.
-        words += [f"pc.net={work.net_rate}", "pc.ip=10.0.2.15"]
-        words += [f"pc.peer=10.0.2.2:{config.net_port}"]
-    return " ".join(words)
-
-
-def write_known_disk(path: Path, size: int) -> None:
-    """A raw image for `Workload.readers`: `size` bytes, each block as guest_init.c's `fill` makes a
-    page of that number plus DISK_INDEX, in version 1. 16 MiB take half a second."""
-    with path.open("wb") as file:
-        for index in range(_DISK_INDEX, _DISK_INDEX + size // 4096):
-            word = _mix(_mix((index + _GOLDEN) & _WORD) ^ 1)
-            words = ((word + i * _GOLDEN) & _WORD for i in range(1, 511))
-            file.write(struct.pack("<512Q", index, 1, *words))
-
-
-_WORD = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_DISK_INDEX = 1 << 40
-
-
-def _mix(x: int) -> int:
-    """The finaliser of SplitMix64, as in guest_init.c."""
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _WORD
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & _WORD
-    return x ^ x >> 31
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the guest said at one moment; all counts are since it booted."""
-
-    at: float
-    """When the line arrived, seconds of `trio.current_time`."""
-    qemu: str
-    """Name of the configuration whose serial line it came from."""
-    guest_ms: int
-    """The guest's own clock, which does not run while the guest is stopped."""
-    ops: tuple[int, ...]
-    """Operations of each worker: one page checked, and written with the next version."""
-    bad: int
-    """Wrong pages, each counted when noticed, then mended."""
-    gap_us: int
-    """The longest time between two operations of a worker, since the last report."""
-    laps: int
-    disk_ops: int
-    """Blocks written and read again, or reads of `Workload.readers`."""
-    disk_bad: int
-    net_sent: int
-    net_received: int
-    net_bad: int
+        return ["-sandbox", f"on,{denied}"]
 
     @property
-    def operations(self) -> int:
-        return sum(self.ops)
+    def test_mb(self) -> int:
+        """Memory that proves itself, in MiB: Linux, its page structures and our tables take about
+        90 MiB and 3 % of the rest."""
+        return max(16, (self.memory // MIB - 96) * 15 // 16)
+
+    def kernel_arguments(self) -> list[str]:
+        words = ["console=ttyS0,115200", "quiet", "loglevel=4", "panic=-1", "mitigations=off"]
+        # Under emulation zeroing memory twice is a good part of the time until the guest is ready.
+        words += ["init_on_alloc=0"]
+        # A guest that waits for its memory has no fault of its own to report.
+        words += ["nowatchdog", "rcupdate.rcu_cpu_stall_suppress=1"]
+        if self.accel.startswith("tcg"):
+            words += ["tsc=reliable"]  # else each look at the clock is a trip out of the guest
+        return [*words, f"pc.mb={self.test_mb}"]
+
+
+def monitor(path: Path) -> list[str]:
+    return ["-qmp", f"unix:{path},server=on,wait=off"]
+
+
+def backend(number: int, size: int, file: str) -> str:
+    """A part of guest RAM."""
+    return f"memory-backend-file,mem-path={file},id=ram{number},size={size},share=on"
 
 
 @dataclass(frozen=True)
@@ -300,26 +164,6 @@ class Sweep:
 
     pages: int
     bad: int
-    milliseconds: int
-
-
-@dataclass
-class Echo:
-    """Answers the guest's datagrams, and remembers when each arrived."""
-
-    port: int
-    arrivals: list[tuple[float, int]] = field(default_factory=list)
-    """(seconds of `trio.current_time`, sequence number)"""
-
-    @property
-    def duplicates(self) -> int:
-        """A number sent twice means that the guest ran twice."""
-        return len(self.arrivals) - len({number for _, number in self.arrivals})
-
-    def longest_gap(self, since: float = 0.0) -> float:
-        """Seconds between two datagrams: the blackout as the network sees it."""
-        times = [at for at, _ in self.arrivals if at >= since]
-        return max((b - a for a, b in pairwise(times)), default=0.0)
 
 
 @dataclass
@@ -351,13 +195,10 @@ class QemuProcess:
 
 
 class Guest:
-    """One guest, followed over all QEMUs that run it in turn.  Made by `open_guest`."""
+    """One guest, followed over all QEMUs that run it in turn.  Made by `open`."""
 
     def __init__(self, folder: Path, nursery: trio.Nursery) -> None:
         self.folder = folder
-        self.reports: list[Report] = []
-        self.bad: list[dict[str, str]] = []
-        """The first wrong pages in detail: the fields of guest_init.c's `pc bad`."""
         self.errors: list[str] = []
         self.console: deque[str] = deque(maxlen=50)
         """What the kernel says, and lines that could not be read."""
@@ -366,9 +207,25 @@ class Guest:
         self._current: QemuProcess | None = None
         self._partial = b""
         self._ready: dict[str, str] | None = None
+        self._reports = 0
+        self._bad_pages = 0
         self._answers: dict[str, dict[str, str]] = {}
         self._last_id = 0
         self._heard = trio.lowlevel.ParkingLot()
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, folder: Path) -> AsyncIterator[Self]:
+        """A guest without a QEMU yet; sockets and logs are made in `folder`, whose name must be
+        short.
+
+        At the end all its QEMUs are killed, however the end comes about.
+        """
+        async with trio.open_nursery() as nursery:
+            try:
+                yield cls(folder, nursery)
+            finally:
+                nursery.cancel_scope.cancel()
 
     async def launch(self, config: GuestConfig) -> QemuProcess:
         """Start a QEMU; return when its sockets are there.  It is killed when the guest is closed.
@@ -380,24 +237,6 @@ class Guest:
         qemu: QemuProcess = await self._nursery.start(self._run, config)
         return qemu
 
-    async def echo(self) -> Echo:
-        """Answer the guest's datagrams on a free port of this host: `GuestConfig.net_port`."""
-        udp = trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        await udp.bind(("127.0.0.1", 0))
-        echo = Echo(udp.getsockname()[1])
-
-        async def answer() -> None:
-            with udp:
-                while True:
-                    datagram, peer = await udp.recvfrom(65536)
-                    echo.arrivals.append(
-                        (trio.current_time(), int.from_bytes(datagram[:8], "little"))
-                    )
-                    await udp.sendto(datagram, peer)
-
-        self._nursery.start_soon(answer)
-        return echo
-
     async def ready(self, seconds: float = BOOT_SECONDS) -> int:
         """Until all test memory is filled; the number of its pages."""
         said = await self._until(lambda: self._ready, "booted", seconds)
@@ -405,49 +244,16 @@ class Guest:
             raise GuestError(f"the guest has booted, but not whole: {'; '.join(self.errors)}")
         return int(said["pages"])
 
-    async def report(self, after: Report | None = None, seconds: float = 60.0) -> Report:
-        """The first report that arrives from now on; or, given one, the next after it."""
-        index = self.reports.index(after) + 1 if after else len(self.reports)
-        await self._until(lambda: len(self.reports) > index, "sent a report", seconds)
-        return self.reports[index]
+    async def bad_pages(self, seconds: float = 60.0) -> int:
+        """Wrong pages that it has come across since it booted, as it says next."""
+        before = self._reports
+        await self._until(lambda: self._reports > before, "sent a report", seconds)
+        return self._bad_pages
 
     async def sweep(self, seconds: float = 600.0) -> Sweep:
         """Have every page checked, the workers stopped meanwhile; they go on as before."""
         found = await self._ask("sweep", seconds)
-        return Sweep(int(found["pages"]), int(found["bad"]), int(found["ms"]))
-
-    async def stop(self) -> None:
-        """Until the guest's workers have all stopped; the guest itself runs on."""
-        await self._ask("stop")
-
-    async def go(self) -> None:
-        """After `stop`."""
-        await self._ask("go")
-
-    async def rate(self, operations: int) -> None:
-        """Per second, of all workers; 0 idle, -1 unlimited."""
-        await self._ask(f"rate {operations}")
-
-    async def write_percent(self, percent: int) -> None:
-        """Of the operations, those that write after they have checked."""
-        await self._ask(f"write {percent}")
-
-    async def hot(self, megabytes: int) -> None:
-        """What the workers work on from now on: MiB of the test memory, 0 for all of it."""
-        await self._ask(f"hot {megabytes}")
-
-    async def discard(self, pages: int) -> None:
-        """Give so many pages, picked at random, back to the guest's kernel; they hold zeros."""
-        await self._ask(f"discard {pages}")
-
-    async def quit(self, seconds: float = 60.0) -> None:
-        """Switch the guest off, from within; until its QEMU has ended."""
-        await self._ask("quit", seconds)
-        with trio.move_on_after(seconds):
-            if self._current:  # always: it has answered
-                await self._current.wait()
-            return
-        raise self._error(f"the guest's QEMU has not ended {seconds:.0f} s after the guest")
+        return Sweep(int(found["pages"]), int(found["bad"]))
 
     async def _ask(self, words: str, seconds: float = 60.0) -> dict[str, str]:
         self._last_id += 1
@@ -499,12 +305,12 @@ class Guest:
         qmp, serial, log = (self.folder / f"{config.name}.{kind}" for kind in _FILES)
         if len(os.fsencode(qmp.with_suffix(".serial"))) > SOCKET_NAME_BYTES:
             raise GuestError(f"cannot make the socket {serial}: its name is too long; use /tmp")
-        files = [qmp, serial, *map(Path, () if config.mem_paths else config.ram_files())]
+        files = [qmp, serial, *map(Path, config.ram_files())]
         for file in files:
             file.unlink(missing_ok=True)
         with log.open("wb") as errors:
             process = await trio.lowlevel.open_process(
-                command(config, qmp, serial),
+                config.command(qmp, serial),
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
@@ -570,20 +376,27 @@ class Guest:
             self.errors.append(rest.removeprefix("text="))
             return
         try:
-            fields = dict(word.split("=", 1) for word in rest.split())
-            match mark, kind:
-                case "pc", "report":
-                    self.reports.append(_read_report(fields, name))
-                case "pc", "done":
-                    self._answers[fields.pop("id")] = fields
-                case "pc", "bad":
-                    self.bad.append(fields)
-                case "pc", "ready":
-                    self._ready = fields
-                case _:
-                    self.console.append(line)
-        except (KeyError, ValueError):  # the kernel has spoken in the middle of a line
+            if mark != "pc":
+                raise ValueError
+            self.heard(kind, dict(word.split("=", 1) for word in rest.split()), name)
+        except (KeyError, ValueError):  # the kernel has spoken, in the middle of a line perhaps
             self.console.append(line)
+
+    def heard(self, kind: str, fields: dict[str, str], name: str) -> None:
+        """A line of guest_init.c, on the serial line of the QEMU `name`.
+
+        Raises KeyError or ValueError for what is none.
+        """
+        match kind:
+            case "report":
+                self._bad_pages = int(fields["bad"])
+                self._reports += 1
+            case "done":
+                self._answers[fields.pop("id")] = fields
+            case "ready":
+                self._ready = fields
+            case _:
+                raise ValueError
 
 
 _FILES = ("qmp", "serial", "log")
@@ -601,29 +414,3 @@ async def _connect(qemu: QemuProcess) -> socket.socket:
         await trio.sleep(0.005)
     said = qemu.log_path.read_text(errors="replace").strip()
     raise GuestError(f"cannot start {qemu.config.qemu.path}: it ended at once and said: {said}")
-
-
-def _read_report(fields: dict[str, str], name: str) -> Report:
-    def numbers(key: str) -> tuple[int, ...]:
-        return tuple(int(number) for number in fields[key].split(","))
-
-    (guest_ms,), (bad,), (gap_us,), (laps,) = map(numbers, ("t", "bad", "gap", "laps"))
-    disk_ops, disk_bad = numbers("disk")
-    sent, received, net_bad = numbers("net")
-    return Report(
-        trio.current_time(), name, guest_ms, numbers("ops"), bad, gap_us, laps,
-        disk_ops, disk_bad, sent, received, net_bad,
-    )  # fmt: skip
-
-
-@asynccontextmanager
-async def open_guest(folder: Path) -> AsyncIterator[Guest]:
-    """A guest without a QEMU yet; sockets and logs are made in `folder`, whose name must be short.
-
-    At the end all its QEMUs are killed, however the end comes about.
-    """
-    async with trio.open_nursery() as nursery:
-        try:
-            yield Guest(folder, nursery)
-        finally:
-            nursery.cancel_scope.cancel()

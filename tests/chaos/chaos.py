@@ -34,12 +34,12 @@ from typing import Any, TypeVar
 import evidence as e
 import schedule as s
 import trio
+from guests import qemu as q
 from lab import ANSWER_S, VM, Lost, Node, Vmm, boot, can_destroy, own_mounts
 from meddling import Others, peripherals, with_device
 from monitor import Monitor
 
 from postcopyd.config import options as config
-from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import PACKAGE
 from postcopyd.errors import PostcopydError
 from postcopyd.varlink.client import ConnectionLost
@@ -113,7 +113,7 @@ class Chaos:
             self.options = dataclasses.replace(self.options, kinds=kinds)
         self._destroys = await can_destroy()
         try:
-            async with q.open_guest(self.folder) as self.guest:
+            async with q.Guest.open(self.folder) as self.guest:
                 try:
                     async with trio.open_nursery() as self._nursery:
                         await self._run()

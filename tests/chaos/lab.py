@@ -16,11 +16,11 @@ from typing import Any
 
 import evidence as e
 import trio
+from guests import qemu as q
 from monitor import Ended, Monitor
 from proxy import Proxy
-from qemus import QEMUS
+from qemus import newest
 
-from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import Host
 from postcopyd.errors import PostcopydError
 from postcopyd.varlink.client import ConnectionLost
@@ -144,14 +144,10 @@ def boot(folder: Path, memory: int, rate: int) -> q.GuestConfig:
 
     Raises q.MissingPartError where this machine lacks a part of it.
     """
-    kernel = q.find_kernel()
-    if kernel is None or not QEMUS:
-        raise q.MissingPartError(q.MISSING_QEMU if kernel else q.MISSING_KERNEL)
-    initramfs = folder / "initramfs"
-    q.write_initramfs(initramfs, kernel, q.find_init())
+    kernel, initramfs = q.boot(folder)
     return q.GuestConfig(
-        qemu=max(QEMUS, key=lambda qemu: qemu.version),
-        kernel=kernel.image,
+        qemu=newest(),
+        kernel=kernel,
         initramfs=initramfs,
         memory=memory,
         backing=folder,

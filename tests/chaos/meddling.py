@@ -19,10 +19,9 @@ from typing import Any
 
 import trio
 from evidence import Runs
+from guests import qemu as q
 from lab import ANSWER_S, Lost, Vmm
 from monitor import Ended, Refused
-
-from postcopyd.demo import qemu_guest as q
 
 OVER = ("completed", "failed", "cancelled")
 

@@ -18,21 +18,23 @@ import msgpack
 import pytest
 import schedule as s
 import trio
+from guests import qemu as q
 from lab import free_port
 from needs import missing
 from proxy import Proxy
 
 from postcopyd import protocol as p
-from postcopyd.demo import qemu_guest as q
 
 
 @pytest.mark.long
-def test_a_guest_survives_a_short_run() -> None:
+def test_a_guest_survives_a_short_run(tmp_path: Path) -> None:
     """A minute of everything; the guest is whole, in one place, and moves on."""
     if os.geteuid() != 0:
         missing("root, whom daemons that adopt a QEMU need")
-    if not q.find_qemu() or q.find_kernel() is None:
-        missing("QEMU and a guest kernel: qemu-system-x86 and linux-image-cloud-amd64")
+    try:
+        q.boot(tmp_path)
+    except q.MissingPartError as error:
+        missing(f"a guest in QEMU: {error}")
     words = ["--seed", "1", "--seconds", "60", "--memory", "128", "--bandwidth", "48M"]
     path = os.environ | {"PYTHONPATH": str(Path(chaos.__file__).parent.parent)}
     command = [sys.executable, chaos.__file__, *words]

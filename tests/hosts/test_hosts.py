@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import trio
 from containers import PKI, Host, certificates
+from guests import qemu as q
 from needs import missing
-
-from postcopyd.demo import qemu_guest as q
+from qemus import QEMUS
 
 pytestmark = pytest.mark.long
 
@@ -29,15 +29,15 @@ WAIT_S = 60.0
 @pytest.fixture(scope="module")
 def boot(hosts: tuple[Host, Host]) -> tuple[Path, Path]:
     """Kernel and initramfs of the verifying guest, where both hosts and any user can read them."""
-    kernel = q.find_kernel()
-    if kernel is None or not q.find_qemu():
-        missing("QEMU and a guest kernel: qemu-system-x86 and linux-image-cloud-amd64")
     folder = hosts[0].shared
-    q.write_initramfs(folder / "initramfs", kernel, q.find_init())
-    shutil.copy(kernel.image, folder / "vmlinuz")
-    for file in ("initramfs", "vmlinuz"):
-        (folder / file).chmod(0o644)
-    return folder / "vmlinuz", folder / "initramfs"
+    try:
+        kernel, initramfs = q.boot(folder)
+    except q.MissingPartError as error:
+        missing(f"a guest in QEMU: {error}")
+    copied = Path(shutil.copy(kernel, folder / "vmlinuz"))
+    for file in (copied, initramfs):
+        file.chmod(0o644)
+    return copied, initramfs
 
 
 class Machine:
@@ -111,10 +111,10 @@ async def machine(
     """A guest that runs at the first host, attached there; all of it is gone at the end."""
     folder = hosts[0].shared
     made = q.GuestConfig(
-        qemu=q.find_qemu()[0], kernel=boot[0], initramfs=boot[1], memory=memory, vcpus=1, **config
+        qemu=QEMUS[0], kernel=boot[0], initramfs=boot[1], memory=memory, vcpus=1, **config
     )
     try:
-        async with q.open_guest(folder) as guest, AsyncExitStack() as stack:
+        async with q.Guest.open(folder) as guest, AsyncExitStack() as stack:
             it = Machine(hosts, guest, made, user, ram)
             stack.callback(end, it.clients)
             await it.launch(it.here, incoming=False)

@@ -18,10 +18,13 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from postcopyd.demo.initramfs import Kernel, write_initramfs
+from guests import modules
+
+from postcopyd.demo import initramfs
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -37,6 +40,14 @@ NOT_NEEDED = shutil.ignore_patterns(
 )  # fmt: skip
 PROGRAMS = ("sleep", "sh", "mount", "umount", "true", "cat")
 FOLDERS = ("dev", "proc", "sys", "tmp", "run", "var", "etc", "root")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A bootable kernel and the folder of the modules that belong to it."""
+
+    image: Path
+    modules: Path
 
 
 def find(release: str) -> Kernel | None:
@@ -103,10 +114,10 @@ def _libraries(programs: Iterable[Path]) -> set[Path]:
 def boot(kernel: Kernel, disk: Path, folder: Path, *words: str) -> list[dict[str, Any]]:
     """Runs inside.py there with these words; what it said. Raises AssertionError with the end of
     the console when the machine did not get to its end."""
-    init, initramfs = folder / "init", folder / "initramfs"
+    init, archive = folder / "init", folder / "initramfs"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static"]
     subprocess.run(["cc", *flags, HERE / "init.c", "-o", init], check=True)
-    write_initramfs(initramfs, kernel, init, MODULES)
+    initramfs.write(archive, init, modules.load_order(kernel.modules, MODULES))
     console, results = folder / "console", folder / "results"
     for file in (console, results):
         file.unlink(missing_ok=True)
@@ -115,7 +126,7 @@ def boot(kernel: Kernel, disk: Path, folder: Path, *words: str) -> list[dict[str
     command = [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1G",
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-kernel", kernel.image,
-        "-initrd", initramfs, "-drive", f"file={disk},format=raw,if=virtio,readonly=on",
+        "-initrd", archive, "-drive", f"file={disk},format=raw,if=virtio,readonly=on",
         "-append", " ".join([arguments, "/repo/tests/kernels/inside.py", *words]),
         "-serial", f"file:{console}", "-serial", f"file:{results}",
     ]  # fmt: skip

@@ -10,11 +10,10 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from guests import qemu as q
 from needs import missing
 from pair import Pair, open_pair
 from qemu_lab import QEMUS, Lab
-
-from postcopyd.demo import qemu_guest as q
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +58,10 @@ async def lab() -> AsyncIterator[Lab]:
 @pytest.fixture(scope="session")
 def boot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Kernel and initramfs of the verifying guest."""
-    kernel = q.find_kernel()
-    if kernel is None or not q.find_qemu():
-        missing("QEMU and a guest kernel: qemu-system-x86 and linux-image-cloud-amd64")
-    initramfs = tmp_path_factory.mktemp("guest") / "initramfs"
-    q.write_initramfs(initramfs, kernel, q.find_init())
-    return kernel.image, initramfs
+    try:
+        return q.boot(tmp_path_factory.mktemp("guest"))
+    except q.MissingPartError as error:
+        missing(f"a guest in QEMU: {error}")
 
 
 @pytest.fixture(

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from guests.process import ProcessGuest
 
 from postcopyd import protocol as p
-from postcopyd.demo.hosts import PACKAGE, Host, ProcessGuest, certified
+from postcopyd.demo.hosts import PACKAGE, Host, certified
 from postcopyd.net.codec import pack
 
 SMALL = ("--memory", "16M", "--rate", "20000")
@@ -87,9 +88,8 @@ class Pair:
         return [line.removeprefix(f"{vm} ") for line in lines if line.startswith(f"{vm} ")]
 
     def guest(self, *options: str, program: Path | None = None) -> ProcessGuest:
-        report = () if program else ("--report",)
         path = self.folder / f"guest{len(self.guests)}"
-        self.guests.append(ProcessGuest(path, *options, *report, program=program))
+        self.guests.append(ProcessGuest(path, *options, program=program))
         return self.guests[-1]
 
     async def attach(self, host: Host, name: str, guest: ProcessGuest) -> ProcessGuest:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import trio
+from guests import qemu as q
 from needs import missing
 from qemus import EACH_QEMU, QEMUS
 from slow_disk import SlowDisk, slow_disk
 
-from postcopyd.demo import qemu_guest as q
 from postcopyd.vmm import Region
 from postcopyd.vmm.qemu.driver import QemuVmm
 
@@ -60,7 +60,7 @@ async def reading(
         qemu=qemu, kernel=kernel, initramfs=initramfs, memory=256 * MIB, disk=disk.path,
         workload=work,
     )  # fmt: skip
-    async with q.open_guest(folder) as guest:
+    async with q.Guest.open(folder) as guest:
         machine = await guest.launch(config)
         await guest.ready()
         disk.delay = READ_SECONDS

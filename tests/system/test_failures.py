@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from guests.process import ProcessGuest
 from pair import (
     MIB,
     SMALL,
@@ -27,7 +28,7 @@ from pair import (
     worked,
 )
 
-from postcopyd.demo.hosts import PACKAGE, ProcessGuest, executable
+from postcopyd.demo.hosts import PACKAGE
 from postcopyd.errors import PostcopydError
 from postcopyd.sessions import hooks
 
@@ -283,7 +284,7 @@ async def test_hook_makes_the_destination(pair: Pair) -> None:
         "destination",
         "prepare",
         f"cd {PACKAGE.parent}\n"
-        f"{executable()} --socket {vmm} {' '.join(SMALL)} --incoming > /dev/null &\n"
+        f"{ProcessGuest.program} --socket {vmm} {' '.join(SMALL)} --incoming > /dev/null &\n"
         f"echo $! > {vmm}.pid\n"
         f"until {attach} >&2; do sleep 0.1; done",
     )

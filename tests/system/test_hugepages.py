@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import trio
+from guests import qemu as q
 from needs import missing
 from pair import MIB, Host, Pair, completed, ended, open_pair, until, verified, worked
 from postcopyd._native import ffi, lib
+from qemus import QEMUS
 
-from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import open_hosts
 from postcopyd.host.procfs import smaps_entries
 from postcopyd.sessions.hugepages import chosen
@@ -199,28 +200,25 @@ async def test_detached_and_migrated_at_once(pair: Pair, mount: Callable[[str], 
     await ended(second)
 
 
-async def test_qemu(mount: Callable[[str], Path]) -> None:
+async def test_qemu(mount: Callable[[str], Path], boot: tuple[Path, Path]) -> None:
     """A Linux guest in QEMU has huge pages again, wherever it has memory to speak of."""
-    qemus, kernel = q.find_qemu(), q.find_kernel()
-    if not qemus or kernel is None:
-        missing("QEMU and a guest kernel: qemu-system-x86 and linux-image-cloud-amd64")
+    kernel, initramfs = boot
     files = {name: mount("always") / name for name in ("source", "destination")}
     with tempfile.TemporaryDirectory(prefix="pc-", dir="/dev/shm") as name:
         folder = Path(name)
-        q.write_initramfs(folder / "initramfs", kernel, q.find_init())
 
         def config(name: str) -> q.GuestConfig:
             return q.GuestConfig(
-                qemu=qemus[-1],
-                kernel=kernel.image,
-                initramfs=folder / "initramfs",
+                qemu=QEMUS[-1],
+                kernel=kernel,
+                initramfs=initramfs,
                 memory=256 * MIB,
                 mem_paths=(f"{files[name]},align=2M",),
                 name=name,
                 incoming=name == "destination",
             )
 
-        async with open_hosts(folder) as (a, b), q.open_guest(folder) as guest:
+        async with open_hosts(folder) as (a, b), q.Guest.open(folder) as guest:
             source = await guest.launch(config("source"))
             await guest.ready()
             destination = await guest.launch(config("destination"))

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guests import qemu as q
 from pair import until
 from qemus import EACH_QEMU, QEMUS
 from slow_disk import slow_disk
 from test_qemu_migration import MIB, VM, Pair, pair
 
-from postcopyd.demo import qemu_guest as q
 from postcopyd.host import procfs
 
 # Write rates, operations a second on 4 KiB pages at random: from idle to beyond what the bandwidth

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import trio
+from guests import qemu as q
 from qemus import EACH_QEMU, QEMUS
 from test_qemu_migration import VM, Pair, own_monitor, pair
 
-from postcopyd.demo import qemu_guest as q
 from postcopyd.vmm.qemu.qmp import Qmp, QmpClosed
 
 MIB = 1 << 20

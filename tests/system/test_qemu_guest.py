@@ -8,9 +8,7 @@ installed ones will not do.
 from __future__ import annotations
 
 import os
-import shutil
 import struct
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -19,18 +17,22 @@ from pathlib import Path
 
 import pytest
 import trio
-from needs import missing
-from qemus import QEMUS, each
-
-from postcopyd.demo import qemu_guest
-from postcopyd.demo.qemu_guest import (
+from guests import modules
+from guests.qemu import (
     Guest,
     GuestConfig,
     GuestError,
+    MissingPartError,
+    QemuBinary,
     QemuProcess,
     Report,
     Workload,
+    write_known_disk,
 )
+from needs import missing
+from qemus import QEMUS, each
+
+from postcopyd.demo import initramfs
 from postcopyd.vmm.qemu.qmp import Qmp
 
 MIB = 1 << 20
@@ -50,27 +52,6 @@ MOVES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def initramfs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Kernel and initramfs, with an init built here where the package was built without one."""
-    if not QEMUS:
-        missing("qemu-system-x86_64: install qemu-system-x86")
-    kernel = qemu_guest.find_kernel()
-    if not kernel:
-        missing("a kernel for the guest: install linux-image-cloud-amd64")
-    folder = tmp_path_factory.mktemp("initramfs")
-    try:
-        init = qemu_guest.find_init()
-    except qemu_guest.MissingPartError:
-        init = folder / "init"
-        source = Path(qemu_guest.__file__).with_name("guest_init.c")
-        if not shutil.which("cc"):
-            missing("a C compiler for the guest's init")
-        subprocess.run(["cc", "-O2", "-static", "-pthread", "-o", init, source], check=True)
-    qemu_guest.write_initramfs(folder / "initramfs.gz", kernel, init)
-    return kernel.image, folder / "initramfs.gz"
-
-
 @pytest.fixture
 def folder() -> Iterator[Path]:
     """Not pytest's own: the name of a socket has to be short."""
@@ -79,14 +60,12 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(params=each(QEMUS))
-def config(
-    request: pytest.FixtureRequest, initramfs: tuple[Path, Path], folder: Path
-) -> GuestConfig:
-    kernel, archive = initramfs
+def config(request: pytest.FixtureRequest, boot: tuple[Path, Path], folder: Path) -> GuestConfig:
+    kernel, initramfs = boot
     return GuestConfig(
         qemu=request.param,
         kernel=kernel,
-        initramfs=archive,
+        initramfs=initramfs,
         memory=256 * MIB,
         machine="pc-q35-7.2",  # every version tried here knows it
         second_qmp=folder / "own.qmp",
@@ -127,7 +106,7 @@ def memory_pages(file: Path) -> Iterator[tuple[int, int, bytes]]:
 @pytest.mark.parametrize("vcpus", [1, 2])
 async def test_reports_what_each_worker_does(config: GuestConfig, folder: Path, vcpus: int) -> None:
     """The guest boots, each vCPU's worker gets on, and a sweep sees every page to be right."""
-    async with qemu_guest.open_guest(folder) as guest:
+    async with Guest.open(folder) as guest:
         qemu = await guest.launch(replace(config, vcpus=vcpus))
         pages = await guest.ready()
         first = await guest.report()
@@ -145,7 +124,7 @@ async def test_reports_what_each_worker_does(config: GuestConfig, folder: Path, 
 
 async def test_obeys_commands(config: GuestConfig, folder: Path) -> None:
     """Stopped and idle workers do nothing, a rate is kept, discarded pages read as zeros."""
-    async with qemu_guest.open_guest(folder) as guest:
+    async with Guest.open(folder) as guest:
         await guest.launch(config)
         pages = await guest.ready()
         for stop, go in [(guest.stop, guest.go), (lambda: guest.rate(0), lambda: guest.rate(-1))]:
@@ -176,7 +155,7 @@ async def test_obeys_commands(config: GuestConfig, folder: Path) -> None:
 
 async def test_sees_wrong_pages(config: GuestConfig, folder: Path) -> None:
     """A page zeroed, put back to an earlier version, exchanged or changed in one byte is found."""
-    async with qemu_guest.open_guest(folder) as guest:
+    async with Guest.open(folder) as guest:
         qemu = await guest.launch(config)
         await guest.ready()
         ram = Path(config.ram_files()[0])
@@ -213,7 +192,7 @@ async def test_sees_wrong_pages(config: GuestConfig, folder: Path) -> None:
 
 async def test_workers_see_wrong_pages(config: GuestConfig, folder: Path) -> None:
     """A wrong page is reported by the worker that comes across it, without being asked."""
-    async with qemu_guest.open_guest(folder) as guest:
+    async with Guest.open(folder) as guest:
         qemu = await guest.launch(config)
         await guest.ready()
         ram = Path(config.ram_files()[0])
@@ -231,7 +210,7 @@ async def test_workers_see_wrong_pages(config: GuestConfig, folder: Path) -> Non
 
 async def test_works_on_a_part_of_its_memory(config: GuestConfig, folder: Path) -> None:
     """With a hot part only that is written; it can be changed while the guest runs."""
-    async with qemu_guest.open_guest(folder) as guest:
+    async with Guest.open(folder) as guest:
         work = replace(WORK, hot_mb=2)
         qemu = await guest.launch(replace(config, workload=work))
         await guest.ready()
@@ -259,9 +238,9 @@ async def test_proves_what_it_reads_from_a_disk(config: GuestConfig, folder: Pat
     """Idle but for its readers it finds the known content right, and every wrong page of the
     memory that was read into, after the read."""
     disk = folder / "disk"
-    qemu_guest.write_known_disk(disk, 4 * MIB)
+    write_known_disk(disk, 4 * MIB)
     work = replace(WORK, rate=0, readers=2, read_kb=64, read_mb=2)
-    async with qemu_guest.open_guest(folder) as guest:
+    async with Guest.open(folder) as guest:
         qemu = await guest.launch(replace(config, disk=disk, workload=work))
         await guest.ready()
         report = await guest.report()
@@ -302,7 +281,7 @@ async def test_uses_disk_and_network(config: GuestConfig, folder: Path) -> None:
     disk = folder / "disk"
     with disk.open("wb") as file:
         file.truncate(16 * MIB)
-    async with qemu_guest.open_guest(folder) as guest:
+    async with Guest.open(folder) as guest:
         echo = await guest.echo()
         config = replace(
             config, backends=2, disk=disk, net_port=echo.port, balloon="", user="nobody"
@@ -337,14 +316,14 @@ async def test_uses_disk_and_network(config: GuestConfig, folder: Path) -> None:
 async def test_is_followed_to_another_qemu(
     config: GuestConfig,
     folder: Path,
-    move: tuple[qemu_guest.QemuBinary, qemu_guest.QemuBinary, str],
+    move: tuple[QemuBinary, QemuBinary, str],
 ) -> None:
     """Moved by QEMU's own precopy, the guest's reports go on at the other side, nothing wrong."""
     old, new, what = move
     disk = folder / "disk"
     with disk.open("wb") as file:
         file.truncate(16 * MIB)
-    async with qemu_guest.open_guest(folder) as guest:
+    async with Guest.open(folder) as guest:
         echo = await guest.echo()
         config = replace(config, qemu=old, name="source", disk=disk, net_port=echo.port)
         if what == "devices":  # both on the same RAM, so that there is none to send
@@ -410,7 +389,7 @@ async def _migrate(here: GuestConfig, there: GuestConfig, uri: str, shared: bool
 
 async def test_says_why_it_does_not_start(config: GuestConfig, folder: Path) -> None:
     """A QEMU that ends at once is reported with its own words, its RAM file gone."""
-    async with qemu_guest.open_guest(folder) as guest:
+    async with Guest.open(folder) as guest:
         with pytest.raises(GuestError, match="unsupported machine type"):
             await guest.launch(replace(config, machine="nonesuch"))
         assert not Path(config.ram_files()[0]).exists()
@@ -421,7 +400,7 @@ async def test_says_why_it_does_not_start(config: GuestConfig, folder: Path) -> 
 async def test_kills_its_qemu_when_cancelled(config: GuestConfig, folder: Path) -> None:
     """However the guest's block is left, its QEMU is dead and its files are gone afterwards."""
     with trio.CancelScope() as scope:
-        async with qemu_guest.open_guest(folder) as guest:
+        async with Guest.open(folder) as guest:
             qemu = await guest.launch(config)
             await guest.ready()
             assert Path(config.ram_files()[0]).exists()
@@ -432,14 +411,13 @@ async def test_kills_its_qemu_when_cancelled(config: GuestConfig, folder: Path) 
     assert not qemu.qmp_path.exists()
 
 
-def test_initramfs_is_the_same_each_time(initramfs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_initramfs_is_the_same_each_time(tmp_path: Path) -> None:
     """Both sides of a migration boot the same bytes, so the same input makes the same archive."""
-    kernel = qemu_guest.find_kernel()
-    assert kernel
+    kernel = modules.folder_of(initramfs.find_kernel().resolve())
     init = tmp_path / "init"
     init.write_bytes(b"not really")
     for name in ("a", "b"):
-        qemu_guest.write_initramfs(tmp_path / name, kernel, init)
+        initramfs.write(tmp_path / name, init, modules.load_order(kernel, modules.DEVICES))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    with pytest.raises(qemu_guest.MissingPartError, match="no module nonesuch"):
-        qemu_guest.write_initramfs(tmp_path / "c", kernel, init, ["nonesuch"])
+    with pytest.raises(MissingPartError, match="no module nonesuch"):
+        list(modules.load_order(kernel, ["nonesuch"]))

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import trio
+from guests import qemu as q
 from needs import missing
 from qemus import EACH_QEMU, QEMUS
 
-from postcopyd.demo import qemu_guest as q
 from postcopyd.demo.hosts import Host, open_hosts
 from postcopyd.errors import PostcopydError
 from postcopyd.vmm.qemu.qmp import Qmp
@@ -86,7 +86,7 @@ class Pair:
 async def pair(folder: Path, boot: tuple[Path, Path], **config: Any) -> AsyncIterator[Pair]:
     kernel, initramfs = boot
     made = q.GuestConfig(kernel=kernel, initramfs=initramfs, **config)
-    async with open_hosts(folder) as hosts, q.open_guest(folder) as guest:
+    async with open_hosts(folder) as hosts, q.Guest.open(folder) as guest:
         yield Pair(hosts, guest, made)
 
 

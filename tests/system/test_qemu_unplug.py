@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import trio
+from guests import qemu as q
 from qemus import EACH_QEMU
 from test_qemu_migration import VM, own_monitor, pair
-
-from postcopyd.demo import qemu_guest as q
 
 MIB = 1 << 20
 DIMM = (

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 from before import OLD, needed, upgraded
+from guests import qemu as q
 from pair import (
     LARGE,
     MIB,
@@ -36,7 +37,6 @@ from test_qemu_migration import VM
 from test_qemu_migration import Pair as QemuPair
 from test_qemu_migration import pair as qemu_pair
 
-from postcopyd.demo import qemu_guest as q
 from postcopyd.vmm.qemu.qmp import Qmp
 
 __all__ = ["folder"]  # a fixture
