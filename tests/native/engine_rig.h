@@ -423,7 +423,7 @@ static void ram_in(struct small_tmpfs *s, struct ram *m) {
 struct pair {
   struct guest *guest;
   bool staged;
-  int wake, record;
+  int wake, record, urgent, push; /* the last two: our ends, where one side is played by hand */
   struct pc_dest *dest;
   struct pc_source *source;
   struct pc_stats *at, *from; /* the destination's statistics, the source's */
@@ -616,13 +616,22 @@ static int bytes_waiting(int fd) {
   return n;
 }
 
-/* A destination with an urgent connection, of which the other end is returned. */
+/* A connection of the destination, of which the other end is returned. */
 static int by_hand(struct pair *p, bool urgent) {
   int fd[2];
   tcp_pair(fd);
   check(!pc_dest_connect(p->dest, fd[0], NULL, urgent), " ");
   fcntl(fd[1], F_SETFL, 0);
   return fd[1];
+}
+
+/* The source is played by hand, by one connection of each kind. */
+static void take_hold(struct pair *p) {
+  p->urgent = by_hand(p, true), p->push = by_hand(p, false);
+}
+
+static void let_go(struct pair *p) {
+  close(p->urgent), close(p->push);
 }
 
 static uint64_t request_from(struct stream s) {

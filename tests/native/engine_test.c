@@ -314,7 +314,7 @@ static void discard_race(void) {
   struct guest g = {0};
   struct ram *m = add_ram(&g, 32 * RACE_RUN, SMALL, all_data);
   struct pair p = new_dest(&g);
-  int urgent = by_hand(&p, true), push = by_hand(&p, false);
+  take_hold(&p);
   struct discarder d = {.ram = m};
   pthread_t threads[3];
   uint8_t *run = malloc(RACE_RUN * SMALL), drop[4096];
@@ -324,10 +324,10 @@ static void discard_race(void) {
     for (unsigned i = 0; i < RACE_RUN; i++)
       fill_page(m, page + i, run + i * SMALL);
     atomic_store(&d.placing, page);
-    send_frame(push, FRAME_PAGES, 0, page, RACE_RUN, run, RACE_RUN * SMALL);
+    send_frame(p.push, FRAME_PAGES, 0, page, RACE_RUN, run, RACE_RUN * SMALL);
     for (unsigned i = 0; i < RACE_RUN; i += 32) /* duplicates, or not */
-      send_frame(urgent, FRAME_PAGES, 0, page + i, 1, run + i * SMALL, SMALL);
-    while (recv(urgent, drop, sizeof drop, MSG_DONTWAIT) > 0)
+      send_frame(p.urgent, FRAME_PAGES, 0, page + i, 1, run + i * SMALL, SMALL);
+    while (recv(p.urgent, drop, sizeof drop, MSG_DONTWAIT) > 0)
       ;
     uint64_t all = page + RACE_RUN, some = all / 64;
     wait_until(get(p.at->confirmed_pages) >= all && get(p.at->discarded_pages) >= some);
@@ -338,7 +338,7 @@ static void discard_race(void) {
   check(drained(&p), " ");
   printf("%llu faults, %llu discarded\n", (unsigned long long)get(p.at->faults),
          (unsigned long long)get(p.at->discarded_pages));
-  free(run), close(urgent), close(push);
+  free(run), let_go(&p);
   finish(&p);
   guest_free(&g);
 }

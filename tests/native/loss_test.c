@@ -52,6 +52,13 @@ static struct ram *guest_of(struct guest *g, uint64_t pages, bool filled) {
   return m;
 }
 
+/* The end of the RAM file is gone at the source. */
+static struct ram *cut_short(struct guest *g) {
+  struct ram *m = guest_of(g, PAGES, true);
+  check(!ftruncate(m->source, CUT * SMALL), "%m");
+  return m;
+}
+
 static void close_guest(struct pair *p, struct guest *g) {
   finish(p);
   guest_free(g);
@@ -79,8 +86,7 @@ static void unreadable(bool secure) {
   needs_poison();
   with_tls = secure;
   struct guest g = {0};
-  struct ram *m = guest_of(&g, PAGES, true);
-  check(!ftruncate(m->source, CUT * SMALL), "%m");
+  struct ram *m = cut_short(&g);
   struct pair p = new_dest(&g);
   new_source(&p);
   struct toucher good[4], bad[2];
@@ -119,8 +125,7 @@ static void unreadable_tls(void) { unreadable(true); }
 static void unreadable_untold(void) {
   needs_poison();
   struct guest g = {0};
-  struct ram *m = guest_of(&g, PAGES, true);
-  check(!ftruncate(m->source, CUT * SMALL), "%m");
+  struct ram *m = cut_short(&g);
   struct pair p = new_dest(&g);
   new_source(&p);
   pc_source_tell_losses(p.source, false);
@@ -248,8 +253,7 @@ static void unreadable_anonymous(void) {
 static void unreadable_in_a_pass(void) {
   needs_poison();
   struct guest g = {0};
-  struct ram *m = guest_of(&g, PAGES, true);
-  check(!ftruncate(m->source, CUT * SMALL), "%m");
+  struct ram *m = cut_short(&g);
   struct pair p = {.guest = &g, .staged = true, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   dest_on(&p, memfd_create("record", MFD_CLOEXEC), false);
   new_source(&p);
@@ -276,11 +280,19 @@ static void unreadable_in_a_pass(void) {
 
 /* --- at the destination ----------------------------------------------------------------------- */
 
-static struct pair by_hand_dest(struct guest *g, bool staged, int *urgent, int *push) {
+static struct pair by_hand_dest(struct guest *g, bool staged) {
   struct pair p = {.guest = g, .staged = staged, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
   dest_on(&p, memfd_create("record", MFD_CLOEXEC), false);
-  *urgent = by_hand(&p, true), *push = by_hand(&p, false);
+  take_hold(&p);
   return p;
+}
+
+static void pass_and_seal(struct pair *p) {
+  struct ram *m = p->guest->ram;
+  for (uint64_t page = 0; page < m->pages; page++)
+    send_page(p->push, m, page);
+  wait_until(get(p->at->passed_pages) == m->pages);
+  check(!pc_dest_seal(p->dest), " ");
 }
 
 /* What is here is not lost, whatever the source says later; and before the seal nothing is. */
@@ -288,27 +300,26 @@ static void lost_and_here(void) {
   needs_poison();
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, false);
-  int urgent, push;
-  struct pair p = by_hand_dest(&g, true, &urgent, &push);
-  send_page(push, m, 3);
+  struct pair p = by_hand_dest(&g, true);
+  send_page(p.push, m, 3);
   wait_until(get(p.at->passed_pages) == 1);
-  send_frame(push, FRAME_LOST, 0, 4, 1, NULL, 0);
+  send_frame(p.push, FRAME_LOST, 0, 4, 1, NULL, 0);
   wait_until(get(p.at->failure) > PC_OK);
   check(get(p.at->failure) == PC_BAD_FRAME, "%s", p.at->sentence);
   pc_dest_disconnect(p.dest);
-  close(urgent), close(push);
+  let_go(&p);
   check(!pc_dest_seal(p.dest), " ");
-  urgent = by_hand(&p, true), push = by_hand(&p, false);
-  send_page(push, m, 5);
+  take_hold(&p);
+  send_page(p.push, m, 5);
   wait_until(get(p.at->confirmed_pages) == 1);
-  send_frame(push, FRAME_LOST, 0, 0, 8, NULL, 0);
+  send_frame(p.push, FRAME_LOST, 0, 0, 8, NULL, 0);
   wait_until(get(p.at->confirmed_pages) == 7);
   check(get(p.at->lost_pages) == 6 && get(p.at->duplicate_pages) == 2, " ");
-  send_page(push, m, 4); /* after all: it has been said that it is lost */
+  send_page(p.push, m, 4); /* after all: it has been said that it is lost */
   wait_until(get(p.at->duplicate_pages) == 3);
   for (uint64_t page = 0; page < 8; page++)
     check(page == 3 || page == 5 ? page_is(m, page, false) : is_error(m, page), " ");
-  close(urgent), close(push);
+  let_go(&p);
   close_guest(&p, &g);
 }
 
@@ -317,8 +328,7 @@ static void lost_and_here(void) {
 static void no_memory_errors(void) {
   needs_poison();
   struct guest g = {0};
-  struct ram *m = guest_of(&g, PAGES, true);
-  check(!ftruncate(m->source, CUT * SMALL), "%m");
+  struct ram *m = cut_short(&g);
   refuse(UFFDIO_POISON, EINVAL, m->at, PAGES * SMALL);
   struct pair p = new_dest(&g);
   new_source(&p);
@@ -369,22 +379,21 @@ static void no_memory_errors_staged(void) {
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, false);
   refuse(UFFDIO_POISON, EINVAL, m->at, PAGES * SMALL);
-  int urgent, push;
-  struct pair p = by_hand_dest(&g, true, &urgent, &push);
+  struct pair p = by_hand_dest(&g, true);
   for (uint64_t page = 1; page < PAGES - 1; page++)
-    send_page(push, m, page);
+    send_page(p.push, m, page);
   wait_until(get(p.at->passed_pages) == PAGES - 2);
   check(!pc_dest_seal(p.dest), " ");
-  send_frame(push, FRAME_LOST, 0, 0, 1, NULL, 0);
+  send_frame(p.push, FRAME_LOST, 0, 0, 1, NULL, 0);
   wait_until(state_of(&p, 0) == LOST);
   check(get(p.at->failure) == PC_OK, "%s", p.at->sentence);
-  send_page(push, m, PAGES - 1);
+  send_page(p.push, m, PAGES - 1);
   wait_until(get(p.at->failure) > PC_OK);
   check(get(p.at->failure) == PC_MEMORY && strstr(p.at->sentence, "1 pages"), "%s",
         p.at->sentence);
   refuse_no_more();
   pc_dest_disconnect(p.dest);
-  close(urgent), close(push);
+  let_go(&p);
   finish(&p);
   guest_free(&g);
 }
@@ -396,20 +405,19 @@ static void lost_and_zeros(void) {
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, false);
   refuse(UFFDIO_POISON, EINVAL, m->at, PAGES * SMALL);
-  int urgent, push;
-  struct pair p = by_hand_dest(&g, true, &urgent, &push);
+  struct pair p = by_hand_dest(&g, true);
   check(!pc_dest_seal(p.dest), " ");
-  send_frame(push, FRAME_LOST, 0, 4, 1, NULL, 0);
+  send_frame(p.push, FRAME_LOST, 0, 4, 1, NULL, 0);
   wait_until(state_of(&p, 4) == LOST);
   struct toucher t;
   touch(&t, m, 4);
   wait_until(get(p.at->faults) == 1);
-  send_frame(push, FRAME_ZERO, 0, 4, 1, NULL, 0);
+  send_frame(p.push, FRAME_ZERO, 0, 4, 1, NULL, 0);
   pthread_join(t.thread, NULL);
   check(!t.error && t.value == 0, " ");
   wait_until(state_of(&p, 4) == DONE); /* the toucher is woken first */
   refuse_no_more();
-  close(urgent), close(push);
+  let_go(&p);
   close_guest(&p, &g);
 }
 
@@ -419,9 +427,8 @@ static void placing_fails(void) {
   enum { ZEROES = 80, ALL = 90 }; /* more than the engine puts off one by one */
   struct guest g = {0};
   struct ram *m = guest_of(&g, 128, false);
-  int urgent, push;
-  struct pair p = by_hand_dest(&g, false, &urgent, &push);
-  send_frame(push, FRAME_ZERO, 0, 0, ZEROES, NULL, 0);
+  struct pair p = by_hand_dest(&g, false);
+  send_frame(p.push, FRAME_ZERO, 0, 0, ZEROES, NULL, 0);
   wait_until(get(p.at->confirmed_pages) == ZEROES);
   refuse(UFFDIO_ZEROPAGE, EPERM, m->at, 128 * SMALL);
   struct reader r[ALL];
@@ -430,32 +437,32 @@ static void placing_fails(void) {
   wait_until(refusal.times > ZEROES && get(p.at->failure) == PC_MEMORY);
   check(strstr(p.at->sentence, "placing page") != NULL, "%s", p.at->sentence);
   pc_dest_disconnect(p.dest);
-  close(urgent), close(push);
+  let_go(&p);
   refuse_no_more();
   for (unsigned i = 0; i < ZEROES; i++) {
     pthread_join(r[i].thread, NULL);
     check(r[i].value == 0, " ");
   }
 
-  urgent = by_hand(&p, true), push = by_hand(&p, false);
+  take_hold(&p);
   refuse(UFFDIO_COPY, EPERM, m->at, 128 * SMALL);
   for (unsigned i = ZEROES; i < ALL; i++) {
     reader_start(&r[i], m, i);
-    check(read_request(urgent) == i, " ");
+    check(read_request(p.urgent) == i, " ");
   }
-  send_page(urgent, m, ZEROES);
+  send_page(p.urgent, m, ZEROES);
   wait_until(get(p.at->failure) == PC_MEMORY);
   pc_dest_disconnect(p.dest);
-  close(urgent), close(push);
+  let_go(&p);
   refuse_no_more();
-  urgent = by_hand(&p, true);
+  p.urgent = by_hand(&p, true);
   for (unsigned i = ZEROES; i < ALL; i++)
-    send_page(urgent, m, read_request(urgent));
+    send_page(p.urgent, m, read_request(p.urgent));
   for (unsigned i = ZEROES; i < ALL; i++) {
     pthread_join(r[i].thread, NULL);
     check(r[i].value == word_of(m, i, 0), " ");
   }
-  close(urgent);
+  close(p.urgent);
   close_guest(&p, &g);
 }
 
@@ -465,12 +472,8 @@ static void full_tmpfs(void) {
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, false);
   ram_in(&s, m);
-  int urgent, push;
-  struct pair p = by_hand_dest(&g, true, &urgent, &push);
-  for (uint64_t page = 0; page < PAGES; page++)
-    send_page(push, m, page);
-  wait_until(get(p.at->passed_pages) == PAGES);
-  check(!pc_dest_seal(p.dest), " ");
+  struct pair p = by_hand_dest(&g, true);
+  pass_and_seal(&p);
   for (uint64_t page = 0; page < PAGES; page++)
     check(page_is(m, page, false), " ");
   check(!madvise(m->at, PAGES * SMALL, MADV_DONTNEED), "%m"); /* as the kernel does, some day */
@@ -489,7 +492,7 @@ static void full_tmpfs(void) {
   pthread_join(r.thread, NULL);
   check(r.value == 0, " ");
   wait_until(get(p.at->discarded_pages) == 1); /* the reader is woken first */
-  close(urgent), close(push);
+  let_go(&p);
   close_guest(&p, &g);
   free_tmpfs(&s);
 }
@@ -500,12 +503,8 @@ static void broken_here(void) {
   needs_poison();
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, false);
-  int urgent, push;
-  struct pair p = by_hand_dest(&g, true, &urgent, &push);
-  for (uint64_t page = 0; page < PAGES; page++)
-    send_page(push, m, page);
-  wait_until(get(p.at->passed_pages) == PAGES);
-  check(!pc_dest_seal(p.dest), " ");
+  struct pair p = by_hand_dest(&g, true);
+  pass_and_seal(&p);
   check(page_is(m, 0, false), " ");
   check(!madvise(m->at, SMALL, MADV_DONTNEED), "%m");
   refuse(UFFDIO_CONTINUE, EIO, m->at, SMALL);
@@ -519,7 +518,7 @@ static void broken_here(void) {
   for (uint64_t page = 0; page < PAGES; page++)
     check(page % 20 || page > 40 ? page_is(m, page, false) : is_error(m, page), " ");
   check(pc_dest_unregister(p.dest, 0) == -EBUSY, " ");
-  close(urgent), close(push);
+  let_go(&p);
   close_guest(&p, &g);
 }
 
@@ -528,39 +527,38 @@ static void broken_here(void) {
 static void foreign(bool by_zeros) {
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, false);
-  int urgent, push;
-  struct pair p = by_hand_dest(&g, false, &urgent, &push);
-  send_page(push, m, 2);
+  struct pair p = by_hand_dest(&g, false);
+  send_page(p.push, m, 2);
   wait_until(get(p.at->confirmed_pages) == 1);
   struct reader r[2];
   reader_start(&r[0], m, 9);
-  check(read_request(urgent) == 9, " ");
+  check(read_request(p.urgent) == 9, " ");
   if (by_zeros) {
     reader_start(&r[1], m, 5);
-    check(read_request(urgent) == 5, " ");
+    check(read_request(p.urgent) == 5, " ");
   }
   check(pwrite(m->file, "\0", 1, 5 * SMALL) == 1, "%m");
   if (by_zeros)
-    send_frame(push, FRAME_ZERO, 0, 5, 1, NULL, 0);
+    send_frame(p.push, FRAME_ZERO, 0, 5, 1, NULL, 0);
   else
-    send_page(push, m, 5);
+    send_page(p.push, m, 5);
   wait_until(get(p.at->failure) > PC_OK);
   check(get(p.at->failure) == PC_FOREIGN && strstr(p.at->sentence, "page 5 of region 0"), "%s",
         p.at->sentence);
-  send_page(urgent, m, 9);
+  send_page(p.urgent, m, 9);
   for (unsigned time = 0; time < 2; time++) {
     pc_dest_disconnect(p.dest);
     check(get(p.at->failure) == PC_FOREIGN, "forgotten");
-    close(urgent), close(push);
-    urgent = by_hand(&p, true), push = by_hand(&p, false);
+    let_go(&p);
+    take_hold(&p);
     for (uint64_t page = 0; page < PAGES; page++) /* as far as it is taken */
-      send_frame(push, FRAME_ZERO, 0, page, 1, NULL, 0);
+      send_frame(p.push, FRAME_ZERO, 0, page, 1, NULL, 0);
   }
   pc_dest_disconnect(p.dest);
   check(get(p.at->confirmed_pages) == 1 && !get(r[0].done), "it went on");
   check(pc_dest_poison(p.dest) == -EBUSY && pc_dest_unregister(p.dest, 0) == -EBUSY, " ");
   check(pc_dest_gone(p.dest, 0) == -EBUSY, "nor waits it for a page that stays claimed");
-  close(urgent), close(push);
+  let_go(&p);
   for (unsigned life = 0; life < 2; life++) { /* whoever is killed in whatever moment after it */
     pc_dest_free(p.dest);
     dest_on(&p, p.record, true);
@@ -584,7 +582,7 @@ static void foreign_later(void) {
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, false);
   struct pair p = {.guest = &g, .wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
-  int record = memfd_create("record", MFD_CLOEXEC), urgent, push;
+  int record = memfd_create("record", MFD_CLOEXEC);
   uint8_t states[(PAGES + 63) / 64 * 64] = {[3] = CLAIMED, [7] = CLAIMED | WANTED};
   uint8_t bytes[4 * SMALL], now;
   check(pwrite(record, states, sizeof states, 0) == sizeof states, "%m");
@@ -596,21 +594,21 @@ static void foreign_later(void) {
   pc_dest_free(p.dest);
   dest_on(&p, record, true); /* the second in whose life they do not come */
   check(pread(record, &now, 1, 7) == 1 && now == BEGUN, "%x", now);
-  urgent = by_hand(&p, true), push = by_hand(&p, false);
+  take_hold(&p);
   for (uint64_t page = 2; page < 6; page++)
     fill_page(m, page, bytes + (page - 2) * SMALL);
-  send_frame(push, FRAME_PAGES, 0, 2, 4, bytes, sizeof bytes);
+  send_frame(p.push, FRAME_PAGES, 0, 2, 4, bytes, sizeof bytes);
   wait_until(get(p.at->confirmed_pages) == 4);
   check(get(p.at->failure) == PC_OK && page_is(m, 3, false), "%s", p.at->sentence);
   check(pwrite(m->file, "\0", 1, 8 * SMALL) == 1, "%m");
   for (uint64_t page = 6; page < 10; page++)
     fill_page(m, page, bytes + (page - 6) * SMALL);
-  send_frame(push, FRAME_PAGES, 0, 6, 4, bytes, sizeof bytes);
+  send_frame(p.push, FRAME_PAGES, 0, 6, 4, bytes, sizeof bytes);
   wait_until(get(p.at->failure) > PC_OK);
   check(get(p.at->failure) == PC_FOREIGN && strstr(p.at->sentence, "page 8 of region 0"), "%s",
         p.at->sentence);
   check(get(p.at->confirmed_pages) == 6, "6 and 7");
-  close(urgent), close(push);
+  let_go(&p);
   finish(&p);
   guest_free(&g);
 }
@@ -620,12 +618,8 @@ static void foreign_staged(void) {
   struct guest g = {0};
   struct ram *m = guest_of(&g, PAGES, false);
   to_anonymous(m);
-  int urgent, push;
-  struct pair p = by_hand_dest(&g, true, &urgent, &push);
-  for (uint64_t page = 0; page < PAGES; page++)
-    send_page(push, m, page);
-  wait_until(get(p.at->passed_pages) == PAGES);
-  check(!pc_dest_seal(p.dest), " ");
+  struct pair p = by_hand_dest(&g, true);
+  pass_and_seal(&p);
   refuse(UFFDIO_COPY, EEXIST, m->at + 20 * SMALL, SMALL);
   struct reader r;
   reader_start(&r, m, 20);
@@ -634,7 +628,7 @@ static void foreign_staged(void) {
   check(!pc_dest_settle(p.dest), " ");
   pc_dest_disconnect(p.dest);
   check(get(p.at->confirmed_pages) == 0 && get(p.at->failure) == PC_FOREIGN, "it went on");
-  close(urgent), close(push);
+  let_go(&p);
   finish(&p);
   pthread_join(r.thread, NULL);
   guest_free(&g);
@@ -642,51 +636,51 @@ static void foreign_staged(void) {
 
 /* --- much work -------------------------------------------------------------------------------- */
 
+enum { MANY = 4 << 20 };
+
+/* Without anything at the source. */
+static struct guest vast(void) {
+  struct guest g = {.count = 1};
+  g.ram[0] = (struct ram){.pages = MANY, .page_size = SMALL, .content = all_data, .file = -1,
+                          .source = -1, .uffd = new_uffd()};
+  g.ram[0].at = map((uint64_t)MANY * SMALL, -1);
+  return g;
+}
+
 /* 24 bytes name all of a guest: who disconnects waits for a part of that only. */
 static void flood(bool staged) {
-  enum { MANY = 4 << 20, TIMES = 2000 / RARELY };
-  struct guest g = {.count = 1};
-  struct ram *m = g.ram;
-  *m = (struct ram){.pages = MANY, .page_size = SMALL, .content = all_data, .file = -1,
-                    .source = -1, .uffd = new_uffd()};
-  m->at = map((uint64_t)MANY * SMALL, -1);
-  int urgent, push;
-  struct pair p = by_hand_dest(&g, staged, &urgent, &push);
+  enum { TIMES = 2000 / RARELY };
+  struct guest g = vast();
+  struct pair p = by_hand_dest(&g, staged);
   for (unsigned i = 0; i < TIMES; i++)
-    send_frame(push, FRAME_ZERO, 0, 0, MANY, NULL, 0);
+    send_frame(p.push, FRAME_ZERO, 0, 0, MANY, NULL, 0);
   uint64_t *done = staged ? &p.at->passed_pages : &p.at->duplicate_pages;
   wait_until(get(*done) > 0);
   pc_dest_disconnect(p.dest);
   check(get(*done) < (TIMES - 1) * (uint64_t)MANY, "all of it");
   check(get(p.at->failure) == PC_OK, "%s", p.at->sentence);
-  close(push), close(urgent);
+  let_go(&p);
   if (!staged)
     check(get(p.at->confirmed_pages) == MANY, " ");
   check(!pc_dest_seal(p.dest), " ");
   finish(&p);
-  munmap(m->at, (uint64_t)MANY * SMALL), close(m->uffd);
+  munmap(g.ram->at, (uint64_t)MANY * SMALL), close(g.ram->uffd);
 }
 
 static void flood_zeros(void) { flood(false); }
 static void flood_early(void) { flood(true); }
 
 static void flood_lost(void) {
-  enum { MANY = 4 << 20 };
   needs_poison();
-  struct guest g = {.count = 1};
-  struct ram *m = g.ram;
-  *m = (struct ram){.pages = MANY, .page_size = SMALL, .content = all_data, .file = -1,
-                    .source = -1, .uffd = new_uffd()};
-  m->at = map((uint64_t)MANY * SMALL, -1);
-  int urgent, push;
-  struct pair p = by_hand_dest(&g, false, &urgent, &push);
-  send_frame(push, FRAME_LOST, 0, 0, MANY, NULL, 0);
+  struct guest g = vast();
+  struct pair p = by_hand_dest(&g, false);
+  send_frame(p.push, FRAME_LOST, 0, 0, MANY, NULL, 0);
   wait_until(get(p.at->lost_pages) > 0);
   pc_dest_disconnect(p.dest);
   check(get(p.at->lost_pages) < MANY && get(p.at->failure) == PC_OK, "%s", p.at->sentence);
-  close(push), close(urgent);
+  let_go(&p);
   finish(&p);
-  munmap(m->at, (uint64_t)MANY * SMALL), close(m->uffd);
+  munmap(g.ram->at, (uint64_t)MANY * SMALL), close(g.ram->uffd);
 }
 
 static enum content every_second(uint64_t page) {
@@ -701,10 +695,10 @@ static void *disconnect_run(void *source) {
 /* To look for holes takes long where there are many: it goes in steps, and one that is broken off
  * tells of no holes that it has not looked at. */
 static void scan_in_steps(void) {
-  enum { MANY = 30000 };
+  enum { HALVES = 30000 };
   struct guest g = {0};
   for (unsigned i = 0; i < 2; i++)
-    fill_source(add_ram(&g, MANY, SMALL, every_second), 0, MANY);
+    fill_source(add_ram(&g, HALVES, SMALL, every_second), 0, HALVES);
   struct pair p = new_dest(&g);
   new_source(&p);
   unsigned steps = 1;

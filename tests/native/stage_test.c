@@ -345,14 +345,14 @@ static void waits(enum memory memory) {
   struct ram *m = g.ram;
   m->content = all_data;
   struct pair p = new_staged(&g);
-  int urgent = by_hand(&p, true), push = by_hand(&p, false);
-  pass_one(&p, push, 3, FINAL);
-  pass_one(&p, push, 4, JUNK);
+  take_hold(&p);
+  pass_one(&p, p.push, 3, FINAL);
+  pass_one(&p, p.push, 4, JUNK);
   struct reader r[3];
   for (unsigned i = 0; i < 3; i++)
     reader_start(&r[i], m, 3 + i);
   wait_until(get(p.at->faults) == 3);
-  pass_one(&p, push, 6, FINAL); /* its time is enough for an answer that must not come */
+  pass_one(&p, p.push, 6, FINAL); /* its time is enough for an answer that must not come */
   call_stale(&p, 4);
   check(get(p.at->present_pages) == 2, " ");
   check(pc_dest_settle(p.dest) == -EBUSY && pc_dest_poison(p.dest) == -EBUSY, "before the seal");
@@ -361,12 +361,12 @@ static void waits(enum memory memory) {
   check(!pc_dest_seal(p.dest) && !pc_dest_seal(p.dest), " ");
   pthread_join(r[0].thread, NULL);
   check(r[0].value == word_of(m, 3, 0), "%llx", (unsigned long long)r[0].value);
-  uint64_t first = read_request(urgent), second = read_request(urgent);
+  uint64_t first = read_request(p.urgent), second = read_request(p.urgent);
   check((first == 4 && second == 5) || (first == 5 && second == 4), " ");
-  check(!get(r[1].done) && !get(r[2].done) && bytes_waiting(urgent) == 0, " ");
+  check(!get(r[1].done) && !get(r[2].done) && bytes_waiting(p.urgent) == 0, " ");
   check(pc_dest_stale(p.dest, 0, 3, 1, &(uint8_t){1}) == -EBUSY, "after the seal");
-  send_as(push, &g, 0, 3, 1, JUNK), send_as(push, &g, 0, 6, 1, JUNK); /* duplicates */
-  send_page(urgent, m, 4), send_page(urgent, m, 5);
+  send_as(p.push, &g, 0, 3, 1, JUNK), send_as(p.push, &g, 0, 6, 1, JUNK); /* duplicates */
+  send_page(p.urgent, m, 4), send_page(p.urgent, m, 5);
   pthread_join(r[1].thread, NULL), pthread_join(r[2].thread, NULL);
   wait_until(get(p.at->duplicate_pages) == 2);
   for (uint64_t page = 3; page < 7; page++)
@@ -374,7 +374,7 @@ static void waits(enum memory memory) {
   wait_until(get(p.at->confirmed_pages) == 4);
   check(get(p.at->precopied_pages) == 2 && get(p.at->urgent_pages) == 2, " ");
   pc_dest_disconnect(p.dest);
-  close(urgent), close(push);
+  let_go(&p);
   finish(&p);
   unmake(&g, memory);
 }
@@ -439,10 +439,10 @@ static void neighbours(void) {
   struct ram *m = g.ram;
   m->content = all_data;
   struct pair p = new_staged(&g);
-  int urgent = by_hand(&p, true), push = by_hand(&p, false);
-  pass_one(&p, push, 5, FINAL);
-  pass_one(&p, push, 8, ZERO);
-  pass_one(&p, push, 9, JUNK);
+  take_hold(&p);
+  pass_one(&p, p.push, 5, FINAL);
+  pass_one(&p, p.push, 8, ZERO);
+  pass_one(&p, p.push, 9, JUNK);
   check(allocated(m->file) >= HUGE, "not a huge page");
   call_stale(&p, 9);
   check(!pc_dest_seal(p.dest) && !pc_dest_settle(p.dest), " ");
@@ -451,16 +451,16 @@ static void neighbours(void) {
   for (unsigned i = 0; i < 2; i++) {
     uint64_t page = i ? 9 : 6;
     reader_start(&r[i], m, page);
-    check(read_request(urgent) == page && !get(r[i].done), " ");
+    check(read_request(p.urgent) == page && !get(r[i].done), " ");
   }
-  send_as(push, &g, 0, 7, 1, ZERO); /* not told in a pass */
+  send_as(p.push, &g, 0, 7, 1, ZERO); /* not told in a pass */
   wait_until(get(p.at->confirmed_pages) == 3);
   check(page_is(m, 7, true), " ");
-  send_as(push, &g, 0, 10, 1, FINAL);
+  send_as(p.push, &g, 0, 10, 1, FINAL);
   wait_until(get(p.at->confirmed_pages) == 4);
   for (unsigned i = 0; i < 2; i++) {
     check(!get(r[i].done), "a neighbour was seen");
-    send_page(urgent, m, r[i].page);
+    send_page(p.urgent, m, r[i].page);
     pthread_join(r[i].thread, NULL);
     check(page_is(m, r[i].page, false), " ");
   }
@@ -469,11 +469,11 @@ static void neighbours(void) {
   for (uint64_t page = 5; page <= 10; page++)
     check(page_is(m, page, page == 5 || page == 7 || page == 8), "page %llu",
           (unsigned long long)page);
-  send_as(push, &g, 0, 11, 1, ZERO);
+  send_as(p.push, &g, 0, 11, 1, ZERO);
   wait_until(get(p.at->confirmed_pages) == 7);
   check(page_is(m, 11, true) && get(p.at->requests) == 2, " ");
   pc_dest_disconnect(p.dest);
-  close(urgent), close(push);
+  let_go(&p);
   finish(&p);
   unmake(&g, HUGE_TMPFS);
 }
@@ -519,40 +519,40 @@ static void shortage(void) {
   struct ram *m = add_ram(&g, 64, SMALL, all_data);
   ram_in(&s, m);
   struct pair p = new_staged(&g);
-  int push = by_hand(&p, false), urgent;
-  send_as(push, &g, 0, 0, 16, FINAL);
-  send_as(push, &g, 0, 16, 32, JUNK);
+  p.push = by_hand(&p, false);
+  send_as(p.push, &g, 0, 0, 16, FINAL);
+  send_as(p.push, &g, 0, 16, 32, JUNK);
   wait_until(get(p.at->failure) > PC_OK);
   check(get(p.at->failure) == PC_MEMORY && strstr(p.at->sentence, "page 16 of region 0"), "%s",
         p.at->sentence);
   check(get(p.at->passed_pages) == 16 && get(p.at->present_pages) == 16, " ");
   pc_dest_disconnect(p.dest);
-  close(push);
+  close(p.push);
   check(get(p.at->failure) == PC_OK, "not forgotten");
   check(!pc_dest_seal(p.dest) && !pc_dest_settle(p.dest), " ");
   wait_until(get(p.at->confirmed_pages) == 16);
   struct reader r;
   reader_start(&r, m, 40);
-  urgent = by_hand(&p, true), push = by_hand(&p, false);
-  check(read_request(urgent) == 40, " ");
-  send_as(push, &g, 0, 16, 48, FINAL);
+  take_hold(&p);
+  check(read_request(p.urgent) == 40, " ");
+  send_as(p.push, &g, 0, 16, 48, FINAL);
   wait_until(get(p.at->stalls) > 2);
   check(get(p.at->failure) == PC_OK && !get(r.done), "%s", p.at->sentence);
   pc_dest_disconnect(p.dest); /* returns though there is no memory */
-  close(urgent), close(push);
+  let_go(&p);
   check(get(p.at->confirmed_pages) == 16 && get(p.at->present_pages) == 16, " ");
-  urgent = by_hand(&p, true), push = by_hand(&p, false);
-  while (read_request(urgent) != 40) /* with what it came with, which was given back */
+  take_hold(&p);
+  while (read_request(p.urgent) != 40) /* with what it came with, which was given back */
     ;
-  send_page(urgent, m, 40);
+  send_page(p.urgent, m, 40);
   uint64_t stalls = get(p.at->stalls);
   wait_until(get(p.at->stalls) > stalls + 2);
   check(!ftruncate(s.ballast, 0), "%m");
   pthread_join(r.thread, NULL);
-  send_as(push, &g, 0, 16, 48, FINAL);
+  send_as(p.push, &g, 0, 16, 48, FINAL);
   wait_until(drained(&p));
   check_guest(&g);
-  close(urgent), close(push);
+  let_go(&p);
   finish(&p);
   guest_free(&g);
   free_tmpfs(&s);

@@ -55,6 +55,13 @@ async def lab() -> AsyncIterator[Lab]:
         shutil.rmtree(folder)
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """On tmpfs, and not pytest's own: the name of a socket has to be short."""
+    with tempfile.TemporaryDirectory(prefix="pc-", dir="/dev/shm") as name:
+        yield Path(name)
+
+
 @pytest.fixture(scope="session")
 def boot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Kernel and initramfs of the verifying guest."""

@@ -173,6 +173,11 @@ async def worked(guest: ProcessGuest, ops: int = 1000) -> None:
         report = await trio.to_thread.run_sync(guest.report)
 
 
+async def filled(guest: ProcessGuest) -> None:
+    """Returns when the guest has written all of its memory: no page of it is zeros."""
+    await until(lambda: guest.report()["sweeps"] > 0, "a guest without zero pages", 60)
+
+
 async def verified(guest: ProcessGuest, pages: int | None = None) -> None:
     """The guest has checked all of its memory, and found it right."""
     with trio.fail_after(60):
@@ -278,15 +283,26 @@ async def hung(pair: Pair, side: str, verb: str) -> tuple[str, ProcessGuest, Pro
     return name, here, there, started["migration"]
 
 
-async def waiting(pair: Pair) -> tuple[str, ProcessGuest, ProcessGuest]:
-    """A guest that runs at the destination, most of its memory still at the source."""
+async def following(
+    pair: Pair, bandwidth: int = MIB, to: str | None = None
+) -> tuple[str, ProcessGuest, ProcessGuest]:
+    """A guest that runs at the destination, and whose memory follows at this rate."""
     name, here, there = await pair.place(*LARGE)
     a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
-    await a.call("Migrate", name=name, to=b.address, bandwidth=MIB)
+    await filled(here)
+    await a.call("Migrate", name=name, to=to or b.address, bandwidth=bandwidth)
     for host in pair:
         await status_until(host, name, lambda status: status["phase"] == "postcopy")
     return name, here, there
+
+
+async def arrived(pair: Pair, name: str, here: ProcessGuest, there: ProcessGuest) -> None:
+    """Drained on both sides, every page right, the source's VMM ended as ever."""
+    for host in pair:
+        await status_until(host, name, lambda status: status["phase"] == "drained", 60)
+    await worked(there, 100)
+    await verified(there)
+    await ended(here)
 
 
 async def state(guest: ProcessGuest) -> str:

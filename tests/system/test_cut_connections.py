@@ -19,9 +19,9 @@ from pair import (
     ProcessGuest,
     again,
     connected,
+    filled,
     state,
     status_until,
-    until,
     verified,
     worked,
 )
@@ -152,7 +152,7 @@ async def test_data_connection_is_cut(pair: Pair, kind: str) -> None:
     """A data connection that breaks pauses the migration until there are new ones."""
     name, here, there = await pair.place(*LARGE)
     a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages")
+    await filled(here)
     async with wire(b) as one:
         one.limit = {kind: 300_000}
         started = await a.call("Migrate", name=name, to=one.address, bandwidth=16 * MIB)
@@ -180,7 +180,7 @@ async def test_garbage_for_pages(pair: Pair) -> None:
     """A frame that no source sends stops the migration, and nothing of it reaches the guest."""
     name, here, _ = await pair.place(*LARGE)
     a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages")
+    await filled(here)
     async with wire(b) as one:
 
         def spoil(kind: str, data: bytes) -> bytes:

@@ -364,13 +364,27 @@ def hosts() -> Any:
         yield made
 
 
+async def attached(hosts: Pair, *machines: Machine) -> str:
+    """The name of a VM that runs at one host and is waited for at the other."""
+    vm = hosts.name()
+    for host, machine in zip(hosts, machines, strict=True):
+        await machine.listens()
+        await host.attach(vm, "qemu", machine.socket)
+    return vm
+
+
 @asynccontextmanager
-async def held(hosts: Pair, vm: str, phase: str) -> AsyncIterator[Path]:
-    """A migration that waits in a hook of the source until the file is there."""
-    go = hosts.folder / f"{vm}.go"
-    hosts.hook(vm, "source", phase, f"touch {go}.held; while [ ! -e {go} ]; do sleep 0.05; done")
+async def before_the_stop(hosts: Pair, vm: str, mode: str) -> AsyncIterator[str]:
+    """A migration that waits meanwhile in the last hook before its guest is stopped."""
+    a, b = hosts
+    go, held = (hosts.folder / f"{vm}.{name}" for name in ("go", "held"))
+    hosts.hook(vm, "source", "handover", f"touch {held}; while [ ! -e {go} ]; do sleep 0.05; done")
     try:
-        yield go
+        started = await a.call("Migrate", name=vm, to=b.address, mode=mode)
+        with trio.fail_after(60):
+            while not held.exists():
+                await trio.sleep(0.01)
+        yield started["migration"]
     finally:
         go.touch()
         hosts.unhook(vm)
@@ -383,20 +397,13 @@ async def test_what_was_compared_is_so_still_before_the_stop(
 ) -> None:
     """A guest that was changed while its migration was prepared is not moved to a VMM that is as it
     was: it runs on, and the sentence names what changed."""
-    a, b = hosts
-    vm = hosts.name()
+    a, _ = hosts
     options = furnished(tmp_path)
     source, destination = lab.start(0, *options), lab.start(0, *options, "-incoming", "defer")
-    for host, machine in ((a, source), (b, destination)):
-        await machine.listens()
-        await host.attach(vm, "qemu", machine.socket)
-    async with held(hosts, vm, "handover") as go:
-        started = await a.call("Migrate", name=vm, to=b.address, mode=mode)
-        with trio.fail_after(60):
-            while not go.with_suffix(".go.held").exists():
-                await trio.sleep(0.01)
+    vm = await attached(hosts, source, destination)
+    async with before_the_stop(hosts, vm, mode) as migration:
         await change(source, tmp_path)
-    result = await a.result(vm, started["migration"])
+    result = await a.result(vm, migration)
     assert result["event"] == "failed", result
     assert CHANGES[change] in result["error"]
     assert await source.state() == "running"
@@ -407,20 +414,13 @@ async def test_a_destination_that_was_changed_meanwhile_takes_nothing(
     lab: Lab, hosts: Pair, tmp_path: Path, qemu: int
 ) -> None:
     """The VMM that waits was compared once, too."""
-    a, b = hosts
-    vm = hosts.name()
+    a, _ = hosts
     options = furnished(tmp_path)
     source, destination = lab.start(qemu, *options), lab.start(qemu, *options, "-incoming", "defer")
-    for host, machine in ((a, source), (b, destination)):
-        await machine.listens()
-        await host.attach(vm, "qemu", machine.socket)
-    async with held(hosts, vm, "handover") as go:
-        started = await a.call("Migrate", name=vm, to=b.address, mode="hybrid")
-        with trio.fail_after(60):
-            while not go.with_suffix(".go.held").exists():
-                await trio.sleep(0.01)
+    vm = await attached(hosts, source, destination)
+    async with before_the_stop(hosts, vm, "hybrid") as migration:
         await other_medium(destination, tmp_path)
-    result = await a.result(vm, started["migration"])
+    result = await a.result(vm, migration)
     assert result["event"] == "failed", result
     assert "somebody changed devices or disks of the VMM that waits" in result["error"]
     assert await source.state() == "running"
@@ -431,13 +431,10 @@ async def test_check_and_migrate_refuse_local_disks_unless_told(
 ) -> None:
     """--unsafe, and only that, has a guest moved to a copy of its disk."""
     a, b = hosts
-    vm = hosts.name()
     one, two = raw(tmp_path / "one"), raw(tmp_path / "two")
     source = lab.start(qemu, *drive(one))
     destination = lab.start(qemu, *drive(two), "-incoming", "defer")
-    for host, machine in ((a, source), (b, destination)):
-        await machine.listens()
-        await host.attach(vm, "qemu", machine.socket)
+    vm = await attached(hosts, source, destination)
     (problem,) = (await a.call("Check", name=vm, to=b.address))["problems"]
     assert "disk vd0 is another file here" in problem
     assert (await a.call("Check", name=vm, to=b.address, unsafe=True))["problems"] == []

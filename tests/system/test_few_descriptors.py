@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import trio
 from pair import (
-    LARGE,
     MIB,
     SMALL,
     Host,
     Pair,
     again,
+    arrived,
     connected,
     ended,
-    status_until,
+    following,
     until,
     verified,
     worked,
@@ -128,12 +128,8 @@ async def test_descriptors_run_out(new_pair: Pair, which: str, spare: int) -> No
 @pytest.mark.parametrize("which", ["source", "destination"])
 async def test_descriptors_run_out_after_the_grant(new_pair: Pair, which: str) -> None:
     """A pause, with the reason, that ends by itself; the daemon neither dies nor spins."""
-    name, here, there = await new_pair.place(*LARGE)
     a, b = new_pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
-    await a.call("Migrate", name=name, to=b.address, bandwidth=16 * MIB)
-    for host in new_pair:
-        await status_until(host, name, lambda status: status["phase"] == "postcopy")
+    name, here, there = await following(new_pair, 16 * MIB)
     poor, other = (a, b) if which == "source" else (b, a)
     with Asking(poor) as ask:
         other.end()
@@ -150,11 +146,7 @@ async def test_descriptors_run_out_after_the_grant(new_pair: Pair, which: str) -
             assert "nothing left" in poor.log.read_text()
     for stream in waiting:
         await stream.aclose()
-    for host in new_pair:
-        await status_until(host, name, lambda status: status["phase"] == "drained", 60)
-    await worked(there, 100)
-    await verified(there)
-    await ended(here)
+    await arrived(new_pair, name, here, there)
 
 
 async def test_control_clients_wait_for_descriptors(new_pair: Pair) -> None:
@@ -175,11 +167,8 @@ async def test_too_few_descriptors_to_start_with(
     new_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A daemon that cannot get its guest's userfaultfd serves all the same; the guest waits."""
-    name, here, there = await new_pair.place(*LARGE)
-    a, b = new_pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
-    await a.call("Migrate", name=name, to=b.address, bandwidth=16 * MIB)
-    await status_until(b, name, lambda status: status["phase"] == "postcopy")
+    _, b = new_pair
+    name, here, there = await following(new_pair, 16 * MIB)
     b.end(signal.SIGKILL)
     few = tmp_path / "python"
     few.write_text(f'#!/bin/sh\nulimit -n {FEW}\nexec {sys.executable} "$@"\n')
@@ -192,7 +181,4 @@ async def test_too_few_descriptors_to_start_with(
     assert (await b.status(name))["phase"] == "paused"
     b.end()
     await b.start()
-    for host in new_pair:
-        await status_until(host, name, lambda status: status["phase"] == "drained", 60)
-    await worked(there, 100)
-    await verified(there)
+    await arrived(new_pair, name, here, there)

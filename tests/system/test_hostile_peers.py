@@ -37,6 +37,7 @@ from pair import (
     completed,
     connected,
     ended,
+    filled,
     status_until,
     until,
     verified,
@@ -548,7 +549,7 @@ async def test_pages_again_with_other_content(pair: Pair) -> None:
     """A page that was placed stays as it is, whatever comes for it later."""
     name, here, there = await pair.place(*LARGE)
     a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    await filled(here)
     middle, twice = Middle(b), 0
 
     def frame(kind: str, header: bytes, payload: bytes) -> bytes:
@@ -886,7 +887,7 @@ async def test_resume_by_others(pair: Pair) -> None:
     a, b = pair
     idle = pair.name()
     await pair.attach(b, idle, pair.guest(*SMALL))
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    await filled(here)
     started = await a.call("Migrate", name=name, to=b.address, bandwidth=16 * MIB)
     await status_until(b, name, lambda status: status["phase"] == "postcopy")
     true = p.Resume(started["migration"], name, 1)
@@ -914,7 +915,7 @@ async def test_stolen_conversation(pair: Pair) -> None:
     """Who knows a migration's numbers can hold it up; its source gets it back, and all arrives."""
     name, here, there = await pair.place(*LARGE)
     a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    await filled(here)
     started = await a.call("Migrate", name=name, to=b.address, bandwidth=24 * MIB)
     await status_until(b, name, lambda status: status["phase"] == "postcopy")
     stolen = 0

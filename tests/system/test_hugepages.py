@@ -6,19 +6,17 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import trio
-from guests import qemu as q
 from needs import missing
-from pair import MIB, Host, Pair, completed, ended, open_pair, until, verified, worked
+from pair import MIB, Host, Pair, completed, ended, filled, open_pair, until, verified, worked
 from postcopyd._native import ffi, lib
+from qemu_pair import VM, qemu_pair
 from qemus import QEMUS
 
-from postcopyd.demo.hosts import open_hosts
 from postcopyd.host.procfs import smaps_entries
 from postcopyd.sessions.hugepages import chosen
 
@@ -97,7 +95,7 @@ async def test_huge_again(pair: Pair, mount: Callable[[str], Path], huge: str) -
     folder, (a, b) = mount(huge), pair
     here, there = folder / "a", folder / "b"
     name, source, destination = await pair.place(*GUEST, here=backing(here), there=backing(there))
-    await until(lambda: source.report()["sweeps"] > 0, "a guest without zero pages")
+    await filled(source)
     assert Memory(source.process.pid, here).huge == MEMORY
     completed(await a.migrate(name, b), MEMORY)
     await until(lambda: Memory(destination.process.pid, there).huge == MEMORY, "huge pages")
@@ -119,7 +117,7 @@ async def test_anonymous_memory(pair: Pair) -> None:
     options = (*GUEST, "--backing", "anonymous")
     name, source, destination = await pair.place(*options)
     a, b = pair
-    await until(lambda: source.report()["sweeps"] > 0, "a guest without zero pages")
+    await filled(source)
     start, end = Memory(destination.process.pid).span
     arguments = ffi.new("unsigned long[6]", [start, end - start, MADV_HUGEPAGE])
     result, error = ffi.new("long *"), ffi.new("struct adopt_error *")
@@ -174,7 +172,7 @@ async def test_detached_and_migrated_at_once(pair: Pair, mount: Callable[[str], 
     name, first, second = await pair.place(
         *options, here=backing(paths[0]), there=backing(paths[1])
     )
-    await until(lambda: first.report()["sweeps"] > 0, "a guest without zero pages")
+    await filled(first)
     completed(await a.migrate(name, b), memory)
     await ended(first)
     third = await pair.attach(a, name, pair.guest(*options, *backing(paths[2]), "--incoming"))
@@ -200,42 +198,22 @@ async def test_detached_and_migrated_at_once(pair: Pair, mount: Callable[[str], 
     await ended(second)
 
 
-async def test_qemu(mount: Callable[[str], Path], boot: tuple[Path, Path]) -> None:
+async def test_qemu(mount: Callable[[str], Path], folder: Path, boot: tuple[Path, Path]) -> None:
     """A Linux guest in QEMU has huge pages again, wherever it has memory to speak of."""
-    kernel, initramfs = boot
-    files = {name: mount("always") / name for name in ("source", "destination")}
-    with tempfile.TemporaryDirectory(prefix="pc-", dir="/dev/shm") as name:
-        folder = Path(name)
-
-        def config(name: str) -> q.GuestConfig:
-            return q.GuestConfig(
-                qemu=QEMUS[-1],
-                kernel=kernel,
-                initramfs=initramfs,
-                memory=256 * MIB,
-                mem_paths=(f"{files[name]},align=2M",),
-                name=name,
-                incoming=name == "destination",
-            )
-
-        async with open_hosts(folder) as (a, b), q.Guest.open(folder) as guest:
-            source = await guest.launch(config("source"))
-            await guest.ready()
-            destination = await guest.launch(config("destination"))
-            await a.attach("guest", "qemu", source.qmp_path)
-            await b.attach("guest", "qemu", destination.qmp_path)
-            before = Memory(source.pid, files["source"]).huge
-            assert before > 128 * MIB
-            result = await a.migrate("guest", b)
-            assert result["event"] == "completed", result
-            await until(lambda: said(b, "guest"), "the end of it")
-            assert (
-                "huge pages given back" in said(b, "guest")[0] and "left" not in said(b, "guest")[0]
-            )
-            after = Memory(destination.pid, files["destination"])
-            carried = result["memory"]["pages"] - result["memory"]["zeroPages"]
-            assert after.huge >= carried * 4096 * 3 // 4
-            assert not after.flags & {"um", "uw", "ui"}
-            assert allocated(files["destination"]) < carried * 4096 * 2
-            sweep = await guest.sweep()
-            assert sweep.bad == (await guest.report()).bad == 0
+    here, there = (mount("always") / name for name in ("source", "destination"))
+    config = {"qemu": QEMUS[-1], "memory": 256 * MIB, "mem_paths": (f"{here},align=2M",)}
+    async with qemu_pair(folder, boot, **config) as it:
+        source = await it.boot()
+        destination = await it.wait_for_it(mem_paths=(f"{there},align=2M",))
+        assert Memory(source.pid, here).huge > 128 * MIB
+        result = await it.here.migrate(VM, it.there)
+        assert result["event"] == "completed", result
+        await until(lambda: said(it.there, VM), "the end of it")
+        assert "huge pages given back" in said(it.there, VM)[0]
+        assert "left" not in said(it.there, VM)[0]
+        after = Memory(destination.pid, there)
+        carried = result["memory"]["pages"] - result["memory"]["zeroPages"]
+        assert after.huge >= carried * 4096 * 3 // 4
+        assert not after.flags & {"um", "uw", "ui"}
+        assert allocated(there) < carried * 4096 * 2
+        await it.check()

@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from guests import qemu as q
 from pair import until
+from qemu_pair import MIB, VM, QemuPair, qemu_pair
 from qemus import EACH_QEMU, QEMUS
 from slow_disk import slow_disk
-from test_qemu_migration import MIB, VM, Pair, pair
 
 from postcopyd.host import procfs
 
@@ -23,13 +21,6 @@ RATES = (0, 500, 4000, 20_000, -1)
 BANDWIDTH = 96 * MIB  # 24,576 pages a second
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """On tmpfs, with a short name for sockets."""
-    with tempfile.TemporaryDirectory(prefix="pc-", dir="/dev/shm") as made:
-        yield Path(made)
-
-
 def tracked(pid: int) -> list[str]:
     """What is left of tracking in a process: descriptors, and mappings with the flag of it."""
     left = [link for link in procfs.descriptors(pid).values() if "userfaultfd" in link]
@@ -37,7 +28,7 @@ def tracked(pid: int) -> list[str]:
     return left + [line for line in flags if " uw" in line.splitlines()[0]]
 
 
-async def move(it: Pair, **options: Any) -> dict[str, Any]:
+async def move(it: QemuPair, **options: Any) -> dict[str, Any]:
     """Moves the guest, which proves all of its memory then."""
     result = await it.here.migrate(VM, it.there, **options)
     assert result["event"] == "completed", result
@@ -55,7 +46,7 @@ async def test_ten_moves_at_every_write_rate(
     work = q.Workload(test_mb=96, rate=0)
     options = {"qemu": QEMUS[-1], "memory": 224 * MIB, "vcpus": vcpus, "workload": work}
     downtimes = []
-    async with pair(folder, boot, **options) as it:
+    async with qemu_pair(folder, boot, **options) as it:
         await it.boot()
         for turn in range(10):
             await it.guest.rate(rate := RATES[turn % len(RATES)])
@@ -84,7 +75,7 @@ async def test_a_slow_disk_read_by_direct_io(
     work = q.Workload(test_mb=64, rate=2000, readers=4, read_mb=8)
     with slow_disk(image) as disk:
         options = {"qemu": qemu, "memory": 256 * MIB, "disk": disk.path, "workload": work}
-        async with pair(folder, boot, **options) as it:
+        async with qemu_pair(folder, boot, **options) as it:
             await it.boot()
             for _ in range(2):
                 await it.wait_for_it()
@@ -98,7 +89,7 @@ async def test_a_slow_disk_read_by_direct_io(
 async def test_precopy_of_a_quiet_guest(folder: Path, boot: tuple[Path, Path]) -> None:
     """All of its memory is there before it is."""
     work = q.Workload(test_mb=96, rate=200)
-    async with pair(folder, boot, qemu=QEMUS[-1], memory=224 * MIB, workload=work) as it:
+    async with qemu_pair(folder, boot, qemu=QEMUS[-1], memory=224 * MIB, workload=work) as it:
         await it.boot()
         await it.wait_for_it()
         result = await move(it, mode="precopy")
@@ -109,7 +100,7 @@ async def test_precopy_of_a_busy_guest_is_given_up(folder: Path, boot: tuple[Pat
     """A guest that writes more than the link carries stays, nothing is left in either QEMU, and the
     same QEMU at the destination takes it by another mode."""
     work = q.Workload(test_mb=96, rate=-1)
-    async with pair(folder, boot, qemu=QEMUS[-1], memory=224 * MIB, workload=work) as it:
+    async with qemu_pair(folder, boot, qemu=QEMUS[-1], memory=224 * MIB, workload=work) as it:
         here = await it.boot()
         there = await it.wait_for_it()
         result = await it.here.migrate(
@@ -128,7 +119,7 @@ async def test_precopy_of_a_busy_guest_is_given_up(folder: Path, boot: tuple[Pat
 async def test_cancelled_in_a_pass(folder: Path, boot: tuple[Path, Path]) -> None:
     """Cancelled in the middle of a pass: the guest runs on, and nothing is left of it."""
     work = q.Workload(test_mb=96, rate=4000)
-    async with pair(folder, boot, qemu=QEMUS[-1], memory=224 * MIB, workload=work) as it:
+    async with qemu_pair(folder, boot, qemu=QEMUS[-1], memory=224 * MIB, workload=work) as it:
         here = await it.boot()
         there = await it.wait_for_it()
         started = await it.here.call("Migrate", name=VM, to=it.there.address, mode="hybrid",

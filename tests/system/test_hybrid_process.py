@@ -16,8 +16,8 @@ from pair import (
     Pair,
     ProcessGuest,
     ended,
+    filled,
     status_until,
-    until,
     verified,
     worked,
 )
@@ -96,7 +96,7 @@ async def test_destination_is_killed_in_a_pass(new_pair: Pair, backing: str) -> 
     """The guest never notices; the VMM that waits is empty again and takes the next attempt."""
     a, b = new_pair
     name, here, there = await new_pair.place(*MEMORY, "--backing", backing)
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    await filled(here)
     started = await a.call("Migrate", name=name, to=b.address, mode="hybrid", bandwidth=RATE)
     await status_until(
         a, name, lambda s: s["phase"] == "precopy" and s.get("transferredBytes", 0) > 4 * MIB
@@ -120,7 +120,7 @@ async def test_destination_is_killed_at_the_handover(new_pair: Pair) -> None:
     asked for again, and comes."""
     a, b = new_pair
     name, here, there = await new_pair.place(*MEMORY, "--backing", "anonymous")
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    await filled(here)
     new_pair.hook(name, "destination", "running", "kill -9 $PPID; sleep 60")
     started = await a.call("Migrate", name=name, to=b.address, mode="hybrid")
     await status_until(a, name, lambda status: status["phase"] == "paused")

@@ -27,13 +27,13 @@ from pair import (
     completed,
     connected,
     ended,
+    filled,
+    following,
     hung,
     state,
     status_until,
     unmoved,
-    until,
     verified,
-    waiting,
     worked,
 )
 
@@ -73,7 +73,7 @@ async def test_daemon_is_stopped_before_the_grant(new_pair: Pair) -> None:
 
 async def test_source_daemon_is_killed_after_the_grant(new_pair: Pair) -> None:
     """The guest waits at the destination and never sees a page of zeros; nothing runs it twice."""
-    name, here, there = await waiting(new_pair)
+    name, here, there = await following(new_pair)
     a, b = new_pair
     a.end(signal.SIGKILL)
     status = await status_until(b, name, lambda status: status["phase"] == "paused", 5)
@@ -95,7 +95,7 @@ async def test_source_daemon_is_killed_after_the_grant(new_pair: Pair) -> None:
 
 async def test_connections_are_cut_after_the_grant(new_pair: Pair) -> None:
     """When the destination's daemon dies the source keeps its copy, stopped, and says so."""
-    name, here, there = await waiting(new_pair)
+    name, here, there = await following(new_pair)
     a, b = new_pair
     b.end(signal.SIGKILL)
     status = await status_until(a, name, lambda status: status["phase"] == "paused", 5)
@@ -115,7 +115,7 @@ async def test_exit_status_of_a_paused_migration(new_pair: Pair) -> None:
     """`migrate` ends with 3 when the guest is at the destination and waits."""
     name, here, _ = await new_pair.place(*LARGE)
     a, b = new_pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    await filled(here)
     ends: list[tuple[int, list[str], str]] = []
 
     async def migrate() -> None:
@@ -253,7 +253,7 @@ async def test_vmm_ends_when_told_to_run(pair: Pair) -> None:
 
 async def test_destination_vmm_is_killed_after_the_grant(pair: Pair) -> None:
     """A guest that has run at the destination and is killed there does not start anew elsewhere."""
-    name, here, there = await waiting(pair)
+    name, here, there = await following(pair)
     a, b = pair
     there.kill()
     await status_until(a, name, lambda status: status["phase"] == "paused")

@@ -24,6 +24,7 @@ from pair import (
     command,
     completed,
     ended,
+    filled,
     last_json,
     status_until,
     until,
@@ -213,7 +214,7 @@ async def test_bandwidth(pair: Pair) -> None:
     """The push keeps to its bandwidth."""
     name, here, there = await pair.place("--memory", "16M", "--threads", "2")
     a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages")
+    await filled(here)
     await a.call("Detach", name=name)
     assert command(here, "stop") == "ok"  # or it would fault all of its memory in
     await a.attach(name, "process", here.path)
@@ -229,7 +230,7 @@ async def test_faults_do_not_wait_for_the_bandwidth(pair: Pair) -> None:
     """What the guest asks for comes at once, however little may be pushed."""
     name, here, there = await pair.place("--memory", "16M", "--threads", "2")
     a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages")
+    await filled(here)
     result = await a.migrate(name, b, bandwidth=512 * 1024)
     completed(result)
     assert result["memory"]["urgentPages"] > 3000

@@ -70,6 +70,17 @@ async def adopt(driver: QemuVmm) -> None:
     shape.close()
 
 
+async def saved(source: QemuVmm, destination: QemuVmm) -> Tape:
+    """The device state of a guest that was stopped once, for a destination that is adopted."""
+    tape = Tape()
+    await source.prepare()
+    await adopt(destination)
+    with trio.fail_after(20):
+        await source.save(tape.send, tape.stopped)
+    assert len(tape.stops) == 1
+    return tape
+
+
 # ---- the handover
 
 
@@ -77,12 +88,7 @@ async def adopt(driver: QemuVmm) -> None:
 async def test_a_guest_moves(lab: Lab, source: int, destination: int, image: Path) -> None:
     """The guest stops once, loads paused although the destination has no -S, and runs there."""
     a, b = await lab.pair(source, destination, *disk(image), "-device", "VGA")
-    tape = Tape()
-    await a.prepare()
-    await adopt(b)
-    with trio.fail_after(20):
-        await a.save(tape.send, tape.stopped)
-    assert len(tape.stops) == 1
+    tape = await saved(a, b)
     assert sum(map(len, tape.pieces)) < 20 * MIB  # RAM was left out
     assert await lab.machines[0].state() == "postmigrate"
     lab.copy_ram()
@@ -144,12 +150,7 @@ async def test_a_paused_guest_stays_paused(lab: Lab, qemu: int) -> None:
     a, b = await lab.pair(qemu, qemu, paused=True)
     async with inspected(a, "source") as shape:
         assert shape.state == "paused"
-    tape = Tape()
-    await a.prepare()
-    await adopt(b)
-    with trio.fail_after(20):
-        await a.save(tape.send, tape.stopped)
-    assert len(tape.stops) == 1
+    tape = await saved(a, b)
     lab.copy_ram()
     with trio.fail_after(20):
         await b.load(tape.play())
@@ -161,10 +162,7 @@ async def test_a_paused_guest_stays_paused(lab: Lab, qemu: int) -> None:
 async def test_a_disk_in_use_elsewhere_declines(lab: Lab, qemu: int, image: Path) -> None:
     """`run` raises Declined when a disk is locked, and then the source can run the guest again."""
     a, b = await lab.pair(qemu, qemu, *disk(image))
-    tape = Tape()
-    await a.prepare()
-    await adopt(b)
-    await a.save(tape.send, tape.stopped)
+    tape = await saved(a, b)
     lab.copy_ram()
     with trio.fail_after(20):
         await b.load(tape.play())
@@ -188,10 +186,7 @@ async def test_a_paused_guest_whose_disk_is_in_use_elsewhere(
     it would go on, and abort when the guest is moved again; later ones take them when it runs."""
     cd = ["-device", "ide-cd,id=cd0"]
     a, b = await lab.pair(qemu, qemu, *disk(image), *cd, paused=True)
-    tape = Tape()
-    await a.prepare()
-    await adopt(b)
-    await a.save(tape.send, tape.stopped)
+    tape = await saved(a, b)
     lab.copy_ram()
     third = lab.start(qemu, *disk(image))
     await lab.drive(third)
@@ -214,10 +209,7 @@ async def test_a_paused_guest_whose_disk_is_in_use_elsewhere(
 async def test_bad_device_state_is_a_named_error(lab: Lab, qemu: int) -> None:
     """Device state that is cut short, or is none, makes load fail at once and not hang."""
     a, b = await lab.pair(qemu, qemu)
-    tape = Tape()
-    await a.prepare()
-    await adopt(b)
-    await a.save(tape.send, tape.stopped)
+    tape = await saved(a, b)
     whole = b"".join(tape.pieces)
     tape.pieces = [whole[: len(whole) // 2]]
     with trio.fail_after(5), pytest.raises((VmmError, VmmGone)):

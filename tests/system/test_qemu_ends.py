@@ -5,28 +5,20 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
 from guests import qemu as q
+from pair import status_until
+from qemu_pair import MIB, VM, QemuPair, own_monitor, qemu_pair
 from qemus import EACH_QEMU, QEMUS
-from test_qemu_migration import VM, Pair, own_monitor, pair
 
 from postcopyd.vmm.qemu.qmp import Qmp, QmpClosed
 
-MIB = 1 << 20
 End = Callable[[Qmp, q.QemuProcess], Awaitable[None]]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """On tmpfs, with a short name."""
-    with tempfile.TemporaryDirectory(prefix="pc-", dir="/dev/shm") as made:
-        yield Path(made)
 
 
 async def power_off(qmp: Qmp, qemu: q.QemuProcess) -> None:
@@ -50,20 +42,15 @@ async def terminate(qmp: Qmp, qemu: q.QemuProcess) -> None:
 @asynccontextmanager
 async def following(
     folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary
-) -> AsyncIterator[tuple[Pair, q.QemuProcess, q.QemuProcess, Qmp, str]]:
+) -> AsyncIterator[tuple[QemuPair, q.QemuProcess, q.QemuProcess, Qmp, str]]:
     """A guest that runs at its destination, with seconds to go until its memory is there."""
     monitor = folder / "own.qmp"
-    async with pair(folder, boot, qemu=qemu, memory=256 * MIB) as it:
+    async with qemu_pair(folder, boot, qemu=qemu, memory=256 * MIB) as it:
         here = await it.boot()
         there = await it.wait_for_it(second_qmp=monitor)
-        started = await it.here.call(
-            "Migrate", name=VM, to=it.there.address, mode="postcopy", bandwidth=8 * MIB
-        )
-        with trio.fail_after(60):
-            while (await it.there.status(VM))["phase"] != "postcopy":
-                await trio.sleep(0.01)
+        migration = await it.begin("postcopy", 8 * MIB)
         async with own_monitor(monitor) as qmp:
-            yield it, here, there, qmp, started["migration"]
+            yield it, here, there, qmp, migration
 
 
 ENDS = [(qemu, end) for qemu in QEMUS for end in (power_off, terminate)]
@@ -85,8 +72,7 @@ async def test_guest_is_ended(
             assert result["event"] == "ended", it.there.log.read_text()[:9000]
             await here.wait()
             await there.wait()
-            while (await it.there.status(VM))["phase"] != "failed":
-                await trio.sleep(0.01)
+            await status_until(it.there, VM, lambda status: status["phase"] == "failed")
         for host in (it.here, it.there):
             assert not list(host.state.glob("*.intent"))
             status = await host.status(VM)

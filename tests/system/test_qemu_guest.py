@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -30,10 +29,10 @@ from guests.qemu import (
     write_known_disk,
 )
 from needs import missing
+from qemu_pair import own_monitor
 from qemus import QEMUS, each
 
 from postcopyd.demo import initramfs
-from postcopyd.vmm.qemu.qmp import Qmp
 
 MIB = 1 << 20
 PAGE = 4096
@@ -52,13 +51,6 @@ MOVES = [
 ]
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Not pytest's own: the name of a socket has to be short."""
-    with tempfile.TemporaryDirectory(prefix="pcq") as name:
-        yield Path(name)
-
-
 @pytest.fixture(params=each(QEMUS))
 def config(request: pytest.FixtureRequest, boot: tuple[Path, Path], folder: Path) -> GuestConfig:
     kernel, initramfs = boot
@@ -74,20 +66,18 @@ def config(request: pytest.FixtureRequest, boot: tuple[Path, Path], folder: Path
 
 
 @asynccontextmanager
-async def monitor(config: GuestConfig) -> AsyncIterator[Qmp]:
-    """The test's own monitor, beside the one that is left to a daemon."""
-    qmp = Qmp(str(config.second_qmp))
-    await qmp.open()
-    try:
-        yield qmp
-    finally:
-        qmp.close()
+async def booted(config: GuestConfig, folder: Path) -> AsyncIterator[tuple[Guest, QemuProcess]]:
+    """A guest at work."""
+    async with Guest.open(folder) as guest:
+        qemu = await guest.launch(config)
+        await guest.ready()
+        yield guest, qemu
 
 
 @asynccontextmanager
 async def paused(qemu: QemuProcess) -> AsyncIterator[None]:
     """The vCPUs stopped, so that the host may write to memory and disk."""
-    async with monitor(qemu.config) as qmp:
+    async with own_monitor(qemu.config.second_qmp) as qmp:
         await qmp.execute("stop")
         yield
         await qmp.execute("cont")
@@ -155,9 +145,7 @@ async def test_obeys_commands(config: GuestConfig, folder: Path) -> None:
 
 async def test_sees_wrong_pages(config: GuestConfig, folder: Path) -> None:
     """A page zeroed, put back to an earlier version, exchanged or changed in one byte is found."""
-    async with Guest.open(folder) as guest:
-        qemu = await guest.launch(config)
-        await guest.ready()
+    async with booted(config, folder) as (guest, qemu):
         ram = Path(config.ram_files()[0])
         async with paused(qemu):
             earlier = {offset: page for offset, _, page in memory_pages(ram)}
@@ -192,9 +180,7 @@ async def test_sees_wrong_pages(config: GuestConfig, folder: Path) -> None:
 
 async def test_workers_see_wrong_pages(config: GuestConfig, folder: Path) -> None:
     """A wrong page is reported by the worker that comes across it, without being asked."""
-    async with Guest.open(folder) as guest:
-        qemu = await guest.launch(config)
-        await guest.ready()
+    async with booted(config, folder) as (guest, qemu):
         ram = Path(config.ram_files()[0])
         # A page that a worker was just writing when the vCPUs stopped may be mended by its end.
         async with paused(qemu):
@@ -234,15 +220,15 @@ async def test_works_on_a_part_of_its_memory(config: GuestConfig, folder: Path) 
         assert (await guest.sweep()).bad == 0
 
 
-async def test_proves_what_it_reads_from_a_disk(config: GuestConfig, folder: Path) -> None:
+async def test_proves_what_it_reads_from_a_disk(
+    config: GuestConfig, folder: Path, tmp_path: Path
+) -> None:
     """Idle but for its readers it finds the known content right, and every wrong page of the
     memory that was read into, after the read."""
-    disk = folder / "disk"
+    disk = tmp_path / "disk"
     write_known_disk(disk, 4 * MIB)
     work = replace(WORK, rate=0, readers=2, read_kb=64, read_mb=2)
-    async with Guest.open(folder) as guest:
-        qemu = await guest.launch(replace(config, disk=disk, workload=work))
-        await guest.ready()
+    async with booted(replace(config, disk=disk, workload=work), folder) as (guest, qemu):
         report = await guest.report()
         while report.disk_ops < 500:
             report = await guest.report(after=report)
@@ -274,11 +260,11 @@ def disk_blocks(file: Path) -> list[int]:
         ]
 
 
-async def test_uses_disk_and_network(config: GuestConfig, folder: Path) -> None:
+async def test_uses_disk_and_network(config: GuestConfig, folder: Path, tmp_path: Path) -> None:
     """Sandboxed, as nobody, on two NUMA nodes: disk and network work, and a wrong disk is seen."""
     if os.geteuid() != 0:
         missing("root, to run QEMU as another user")
-    disk = folder / "disk"
+    disk = tmp_path / "disk"
     with disk.open("wb") as file:
         file.truncate(16 * MIB)
     async with Guest.open(folder) as guest:
@@ -316,11 +302,12 @@ async def test_uses_disk_and_network(config: GuestConfig, folder: Path) -> None:
 async def test_is_followed_to_another_qemu(
     config: GuestConfig,
     folder: Path,
+    tmp_path: Path,
     move: tuple[QemuBinary, QemuBinary, str],
 ) -> None:
     """Moved by QEMU's own precopy, the guest's reports go on at the other side, nothing wrong."""
     old, new, what = move
-    disk = folder / "disk"
+    disk = tmp_path / "disk"
     with disk.open("wb") as file:
         file.truncate(16 * MIB)
     async with Guest.open(folder) as guest:
@@ -374,7 +361,7 @@ async def _first_of(guest: Guest, name: str) -> int:
 async def _migrate(here: GuestConfig, there: GuestConfig, uri: str, shared: bool) -> None:
     names = ["events", "x-ignore-shared"] if shared else ["events"]
     capabilities = [{"capability": name, "state": True} for name in names]
-    async with monitor(here) as source, monitor(there) as target:
+    async with own_monitor(here.second_qmp) as source, own_monitor(there.second_qmp) as target:
         for qmp in (source, target):
             await qmp.execute("migrate-set-capabilities", {"capabilities": capabilities})
         await source.execute("migrate-set-parameters", {"max-bandwidth": 1 << 34})

@@ -10,8 +10,7 @@ import os
 import signal
 import statistics
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,84 +18,11 @@ import pytest
 import trio
 from guests import qemu as q
 from needs import missing
+from pair import status_until
+from qemu_pair import MIB, VM, own_monitor, qemu_pair
 from qemus import EACH_QEMU, QEMUS
 
-from postcopyd.demo.hosts import Host, open_hosts
 from postcopyd.errors import PostcopydError
-from postcopyd.vmm.qemu.qmp import Qmp
-
-MIB = 1 << 20
-VM = "guest"
-
-
-class Pair:
-    """Two daemons and one guest; the guest's QEMUs are named by where they run."""
-
-    def __init__(self, hosts: list[Host], guest: q.Guest, config: q.GuestConfig) -> None:
-        self.hosts = hosts
-        self.guest = guest
-        self.config = config
-        self.moves = 0
-
-    @property
-    def here(self) -> Host:
-        return self.hosts[self.moves % 2]
-
-    @property
-    def there(self) -> Host:
-        return self.hosts[(self.moves + 1) % 2]
-
-    async def boot(self) -> q.QemuProcess:
-        """The guest at the first host, attached and at work."""
-        qemu = await self.guest.launch(dataclasses.replace(self.config, name="qemu0"))
-        await self.here.attach(VM, "qemu", qemu.qmp_path)
-        await self.guest.ready()
-        return qemu
-
-    async def wait_for_it(self, **changes: Any) -> q.QemuProcess:
-        """A QEMU at the other host that waits for the guest."""
-        config = dataclasses.replace(
-            self.config, name=f"qemu{self.moves + 1}", incoming=True, **changes
-        )
-        qemu = await self.guest.launch(config)
-        await self.there.attach(VM, "qemu", qemu.qmp_path)
-        return qemu
-
-    async def move(self, **options: Any) -> dict[str, Any]:
-        """Moves the guest and has it check all of its memory. Returns the result."""
-        before = await self.guest.report()
-        result = await self.here.migrate(VM, self.there, **{"mode": "postcopy", **options})
-        assert result["event"] == "completed", result
-        self.moves += 1
-        after = await self.guest.report()
-        while after.operations <= before.operations:
-            after = await self.guest.report(after)
-        await self.check()
-        return result
-
-    async def check(self) -> None:
-        """Every page of the guest is right, and was all the time."""
-        sweep = await self.guest.sweep()
-        report = await self.guest.report()
-        wrong = (sweep.bad, report.bad, report.disk_bad, report.net_bad)
-        assert wrong == (0, 0, 0, 0), self.guest.bad
-
-
-@asynccontextmanager
-async def pair(folder: Path, boot: tuple[Path, Path], **config: Any) -> AsyncIterator[Pair]:
-    kernel, initramfs = boot
-    made = q.GuestConfig(kernel=kernel, initramfs=initramfs, **config)
-    async with open_hosts(folder) as hosts, q.Guest.open(folder) as guest:
-        yield Pair(hosts, guest, made)
-
-
-@pytest.fixture
-def folder() -> Any:
-    """A folder on tmpfs with a short name, for sockets and records."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="pc-", dir="/dev/shm") as made:
-        yield Path(made)
 
 
 async def test_a_guest_of_1_gib_moves_there_and_back_ten_times(
@@ -104,7 +30,7 @@ async def test_a_guest_of_1_gib_moves_there_and_back_ten_times(
 ) -> None:
     """The main job: no bad page in ten moves of a guest that writes and checks 512 MiB."""
     work = q.Workload(test_mb=512)
-    async with pair(folder, boot, qemu=QEMUS[-1], memory=1024 * MIB, workload=work) as it:
+    async with qemu_pair(folder, boot, qemu=QEMUS[-1], memory=1024 * MIB, workload=work) as it:
         await it.boot()
         results = []
         for _ in range(10):
@@ -127,7 +53,7 @@ async def test_an_unprivileged_sandboxed_qemu_moves(
 ) -> None:
     """QEMU as libvirt runs it, as another user and without the privilege to make a userfaultfd."""
     folder.chmod(0o777)
-    async with pair(folder, boot, qemu=qemu, memory=256 * MIB, user="nobody") as it:
+    async with qemu_pair(folder, boot, qemu=qemu, memory=256 * MIB, user="nobody") as it:
         await it.boot()
         await it.wait_for_it()
         await it.move()
@@ -141,7 +67,7 @@ async def test_two_vcpus_with_disk_and_network_in_use(
     image = folder / "disk"
     with image.open("wb") as file:
         file.truncate(64 * MIB)
-    async with pair(folder, boot, qemu=qemu, memory=512 * MIB, vcpus=2, disk=image) as it:
+    async with qemu_pair(folder, boot, qemu=qemu, memory=512 * MIB, vcpus=2, disk=image) as it:
         echo = await it.guest.echo()
         it.config = dataclasses.replace(it.config, net_port=echo.port)
         await it.boot()
@@ -157,7 +83,7 @@ async def test_two_vcpus_with_disk_and_network_in_use(
 
 async def test_two_numa_backends(folder: Path, boot: tuple[Path, Path]) -> None:
     """Each memory backend is a region of its own, with a userfaultfd of its own."""
-    async with pair(folder, boot, qemu=QEMUS[-1], memory=512 * MIB, backends=2) as it:
+    async with qemu_pair(folder, boot, qemu=QEMUS[-1], memory=512 * MIB, backends=2) as it:
         await it.boot()
         await it.wait_for_it()
         await it.move()
@@ -168,7 +94,7 @@ async def test_between_two_versions_of_qemu(folder: Path, boot: tuple[Path, Path
     if len(QEMUS) < 2:
         missing("a second version of QEMU: name both in $POSTCOPYD_QEMU, as `make test` does")
     config = {"machine": "pc-q35-7.2", "memory": 256 * MIB, "qemu": QEMUS[0]}
-    async with pair(folder, boot, **config) as it:
+    async with qemu_pair(folder, boot, **config) as it:
         await it.boot()
         await it.wait_for_it(qemu=QEMUS[-1])
         await it.move()
@@ -183,7 +109,7 @@ async def test_a_disk_locked_at_the_destination_leaves_the_guest_at_the_source(
     for path in (image, other):
         with path.open("wb") as file:
             file.truncate(16 * MIB)
-    async with pair(folder, boot, qemu=qemu, memory=256 * MIB, disk=image) as it:
+    async with qemu_pair(folder, boot, qemu=qemu, memory=256 * MIB, disk=image) as it:
         await it.boot()
         lock = os.open(other, os.O_RDWR)
         # QEMU's locks (block/file-posix.c): byte 100 + n is held by who uses permission n, byte
@@ -215,7 +141,7 @@ async def test_a_disk_locked_at_the_destination_leaves_the_guest_at_the_source(
 async def test_a_paused_guest_stays_paused(folder: Path, boot: tuple[Path, Path]) -> None:
     """What was paused by its operator is not run by a migration."""
     monitor = folder / "second"
-    async with pair(folder, boot, qemu=QEMUS[-1], memory=256 * MIB) as it:
+    async with qemu_pair(folder, boot, qemu=QEMUS[-1], memory=256 * MIB) as it:
         it.config = dataclasses.replace(it.config, second_qmp=monitor)
         await it.boot()
         async with own_monitor(monitor) as qmp:
@@ -231,21 +157,11 @@ async def test_a_paused_guest_stays_paused(folder: Path, boot: tuple[Path, Path]
         await it.check()
 
 
-@asynccontextmanager
-async def own_monitor(path: Path) -> AsyncIterator[Qmp]:
-    qmp = Qmp(str(path))
-    await qmp.open()
-    try:
-        yield qmp
-    finally:
-        qmp.close()
-
-
 async def test_check_names_what_differs_and_touches_nothing(
     folder: Path, boot: tuple[Path, Path]
 ) -> None:
     """Another machine type at the destination is found before anything happens."""
-    async with pair(folder, boot, qemu=QEMUS[-1], memory=256 * MIB, vcpus=1) as it:
+    async with qemu_pair(folder, boot, qemu=QEMUS[-1], memory=256 * MIB, vcpus=1) as it:
         await it.boot()
         await it.wait_for_it(machine="pc", vcpus=2)
         problems = (await it.here.call("Check", name=VM, to=it.there.address))["problems"]
@@ -260,17 +176,12 @@ async def test_pages_given_up_end_an_emulated_guest(
     folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary
 ) -> None:
     """TCG hands no memory error on to its guest: QEMU ends at the first, and no page is zeros."""
-    async with pair(folder, boot, qemu=qemu, memory=256 * MIB) as it:
+    async with qemu_pair(folder, boot, qemu=qemu, memory=256 * MIB) as it:
         await it.boot()
         arriving = await it.wait_for_it()
-        await it.here.call(
-            "Migrate", name=VM, to=it.there.address, mode="postcopy", bandwidth=4 * MIB
-        )
-        while (await it.there.status(VM))["phase"] != "postcopy":
-            await trio.sleep(0.01)
+        await it.begin("postcopy", 4 * MIB)
         it.here.end(signal.SIGKILL)
-        while (await it.there.status(VM))["phase"] != "paused":
-            await trio.sleep(0.01)
+        await status_until(it.there, VM, lambda status: status["phase"] == "paused")
         with suppress(PostcopydError):  # it may end a moment after the last page was poisoned
             await it.there.call("Resolve", name=VM, decision="poison")
         with trio.fail_after(30):
@@ -286,15 +197,11 @@ async def test_a_guest_that_somebody_else_moves_meanwhile(
     """By QEMU's own `migrate`, in the middle of a pass: it may run at a third host now. Whatever
     ends our migration then, the guest is not run here again, and the message says why."""
     monitor = folder / "second"
-    async with pair(folder, boot, qemu=qemu, memory=256 * MIB) as it:
+    async with qemu_pair(folder, boot, qemu=qemu, memory=256 * MIB) as it:
         it.config = dataclasses.replace(it.config, second_qmp=monitor)
         await it.boot()
         await it.wait_for_it(second_qmp=folder / "third")
-        await it.here.call(
-            "Migrate", name=VM, to=it.there.address, mode="hybrid", bandwidth=4 * MIB
-        )
-        while (await it.here.status(VM))["phase"] != "precopy":
-            await trio.sleep(0.01)
+        await it.begin("precopy", 4 * MIB)
         async with trio.open_nursery() as nursery, own_monitor(monitor) as qmp:
             await qmp.execute(
                 "migrate-set-parameters", {"max-bandwidth": 1 << 40, "downtime-limit": 100_000}

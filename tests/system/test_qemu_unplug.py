@@ -4,29 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import trio
 from guests import qemu as q
+from qemu_pair import MIB, VM, own_monitor, qemu_pair
 from qemus import EACH_QEMU
-from test_qemu_migration import VM, own_monitor, pair
 
-MIB = 1 << 20
 DIMM = (
     *("-m", "slots=2,maxmem=1G"),
     *("-object", "memory-backend-file,id=mem1,size=128M,share=on,mem-path=/dev/shm"),
     *("-device", "pc-dimm,id=dimm1,memdev=mem1"),
 )
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """On tmpfs, with a short name."""
-    with tempfile.TemporaryDirectory(prefix="pc-", dir="/dev/shm") as made:
-        yield Path(made)
 
 
 @EACH_QEMU
@@ -35,15 +24,10 @@ async def test_dimm_is_unplugged(folder: Path, boot: tuple[Path, Path], qemu: q.
     qemu = dataclasses.replace(qemu, options=(*qemu.options, *DIMM))
     monitor = folder / "own.qmp"
     work = q.Workload(test_mb=64)
-    async with pair(folder, boot, qemu=qemu, memory=256 * MIB, workload=work) as it:
+    async with qemu_pair(folder, boot, qemu=qemu, memory=256 * MIB, workload=work) as it:
         await it.boot()
         await it.wait_for_it(second_qmp=monitor)
-        started = await it.here.call(
-            "Migrate", name=VM, to=it.there.address, mode="postcopy", bandwidth=16 * MIB
-        )
-        with trio.fail_after(60):
-            while (await it.there.status(VM))["phase"] != "postcopy":
-                await trio.sleep(0.01)
+        migration = await it.begin("postcopy", 16 * MIB)
         async with own_monitor(monitor) as qmp:
 
             async def outb(line: str) -> None:
@@ -60,7 +44,7 @@ async def test_dimm_is_unplugged(folder: Path, boot: tuple[Path, Path], qemu: q.
             assert (await it.here.status(VM))["phase"] in ("postcopy", "paused")
             await qmp.execute("object-del", {"id": "mem1"})
         with trio.fail_after(120):
-            result = await it.here.result(VM, started["migration"])
+            result = await it.here.result(VM, migration)
         assert result["event"] == "completed", result
         assert result["recoveries"] <= 2
         assert (await it.there.status(VM))["phase"] == "drained"

@@ -8,16 +8,15 @@ import signal
 import pytest
 import trio
 from pair import (
-    LARGE,
     MIB,
     Host,
     Pair,
-    ProcessGuest,
+    arrived,
     cli,
     ended,
+    following,
     state,
     status_until,
-    until,
     verified,
     worked,
 )
@@ -28,32 +27,12 @@ from postcopyd.errors import PostcopydError
 RATE = 16 * MIB
 
 
-async def moving(pair: Pair, to: str | None = None) -> tuple[str, ProcessGuest, ProcessGuest]:
-    """A guest that runs at the destination, with seconds to go until its memory is there."""
-    name, here, there = await pair.place(*LARGE)
-    a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
-    await a.call("Migrate", name=name, to=to or b.address, bandwidth=RATE)
-    for host in pair:
-        await status_until(host, name, lambda status: status["phase"] == "postcopy")
-    return name, here, there
-
-
-async def arrived(pair: Pair, name: str, here: ProcessGuest, there: ProcessGuest) -> None:
-    """Drained on both sides, every page right, the source's VMM ended as ever."""
-    for host in pair:
-        await status_until(host, name, lambda status: status["phase"] == "drained", 60)
-    await worked(there, 100)
-    await verified(there)
-    await ended(here)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("which", ["source", "destination", "both"])
 async def test_daemon_ends_while_memory_follows(new_pair: Pair, which: str, number: int) -> None:
     """The guest at most waits; the daemons that are started again bring the rest by themselves."""
     a, b = new_pair
-    name, here, there = await moving(new_pair)
+    name, here, there = await following(new_pair, RATE)
     ends: list[Host] = {"source": [a], "destination": [b], "both": [a, b]}[which]
     for host in ends:
         host.end(number)
@@ -71,7 +50,7 @@ async def test_connections_break_again_and_again(pair: Pair) -> None:
     """Every recovery begins with what the destination confirms, and the last one ends it."""
     a, b = pair
     async with wire(b) as one:
-        name, here, there = await moving(pair, one.address)
+        name, here, there = await following(pair, RATE, one.address)
         for _ in range(5):
             one.cut()
             await status_until(a, name, lambda status: status["phase"] == "paused")
@@ -86,7 +65,7 @@ async def test_connections_break_again_and_again(pair: Pair) -> None:
 async def test_resolve_when_the_source_is_gone_for_good(new_pair: Pair) -> None:
     """Missing pages become memory errors, and never zeros; the source's half can only be ended."""
     a, b = new_pair
-    name, here, there = await moving(new_pair)
+    name, here, there = await following(new_pair, RATE)
     a.end(signal.SIGKILL)
     await status_until(b, name, lambda status: status["phase"] == "paused")
     await b.call("Resolve", name=name, decision="wait")
@@ -112,7 +91,7 @@ async def test_resolve_when_the_source_is_gone_for_good(new_pair: Pair) -> None:
 async def test_given_up_at_the_destination(new_pair: Pair, by_itself: bool) -> None:
     """The source is told so, asks no more, and runs nothing until a person says so there too."""
     a, b = new_pair
-    name, here, there = await moving(new_pair)
+    name, here, there = await following(new_pair, RATE)
     a.end(signal.SIGKILL)
     await status_until(b, name, lambda status: status["phase"] == "paused")
     if by_itself:
@@ -154,7 +133,7 @@ async def test_given_up_at_the_destination(new_pair: Pair, by_itself: bool) -> N
 async def test_resolve_when_the_destination_is_dead_for_certain(new_pair: Pair) -> None:
     """A person says so: the guest runs here again, from the moment it was stopped."""
     a, b = new_pair
-    name, here, there = await moving(new_pair)
+    name, here, there = await following(new_pair, RATE)
     b.end(signal.SIGKILL)
     there.kill()
     await status_until(a, name, lambda status: status["phase"] == "paused")
@@ -171,7 +150,7 @@ async def test_resolve_when_the_destination_is_dead_for_certain(new_pair: Pair) 
 async def test_a_source_that_has_rebooted_asks_and_starts_nothing(new_pair: Pair) -> None:
     """All that outlives a host is the intent: the daemon says where the guest may be."""
     a, b = new_pair
-    name, here, there = await moving(new_pair)
+    name, here, there = await following(new_pair, RATE)
     a.end(signal.SIGKILL)
     here.kill()
     for record in a.state.glob("*.json"):  # tmpfs
@@ -190,7 +169,7 @@ async def test_a_source_that_has_rebooted_asks_and_starts_nothing(new_pair: Pair
 async def test_a_destination_that_could_not_go_on_is_started_again(new_pair: Pair) -> None:
     """What it lacked is there again: the source goes on without being told."""
     a, b = new_pair
-    name, here, there = await moving(new_pair)
+    name, here, there = await following(new_pair, RATE)
     b.end(signal.SIGKILL)
     pages = b.state / f"{name}.pages"
     pages.rename(away := b.state / "away")

@@ -24,12 +24,13 @@ from pair import (
     cli,
     completed,
     ended,
+    filled,
+    following,
     open_pair,
     status_until,
     unmoved,
     until,
     verified,
-    waiting,
     worked,
 )
 from test_cut_connections import wire
@@ -62,7 +63,7 @@ async def test_cut_and_goes_on(pair: Pair) -> None:
     that both hosts got meanwhile and have read on SIGHUP."""
     name, here, there = await pair.place(*LARGE)
     a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages")
+    await filled(here)
     async with wire(b) as one:
         started = await a.call("Migrate", name=name, to=one.address, bandwidth=16 * MIB)
         await status_until(b, name, lambda status: status["phase"] == "postcopy")
@@ -186,7 +187,7 @@ async def test_only_the_same_host_goes_on(pair: Pair) -> None:
     """A paused migration goes on with the host that it began with, and with no other one that the
     CA knows, at either side."""
     a, b = pair
-    name, here, there = await waiting(pair)
+    name, here, there = await following(pair)
     migration = (await a.status(name))["migration"]
     b.end()
     await status_until(a, name, lambda status: status["phase"] == "paused")

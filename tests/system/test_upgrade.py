@@ -21,25 +21,20 @@ from pair import (
     Host,
     Pair,
     ProcessGuest,
+    arrived,
     cli,
     completed,
-    ended,
+    filled,
     open_pair,
     status_until,
-    until,
     verified,
     worked,
 )
+from qemu_pair import VM, QemuPair, qemu_pair
 from qemus import QEMUS
-from test_hybrid import folder
 from test_hybrid_process import tracked
-from test_qemu_migration import VM
-from test_qemu_migration import Pair as QemuPair
-from test_qemu_migration import pair as qemu_pair
 
 from postcopyd.vmm.qemu.qmp import Qmp
-
-__all__ = ["folder"]  # a fixture
 
 pytestmark = pytest.mark.long
 
@@ -72,7 +67,7 @@ async def moving(
     """A guest on its way, with seconds to go in that phase; and its migration."""
     name, here, there = await pair.place(*LARGE, "--backing", backing)
     a, b = pair
-    await until(lambda: here.report()["sweeps"] > 0, "a guest without zero pages", 60)
+    await filled(here)
     # By hybrid nothing is left to come when the bandwidth takes all that the guest writes.
     rate = RATE if phase == "postcopy" else RATE // 2
     options |= {"mode": mode, "bandwidth": rate}
@@ -87,15 +82,6 @@ def fields(result: dict[str, Any]) -> set[str]:
     """Those of a result, and of what is in it."""
     inside = [(key, value) for key, value in result.items() if isinstance(value, dict)]
     return {*result, *(f"{key}.{name}" for key, value in inside for name in value)}
-
-
-async def arrived(pair: Pair, name: str, here: ProcessGuest, there: ProcessGuest) -> None:
-    """Drained on both sides, every page right, the source's VMM ended as ever."""
-    for host in pair:
-        await status_until(host, name, lambda status: status["phase"] == "drained", 60)
-    await worked(there, 100)
-    await verified(there)
-    await ended(here)
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
@@ -231,8 +217,7 @@ async def test_while_memory_of_a_qemu_follows(
     image = folder / "disk"
     image.write_bytes(bytes(16 * MIB))
     async with qemu_at_work(folder, boot, disk=image) as it:
-        await it.here.call("Migrate", name=VM, to=it.there.address, mode="postcopy", bandwidth=RATE)
-        await status_until(it.here, VM, lambda status: status["phase"] == "postcopy")
+        await it.begin("postcopy", RATE)
         await upgraded(*chosen(it, which), by=signal.SIGKILL)
         for host in it.hosts:
             await status_until(host, VM, lambda status: status["phase"] == "drained", 60)

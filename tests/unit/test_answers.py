@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from session_faults import Clock, goes_down, made_clock, world
+from session_faults import Clock, goes_down, world
 from session_world import World
 
 from postcopyd.errors import PostcopydError
@@ -21,11 +21,6 @@ ARRIVED = {
     "identity": ["host1"],
     "answer": {"type": "drained", "confirmed": 7},
 }
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return made_clock(monkeypatch)
 
 
 async def drained_there(made: World) -> None:

@@ -17,7 +17,6 @@ from session_faults import (
     cut,
     full,
     goes_down,
-    made_clock,
     migrated,
     refusing,
     source_ends,
@@ -37,11 +36,6 @@ from postcopyd.source.migration import Migration
 from postcopyd.source.rollback import Rollback
 from postcopyd.source.session import SourceSession
 from postcopyd.vmm import Declined, Role, Shape, VmmError
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return made_clock(monkeypatch)
 
 
 def deciding(choice: Any, said: list[str]) -> Callable[[World, str], Instead]:

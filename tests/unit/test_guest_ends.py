@@ -19,7 +19,6 @@ from session_faults import (
     destination_dies,
     full,
     goes_down,
-    made_clock,
     refusing,
     source_ends,
     world,
@@ -36,9 +35,9 @@ FAREWELL = "its guest shut down"
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(counts, "ended", Counter())
-    return made_clock(monkeypatch)
+    return clock
 
 
 def shuts_down(made: World, point: str) -> None:
@@ -76,11 +75,13 @@ async def test_guest_shuts_down(point: str, tmp_path: Path, clock: Clock) -> Non
         assert "web1 ran at" in result["error"]
 
 
+@pytest.mark.parametrize("then", [[], ["destination"]])
 @pytest.mark.parametrize("killed", [[], ["source"], ["destination"]])
 async def test_guest_shuts_down_in_a_pause(
-    killed: list[Role], tmp_path: Path, clock: Clock
+    killed: list[Role], then: list[Role], tmp_path: Path, clock: Clock
 ) -> None:
-    """The same while the source is away: it is told when it asks."""
+    """The same while the source is away: it is told when it asks, also by a daemon that was
+    started after the end."""
     async with world(tmp_path, {"<- progress": goes_down}) as made, made.migrating():
         await made.paused_there()
         made.kill(*killed)
@@ -88,18 +89,7 @@ async def test_guest_shuts_down_in_a_pause(
         made.destination.vmm.die(FAREWELL)
         await trio.sleep(5)
         assert made.destination.phase == "failed"
-        made.down = False
-        await made.settled()
-        assert_over(made)
-
-
-async def test_answer_outlives_the_daemon(tmp_path: Path, clock: Clock) -> None:
-    """A source that asks a daemon which was started after the end is told the same."""
-    async with world(tmp_path, {"<- progress": goes_down}) as made, made.migrating():
-        await made.paused_there()
-        made.destination.vmm.die(FAREWELL)
-        await trio.sleep(5)
-        made.destination.kill()
+        made.kill(*then)
         await trio.sleep(5)
         made.down = False
         await made.settled()

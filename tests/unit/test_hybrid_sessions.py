@@ -27,7 +27,6 @@ from session_faults import (
     kill_sender,
     kill_source,
     last,
-    made_clock,
     migrated,
     no_room,
     refusing,
@@ -81,7 +80,7 @@ LATER = [
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A guest that writes some pages between the passes, of which there are two."""
     monkeypatch.setattr(passes, "SHORT_S", -1)
     look = SourceEngine.look
@@ -96,7 +95,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         return await look(engine, how)
 
     monkeypatch.setattr(SourceEngine, "look", look_and_write)
-    return made_clock(monkeypatch)
+    return clock
 
 
 async def hybrid(folder: Path, faults: dict[str, Fault], **options: Any) -> World:

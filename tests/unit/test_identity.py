@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trio
 from msgspec.structs import replace
-from session_faults import Clock, goes_down, made_clock, world
+from session_faults import Clock, goes_down, world
 from session_world import Instead, World
 
 from postcopyd import protocol as p
@@ -32,11 +32,6 @@ OTHERS = {
     "a machine without an id": p.DaemonId("", "boot of another", "-"),
     "an older daemon": None,
 }
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return made_clock(monkeypatch)
 
 
 async def answers_instead(made: World, which: p.DaemonId | None, folder: Path) -> Path:

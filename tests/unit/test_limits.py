@@ -24,7 +24,6 @@ from session_faults import (
     kill_both,
     kill_destination,
     kill_source,
-    made_clock,
     silence,
     source_dies,
     stop_destination,
@@ -50,11 +49,6 @@ from postcopyd.source.session import SourceSession
 from postcopyd.vmm import Region
 
 RAM = 32 * 4096  # of the guest of a session_world
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return made_clock(monkeypatch)
 
 
 # --- the rules -----------------------------------------------------------------------------------

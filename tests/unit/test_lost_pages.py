@@ -12,7 +12,7 @@ import pytest
 import trio
 from fake_vmm import PAGE
 from needs import missing
-from session_faults import Clock, cut, kill_destination, made_clock, world
+from session_faults import Clock, cut, kill_destination, world
 from session_world import Fault, World
 from test_session_cases import asking
 
@@ -24,11 +24,6 @@ from postcopyd.sessions import losses
 LEFT = 21
 """Pages of the first region that can be read; the 22nd and the 24th are zeros or holes, the 23rd
 is data: all three are lost."""
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return made_clock(monkeypatch)
 
 
 def cut_short(made: World, point: str) -> None:

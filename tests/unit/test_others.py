@@ -13,7 +13,6 @@ from session_faults import (
     cancel,
     cut,
     kill_source,
-    made_clock,
     migrated,
     somebody_moves,
     somebody_pauses,
@@ -21,11 +20,6 @@ from session_faults import (
     stop_source,
 )
 from session_world import Fault, World
-
-
-@pytest.fixture
-def autojump_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return made_clock(monkeypatch)
 
 
 def both(first: Fault, then: Fault) -> Fault:
@@ -42,7 +36,7 @@ def both(first: Fault, then: Fault) -> Fault:
 )
 @pytest.mark.parametrize("point", ["-> pass", "source.prepare", "source.save"])
 async def test_what_others_do_is_left(
-    theirs: Fault, end: Fault, point: str, tmp_path: Path, autojump_clock: Clock
+    theirs: Fault, end: Fault, point: str, tmp_path: Path, clock: Clock
 ) -> None:
     faults = {point: both(theirs, end)}
     made = await migrated(tmp_path, faults, mode="hybrid", precopy_passes=2)
@@ -53,7 +47,7 @@ async def test_what_others_do_is_left(
 @pytest.mark.parametrize("again", [kill_source, stop_source], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("point", ["source.save stopped", "source.save sent", "<- loaded"])
 async def test_what_others_do_between_two_daemons_is_left(
-    theirs: Fault, again: Fault, point: str, tmp_path: Path, autojump_clock: Clock
+    theirs: Fault, again: Fault, point: str, tmp_path: Path, clock: Clock
 ) -> None:
     """The record says that the guest ran and was about to be stopped; that it is stopped is not our
     doing any more."""

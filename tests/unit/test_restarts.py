@@ -19,7 +19,6 @@ from session_faults import (
     kill_destination,
     kill_here,
     kill_source,
-    made_clock,
     world,
 )
 from session_world import Fault, FullStore, ToldEngine, World
@@ -28,11 +27,6 @@ from postcopyd.daemon.registry import SELDOM_S
 from postcopyd.errors import PostcopydError
 from postcopyd.records.store import StateNotWritten
 from postcopyd.vmm import Role, VmmTimeout
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return made_clock(monkeypatch)
 
 
 def answers_late(monkeypatch: pytest.MonkeyPatch, role: Role, name: str, times: int) -> None:

@@ -23,7 +23,6 @@ from session_faults import (
     kill_both,
     kill_destination,
     kill_source,
-    made_clock,
     migrated,
     no_room,
     refusing,
@@ -46,12 +45,6 @@ from postcopyd.net.connection import dial
 from postcopyd.sessions.vm import ENDING_S
 from postcopyd.source.retry import PATIENCE_S
 from postcopyd.vmm import Declined, Role, State, VmmError
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return made_clock(monkeypatch)
-
 
 # --- the destination has the guest ---------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from session_faults import Clock, Fault, made_clock, migrated, world
+from session_faults import Clock, Fault, migrated, world
 from session_world import Instead, World
 
 from postcopyd import protocol as p
@@ -15,8 +15,6 @@ from postcopyd.vmm import Disk, DiskFile, Role
 DISK = Disk("vd0", "raw of 9 bytes", (DiskFile("/d", "nfs4", True, True, {"inode of NFS": "7"}),))
 GROWN = Disk("vd0", "raw of 10 bytes", DISK.files)
 MODES = ("postcopy", "hybrid", "precopy")
-
-clock = pytest.fixture(made_clock)
 
 
 def plugs(role: Role) -> Fault:

@@ -31,7 +31,6 @@ from session_faults import (
     kill_sender,
     kill_source,
     last,
-    made_clock,
     migrated,
     no_room,
     refusing,
@@ -148,11 +147,6 @@ CALLS = [
 GRANT = POINTS.index("source.record granted")
 BEGUN = POINTS.index("source.prepare")
 BEFORE, AFTER = POINTS[:GRANT], POINTS[GRANT + 1 :]
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return made_clock(monkeypatch)
 
 
 # --- anywhere -----------------------------------------------------------------------------------

@@ -10,16 +10,11 @@ from pathlib import Path
 
 import pytest
 from fake_vmm import PAGE, address_of
-from session_faults import Clock, cut, kill_destination, made_clock, world
+from session_faults import Clock, cut, kill_destination, world
 from session_world import World
 
 from postcopyd.dest.unplugged import unplugged
 from postcopyd.vmm import Region
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return made_clock(monkeypatch)
 
 
 def unplugging(then: Callable[[World, str], None] | None) -> Callable[[World, str], None]:
