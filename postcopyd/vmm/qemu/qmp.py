@@ -125,7 +125,10 @@ class Events:
         return self.queue.popleft() if self.queue else None
 
     async def next(self) -> Json:
-        """The next event: its name, `event`, and `data`. Raises QmpClosed when none can come."""
+        """The next event as QEMU says it, with its `timestamp`; `data` is an object.
+
+        Raises QmpClosed when none can come.
+        """
         return await self._qmp._until(self.take, "waiting for an event")
 
 
@@ -470,7 +473,7 @@ class Qmp:
         number = message.get("id")
         if "event" in message:
             data = message.get("data")
-            event = {"event": message["event"], "data": data if isinstance(data, dict) else {}}
+            event = message | {"data": data if isinstance(data, dict) else {}}
             for events in self._subscribers:
                 if message["event"] in events.kinds and not events.put(event, len(text)):
                     self._fail(QmpProtocolError(f"{self._path} sent too many events."))
