@@ -9,10 +9,13 @@ tls_test.c connections with TLS. Keys of TLS are replaced all the time in all of
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -39,30 +42,36 @@ MISSING = 77
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """Paths of the test programs by their names and those of the builds."""
-    folder = tmp_path_factory.mktemp("engine")
-    compiler = [os.environ.get("CC", "cc"), *FLAGS]
-    jobs: dict[Path, subprocess.Popen[str]] = {}
-
-    def compile_all(sources: list[Path], *options: str, suffix: str = "") -> None:
-        """Starts a compiler for each source and build; waits for those that were started."""
-        for source in sources:
-            for build, flags in BUILDS.items():
-                output = folder / f"{source.stem}-{build}{suffix}"
-                command = [*compiler, *flags, str(source), *options, "-o", str(output)]
-                if not suffix:
-                    command += [str(folder / f"{part.stem}-{build}.o") for part in SOURCES]
-                    command += ["-lssl", "-lcrypto"]
-                jobs[output] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        for output, job in jobs.items():
-            assert (job.communicate()[1], job.returncode) == ("", 0), f"compiling {output.name}"
-        jobs.clear()
-
-    compile_all(SOURCES, "-c", suffix=".o")
-    compile_all(PROGRAMS)
+    """Paths of the test programs by their names and those of the builds. The first process of a
+    test run compiles them for all."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "engine"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "compiled").exists():
+            objects = [str(folder / f"{part.stem}-{{build}}.o") for part in SOURCES]
+            compile_all(folder, SOURCES, "-c", suffix=".o")
+            compile_all(folder, PROGRAMS, *objects, "-lssl", "-lcrypto")
+            (folder / "compiled").touch()
     return {
         (path.stem, build): folder / f"{path.stem}-{build}" for path in PROGRAMS for build in BUILDS
     }
+
+
+def compile_all(folder: Path, sources: list[Path], *options: str, suffix: str = "") -> None:
+    """Each source in each build, as many at a time as there are processors."""
+
+    def compiled(source: Path, build: str) -> None:
+        output = folder / f"{source.stem}-{build}{suffix}"
+        command = [os.environ.get("CC", "cc"), *FLAGS, *BUILDS[build], str(source)]
+        command += [*(option.format(build=build) for option in options), "-o", str(output)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        assert (done.stderr, done.returncode) == ("", 0), f"compiling {output.name}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for job in [pool.submit(compiled, *each) for each in product(sources, BUILDS)]:
+            job.result()
 
 
 @pytest.mark.parametrize("build", BUILDS)
