@@ -122,7 +122,8 @@ def boot(kernel: Kernel, disk: Path, folder: Path, *words: str) -> list[dict[str
     for file in (console, results):
         file.unlink(missing_ok=True)
     python = Path(sys.executable).resolve()
-    arguments = f"console=ttyS0 loglevel=5 panic=-1 mitigations=off rootfstype=ramfs -- {python} -u"
+    arguments = "console=ttyS0 loglevel=5 panic=-1 mitigations=off no_timer_check rootfstype=ramfs"
+    arguments += f" -- {python} -u"
     command = [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1G",
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-kernel", kernel.image,
