@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import socket
+import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
@@ -22,7 +23,8 @@ CHUNK = 256 << 10
 # Holds the device state of most guests, so that QEMU never waits for us while its guest is stopped:
 # with the kernel's 208 KiB the save took 2.9 ms and not 1-1.5.
 BUFFER = 4 << 20
-LOOK_S = 0.0001  # between two looks whether QEMU has taken the rest of what it was sent
+LOOK_S = 0.001  # between two looks whether QEMU has taken the rest of what it was sent
+SPIN_S = 0.003  # before that it is looked all the time: a look later is a guest that stands longer
 SIOCOUTQ = 0x5411  # unix(7)
 SO_SNDBUFFORCE = 32  # socket(7); beyond net.core.wmem_max, for CAP_NET_ADMIN
 
@@ -92,12 +94,17 @@ async def _send(ours: trio.socket.SocketType, data: bytes) -> bool:
 
 async def _all_read(ours: trio.socket.SocketType) -> None:
     """Returns when QEMU has taken what it was sent. The kernel tells: of a socket with the smallest
-    buffer it says that it may be written to once next to nothing is in there. A timer would not do:
-    the loop's are whole milliseconds, which the guest would stand still for."""
+    buffer it says that it may be written to once next to nothing is in there. For that rest a timer
+    comes too late at first: the loop's are whole milliseconds, which the guest would stand still
+    for. But QEMU may wait for a page before it takes it."""
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-    while _unread(ours):
+    if _unread(ours):
         await trio.lowlevel.wait_writable(ours)
-        if _unread(ours):  # next to nothing
+    spinning = time.monotonic() + SPIN_S
+    while _unread(ours):
+        if time.monotonic() < spinning:
+            await trio.lowlevel.checkpoint()
+        else:
             await trio.sleep(LOOK_S)
 
 
