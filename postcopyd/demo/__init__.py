@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import os
 import tempfile
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +63,21 @@ async def _migrate(source: Host, destination: Host, as_json: bool) -> dict[str, 
 
 async def _process(folder: Path, memory: int, as_json: bool) -> dict[str, Any]:
     options = ("--memory", str(memory), "--threads", "4", "--backing", "memfd")
-    leaving = ProcessGuest(folder / "source.vmm", *options)
-    arriving = ProcessGuest(folder / "destination.vmm", *options, "--incoming")
-    try:
-        async with open_hosts(folder, tls=True) as (source, destination):
-            await source.attach(NAME, "process", leaving.path)
-            await destination.attach(NAME, "process", arriving.path)
-            await trio.sleep(RUN_S)
-            result = await _migrate(source, destination, as_json)
-            await trio.sleep(RUN_S)
-            await destination.call("Detach", name=NAME)
-            pages, bad = 0, 0
-            if result["event"] == "completed":
-                pages, bad = await trio.to_thread.run_sync(arriving.verify, limiter=threads.DEMO)
-    finally:
-        leaving.kill()
-        arriving.kill()
+    async with AsyncExitStack() as held:
+        leaving = ProcessGuest(folder / "source.vmm", *options)
+        held.callback(leaving.kill)
+        arriving = ProcessGuest(folder / "destination.vmm", *options, "--incoming")
+        held.callback(arriving.kill)
+        source, destination = await held.enter_async_context(open_hosts(folder, tls=True))
+        await source.attach(NAME, "process", leaving.path)
+        await destination.attach(NAME, "process", arriving.path)
+        await trio.sleep(RUN_S)
+        result = await _migrate(source, destination, as_json)
+        await trio.sleep(RUN_S)
+        await destination.call("Detach", name=NAME)
+        pages, bad = 0, 0
+        if result["event"] == "completed":
+            pages, bad = await trio.to_thread.run_sync(arriving.verify, limiter=threads.DEMO)
     return result | {"verified": pages > 0 and bad == 0, "verifiedPages": pages, "badPages": bad}
 
 
