@@ -540,6 +540,19 @@ async def test_a_vmm_that_does_not_run_again_is_named(demo_vmm: Path, start: Sta
         assert "running" == await vmm._hello()
 
 
+async def test_the_last_word_of_a_vmm_that_is_asked_after_its_end(
+    demo_vmm: Path, start: Start
+) -> None:
+    guest = start(demo_vmm, "--memory", "16M")
+    async with driver(guest.socket) as vmm:
+        guest.tell("shutdown")
+        guest.process.wait(10)
+        with pytest.raises(VmmGone):
+            await vmm.prepare()
+        await vmm.gone()
+        assert vmm.farewell == "its guest shut down"
+
+
 @pytest.mark.parametrize("how", ["seen", "direct", "unseen"])
 async def test_a_vmm_says_how_its_writes_are_seen(demo_vmm: Path, start: Start, how: str) -> None:
     """Its own word goes to the shape of the source."""

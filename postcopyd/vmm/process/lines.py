@@ -8,6 +8,7 @@ VMM can make longer or more numerous has its limit here.
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import re
 import socket as sockets
@@ -56,14 +57,16 @@ class Link:
         self._buffer = bytearray()
 
     async def send(self, line: str, fd: int | None = None) -> None:
-        """Send one line, and a duplicate of `fd` with it."""
+        """Send one line, and a duplicate of `fd` with it. A VMM that has ended takes none: its last
+        word, and its end, are what is read next."""
         data = line.encode("ascii") + b"\n"
         rights = []
         if fd is not None:
             rights = [(sockets.SOL_SOCKET, sockets.SCM_RIGHTS, array.array("i", [fd]).tobytes())]
-        sent = await self.sock.sendmsg([data], rights)
-        while sent < len(data):
-            sent += await self.sock.send(data[sent:])
+        with contextlib.suppress(ConnectionError):
+            sent = await self.sock.sendmsg([data], rights)
+            while sent < len(data):
+                sent += await self.sock.send(data[sent:])
 
     async def line(self) -> str:
         """The next line without its end. Raises `VmmProtocolError`, `VmmGone` at the end."""
