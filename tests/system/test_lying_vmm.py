@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from process_driver import QUICK, driver, pieces_of, save_all
 
 from postcopyd.errors import PostcopydError
@@ -266,3 +267,35 @@ async def test_a_vmm_that_goes_on_after_its_last_word(
     """It has not ended by that, and its end is a crash."""
     async with driver(lie({"hello": b"ended so it says\nok vmm=liar state=paused\n"})) as vmm:
         assert vmm._ended is None
+
+
+async def test_a_stop_is_waited_for_by_who_has_to_undo_it(
+    lie: Callable[[dict[str, object]], str],
+) -> None:
+    """The cancelled save of a guest whose disks take long to stop: rollback finds it stopped."""
+    asked, may_stop, state = threading.Event(), threading.Event(), ["running"]
+
+    def stop(client: socket.socket, fds: list[int]) -> bytes:
+        asked.set()
+        may_stop.wait(10)
+        state[0] = "paused"
+        return b"ok\n"
+
+    def run(client: socket.socket, fds: list[int]) -> bytes:
+        state[0] = "running"
+        return b"ok\n"
+
+    def hello(client: socket.socket, fds: list[int]) -> bytes:
+        return b"ok vmm=liar state=%s\n" % state[0].encode()
+
+    async with driver(lie({"hello": hello, "stop": stop, "run": run})) as vmm:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(save_all, vmm)
+            await trio.to_thread.run_sync(asked.wait)
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await trio.testing.wait_all_tasks_blocked()
+            assert nursery.child_tasks, "the stop was left to come when it likes"
+            may_stop.set()
+        assert "" == await vmm.rollback()
+    assert state == ["running"]

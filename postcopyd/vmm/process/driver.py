@@ -169,7 +169,7 @@ class ProcessVmm(Asked):
         if state == "incoming":
             raise VmmError(f"the VMM of {self.name} has no guest; attach the one that runs it")
         self.before = state
-        await self._do("stop")
+        await self._stop()
         stopped()
         async with self._exchange("save") as link:
             read_end, write_end = _pipe()
@@ -220,12 +220,17 @@ class ProcessVmm(Asked):
             return
         before, self.before = self.before, "running"
         try:
-            with trio.CancelScope(shield=True):  # cut off, it could come after the `run`
-                await self._do("stop")
+            await self._stop()
             yield
         finally:
             await self._move_again()
             self.before = before
+
+    async def _stop(self) -> None:
+        """Not cancelled, as who undoes it has to find it done: of one that was cut off nobody knows
+        when it comes, and until then the VMM may turn a new connection away."""
+        with trio.CancelScope(shield=True):
+            await self._do("stop")
 
     async def _move_again(self) -> None:
         try:
