@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import abc
 import os
+import signal
 from collections.abc import AsyncIterable, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -358,3 +359,16 @@ async def process_ended(pidfd: int) -> None:
         # for the descriptor that has this number then.
         trio.lowlevel.notify_closing(own)
         os.close(own)
+
+
+def kill(pidfd: int, name: str, pid: int) -> None:
+    """SIGKILL to the process of a pidfd, which may have ended. Raises VmmError."""
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # gone, and its parent knows
+    except PermissionError:
+        raise VmmError(
+            f"ending the VMM of {name}: process {pid} does not quit and this daemon may not kill "
+            f"it; kill it as root"
+        ) from None

@@ -4,8 +4,10 @@ raises errors with names and sentences and within its time, and no task that oth
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -18,7 +20,7 @@ import trio.testing
 
 from postcopyd.errors import PostcopydError
 from postcopyd.vmm import VmmError, VmmGone, VmmProtocolError, VmmTimeout
-from postcopyd.vmm.qemu import qmp, userfaultfd
+from postcopyd.vmm.qemu import common, qmp, userfaultfd
 from postcopyd.vmm.qemu.driver import QemuVmm
 from postcopyd.vmm.qemu.qmp import Qmp, QmpClosed, QmpProtocolError
 
@@ -161,6 +163,23 @@ STEPS: list[Callable[[QemuVmm], Awaitable[object]]] = [
 NAMES = ["inspect", "prepare", "still", "save", "rollback"]
 NAMES += ["adopt", "load", "run", "release", "finish"]
 JUNK = [None, 7, "x", [], {}, [None], [[]], {"status": 7}, [{"type": {}}], {"status": "\u202e"}]
+
+
+async def test_a_qemu_that_may_not_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(pidfd: int, number: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(signal, "pidfd_send_signal", refused)
+    monkeypatch.setattr(common, "QUIT_SECONDS", 0.1)
+    async with lying(tmp_path) as (_, path):
+        vmm = await QemuVmm.connect("web1", path)
+        try:
+            with pytest.raises(VmmError, match="may not kill it; kill it as root"):
+                await vmm.end()
+        finally:
+            await vmm.aclose()
 
 
 @pytest.mark.parametrize("command", [*ANSWERS, "getfd", "stop", "cont", "migrate"])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import signal
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 
 import trio
@@ -28,6 +27,7 @@ from postcopyd.vmm import (
     VmmGone,
     VmmProtocolError,
     VmmTimeout,
+    kill,
     process_ended,
     writers,
 )
@@ -124,15 +124,7 @@ class ProcessVmm(Asked):
         ):
             await self._do("quit")
             await self.gone()
-        try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # gone, and its parent knows
-        except PermissionError:
-            raise VmmError(
-                f"ending the VMM of {self.name}: process {self.pid} does not quit and this daemon "
-                "may not kill it; kill it as root"
-            ) from None
+        kill(self._pidfd, self.name, self.pid)
         await self.gone()
         self._drop()
 

@@ -7,7 +7,6 @@ Owns the QMP connection and the pidfd, until `aclose`; both halves of the driver
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Literal, Self
@@ -26,6 +25,7 @@ from postcopyd.vmm import (
     VmmError,
     VmmGone,
     VmmTimeout,
+    kill,
     process_ended,
     writers,
 )
@@ -218,8 +218,7 @@ class Qemu(Vmm):
                 await self._qmp.execute("quit")
             await self._exit()
             return
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        kill(self._pidfd, self.name, self.pid)
         await self._exit()
 
 
