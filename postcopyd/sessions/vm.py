@@ -287,14 +287,16 @@ class Vm:
         self.void = record.get("void", False)
         self.status = convert(to_builtins(self.status) | record["status"], Status)
 
-    def record(self, ownership: Ownership | None = None) -> None:
+    def record(self, ownership: Ownership | None = None, epoch: int | None = None) -> None:
         """Writes the record before what it says is acted on. Raises PostcopydError.
 
         `ownership` is one of held, intent, granted (source: given away), arriving, loading, owned,
-        declined (destination). A start of the daemon, and recovery, read it.
+        declined (destination). A start of the daemon, and recovery, read it. What could not be
+        written is not so: then ownership and epoch are as before.
         """
-        before, void = self.ownership, self.void
-        self.ownership = ownership or before
+        before = self.ownership, self.void, self.epoch
+        self.ownership = ownership or self.ownership
+        self.epoch = self.epoch if epoch is None else epoch
         self.void &= ownership not in ("intent", "granted")
         known = self.attachment or Attachment("", "", 0, 0, "")
         try:
@@ -310,7 +312,7 @@ class Vm:
                 },
             )
         except (PostcopydError, OSError) as error:
-            self.ownership, self.void = before, void
+            self.ownership, self.void, self.epoch = before
             if short := shortage(error):
                 raise StateNotWritten(f"writing the record of {self.name}: {short}") from None
             raise

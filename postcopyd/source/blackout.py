@@ -156,10 +156,5 @@ class Blackout:
             raise PostcopydError("cancelled by request", "Cancelled")
         self._engine.check()
         vm.attached().check_saved()
-        vm.epoch += 1
-        try:
-            vm.record("granted")
-        except PostcopydError:
-            vm.epoch -= 1
-            raise
+        vm.record("granted", vm.epoch + 1)
         self._migration.committed = True

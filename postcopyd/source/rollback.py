@@ -90,12 +90,7 @@ class Rollback:
 def own_again(vm: Vm) -> None:
     """On record before the guest runs here again: a daemon that is started then runs it. What the
     destination may still say is of an epoch that is over. Raises PostcopydError."""
-    vm.epoch += 1
-    try:
-        vm.record("intent")
-    except PostcopydError:
-        vm.epoch -= 1
-        raise
+    vm.record("intent", vm.epoch + 1)
 
 
 async def known_again(vm: Vm) -> None:

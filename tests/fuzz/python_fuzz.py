@@ -88,7 +88,7 @@ def control_call(data: bytes) -> Iterator[str]:
         handler, parameters = SERVICE.prepare(message)
         answer = handler(server.Call(message["method"], parameters, PEER, nowhere))
         try:
-            answer.send(None)  # type: ignore[attr-defined]  # nothing in it waits
+            answer.send(None)  # nothing in it waits
         except StopIteration as end:
             server._reply(end.value)
             yield message["method"]

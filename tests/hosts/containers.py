@@ -82,7 +82,7 @@ class Host:
 
     def start(self, command: str | list[str], **how: object) -> subprocess.Popen[str]:
         """Whoever starts it ends it; with the host it ends in any case."""
-        return subprocess.Popen(self.command(command), text=True, **how)  # type: ignore[call-overload,no-any-return]
+        return subprocess.Popen(self.command(command), text=True, **how)
 
     def run(
         self,

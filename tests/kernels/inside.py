@@ -131,7 +131,7 @@ async def move(folder: Path, mode: str) -> dict[str, Any]:
     from postcopyd.host import kernel
     from postcopyd.native import adoption
 
-    hosts.START_S = GIVE_UP_S  # type: ignore[misc]
+    hosts.START_S = GIVE_UP_S
     ram = ("--memory", str(MEMORY), "--threads", "2", "--rate", "300", "--backing", "file")
     guests: list[Any] = []
 

@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def run(*command: str | Path, seconds: float = 120, **how: object) -> str:
     """Its output. Raises AssertionError with all that it said when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, **how)  # type: ignore[call-overload]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, **how)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return str(done.stdout)
 

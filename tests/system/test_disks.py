@@ -97,7 +97,7 @@ def cdrom(image: Path) -> list[str]:
 def flash(at: Path) -> tuple[list[str], list[str]]:
     """Variables of the firmware: QEMU writes them to the file of its own host."""
     one, two = raw(at / "one", b"a", 65536), raw(at / "two", b"b", 65536)
-    return (*(["-drive", f"if=pflash,unit=0,format=raw,file={f},{UNLOCKED}"] for f in (one, two)),)  # type: ignore[return-value]
+    return (*(["-drive", f"if=pflash,unit=0,format=raw,file={f},{UNLOCKED}"] for f in (one, two)),)
 
 
 def a_server(at: Path) -> tuple[list[str], list[str]]:
@@ -146,7 +146,7 @@ def a_snapshot_more(at: Path) -> tuple[list[str], list[str]]:
 def another_base(at: Path) -> tuple[list[str], list[str]]:
     """another file here"""
     raw(at / "one", b"a"), raw(at / "two", b"b")
-    return (*(drive(qcow2(at / f"top-{n}", n), form="qcow2") for n in ("one", "two")),)  # type: ignore[return-value]
+    return (*(drive(qcow2(at / f"top-{n}", n), form="qcow2") for n in ("one", "two")),)
 
 
 def another_medium(at: Path) -> tuple[list[str], list[str]]:

@@ -80,7 +80,7 @@ async def test_to_itself(pair: Pair) -> None:
 async def refused(call: object) -> str:
     """What a check finds, however it says it."""
     try:
-        return str((await call)["problems"])  # type: ignore[misc]
+        return str((await call)["problems"])
     except PostcopydError as error:
         return str(error)
 

@@ -345,7 +345,7 @@ async def test_refusals(tmp_path: Path) -> None:
         assert ran == Ran(1, "", "postcopyd: web1 may run at host2 already\n")
         h.daemon.fail = None
         h.daemon.put("web1", phase="bug", remaining="x")
-        h.daemon.list = None  # type: ignore[assignment]  # a bug in the daemon
+        h.daemon.list = None  # a bug in the daemon
         ran = await h.run("list")
         assert ran.status == 1
         assert "its log says where" in ran.err
@@ -784,7 +784,7 @@ async def test_may_run_asks_both(tmp_path: Path) -> None:
             assert ran.status == (1 if name == "web1" else 0)
         ran = await h.run("may-run", "../durable/web1", *args)
         assert ran.status == 0
-        h.daemon.list = None  # type: ignore[assignment]  # a bug in the daemon
+        h.daemon.list = None  # a bug in the daemon
         ran = await h.run("may-run", "web2", *args)
         assert ran.status == 1
         assert "its log says where" in ran.err

@@ -192,7 +192,7 @@ async def test_end_of_ours_is_no_farewell(ours: bool) -> None:
     with subprocess.Popen(["sleep", "100"]) as process:
         said = Saying(process)
         try:
-            qemu = QemuVmm("web1", "/qmp", said, process.pid, os.pidfd_open(process.pid))  # type: ignore[arg-type]
+            qemu = QemuVmm("web1", "/qmp", said, process.pid, os.pidfd_open(process.pid))
             with trio.fail_after(10):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(qemu.gone)

@@ -265,7 +265,7 @@ def test_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hello_of_an_older_daemon() -> None:
     """A hello without it is one; with it, one that an older daemon reads."""
-    assert parse_message({"type": "hello", "version": 1}).daemon is None  # type: ignore[union-attr]
+    assert parse_message({"type": "hello", "version": 1}).daemon is None
     known = parse_message({"type": "hello", "version": 1, "daemon": {
         "machine": "", "boot": "b", "state": "s", "more": 1}})  # fmt: skip
     assert isinstance(known, p.Hello)

@@ -94,7 +94,7 @@ async def test_a_folder_that_cannot_be_locked(
     def refuse(*args: Any) -> int:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(locks.os, "open", refuse)  # type: ignore[attr-defined]
+    monkeypatch.setattr(locks.os, "open", refuse)
     with structlog.testing.capture_logs() as logs:
         async with locks.folders((tmp_path, "--state-dir")):
             pass

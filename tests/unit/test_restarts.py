@@ -83,7 +83,7 @@ async def test_a_late_vmm_is_not_called_ended(
 ) -> None:
     """A source that asks a destination whose VMM has loaded the guest, and is not reached again
     yet, has its guest back only once that VMM has ended."""
-    connect = FakeDriver.connect.__func__  # type: ignore[attr-defined]
+    connect = FakeDriver.connect.__func__
     late = False
 
     async def slow(cls: Any, name: str, socket: str) -> Any:
@@ -133,7 +133,7 @@ async def test_a_held_guest_is_attached_later(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So is the VMM of a guest that is in no migration, and what is shown of it is as before."""
-    connect = FakeDriver.connect.__func__  # type: ignore[attr-defined]
+    connect = FakeDriver.connect.__func__
     left = 3
 
     async def slow(cls: Any, name: str, socket: str) -> Any:
@@ -385,7 +385,7 @@ async def test_attach_races_detach(
 ) -> None:
     """A VM that is detached while it is attached anew is attached, and whoever watches it sees it;
     one that was attached again meanwhile is not attached twice."""
-    connect = FakeDriver.connect.__func__  # type: ignore[attr-defined]
+    connect = FakeDriver.connect.__func__
 
     async def slow(cls: Any, name: str, socket: str) -> Any:
         await trio.sleep(2)
