@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -299,3 +300,38 @@ async def test_a_stop_is_waited_for_by_who_has_to_undo_it(
             may_stop.set()
         assert "" == await vmm.rollback()
     assert state == ["running"]
+
+
+async def test_a_stop_that_comes_after_who_has_to_undo_it(
+    lie: Callable[[dict[str, object]], str],
+) -> None:
+    """One that hangs holds a cancel up for a moment only. While it lasts the VMM turns others away,
+    and its guest runs after that, whatever the VMM says it does."""
+    turned_away, asked, said = [0], threading.Event(), []
+
+    def stop(client: socket.socket, fds: list[int]) -> bytes:
+        asked.set()
+        return b""
+
+    def hello(client: socket.socket, fds: list[int]) -> bytes:
+        if asked.is_set() and turned_away[0] < 2:
+            turned_away[0] += 1
+            return b"error another client drives this guest\n"
+        return b"ok vmm=liar state=running\n"
+
+    def run(client: socket.socket, fds: list[int]) -> bytes:
+        said.append("run")
+        return b"ok\n"
+
+    patient = replace(QUICK, answer=30)
+    async with driver(lie({"hello": hello, "stop": stop, "run": run}), patient) as vmm:
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(save_all, vmm)
+                await trio.to_thread.run_sync(asked.wait)
+                nursery.cancel_scope.cancel()
+            assert "" == await vmm.rollback()
+            assert said == ["run"]
+            assert "" == await vmm.rollback()
+    assert said == ["run"]
+    assert turned_away == [2]

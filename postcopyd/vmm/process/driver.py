@@ -18,11 +18,13 @@ import trio
 from postcopyd.errors import PostcopydError
 from postcopyd.host import kernel, procfs
 from postcopyd.tasks import threads
+from postcopyd.tasks.nursery import open_nursery
 from postcopyd.vmm import (
     Declined,
     Region,
     Role,
     Shape,
+    State,
     VmmError,
     VmmGone,
     VmmProtocolError,
@@ -37,6 +39,7 @@ from postcopyd.vmm.process.lines import Link, close_all, number
 
 MAX_FACTS = 64
 FAREWELL_S = 1.0  # for the rest of what a VMM that has ended has said
+AGAIN_S = 0.5  # until one that turned a rollback away is asked again
 PIPE_SIZE = 1 << 20  # bytes; the most that an unprivileged process may ask for by default
 
 
@@ -219,15 +222,46 @@ class ProcessVmm(Asked):
             self.before = before
 
     async def _stop(self) -> None:
-        """Not cancelled, as who undoes it has to find it done: of one that was cut off nobody knows
-        when it comes, and until then the VMM may turn a new connection away."""
-        with trio.CancelScope(shield=True):
-            await self._do("stop")
+        """A cancel waits for its answer for a moment: who undoes it is to find it done."""
+        self._stopping = True
+        async with open_nursery() as nursery:
+            with trio.CancelScope(shield=True) as answer:
+                nursery.start_soon(self._bound_when_cancelled, answer)
+                try:
+                    await self._do("stop")
+                except VmmError:
+                    self._stopping = False
+                    raise
+                self._stopping = False
+                nursery.cancel_scope.cancel()
+
+    async def _bound_when_cancelled(self, answer: trio.CancelScope) -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            answer.deadline = trio.current_time() + self.limits.called_off
+
+    async def _stop_over(self) -> State:
+        """The state. A VMM that was left at its stop may turn others away for as long as that
+        takes, and is asked again."""
+        until = trio.current_time() + self.limits.answer
+        while True:
+            try:
+                return await self._hello()
+            except (VmmError, VmmTimeout):
+                if not self._stopping or trio.current_time() > until:
+                    raise
+            await trio.sleep(AGAIN_S)
+
+    async def _run_again(self) -> None:
+        await self._do("run")
+        self._stopping = False
 
     async def _move_again(self) -> None:
         try:
             with trio.CancelScope(shield=True):
-                await self._do("run")
+                await self._stop_over()
+                await self._run_again()
         except PostcopydError as error:
             raise type(error)(
                 f"the guest {self.name} was stopped for a moment and was not run again: {error}"
@@ -236,9 +270,10 @@ class ProcessVmm(Asked):
     async def rollback(self) -> str:
         """Such a VMM does not tell who has stopped its guest. So it is run if it ran when `save` or
         `still` stopped it, and never stopped: who has run it meanwhile was somebody else."""
-        state, before = await self._hello(), self.before
-        if state == "paused" and before == "running":
-            await self._do("run")
+        state, before = await self._stop_over(), self.before
+        # Whatever a VMM says that has not answered to its stop, that may come yet.
+        if before == "running" and (state == "paused" or self._stopping):
+            await self._run_again()
         self.before = None
         with contextlib.suppress(PostcopydError):
             await self._do("release")

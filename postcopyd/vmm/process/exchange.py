@@ -41,6 +41,7 @@ class Limits:
 
     hello: float = 5.0  # to connect and get the first answer
     answer: float = 30.0  # each later answer
+    called_off: float = 2.0  # the answer to a stop that nobody wants any more
     save: float = 30.0  # all waiting for pieces of the device state together
     load: float = 120.0  # taking the device state and loading it: faults may wait for the source
     quit: float = 5.0  # before SIGKILL
@@ -80,6 +81,7 @@ class Asked(Vmm):
         self._turn = trio.Lock()  # one request at a time
         self._ended: str | None = None  # why its guest has, if that is the last it has said
         self._ending = False  # by us
+        self._stopping = False  # it was told to stop its guest, and has not answered
 
     @classmethod
     async def connect(cls, name: str, socket: str, limits: Limits | None = None) -> Self:
