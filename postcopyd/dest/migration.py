@@ -175,9 +175,10 @@ class Migration:
 
     def own(self) -> None:
         """On record before any vCPU runs here, whoever says that it may: without it a daemon that
-        is started ends the VMM. Raises PostcopydError: then nothing runs."""
-        self.vm.epoch = self.offer.epoch
-        self.vm.record("owned")
+        is started ends the VMM. With it is whether the guest shall run, which came after the record
+        before. Raises PostcopydError: then nothing runs."""
+        self.note()
+        self.vm.record("owned", self.offer.epoch)
 
     def forget_pages(self) -> None:
         """The page record goes, unless only it shows that the guest is whole."""

@@ -100,6 +100,15 @@ async def test_paused_guest_is_not_run(tmp_path: Path, clock: Clock) -> None:
     assert made.destination.phase == "drained"
 
 
+async def test_paused_guest_is_not_run_after_a_restart(tmp_path: Path, clock: Clock) -> None:
+    """Nor is it by the next daemon, where this one dies between its two records of the guest that
+    is its own: that it may run, and that it does what it did."""
+    made = await migrated(tmp_path, {"destination.record owned#2": kill_destination}, "paused")
+    assert "destination.run" not in made.went
+    assert made.destination.vmm.state == "loaded"
+    assert made.destination.phase == "drained"
+
+
 async def test_keep_source(tmp_path: Path, clock: Clock) -> None:
     """With --keep-source the VMM at the source stays, stopped."""
     made = await migrated(tmp_path, {}, keep_source=True)
