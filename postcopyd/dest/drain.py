@@ -18,7 +18,6 @@ from postcopyd.dest.migration import Migration, Stage
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Happened
 from postcopyd.native.engine import faults
-from postcopyd.net.channel import ConnectionLost
 from postcopyd.sessions import hugepages, losses
 from postcopyd.sessions.patience import RELEASE_S, within
 from postcopyd.tasks.nursery import open_nursery
@@ -45,7 +44,7 @@ class Drain:
             async with open_nursery() as nursery:
                 nursery.start_soon(m.watch_vmm)
                 nursery.start_soon(m.listen)
-                nursery.start_soon(self._watch_answers)
+                nursery.start_soon(self._memory.watch_answers, m)
                 nursery.start_soon(self._say_progress)
                 while not self._engine.complete:
                     await self._engine.wait()
@@ -136,16 +135,3 @@ class Drain:
             m.vm.show(remaining=remaining)
             await m.channel.send(p.Progress(stats.confirmed_pages, remaining, faults(stats)))
             await trio.sleep(PROGRESS_S)
-
-    async def _watch_answers(self) -> None:
-        """Every page asked for is answered: a connection that is up and brings none is lost."""
-        stats, answers, since = self._stats, -1, trio.current_time()
-        while True:
-            if stats.unanswered <= 0 or stats.requests - stats.unanswered != answers:
-                answers, since = stats.requests - stats.unanswered, trio.current_time()
-            if trio.current_time() - since > p.DEAD_S:
-                raise ConnectionLost(
-                    f"{self._m.peer} has sent none of {stats.unanswered} pages for "
-                    f"{p.DEAD_S:.0f} s that the guest waits for"
-                )
-            await trio.sleep(p.KEEPALIVE_S)

@@ -21,6 +21,7 @@ from postcopyd.errors import PostcopydError
 from postcopyd.net.codec import pack
 from postcopyd.net.connection import Wire, detach, detach_keyed
 from postcopyd.protocol import RemoteProtocolError
+from postcopyd.tasks.nursery import open_nursery
 
 CONNECTIONS_S = 30.0
 """How long the source may take to make its data connections; they take milliseconds."""
@@ -42,10 +43,14 @@ class Invitation:
         await self._channel.send(p.Ready(self.token))
 
     async def taken_up(self) -> None:
-        """Returns when all connections are there. Raises PostcopydError."""
+        """Returns when all connections are there. Raises PostcopydError, also when one that was
+        there is lost."""
         try:
-            with trio.fail_after(CONNECTIONS_S):
-                await self._made.wait()
+            async with open_nursery() as nursery:
+                nursery.start_soon(self._engine.watch)
+                with trio.fail_after(CONNECTIONS_S):
+                    await self._made.wait()
+                nursery.cancel_scope.cancel()
         except trio.TooSlowError:
             raise PostcopydError(
                 f"{self._channel.peer} made no data connections within {CONNECTIONS_S:.0f} s",

@@ -46,6 +46,7 @@ class Load:
             nursery.start_soon(m.watch_vmm)
             nursery.start_soon(self._load)
             await self._receive_state()
+            nursery.start_soon(self._memory.watch_answers, m)
             grant = await m.receive()
             nursery.cancel_scope.cancel()
         assert isinstance(grant, p.Grant)  # the table has no other

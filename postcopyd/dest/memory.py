@@ -16,10 +16,12 @@ from typing import Any
 
 import trio
 
+from postcopyd import protocol as p
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.dest.migration import Migration
 from postcopyd.dest.unplugged import unplugged
 from postcopyd.errors import PostcopydError
+from postcopyd.net.channel import ConnectionLost
 from postcopyd.tasks import threads
 from postcopyd.vmm import Shape
 
@@ -62,6 +64,20 @@ class Memory:
                 f"migrate again",
                 "Refused",
             )
+
+    async def watch_answers(self, m: Migration) -> None:
+        """Every page asked for is answered: a connection that is up and brings none is lost. For
+        when the source answers, from `deviceEnd` on. Raises ConnectionLost."""
+        stats, answers, since = self.engine.stats, -1, trio.current_time()
+        while True:
+            if stats.unanswered <= 0 or stats.requests - stats.unanswered != answers:
+                answers, since = stats.requests - stats.unanswered, trio.current_time()
+            if trio.current_time() - since > p.DEAD_S:
+                raise ConnectionLost(
+                    f"{m.peer} has sent none of {stats.unanswered} pages for {p.DEAD_S:.0f} s that "
+                    f"the guest waits for"
+                )
+            await trio.sleep(p.KEEPALIVE_S)
 
     async def give_up_unplugged(self, log: Any) -> None:
         """Guest RAM that was unplugged here meanwhile needs no pages any more. Only without

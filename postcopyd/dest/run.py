@@ -21,7 +21,7 @@ async def run(m: Migration, memory: Memory) -> None:
     """The guest runs here, or is paused as it was, and the source is told. Raises PostcopydError,
     after which no vCPU has run where it is Declined or StateNotWritten."""
     try:
-        await cont(m)
+        await cont(m, memory)
     except (Declined, StateNotWritten) as refused:
         await _decline(m, str(refused))
         raise
@@ -29,14 +29,17 @@ async def run(m: Migration, memory: Memory) -> None:
     m.log.info("guest handed over")
 
 
-async def cont(m: Migration) -> None:
+async def cont(m: Migration, memory: Memory) -> None:
     """Runs the guest, unless it was paused; recorded first, also where the connection was lost
     between the grant and its record. The VMM may wait for a page in this, and the source may go
-    meanwhile: then it is not known whether it ran, and it is told to again later."""
+    meanwhile, or the page not come: then it is not known whether it ran, and it is told to again
+    later."""
     m.own()
     if m.run:
         async with open_nursery() as nursery:
             nursery.start_soon(m.listen)
+            nursery.start_soon(memory.engine.watch)
+            nursery.start_soon(memory.watch_answers, m)
             await m.vm.attached().run()
             nursery.cancel_scope.cancel()
 

@@ -93,7 +93,7 @@ class DestinationSession:
             async with m.watched():
                 invitation = await self._invite(memory)
                 if not m.ran:
-                    await run.cont(m)
+                    await run.cont(m, memory)
             await run.say_ran(m, memory)
             counts.recoveries["destination"] += 1
             m.log.info("migration recovered", pages=memory.engine.stats.confirmed_pages)

@@ -18,6 +18,7 @@ from session_faults import (
     cancel,
     cut,
     cut_control,
+    cut_data,
     destination_says_error,
     goes_down,
     kill_both,
@@ -41,7 +42,7 @@ from postcopyd.handover import Destination, Machine, Source
 from postcopyd.model import MigrateRequest
 from postcopyd.net.channel import Channel, ConnectionLost, PeerError
 from postcopyd.net.codec import pack
-from postcopyd.net.connection import dial
+from postcopyd.net.connection import dial, receive_object
 from postcopyd.sessions.vm import ENDING_S
 from postcopyd.source.retry import PATIENCE_S
 from postcopyd.vmm import Declined, Role, State, VmmError
@@ -184,6 +185,35 @@ async def test_pages_cannot_come(
     assert (made.source.phase, made.destination.phase) == ("failed", "failed")
 
 
+def no_answer(made: World, point: str) -> None:
+    """The urgent connection is up, and brings nothing of what was asked for."""
+    made.destination.engine.stats.unanswered = 1
+
+
+@pytest.mark.parametrize(
+    ("point", "fault"),
+    [
+        ("destination.load", cut_data),
+        ("destination.load", no_answer),
+        ("destination.run", cut_data),
+        ("destination.run", no_answer),
+    ],
+)
+async def test_vmm_waits_for_a_page(point: str, fault: Fault, tmp_path: Path, clock: Clock) -> None:
+    """A VMM that loads or runs its guest waits for a page, which does not come, while the hosts
+    hear each other: the guest is not stopped for longer than it takes to see that."""
+
+    async def waits(made: World, point: str) -> None:
+        await trio.sleep(1)
+        fault(made, point)
+        await trio.sleep_forever()
+
+    made = await migrated(tmp_path, {point: waits})
+    assert not made.stuck
+    where = made.source if point == "destination.load" else made.destination
+    assert where.vmm.state == "running"
+
+
 @pytest.mark.parametrize("fault", [cut, destination_says_error])
 async def test_long_hook_hears_the_end(fault: Fault, tmp_path: Path, clock: Clock) -> None:
     """A source that is kept by its VMM before the stop hears at once that it is over."""
@@ -222,6 +252,27 @@ async def test_no_data_connections(
             with pytest.raises(PeerError, match="made no data connections within 30 s"):
                 await channel.receive()
             assert trio.current_time() - began == pytest.approx(30, abs=1)
+        await made.destination.vm.free.wait()
+        await made.check()
+        assert made.destination.phase == "failed"
+
+
+async def test_a_data_connection_is_lost_before_the_rest_come(tmp_path: Path, clock: Clock) -> None:
+    """That is what is told, at once, and not that the others were not made."""
+    async with world(tmp_path, {}) as made:
+        stream = await dial("127.0.0.1", made.destination.port, p.CONTROL)
+        regions = [p.RegionOffer("ram0", 24, 4096), p.RegionOffer("ram1", 8, 4096)]
+        offer = p.Offer("m1", "web1", "process", regions, {"version": "1"}, 1, 1)
+        async with Channel(stream, Machine(Source.GREETING), "there") as channel, channel.alive():
+            await channel.greet()
+            await channel.send(offer)
+            ready = await channel.expect(p.Ready)
+            data = await dial("127.0.0.1", made.destination.port, p.DATA)
+            await data.send_all(pack(p.DataHello("m1", ready.token, False)))
+            await receive_object(data, p.DataWelcome)
+            await data.aclose()
+            with pytest.raises(PeerError, match="connection was closed by the source"):
+                await channel.receive()
         await made.destination.vm.free.wait()
         await made.check()
         assert made.destination.phase == "failed"
