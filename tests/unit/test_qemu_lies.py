@@ -19,8 +19,9 @@ import trio
 import trio.testing
 
 from postcopyd.errors import PostcopydError
-from postcopyd.vmm import VmmError, VmmGone, VmmProtocolError, VmmTimeout
-from postcopyd.vmm.qemu import common, qmp, userfaultfd
+from postcopyd.host import procfs
+from postcopyd.vmm import Region, VmmError, VmmGone, VmmProtocolError, VmmTimeout
+from postcopyd.vmm.qemu import common, qmp, ram, userfaultfd
 from postcopyd.vmm.qemu.driver import QemuVmm
 from postcopyd.vmm.qemu.qmp import Qmp, QmpClosed, QmpProtocolError
 
@@ -163,6 +164,27 @@ STEPS: list[Callable[[QemuVmm], Awaitable[object]]] = [
 NAMES = ["inspect", "prepare", "still", "save", "rollback"]
 NAMES += ["adopt", "load", "run", "release", "finish"]
 JUNK = [None, 7, "x", [], {}, [None], [[]], {"status": 7}, [{"type": {}}], {"status": "\u202e"}]
+
+
+def test_regions_that_cannot_all_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor of guest RAM is kept, above all where descriptors lack."""
+    opened = os.open("/dev/null", os.O_RDONLY)
+
+    def region(backend: ram.Backend, pid: int, mapping: procfs.Mapping) -> Region:
+        if backend.id == "ram1":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return Region(backend.id, 1, 4096, 0, opened, 0)
+
+    monkeypatch.setattr(ram, "_candidates", lambda *of: [None])
+    monkeypatch.setattr(ram, "_region", region)
+    backends = [
+        ram.Backend(f"ram{number}", "memory-backend-file", 4096, True, False, "/x", None)
+        for number in range(2)
+    ]
+    with pytest.raises(OSError, match="Too many open files"):
+        ram.regions(backends, os.getpid(), (10, 0, 2))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened)
 
 
 async def test_a_qemu_that_may_not_be_killed(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -85,27 +86,32 @@ async def backends(qmp: Qmp) -> list[Backend]:
 def regions(
     found: list[Backend], pid: int, version: tuple[int, int, int]
 ) -> tuple[list[Region], list[str]]:
-    """The regions that can be moved (their descriptors are the caller's), and why others cannot."""
+    """The regions that can be moved (their descriptors are the caller's), and why others cannot.
+    Raises OSError, and keeps no descriptor then."""
     regions: list[Region] = []
     problems: list[str] = []
     mappings = procfs.merged(pid)
-    for backend in found:
-        refusal = _refusal(backend, version)
-        if refusal is not None:
-            problems.append(refusal)
-            continue
-        candidates = _candidates(backend, pid, mappings)
-        if len(candidates) != 1:
-            problems.append(
-                f"The mapping of guest RAM '{backend.id}' ({backend.size} bytes) was not found "
-                f"among those of process {pid} ({len(candidates)} would fit): {backend.mend}."
-            )
-            continue
-        outcome = _region(backend, pid, candidates[0])
-        if isinstance(outcome, str):
-            problems.append(outcome)
-        else:
+    with ExitStack() as opened:
+        for backend in found:
+            refusal = _refusal(backend, version)
+            if refusal is not None:
+                problems.append(refusal)
+                continue
+            candidates = _candidates(backend, pid, mappings)
+            if len(candidates) != 1:
+                problems.append(
+                    f"The mapping of guest RAM '{backend.id}' ({backend.size} bytes) was not found "
+                    f"among those of process {pid} ({len(candidates)} would fit): {backend.mend}."
+                )
+                continue
+            outcome = _region(backend, pid, candidates[0])
+            if isinstance(outcome, str):
+                problems.append(outcome)
+                continue
             regions.append(outcome)
+            if outcome.fd is not None:
+                opened.callback(os.close, outcome.fd)
+        opened.pop_all()
     if not found:
         problems.append(
             "QEMU has no memory backend: give the guest its RAM by -object and -machine."
