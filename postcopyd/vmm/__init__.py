@@ -18,14 +18,15 @@ from __future__ import annotations
 import abc
 import os
 import signal
-from collections.abc import AsyncIterable, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
 import trio
 
 from postcopyd.errors import PostcopydError, shortage
+from postcopyd.host import procfs
 from postcopyd.names import plain
 
 State = Literal["running", "paused", "incoming"]
@@ -371,4 +372,23 @@ def kill(pidfd: int, name: str, pid: int) -> None:
         raise VmmError(
             f"ending the VMM of {name}: process {pid} does not quit and this daemon may not kill "
             f"it; kill it as root"
+        ) from None
+
+
+@contextmanager
+def looked_at(name: str, pid: int) -> Iterator[None]:
+    """For what reads of a VMM in /proc: it may end at any moment, and not be ours to see."""
+    try:
+        yield
+    except OSError as error:
+        if short := shortage(error):
+            raise short from None
+        if procfs.started(pid) == 0:
+            raise VmmGone(
+                f"looking at the VMM of {name}: process {pid} has ended; see why in its own log, "
+                f"and attach {name} again once it runs"
+            ) from None
+        raise VmmError(
+            f"looking at the VMM of {name}: process {pid} cannot be seen ({error.strerror}); run "
+            f"postcopyd as root"
         ) from None

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -164,6 +165,23 @@ STEPS: list[Callable[[QemuVmm], Awaitable[object]]] = [
 NAMES = ["inspect", "prepare", "still", "save", "rollback"]
 NAMES += ["adopt", "load", "run", "release", "finish"]
 JUNK = [None, 7, "x", [], {}, [None], [[]], {"status": 7}, [{"type": {}}], {"status": "\u202e"}]
+
+
+@pytest.mark.parametrize("look", [looked_at, lambda vmm: vmm.track(), lambda vmm: vmm.adopted()])
+async def test_a_qemu_that_ends_while_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[QemuVmm], Awaitable[object]]
+) -> None:
+    monkeypatch.setattr(userfaultfd, "numbers", procfs.descriptors)
+    process = subprocess.Popen(["true"])
+    process.wait()
+    async with lying(tmp_path) as (_, path):
+        vmm = await QemuVmm.connect("web1", path)
+        vmm.pid = process.pid
+        try:
+            with pytest.raises(VmmGone, match=f"process {process.pid} has ended"):
+                await look(vmm)
+        finally:
+            await vmm.aclose()
 
 
 def test_regions_that_cannot_all_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from postcopyd.vmm import (
     VmmProtocolError,
     VmmTimeout,
     kill,
+    looked_at,
     process_ended,
     writers,
 )
@@ -53,16 +54,8 @@ class ProcessVmm(Asked):
     async def inspect(self, role: Role) -> Shape:
         state, facts, regions = await self._hello(), await self._facts(), await self._regions()
         try:
-            problems = await trio.to_thread.run_sync(
-                mappings.problems, self.pid, regions, limiter=threads.WALKS
-            )
-            if role == "destination" and kernel.fills_holes():
-                problems += await trio.to_thread.run_sync(
-                    mappings.exposed, self.pid, regions, limiter=threads.WALKS
-                )
-            direct, unseen = await trio.to_thread.run_sync(
-                self._writers, regions, limiter=threads.WALKS
-            )
+            with looked_at(self.name, self.pid):
+                problems, direct, unseen = await self._look(role, regions)
         except BaseException:
             Shape(state, self.pid, regions, facts, ()).close()
             raise
@@ -82,6 +75,22 @@ class ProcessVmm(Asked):
             direct_io=writers.direct_sentence(direct),
             untracked=writers.unseen_sentence(unseen),
         )
+
+    async def _look(
+        self, role: Role, regions: tuple[Region, ...]
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Problems, and the writers of `_writers`. Raises OSError."""
+        problems = await trio.to_thread.run_sync(
+            mappings.problems, self.pid, regions, limiter=threads.WALKS
+        )
+        if role == "destination" and kernel.fills_holes():
+            problems += await trio.to_thread.run_sync(
+                mappings.exposed, self.pid, regions, limiter=threads.WALKS
+            )
+        direct, unseen = await trio.to_thread.run_sync(
+            self._writers, regions, limiter=threads.WALKS
+        )
+        return problems, direct, unseen
 
     def _writers(self, regions: tuple[Region, ...]) -> tuple[list[str], list[str]]:
         """What direct I/O reads, and what else writes guest RAM: by /proc and by its own word."""

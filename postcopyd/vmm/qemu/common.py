@@ -26,6 +26,7 @@ from postcopyd.vmm import (
     VmmGone,
     VmmTimeout,
     kill,
+    looked_at,
     process_ended,
     writers,
 )
@@ -103,7 +104,7 @@ class Qemu(Vmm):
     async def inspect(self, role: Role) -> Shape:
         """What is there and what forbids a migration in this role. Only asks and reads."""
         async with LOOKS:
-            with patience(self.name, LOOK_ANSWERS):
+            with patience(self.name, LOOK_ANSWERS), looked_at(self.name, self.pid):
                 return await self._inspect(role)
 
     async def _inspect(self, role: Role) -> Shape:

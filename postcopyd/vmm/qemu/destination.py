@@ -19,6 +19,7 @@ from postcopyd.vmm import (
     Declined,
     Shape,
     VmmError,
+    looked_at,
 )
 from postcopyd.vmm.qemu import disks as qemu_disks
 from postcopyd.vmm.qemu import hugepages, ram, settings, stream, userfaultfd
@@ -82,7 +83,8 @@ class Arriving(Qemu):
 
     async def adopted(self) -> list[int]:
         """Duplicates of the userfaultfds in QEMU, in the order that `adopt` returned them."""
-        return userfaultfd.duplicates(self.pid)
+        with looked_at(self.name, self.pid):
+            return userfaultfd.duplicates(self.pid)
 
     async def load(self, receive: AsyncIterable[bytes]) -> None:
         """Feed the device state; returns with the guest paused and the stream at its end.

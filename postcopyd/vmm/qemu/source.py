@@ -17,6 +17,7 @@ from postcopyd.errors import PostcopydError
 from postcopyd.vmm import (
     VmmError,
     VmmTimeout,
+    looked_at,
 )
 from postcopyd.vmm.qemu import settings, stream, userfaultfd
 from postcopyd.vmm.qemu.answers import Migration
@@ -43,15 +44,10 @@ class Leaving(Qemu):
 
     async def track(self) -> int:
         """As the interface says: some thread of QEMU makes it, between two of its instructions."""
-        try:
+        with looked_at(self.name, self.pid):
             if (await self._now()).migration.over:  # or they may be QEMU's own
                 await userfaultfd.close_all(self.pid)
             return await userfaultfd.borrow(self._qmp, self.pid)
-        except OSError as error:
-            raise VmmError(
-                f"The descriptors of QEMU {self.pid} cannot be seen ({error.strerror}): see that "
-                f"it runs, and run postcopyd as root."
-            ) from None
 
     @asynccontextmanager
     async def still(self) -> AsyncIterator[None]:
