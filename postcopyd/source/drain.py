@@ -75,7 +75,7 @@ class Drain:
         )
         if drained.lost:
             migration.log.error("memory lost", pages=drained.lost)
-        vm.conclude(phase="drained", remaining=0, message=sentence)
+        vm.conclude(phase="drained", remaining=0, message=sentence, result=None)
         # Where it is not written, what was recorded before stands: the careful side of the truth.
         vm.record_soon("granted")
         await self._acknowledge()

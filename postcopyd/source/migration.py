@@ -38,7 +38,7 @@ SHOW_S = 0.1
 class Migration:
     """`cancelling` is the scope of all steps before the grant; `committed`: the grant is on record,
     and nobody takes the guest back any more; `ending`: it is at its last steps; `completed` its
-    result, once the destination has all."""
+    result, once nothing of the guest is needed here any more."""
 
     def __init__(
         self, vm: Vm, request: MigrateRequest, shared: Shared, name: str, machine: Machine

@@ -32,7 +32,7 @@ def pause(migration: Migration, error: PostcopydError) -> None:
     vm, to = migration.vm, migration.peer.to
     migration.stop_sending()
     if migration.completed is not None:
-        migration.log.warning("after drained", error=str(error))
+        migration.log.warning("after its end", error=str(error))
         if vm.status.result is None:
             vm.show(
                 result=msgspec.to_builtins(migration.completed),
@@ -65,8 +65,9 @@ class Recovery:
         self._heard = False
 
     def redirect(self, to: str) -> None:
-        """The destination has another address."""
+        """The destination has another address: it is asked there before anybody calls it dead."""
         self._migration.peer.to = to
+        refuse(self._migration, "it is to be asked there first, as was said just now")
         self._guest.note()
         self._vm.show(peer=to)
         self._vm.record_soon(None)
@@ -77,7 +78,7 @@ class Recovery:
         now = trio.current_time()
         patience = PATIENCE_S if self._vm.status.result is None else 0.0
         retry = Retry(now, now + patience, figures.arrived)
-        while self._goes_on():
+        while True:
             decision, recoveries = person.heard(), figures.recoveries
             if decision is not None and decision.choice == "kill":
                 if await kill(self._migration, decision):
@@ -91,21 +92,12 @@ class Recovery:
             wait = retry.failed(trouble.name, now, figures.arrived, went_on)
             if now >= retry.told:
                 self._tell_paused(trouble)
-            if (
-                decision is not None
-                and self._goes_on()
-                and await take_back(
-                    self._migration, self._rollback, decision, trouble, heard=self._heard
-                )
+            if decision is not None and await take_back(
+                self._migration, self._rollback, decision, trouble, heard=self._heard
             ):
                 return
             with trio.move_on_after(wait if person.decision is None else AGAIN_S):
                 await person.listen()
-        if person.decision is not None and person.decision.choice == "take_back":
-            person.decision.done(self._rollback.trouble)  # it was declined just then
-
-    def _goes_on(self) -> bool:
-        return self._migration.machine.gave_away and self._migration.completed is None
 
     async def _asked(self) -> PostcopydError | None:
         """One attempt; None: the migration is over. What else came of it is shown, and returned."""
@@ -119,9 +111,12 @@ class Recovery:
             return None
         if self._migration.machine.gave_away:
             pause(self._migration, trouble)
-        else:
-            await self._rollback.run(trouble)
-        return trouble
+            return trouble if self._migration.completed is None else None
+        await self._rollback.run(trouble)
+        decision = self._migration.person.decision
+        if decision is not None and decision.choice == "take_back":
+            decision.done(self._rollback.trouble)  # it was declined just then
+        return None
 
     async def _ask(self) -> None:
         """What became of the guest, and the rest of its memory."""
@@ -185,12 +180,13 @@ class Recovery:
         over = vm.driver is None and not trouble
         if not over:
             ended += f"{trouble}; its VMM here is left: end it before you start {vm.name} again"
+        result = migration.completed = migration.result("ended", ended)
         vm.conclude(
             counted_as="ended",
             phase="failed",
             remaining=0,
             message=ended,
-            result=msgspec.to_builtins(migration.result("ended", ended)),
+            result=msgspec.to_builtins(result),
         )
         if over:
             vm.home()

@@ -79,7 +79,8 @@ async def take_back(
             return False
     if not peer.granted.has_told(trouble.name) and (said := await peer.where_granted()):
         refuse(migration, said)
-        return False
+    if migration.person.decision is not decision:
+        return False  # it was refused: just now, or while the destination was asked
     migration.person.decision = None
     migration.log.warning("ownership changed by a person", decision=decision.choice)
     try:

@@ -136,6 +136,9 @@ async def test_end_of_a_guest_that_has_not_run(
         made.down = made.destination.store.full = False
         await made.settled()
         assert (made.source.vmm.state, made.source.recorded()) == ("running", "held")
+        with trio.fail_after(100):
+            while made.destination.vm.unwritten:  # its disk was full
+                await trio.sleep(0.1)
         assert made.destination.recorded() == "declined"
         assert made.guest.broken == []
 
