@@ -41,28 +41,15 @@ class Decisions:
     async def recover(self, name: str, to: str | None) -> None:
         """Has the migration go on now, with its destination at `to` if it has another address.
         Raises PostcopydError."""
-        vm = self._paused(name)
-        leaving, again = vm.claimed_by, self._restart.again(vm)
-        inquiry = self._inquiries.of(vm)
-        if not isinstance(leaving, SourceSession) and inquiry is None:
-            if vm.status.role == "destination" and again is not None:
-                again.set()
-                return
-            if again is None:
-                _must_have_arrived(vm)
-            if vm.status.role == "destination":
-                raise PostcopydError(
-                    f"continuing the migration of {name}: its source does that, "
-                    f"{vm.status.peer}; it dials by itself, or at once by `postcopyd recover "
-                    f"{name}` there",
-                    "NotMigrating",
-                )
-        if to is not None:
+        vm = self._recoverable(name)
+        if to is not None and vm.status.role == "source":
             # First: a host that is started again asks where a person has said.
             redirect = self._registry.shared.store.redirect_intent
             await trio.to_thread.run_sync(redirect, name, to, limiter=threads.DISK)
-        if isinstance(leaving, SourceSession):
-            leaving.recover(to)
+            vm = self._recoverable(name)  # a disk takes its time, and the migration may go on in it
+        inquiry, again = self._inquiries.of(vm), self._restart.again(vm)
+        if isinstance(vm.claimed_by, SourceSession):
+            vm.claimed_by.recover(to)
         elif inquiry is not None:
             intent, sentence = inquiry
             self._inquiries.ask(vm, {**intent, "peer": to or intent["peer"]}, sentence)
@@ -72,6 +59,19 @@ class Decisions:
                 vm.show(peer=to)
                 vm.record_soon(None)
             again.set()
+
+    def _recoverable(self, name: str) -> Vm:
+        """A VM that somebody goes on with when asked to. Raises PostcopydError."""
+        vm = self._paused(name)
+        going_on = isinstance(vm.claimed_by, SourceSession) or self._inquiries.of(vm) is not None
+        if not going_on and self._restart.again(vm) is None:
+            _must_have_arrived(vm)
+            raise PostcopydError(
+                f"continuing the migration of {name}: its source does that, {vm.status.peer}; it "
+                f"dials by itself, or at once by `postcopyd recover {name}` there",
+                "NotMigrating",
+            )
+        return vm
 
     async def resolve(self, name: str, decision: Decision) -> None:
         """What only a person can decide; to wait changes nothing. Raises PostcopydError."""

@@ -284,7 +284,7 @@ def _histogram(
 
 async def _listen(address: str) -> list[trio.SocketListener]:
     if os.path.isabs(address):
-        opened = socket_file.listen(address, what="socket for metrics", option="--metrics")
+        opened = await socket_file.listen(address, what="socket for metrics", option="--metrics")
         opened.setblocking(False)
         return [trio.SocketListener(trio.socket.from_stdlib_socket(opened))]
     host, port = parse_address(address, listening=True)

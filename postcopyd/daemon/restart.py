@@ -203,11 +203,12 @@ class Restart:
             if vm.ownership != "owned":
                 vm.remove_pages()  # of an arrival that is over
         except Exception as raised:  # one VM's bug is not the others' end
-            self._not_done(vm, row, raised)
+            self._not_done(vm, told, raised)
             return False
         return True
 
-    def _not_done(self, vm: Vm, row: Found, raised: Exception) -> None:
+    def _not_done(self, vm: Vm, told: Status, raised: Exception) -> None:
+        calm = found(vm.ownership, told.phase == "drained").calm  # it may have come as far as that
         error = shortage(raised) or raised
         if not isinstance(error, PostcopydError):
             log.exception("bug in restoring", vm=vm.name)
@@ -217,7 +218,7 @@ class Restart:
             f"(here: {vm.ownership}, with {vm.status.peer or 'nobody'}): {error}"
         )
         if vm.status.message != message:
-            vm.show(**({} if row.calm else {"phase": "paused"}), message=message)
+            vm.show(**({} if calm else {"phase": "paused"}), message=message)
             vm.log.error("VM not restored", ownership=vm.ownership, error=str(error))
 
 

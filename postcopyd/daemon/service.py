@@ -100,13 +100,13 @@ async def _serve_alone(options: ServeOptions, manager: Manager, store: Store) ->
             daemon = Daemon(shared, migrations)
             methods.interface()  # while there are descriptors to read it with
             daemon.restore()
-            if options.metrics:
-                await _metered(daemon, options.metrics, nursery)
             ending = trio.Event()
             await nursery.start(_signals, manager, shared, ending, nursery, migrations)
             control_at = control_listener.getsockname()
             await nursery.start(methods.serve, daemon, control_listener)
             await nursery.start(trio.serve_listeners, guard.each(daemon.serve_peer), listeners)
+            if options.metrics:
+                await _metered(daemon, options.metrics, nursery)
             at = [str(Address(*listener.socket.getsockname()[:2])) for listener in listeners]
             log.info("serving", control=control_at, listen=at)
             manager.tell("READY=1", f"STATUS={summary(daemon.list())}")
@@ -212,7 +212,7 @@ async def _doors(
     for port in ports:
         port.setblocking(False)
     return (
-        doors[0] if doors else socket_file.listen(options.control),
+        doors[0] if doors else await socket_file.listen(options.control),
         [trio.SocketListener(trio.socket.from_stdlib_socket(port)) for port in ports]
         or await _listen(options),
     )

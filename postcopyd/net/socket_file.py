@@ -10,8 +10,9 @@ import grp
 import os
 import socket
 import stat
-import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+
+import trio
 
 from postcopyd.errors import PostcopydError
 
@@ -21,7 +22,7 @@ BACKLOG = 64
 _LOCK_SECONDS = 5.0
 
 
-def listen(
+async def listen(
     path: str, group: str = GROUP, *, what: str = "control socket", option: str = "--control"
 ) -> socket.socket:
     """A socket that listens at `path`, mode 0660, for `group` where the host has one.
@@ -34,7 +35,7 @@ def listen(
     try:
         folder = os.path.dirname(os.path.abspath(path))
         os.makedirs(folder, exist_ok=True)
-        with _locked(folder):
+        async with _locked(folder):
             _make_way(path)
             # Nobody can connect between bind and listen, so owner and mode are never too wide.
             listener.bind(path)
@@ -42,30 +43,34 @@ def listen(
             with contextlib.suppress(KeyError, PermissionError):
                 os.chown(path, -1, grp.getgrnam(group).gr_gid)
             listener.listen(BACKLOG)
-    except PostcopydError as error:
+    except BaseException as error:
         listener.close()
-        raise PostcopydError(f"{what}: {error}") from None
-    except OSError as error:
-        listener.close()
-        why = error.strerror or str(error)
-        raise PostcopydError(f"{what}: {why}; choose another with {option}") from error
+        if isinstance(error, PostcopydError):
+            raise PostcopydError(f"{what}: {error}") from None
+        if isinstance(error, OSError):
+            why = error.strerror or str(error)
+            raise PostcopydError(f"{what}: {why}; choose another with {option}") from error
+        raise
     return listener
 
 
-@contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def _locked(folder: str) -> AsyncIterator[None]:
     """Two daemons that start together must not both take a stale socket for theirs."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + _LOCK_SECONDS
+        deadline = trio.current_time() + _LOCK_SECONDS
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise PostcopydError(f"another process holds a lock on {folder}") from None
-                time.sleep(0.01)
+                if trio.current_time() > deadline:
+                    raise PostcopydError(
+                        f"another process keeps a lock on {folder}, `lslocks` shows which: end it, "
+                        f"or name another path"
+                    ) from None
+            await trio.sleep(0.01)  # guests of this daemon may be waiting for something else
         yield
     finally:
         os.close(fd)

@@ -23,7 +23,7 @@ from postcopyd import counts
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.host import procfs
 from postcopyd.model import Status
-from postcopyd.records.schema import Attachment, Ownership, Record
+from postcopyd.records.schema import Attachment, Ownership, Record, RecordedStatus
 from postcopyd.records.store import StateNotWritten, Store
 from postcopyd.vmm import Vmm
 
@@ -285,7 +285,8 @@ class Vm:
         )
         self.attachment = Attachment.of(record)
         self.void = record.get("void", False)
-        self.status = convert(to_builtins(self.status) | record["status"], Status)
+        known = {k: v for k, v in record["status"].items() if k in RecordedStatus.__annotations__}
+        self.status = convert(to_builtins(self.status) | known, Status)
 
     def record(self, ownership: Ownership | None = None, epoch: int | None = None) -> None:
         """Writes the record before what it says is acted on. Raises PostcopydError.

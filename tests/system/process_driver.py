@@ -11,7 +11,9 @@ import trio
 from postcopyd.vmm.process.driver import ProcessVmm
 from postcopyd.vmm.process.exchange import Limits
 
-QUICK = Limits(hello=0.5, answer=0.5, called_off=0.2, save=0.5, load=0.5, quit=0.5, state_bytes=1 << 20)
+QUICK = Limits(
+    hello=0.5, answer=0.5, called_off=0.2, save=0.5, load=0.5, quit=0.5, state_bytes=1 << 20
+)
 
 
 async def save_all(vmm: ProcessVmm) -> bytes:

@@ -112,7 +112,7 @@ async def host(folder: Path, *names: str) -> AsyncIterator[Host]:
     daemon = FakeDaemon(*names)
     path = str(folder / "control")
     async with trio.open_nursery() as nursery:
-        await nursery.start(methods.serve, daemon, socket_file.listen(path))
+        await nursery.start(methods.serve, daemon, await socket_file.listen(path))
         made = Host(daemon, path, nursery)
         yield made
         nursery.cancel_scope.cancel()

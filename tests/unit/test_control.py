@@ -37,7 +37,7 @@ NAMES += ["PeerUnreachable", "InvalidRequest", "NotPossible", "Internal"]
 async def serving(daemon: FakeDaemon, folder: Path) -> AsyncIterator[str]:
     path = str(folder / "control")
     async with trio.open_nursery() as nursery:
-        await nursery.start(methods.serve, daemon, socket_file.listen(path))
+        await nursery.start(methods.serve, daemon, await socket_file.listen(path))
         try:
             yield path
         finally:
@@ -352,38 +352,38 @@ async def test_the_asyncvarlink_package_drives_it(tmp_path: Path) -> None:
 # The socket.
 
 
-def test_the_socket_is_for_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_socket_is_for_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is made, the mode is 0660, the group is set where it exists."""
     path = tmp_path / "a" / "b" / "control"
     # Root may give it to any group, others to their own only.
     wanted = 1 if os.geteuid() == 0 else os.getegid()
-    with socket_file.listen(str(path), grp.getgrgid(wanted).gr_name):
+    with await socket_file.listen(str(path), grp.getgrgid(wanted).gr_name):
         entry = path.stat()
         assert stat.S_IMODE(entry.st_mode) == 0o660
         assert entry.st_gid == wanted
     path.unlink()
-    with socket_file.listen(str(path), "no-such-group"):
+    with await socket_file.listen(str(path), "no-such-group"):
         assert path.stat().st_gid == os.getegid()
 
 
-def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
+async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     """A socket that nobody listens on any more is no obstacle."""
     path = str(tmp_path / "control")
-    socket_file.listen(path).close()
-    with socket_file.listen(path), varlink_client.Client(path):
+    (await socket_file.listen(path)).close()
+    with await socket_file.listen(path), varlink_client.Client(path):
         pass
 
 
-def test_a_live_socket_is_left_alone(tmp_path: Path) -> None:
+async def test_a_live_socket_is_left_alone(tmp_path: Path) -> None:
     """Where another daemon listens the second one is refused, and the first goes on."""
     path = str(tmp_path / "control")
-    with socket_file.listen(path), varlink_client.Client(path):
+    with await socket_file.listen(path), varlink_client.Client(path):
         with pytest.raises(PostcopydError, match=re.escape(path) + ".*answers there already"):
-            socket_file.listen(path)
+            await socket_file.listen(path)
         varlink_client.Client(path).close()
 
 
-def test_a_full_socket_is_live(tmp_path: Path) -> None:
+async def test_a_full_socket_is_live(tmp_path: Path) -> None:
     """A daemon too busy to accept is not taken for a dead one."""
     path = str(tmp_path / "control")
     with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
@@ -394,29 +394,29 @@ def test_a_full_socket_is_live(tmp_path: Path) -> None:
             client.setblocking(False)
             client.connect_ex(path)
         with pytest.raises(PostcopydError, match="answers there already"):
-            socket_file.listen(path)
+            await socket_file.listen(path)
 
 
-def test_a_file_is_not_taken_for_a_socket(tmp_path: Path) -> None:
+async def test_a_file_is_not_taken_for_a_socket(tmp_path: Path) -> None:
     """What is not a socket is never removed."""
     path = tmp_path / "control"
     path.write_text("precious")
     with pytest.raises(PostcopydError, match="not a socket"):
-        socket_file.listen(str(path))
+        await socket_file.listen(str(path))
     assert path.read_text() == "precious"
 
 
 @pytest.mark.parametrize("path", ["/proc/x/control", "/" + "x" * 200])
-def test_an_impossible_path_is_refused(path: str) -> None:
+async def test_an_impossible_path_is_refused(path: str) -> None:
     """A path that cannot be made is refused with a sentence that names it and the way out."""
     with pytest.raises(PostcopydError, match=f"{path}.*--control"):
-        socket_file.listen(path)
+        await socket_file.listen(path)
 
 
-def test_one_of_many_gets_a_stale_socket(tmp_path: Path) -> None:
+async def test_one_of_many_gets_a_stale_socket(tmp_path: Path) -> None:
     """Of daemons that start at the same moment exactly one takes over a stale socket."""
     path = str(tmp_path / "control")
-    socket_file.listen(path).close()
+    (await socket_file.listen(path)).close()
     won: list[socket.socket] = []
     refused: list[PostcopydError] = []
     start = threading.Barrier(8)
@@ -424,7 +424,7 @@ def test_one_of_many_gets_a_stale_socket(tmp_path: Path) -> None:
     def begin() -> None:
         start.wait()
         try:
-            won.append(socket_file.listen(path))
+            won.append(trio.run(socket_file.listen, path))
         except PostcopydError as error:
             refused.append(error)
 
@@ -437,7 +437,9 @@ def test_one_of_many_gets_a_stale_socket(tmp_path: Path) -> None:
     won[0].close()
 
 
-def test_a_socket_is_replaced_under_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_socket_is_replaced_under_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between finding a socket stale and listening on its successor no other daemon may look."""
     held: list[bool] = []
     make_way = socket_file._make_way
@@ -454,8 +456,29 @@ def test_a_socket_is_replaced_under_a_lock(tmp_path: Path, monkeypatch: pytest.M
         make_way(path)
 
     monkeypatch.setattr(socket_file, "_make_way", look)
-    socket_file.listen(str(tmp_path / "control")).close()
+    (await socket_file.listen(str(tmp_path / "control"))).close()
     assert held == [True]
+
+
+async def test_waiting_for_the_lock_holds_nobody_up(tmp_path: Path, autojump_clock: Any) -> None:
+    """A daemon that waits for its turn in a folder serves its guests meanwhile; one that waits in
+    vain says for whom, and what to do."""
+    path, folder = str(tmp_path / "control"), os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(PostcopydError, match="keeps a lock on .*`lslocks`.*name another path"):
+        await socket_file.listen(path)
+
+    async def listens() -> None:
+        with await socket_file.listen(path):
+            pass
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listens)
+        await trio.sleep(1)
+        assert not os.path.exists(path)
+        os.close(folder)
+        await trio.sleep(1)
+        assert os.path.exists(path)
 
 
 @pytest.mark.trio

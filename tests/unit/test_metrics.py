@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import json
+import math
+import os
 import re
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -20,12 +24,16 @@ from session_faults import cut, made_clock, migrated
 from session_world import World
 
 from postcopyd import counts
-from postcopyd.daemon import journal, metrics
+from postcopyd.config.options import Address, ServeOptions
+from postcopyd.daemon import journal, metrics, service
 from postcopyd.daemon.metrics import Metrics
+from postcopyd.daemon.sd import Manager
+from postcopyd.net import socket_file
 from postcopyd.records.schema import RecordedStatus
 from postcopyd.records.store import Store
 from postcopyd.sessions.limits import Limits
 from postcopyd.sessions.vm import Vm
+from postcopyd.varlink import client
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DOCS = Path(__file__).parents[2] / "docs"
@@ -178,6 +186,41 @@ async def test_an_address_that_is_taken(tmp_path: Path) -> None:
         port = listener.socket.getsockname()[1]
         with pytest.raises(Exception, match=r"metrics on 127\.0\.0\.1.* in use; say another"):
             await Metrics(Daemon()).serve(f"127.0.0.1:{port}")
+
+
+async def test_guests_do_not_wait_for_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that has to wait for its socket for metrics opens its other doors first."""
+    monkeypatch.setattr(socket_file, "_LOCK_SECONDS", math.inf)
+    monkeypatch.setattr(service, "raise_limit", lambda: None)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    (tmp_path / "locked").mkdir()
+    options = ServeOptions(
+        control=str(tmp_path / "control"),
+        listen=Address("127.0.0.1", 0),
+        tls="off",
+        metrics=str(tmp_path / "locked/metrics"),
+    )
+    folder = os.open(tmp_path / "locked", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+
+    def asked() -> Any:
+        with client.Client(options.control) as one:
+            return one.call("io.postcopyd.List")
+
+    store = Store(tmp_path / "state")
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service._serve_alone, options, Manager({}), store)
+            with trio.fail_after(10):
+                while not os.path.exists(options.control):
+                    await trio.sleep(0.01)
+                assert await trio.to_thread.run_sync(asked, abandon_on_cancel=True) == {"vms": []}
+            assert not os.path.exists(options.metrics or "")
+            nursery.cancel_scope.cancel()
+    finally:
+        os.close(folder)
 
 
 # What is told.

@@ -164,6 +164,15 @@ async def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     assert "it is of version None, not 1" in said["four"]
 
 
+async def test_what_a_newer_daemon_shows(tmp_path: Path) -> None:
+    """A field of the status that this version does not record may be of any kind."""
+    store = Store(tmp_path)
+    status = {**RECORD["status"], "elapsedMs": "PT5S", "passes": 3, "weather": "fine"}
+    write(store, "web1", {**RECORD, "status": status})
+    async with started(store) as made:
+        assert made.status("web1").phase == "idle"
+
+
 async def test_a_bad_record_beside_an_intent(tmp_path: Path) -> None:
     """It is said that the record cannot be read, not that the host has restarted; the destination
     is asked all the same, and asked elsewhere when a person says so."""
