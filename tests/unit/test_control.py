@@ -465,7 +465,7 @@ async def test_waiting_for_the_lock_holds_nobody_up(tmp_path: Path, autojump_clo
     vain says for whom, and what to do."""
     path, folder = str(tmp_path / "control"), os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
-    with pytest.raises(PostcopydError, match="keeps a lock on .*`lslocks`.*name another path"):
+    with pytest.raises(PostcopydError, match=r"keeps a lock on .*`lslocks`.*name another path"):
         await socket_file.listen(path)
 
     async def listens() -> None:
