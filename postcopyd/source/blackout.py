@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Third phase: stop here, device state across, the last look, the grant, run there.
+"""Third phase: stop the guest here, send its device state, look for the last written pages, grant
+the guest to the destination, and wait until it runs there.
 
-The guest stands still in it, so whatever takes its time is done before (`prepare`), and nothing
-here awaits more than the protocol needs. Before the grant any failure has the guest back
-(rollback.py); the grant is recorded first (`_commit`), and after it only the destination may run
-the guest. Borrows the channel and the guest; its own task, `_save`, ends with it.
+The guest stands still meanwhile. So everything slow is done before the stop (`prepare`), and `run`
+awaits no more than the protocol needs. A failure before the grant leaves the guest here
+(rollback.py). The grant is recorded before it is sent (`_commit`); after that only the destination
+may run the guest. Borrows the channel and the guest; its own task, `_save`, ends with it.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from postcopyd.tasks import threads
 from postcopyd.tasks.nursery import open_nursery
 
 STALE_PAGES = 8 * p.DEVICE_CHUNK
-"""Pages of one Stale: a bit each. One without a page to name is not sent."""
+"""Pages that one Stale message covers, one bit each. A Stale that names no page is not sent."""
 
 
 class Blackout:
-    """`prepare`, then `run`. `_as_offered` is set once the guest that was stopped is known to be
-    the one that was offered."""
+    """Call `prepare`, then `run`. `_as_offered` is set once the stopped guest is known to be as it
+    was offered."""
 
     def __init__(self, migration: Migration, guest: Guest, channel: Channel) -> None:
         self._migration, self._figures, self._vm = migration, migration.figures, migration.vm
@@ -37,22 +38,24 @@ class Blackout:
         self._as_offered = trio.Event()
 
     async def prepare(self) -> None:
-        """All that can be done while the guest runs on."""
-        async with open_nursery() as nursery:  # nothing is due; but the destination may fail
+        """Does all that can be done while the guest still runs. Raises PostcopydError."""
+        async with open_nursery() as nursery:  # no message is due, but the destination may fail
             nursery.start_soon(self._engine.watch)
             nursery.start_soon(self._channel.receive)
             await self._engine.scan()
             self._guest.touched = True
             await self._vm.attached().prepare()
             await self._migration.hooks("handover")
-            if not self._figures.passes:  # these have looked; the guest writes again what crosses
+            # Each pass has looked already. Another look gives the guest time to write pages again.
+            if not self._figures.passes:
                 await self._guest.still_as_offered("was prepared")
             nursery.cancel_scope.cancel()
         self._engine.check()
         await self._intend()
 
     async def _intend(self) -> None:
-        """On disk before the stop: a host that comes up again asks before it starts this guest."""
+        """Writes the intent to disk before the stop, so that this host, if it is restarted, asks
+        the destination before anybody starts the guest here."""
         driver, peer = self._vm.attached(), self._migration.peer
         intent = {
             "migration": self._migration.name,
@@ -70,8 +73,8 @@ class Blackout:
         self._vm.record("intent")
 
     async def run(self) -> None:
-        """Returns when the guest runs there. Raises PostcopydError; whether it was granted, the
-        machine says."""
+        """Returns when the guest runs at the destination. Raises PostcopydError; the machine says
+        whether the guest was granted by then."""
         vm, channel = self._vm, self._channel
         vm.show(phase="handover", message=f"handing {vm.name} over to {self._migration.peer.to}")
         async with open_nursery() as nursery:
@@ -79,7 +82,7 @@ class Blackout:
             nursery.start_soon(self._save)
             await self._loaded()
             if not self._as_offered.is_set():
-                async with open_nursery() as waiting:  # nothing is due; but it may fail there
+                async with open_nursery() as waiting:  # no message is due, but it may fail there
                     waiting.start_soon(channel.receive)
                     await self._as_offered.wait()
                     waiting.cancel_scope.cancel()
@@ -115,14 +118,14 @@ class Blackout:
 
         await driver.save(send, stopped)
         self._figures.saved_at = time.monotonic()
-        # Only now is RAM final, disk reads that were under way at the stop included. What the
-        # destination has asked for meanwhile waits in the urgent socket.
+        # Guest RAM is final only here: disk reads that were under way at the stop have ended.
+        # What the destination has requested meanwhile waits in the urgent socket.
         if self._guest.tracking is not None:
             await self._guest.tracking.look(Look.STOPPED)
             await self._name_stale()
         self._engine.serve()
         await self._channel.send(p.DeviceEnd(size, run=driver.before != "paused"))
-        # While the destination loads it, so that the guest waits no longer for this.
+        # Checked while the destination loads the device state, so that this adds no downtime.
         if not await self._guest.outline_is_as_offered():
             raise PostcopydError(
                 f"somebody changed devices or disks of {self._vm.name} as it was handed over: "
@@ -132,7 +135,7 @@ class Blackout:
         self._as_offered.set()
 
     async def _name_stale(self) -> None:
-        """What the destination has an old copy of; guest RAM is final."""
+        """Names the pages that the destination lacks or has an old copy of. RAM must be final."""
         for index, region in enumerate(self._guest.shape.regions):
             for first in range(0, region.pages, STALE_PAGES):
                 count = min(STALE_PAGES, region.pages - first)
@@ -140,8 +143,8 @@ class Blackout:
                     await self._channel.send(p.Stale(index, first, count, bits))
 
     async def _loaded(self) -> None:
-        """Until the destination has all that it needs to run the guest: with precopy all pages."""
-        while not isinstance(answer := await self._channel.receive(), p.Loaded):  # Serving
+        """Waits until the destination could run the guest; with precopy it then has all pages."""
+        while not isinstance(answer := await self._channel.receive(), p.Loaded):  # else: Serving
             if self._migration.request.mode != "precopy":
                 raise RemoteProtocolError(
                     f"{self._migration.peer.to} sent {type(answer).__name__} where Loaded was due"
@@ -150,7 +153,7 @@ class Blackout:
         self._figures.loaded_at = time.monotonic()
 
     def _commit(self) -> None:
-        """The point of no return: recorded first, and no await between the looks and the record."""
+        """The point of no return: records the grant, with no await between checks and record."""
         vm = self._vm
         if self._migration.cancelling.cancel_called:
             raise PostcopydError("cancelled by request", "Cancelled")

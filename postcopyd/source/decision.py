@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person has decided about a departure that is paused, and what came of it. No I/O.
+"""A person's decision about a departure that is paused, and its outcome. No I/O.
 
-The session looks at it between two attempts to ask the destination, never in the middle of one: a
-destination that answers just then has the last word. Whoever asked waits for the outcome, so that
-nobody is told of a success that was none.
+The session looks at the decision between two attempts to ask the destination, never during one, so
+that a destination that answers just then has the last word. The caller that decides waits for the
+outcome, so that nobody is told of a success that did not happen.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from postcopyd.errors import PostcopydError
 from postcopyd.protocol import LOST
 
 TAKE_BACK_S = 10.0
-"""How long a destination that a person calls dead is asked all the same before its guest is run
-here: a daemon that is only started again says nothing for a second or two."""
+"""How long a destination that a person calls dead is still asked before its guest is run here: a
+daemon that is only restarting says nothing for a second or two."""
 
 UNKNOWN = frozenset({"NotMigrating", "NoSuchVm"})
 """Names of errors by which a destination says that it knows nothing of the guest."""
 
 GIVEN_UP = UNKNOWN | {LOST}
 """Names of errors by which a destination says that it has nothing of the guest any more. Any other
-word of it shows that it is not dead."""
+answer shows that the destination is not dead."""
 
 SILENT = frozenset({"PeerUnreachable", "ConnectionLost"})
-"""Names of errors of an attempt in which nothing was heard. Of others too a destination may be
-alive: one that is not trusted, one that could not be asked for want of descriptors here."""
+"""Names of errors of an attempt in which nothing was heard. After any other error the destination
+may be alive: it may not be trusted, or this host may lack the descriptors to ask it."""
 
 Choice = Literal["kill", "take_back"]
 
 
 class Decision:
-    """`until`: a destination that has said nothing by then, on the clock of trio, is dead."""
+    """A destination that has said nothing by the time `until` (trio's clock) counts as dead."""
 
     def __init__(self, choice: Choice) -> None:
         self.choice = choice
@@ -43,7 +43,7 @@ class Decision:
         self._error: PostcopydError | None = None
 
     def done(self, error: PostcopydError | None = None) -> None:
-        """It was carried out, or why not. The first word counts."""
+        """Notes that it was carried out, or why it was not. Only the first call counts."""
         if not self._over.is_set():
             self._error = error
             self._over.set()
@@ -56,15 +56,15 @@ class Decision:
 
 
 class Person:
-    """What a person has said to a migration that is paused: to ask at once, or a decision. There is
-    one decision at a time."""
+    """What a person wants of a paused migration: that it asks the destination at once, or a
+    decision. There is at most one decision at a time."""
 
     def __init__(self) -> None:
         self.decision: Decision | None = None
         self._spoke = trio.Event()
 
     def wants_it_asked(self) -> None:
-        """The destination, at once."""
+        """Has the destination asked at once."""
         self._spoke.set()
 
     def decides(self, choice: Choice) -> Decision:
@@ -73,7 +73,7 @@ class Person:
         return self.decision
 
     def heard(self) -> Decision | None:
-        """What is decided so far; `listen` waits for what is said from here on."""
+        """The decision so far. `listen` waits for what a person says after this call."""
         self._spoke = trio.Event()
         return self.decision
 
@@ -82,7 +82,7 @@ class Person:
 
 
 def still_there(name: str, peer: str, choice: Choice, said: str) -> PostcopydError:
-    """Why a guest is not decided about whose destination may live."""
+    """The refusal of a decision about a guest whose destination may be alive."""
     what = "running it here again" if choice == "take_back" else "ending its VMM here"
     mend = (
         f"if it cannot go on there, `postcopyd resolve {name} --kill` there first, and then say "

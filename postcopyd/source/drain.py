@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fourth phase: the guest runs there, and the rest of its memory follows until all of it is there.
+"""Fourth phase: the guest runs at the destination, and the rest of its memory follows.
 
-Threads of the engine answer and push; this says when they begin, shows how far they are, and
-compares the counts at the end. Then the copy here is of no use to anybody: the VMM is ended. A
-connection that is lost meanwhile is recovery.py's, which makes a drain for the next one. Borrows
-the channel and the guest.
+Threads of the engine answer requests and push pages. This file starts them, shows how far they are,
+and compares the counts at the end. Then nobody needs the copy here, and the VMM is ended. If the
+connection is lost meanwhile, recovery.py makes a Drain for the next one. Borrows the channel and
+the guest.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from postcopyd.tasks.nursery import open_nursery
 
 
 class Drain:
-    """Of one connection."""
+    """The drain over one connection."""
 
     def __init__(self, migration: Migration, guest: Guest, channel: Channel) -> None:
         self._migration, self._figures, self._vm = migration, migration.figures, migration.vm
         self._guest, self._engine, self._channel = guest, guest.engine, channel
 
     async def run(self) -> None:
-        """Its memory follows. On a connection that resumes, what the destination has comes first
-        and nothing is pushed before it."""
+        """Returns when all memory is there. On a connection that resumes, the destination first
+        says which pages it has; nothing is pushed before that. Raises PostcopydError."""
         figures, vm = self._figures, self._vm
         vm.show(
             phase="postcopy",
@@ -61,7 +61,8 @@ class Drain:
         await self.over(message)
 
     async def over(self, drained: p.Drained) -> None:
-        """The destination says that it has all."""
+        """Ends the migration: the destination says that it has all. Raises PostcopydError if the
+        two sides count differently."""
         migration, vm = self._migration, self._vm
         if drained.confirmed != self._engine.stats.total_pages:
             migration.machine.happened(Happened.MISCOUNTED)
@@ -76,21 +77,21 @@ class Drain:
         if drained.lost:
             migration.log.error("memory lost", pages=drained.lost)
         vm.conclude(phase="drained", remaining=0, message=sentence, result=None)
-        # Where it is not written, what was recorded before stands: the careful side of the truth.
+        # If this cannot be written, the previous record stands: the next daemon asks again.
         vm.record_soon("granted")
         await self._acknowledge()
         trouble = await let_go(migration)
-        # Who waits for the result is told last, and finds the VMM here as it shall be.
+        # The result is shown last: a client that waits for it then finds the VMM in its last state.
         vm.show(result=msgspec.to_builtins(result), message=sentence + trouble)
         vm.record_soon("granted")
         self._log(result)
         await migration.hooks("drained")
 
     async def _counted(self, drained: p.Drained) -> Result:
-        """All of it, to the last byte that was sent."""
+        """Ends the sending, and returns the result with every byte counted."""
         self._figures.faults = drained.faults
         moved = time.monotonic()
-        await self._engine.disconnect()  # its threads count what they have sent to the last
+        await self._engine.disconnect()  # joins its threads, so that their counts are final
         self._migration.stop_sending()
         await self._guest.untrack()
         return self._migration.result("completed", drained=drained, at=moved)
@@ -98,7 +99,7 @@ class Drain:
     async def _acknowledge(self) -> None:
         try:
             await self._channel.send(p.Acknowledged())
-        except PostcopydError:  # the destination has all it needs
+        except PostcopydError:  # the destination does not depend on it
             self._migration.log.info("the destination went before it was acknowledged")
 
     def _log(self, result: Result) -> None:
@@ -115,7 +116,8 @@ class Drain:
 
 
 async def let_go(migration: Migration) -> str:
-    """Ends the VMM here, or leaves it; returns what the operator has to be told."""
+    """Ends the VMM here, or leaves it stopped for `keep_source`. Returns a clause for the operator
+    if that failed, else an empty string."""
     vm, keep = migration.vm, migration.request.keep_source
     if vm.driver is None:
         return ""

@@ -16,13 +16,13 @@ from postcopyd.tasks import threads
 from postcopyd.vmm import Region
 
 AT_ONCE_PAGES = 1 << 20
-"""A guest of so many pages is looked at in some milliseconds; to use a thread for that would take
-another one of the blackout."""
+"""Up to so many pages the look in the blackout takes some milliseconds, and runs in the caller's
+task: handing it to a thread would take a millisecond more."""
 
 
 class Look(Enum):
-    """enum pc_look of native.h: ARM has pages found written seen when they are written next, never
-    while direct I/O is in flight; STOPPED is for the blackout."""
+    """enum pc_look of native.h. ARM also arms the pages, so that the next write to them is seen;
+    never use it while direct I/O is in flight. STOPPED is for the blackout."""
 
     ONLY = lib.PC_LOOK_ONLY
     ARM = lib.PC_LOOK_ARM
@@ -30,7 +30,7 @@ class Look(Enum):
 
 
 class SourceEngine(Engine):
-    """Reads the guest's regions; borrows their descriptors until `close`."""
+    """Reads the guest's regions; borrows their descriptors until `aclose`."""
 
     role = "source"
     _free = lib.pc_source_free
@@ -43,23 +43,23 @@ class SourceEngine(Engine):
         )
 
     async def scan(self) -> None:
-        """Finds data and holes. May be called while the guest runs: the push looks again."""
+        """Finds data and holes. The guest may run meanwhile, because the push looks again."""
         while await trio.to_thread.run_sync(
             lib.pc_source_scan, self.handle, limiter=threads.ENGINE
         ):
-            pass  # it may be cancelled between two steps
+            pass  # this call may be cancelled between two steps
 
     def tell_losses(self, understood: bool) -> None:
         """Whether the destination understands that pages cannot be read. Before `connect`."""
         lib.pc_source_tell_losses(self.handle, understood)
 
     def track(self, uffd: int) -> None:
-        """Sees writes to guest RAM, by a new userfaultfd of the VMM that is borrowed until
-        `untrack`. Raises PostcopydError where the kernel cannot."""
+        """Begins to track writes to guest RAM, by a new userfaultfd of the VMM that is borrowed
+        until `untrack`. Raises PostcopydError if the kernel cannot."""
         self.must(lib.pc_source_track(self.handle, uffd), "tracking writes to guest RAM")
 
     async def look(self, how: Look = Look.ONLY) -> int:
-        """Finds what is to be sent (again) and returns its number of pages."""
+        """Finds what is to be sent (again); returns how many pages. Raises PostcopydError."""
         pages: int
         if how is Look.STOPPED and self.stats.total_pages <= AT_ONCE_PAGES:
             await trio.lowlevel.checkpoint()
@@ -72,34 +72,34 @@ class SourceEngine(Engine):
         return pages
 
     def copy(self, bandwidth: int) -> None:
-        """Begins one pass: sends what the last `look` found, and is over when nothing is `pushing`.
-        At most `bandwidth` bytes a second (0: no limit)."""
+        """Begins one pass, which sends what the last `look` found, at most `bandwidth` bytes a
+        second (0: no limit). It is over when `stats.pushing` is 0."""
         self.must(lib.pc_source_copy(self.handle, bandwidth), "starting a pass")
 
     def stale(self, region: int, first: int, count: int) -> bytes | None:
         """Which of `count` pages from `first` on the destination lacks or has an old copy of: bit
-        i % 8 of byte i / 8; None: none of them."""
+        i % 8 of byte i / 8. None if there are none."""
         bits = bytearray((count + 7) // 8)
         found = lib.pc_source_stale(self.handle, region, first, count, ffi.from_buffer(bits))
         self.must(found, f"listing pages {first} to {first + count} of region {region}")
         return bytes(bits) if found else None
 
     async def untrack(self) -> None:
-        """The guest's writes cost nothing any more. Idempotent."""
+        """Ends the tracking: the guest's writes cost nothing any more. Idempotent."""
         await trio.to_thread.run_sync(lib.pc_source_untrack, self.handle, limiter=threads.ENGINE)
 
     def connect(self, fd: int, *, urgent: bool, tls: Any = None) -> None:
-        """Takes over a connected socket and its `struct pc_tls *`, whatever happens."""
+        """Takes over a connected socket and its `struct pc_tls *`, also if it raises."""
         self.must(
             lib.pc_source_connect(self.handle, fd, tls or ffi.NULL, urgent),
             "taking a data connection",
         )
 
     def have(self, region: int, first: int, count: int, bits: bytes) -> None:
-        """These pages are not pushed, the destination has them: bit i % 8 of byte i / 8.
+        """Notes pages that the destination has and that are not pushed: bit i % 8 of byte i / 8.
 
-        After `connect` and before `push`; `disconnect` forgets it. Raises PostcopydError for what
-        does not fit the guest, as these are a peer's numbers.
+        Call it after `connect` and before `push`; `disconnect` forgets it. The numbers are a
+        peer's: raises PostcopydError if they do not fit the guest.
         """
         fits = 0 <= region < 1 << 16 and 0 <= first < 1 << 63 and 0 <= count < 1 << 63
         if not fits or len(bits) != (count + 7) // 8:
@@ -118,7 +118,7 @@ class SourceEngine(Engine):
         self.must(lib.pc_source_push(self.handle, bandwidth), "starting to push pages")
 
     def limit(self, bandwidth: int) -> None:
-        """At most `bandwidth` bytes a second (0: no limit) from now on, in a pass or a push."""
+        """From now on a pass or a push sends at most `bandwidth` bytes a second (0: no limit)."""
         lib.pc_source_limit(self.handle, bandwidth)
 
     async def disconnect(self) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of a migration, for the people who wait for it. Decides nothing.
+"""Measurements of a migration, for the people who wait for it. Decides nothing.
 
-Each phase writes here what it has seen; nobody reads it to decide, but for the passes, which decide
-when to hand over (passes.py), and the pages that have arrived, which decide when to ask again
-(retry.py).
+Each phase writes here what it has measured. Decisions are based on two of these figures only: the
+passes decide when to hand over (passes.py), and the number of pages that have arrived decides when
+to ask again (retry.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from postcopyd.source.passes import Pass
 from postcopyd.vmm import Shape
 
 NO_STATS = ffi.new("struct pc_stats *")
-"""Of an engine that is not there: all zero."""
+"""The statistics when there is no engine: all zero."""
 
 
 class Figures:
-    """Times are of the monotonic clock, in seconds, and 0.0 until they come; `stats` is the
-    engine's struct pc_stats, while there is one."""
+    """Times are seconds of the monotonic clock, and 0.0 until they are known. `stats` is the
+    engine's struct pc_stats while there is an engine."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -43,15 +43,15 @@ class Figures:
         self.recoveries = 0
 
     def inspected(self, shape: Shape) -> None:
-        """How much memory the guest has."""
+        """Notes how much memory the guest has."""
         self.total_bytes = sum(region.size for region in shape.regions)
         if shape.regions:
             self.page_size = shape.regions[0].page_size
 
     def ran(self) -> None:
-        """The guest runs there: what it waited for. `save` is its VMM here giving the device state,
-        `load` the one there taking the rest of it, `run` running it there; a round trip is in the
-        second and in the third."""
+        """Notes that the guest runs at the destination, and what its downtime was spent on: `save`
+        is until the VMM here has given all device state, `load` until the VMM there has taken it,
+        `run` until the guest runs there. `load` and `run` each include a round trip."""
         self.ran_at = time.monotonic()
         times = (self.stopped_at, self.saved_at, self.loaded_at, self.ran_at)
         parts = zip(("save", "load", "run"), pairwise(times), strict=True)
@@ -61,7 +61,7 @@ class Figures:
         self.downtime_ms = round((self.ran_at - self.stopped_at) * 1e3, 2)
 
     def tell(self, result: model.Result, drained: p.Drained | None, at: float) -> None:
-        """Puts all that is known into the result of a migration that was over at `at`."""
+        """Puts all that is known into the result of a migration that ended at `at`."""
         since = at - self.ran_at if self.ran_at else 0.0
         since += sum(one.seconds for one in self.passes)
         moved = self.stats.transferred_bytes
@@ -88,6 +88,6 @@ class Figures:
         result.passes = [one.shown() for one in self.passes]
 
     def shown_faults(self) -> model.Faults:
-        """As results and status have them."""
+        """The faults as results and status show them."""
         seen = self.faults
         return model.Faults(seen.count, seen.p50_us, seen.p99_us, seen.max_us, seen.histogram)

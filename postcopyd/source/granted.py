@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon that a guest was granted to, and what the word of one that knows nothing of the guest
-is worth. No I/O.
+"""Which daemon a guest was granted to, and whether to believe a daemon that knows nothing of the
+guest. No I/O.
 
-Who has the guest on record is believed, whoever it is. That nothing is known of it is true of every
-other daemon in the world as well: it counts only from the daemon that was granted, or from its
-machine once that has restarted, as then nothing runs any more that ran there.
+A daemon that has the guest on record is believed, whichever it is. But every other daemon in the
+world knows nothing of the guest either. So that answer counts only from the daemon that the guest
+was granted to, or from its machine after a reboot, as then nothing runs any more that ran there.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from postcopyd.source.decision import UNKNOWN
 
 
 class Granted(msgspec.Struct, frozen=True):
-    """`at` is where it was dialled, HOST[:PORT]; `daemon` is None of an older one, that has not
-    said which it is."""
+    """`at` is the address where the daemon was dialled, HOST[:PORT]. `daemon` is None for an older
+    version, which does not say which daemon it is."""
 
     at: str
     host: str = ""
@@ -33,21 +33,23 @@ class Granted(msgspec.Struct, frozen=True):
 
     @classmethod
     def known_again(cls, about: Any) -> Granted:
-        """The one that `recorded` was written of."""
+        """The inverse of `recorded`."""
         return msgspec.convert(about, cls)
 
     def recorded(self) -> schema.Granted:
-        """As records and intents have it."""
+        """The form that records and intents have."""
         found: schema.Granted = msgspec.to_builtins(self)
         return found
 
     def has_told(self, error: str) -> bool:
-        """Whether an error of this name that was let through is of this daemon: of an older one
-        nobody can tell, and silence is nobody's."""
+        """Whether an error of this name, which `Peer.told` has let through, certainly came from
+        this daemon. An older version cannot be told from others, and silence proves nothing."""
         return error == LOST or (error in UNKNOWN and self.daemon is not None)
 
     def would_know(self, other: Granted) -> bool:
-        """Whether a guest that `other` knows nothing of runs nowhere that this one knows."""
+        """Whether `other` would know the guest if it still ran where it was granted: `other` is
+        this daemon, or runs on its machine after a reboot. True for an older version, as nobody
+        can tell."""
         granted, answers = self.daemon, other.daemon
         if granted is None or answers is None:
             return granted is None
@@ -57,7 +59,7 @@ class Granted(msgspec.Struct, frozen=True):
 
 
 def unknowing(vm: str, granted: Granted, other: Granted) -> PostcopydError:
-    """Why the word of `other` does not count, and what to do."""
+    """The error that says why the answer of `other` does not count, and what to do."""
     one, two = granted.daemon, other.daemon
     if one and two and (one.machine, one.boot) == (two.machine, two.boot):
         who = f"another daemon of {granted.host}, with another --state-dir"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest here, as the phases have it: what its VMM looked like when it was offered, the engine
-that reads its RAM, and the tracking of what it writes.
+"""The guest at the source, as the phases use it: its VMM as it was offered, the engine that reads
+its RAM, and the tracking of what it writes.
 
-Owns the engine and the tracking, and ends both (`aclose`); the session calls that last. Descriptors
-of guest RAM are the session's, and outlive the engine, which reads by them. One task at a time
-calls the engine.
+Owns the engine and the tracking, and ends both in `aclose`, which the session calls at its end. The
+session owns the descriptors of guest RAM, which outlive the engine that reads by them. One task at
+a time calls the engine.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from postcopyd.vmm import Shape
 
 
 class Guest:
-    """`touched`: something was done to its VMM, which a rollback has to undo; `tracking` is None
-    where there are no passes."""
+    """`touched`: something was done to its VMM that a rollback has to undo. `tracking` is None if
+    there are no passes."""
 
     def __init__(self, migration: Migration, shape: Shape) -> None:
         self.shape = shape
@@ -35,14 +35,14 @@ class Guest:
 
     @classmethod
     def known_again(cls, migration: Migration, shape: Shape, about: schema.Departure) -> Guest:
-        """The guest that was granted before the daemon was started, by what its VMM looks like now.
-        Raises PostcopydError when it has other RAM."""
+        """A guest that the previous daemon granted, from its VMM as it is now and its record.
+        Raises PostcopydError if the VMM has other RAM than the record."""
         regions = [(r.name, r.pages, r.page_size) for r in shape.regions]
         if regions != [tuple(region) for region in about["regions"]]:
             raise PostcopydError(
                 f"the VMM of {migration.vm.name} here has other RAM than the one that was migrated"
             )
-        # What the guest did before it was stopped for this is what it goes back to.
+        # A rollback puts the guest back into the state that it had before it was stopped.
         before = migration.vm.attached().before or "paused"
         guest = cls(migration, replace(shape, state=before))
         guest.touched = True
@@ -53,11 +53,11 @@ class Guest:
         return self._migration.rate(self.engine)
 
     def note(self) -> None:
-        """What a daemon that is started again needs of it, for the next record."""
+        """Notes for the next record what a restarted daemon needs of the guest."""
         self._migration.note(self.shape)
 
     async def still_as_offered(self, meanwhile: str) -> None:
-        """Passes take their time, and so does waiting: what was offered must be so still. Only
+        """Checks, after something that took time, that the VMM still is as it was offered. Only
         whether the guest runs may have changed. Raises PostcopydError."""
         vm = self._migration.vm
         was, now = self.shape, await vm.attached().inspect("source")
@@ -71,22 +71,22 @@ class Guest:
         self.shape = replace(was, state=now.state, outline=now.outline)
 
     async def outline_is_as_offered(self) -> bool:
-        """Whether nothing was plugged, or put behind a disk, since it was looked at: a millisecond,
-        in the blackout too."""
+        """Whether nothing was plugged, or put behind a disk, since the last look at the VMM. Takes
+        a millisecond, so the blackout may ask it too."""
         return await self._migration.vm.attached().outline() == self.shape.outline
 
     async def untrack(self) -> None:
-        """What it writes costs it nothing any more. Idempotent."""
+        """Ends the tracking: the guest's writes cost nothing any more. Idempotent."""
         tracking, self.tracking = self.tracking, None
         if tracking is not None:
             try:
                 await tracking.aclose()
-            except Exception:  # a bug: the rest must happen, and tracking ends with the daemon
+            except Exception:  # a bug: cleaning up goes on, and tracking ends with the daemon
                 self._migration.log.exception("bug in the end of tracking")
             self._migration.figures.tracked = tracking.json()
 
     async def aclose(self) -> None:
-        """Idempotent."""
+        """Ends the tracking and the engine. Idempotent."""
         await self.untrack()
         self._migration.figures.stats = NO_STATS
         await self.engine.aclose()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all phases of one departure share: what was asked for, what has been decided, what was
-measured, and how people, hooks and the record are told. Does no step of it.
+"""What all phases of one departure share: the request, what was decided and measured, and how
+people, hooks and the record are told. Takes no step of the migration itself.
 
-Owns the machine of states, the `Peer`, and this migration's share of the uplink, which begins with
-the first `rate` and ends with `stop_sending`.
+Owns the state machine, the `Peer`, and this migration's share of the uplink, which begins with the
+first `rate` and ends with `stop_sending`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SHOW_S = 0.1
 
 
 class Migration:
-    """`cancelling` is the scope of all steps before the grant; `committed`: the grant is on record,
-    and nobody takes the guest back any more; `ending`: it is at its last steps; `completed` its
-    result, once nothing of the guest is needed here any more."""
+    """`cancelling` is the cancel scope of all steps before the grant. `committed`: the grant is on
+    record, and `cancel` is refused. `ending`: the migration is at its last steps. `completed` is
+    its result, once nothing of the guest is needed here any more."""
 
     def __init__(
         self, vm: Vm, request: MigrateRequest, shared: Shared, name: str, machine: Machine
@@ -61,7 +61,7 @@ class Migration:
         return self.vm.log.bind(migration=self.name, peer=self.peer.to, role="source")
 
     def ours(self, error: Exception) -> PostcopydError:
-        """Whatever a step has raised, as an operator is told it."""
+        """The error that an operator is told for whatever a step has raised."""
         if isinstance(error, PostcopydError):
             return error
         if short := shortage(error):
@@ -84,28 +84,28 @@ class Migration:
 
     @property
     def bandwidth(self) -> int:
-        """Of this migration: what was asked for, within what the configuration allows."""
+        """Bytes a second (0: no limit): as asked for, within what the configuration allows."""
         asked, most = self.request.bandwidth or 0, self.shared.bandwidth
         return min(asked, most) if asked and most else asked or most
 
     def rate(self, engine: SourceEngine) -> int:
-        """What it may send from now on; how much that is changes as others begin and end."""
+        """How many bytes a second `engine` may send; it is told when others begin or end."""
         return self.shared.limits.uplink.join(self, self.bandwidth, engine.limit)
 
     def stop_sending(self) -> None:
-        """Its share goes to the others. Idempotent."""
+        """Gives its share of the uplink to the others. Idempotent."""
         self.shared.limits.uplink.leave(self)
 
-    # --- what a daemon that is started again needs -----------------------------------------------
+    # --- what a restarted daemon needs -----------------------------------------------------------
 
     def note(self, shape: Shape) -> None:
-        """What `know_again` and `Guest.known_again` need, for the next record."""
+        """Notes for the next record what `know_again` and `Guest.known_again` need."""
         figures = self.figures
         about: schema.Departure = {
             "migration": self.name,
             "request": cast(schema.Request, asdict(replace(self.request, to=self.peer.to))),
             "regions": [(r.name, r.pages, r.page_size) for r in shape.regions],
-            "run": shape.state == "running",  # before its stop
+            "run": shape.state == "running",  # before it was stopped
             "marked": True,
             "downtime": (figures.downtime_ms, figures.downtime_parts),
             "recoveries": figures.recoveries,
@@ -117,7 +117,7 @@ class Migration:
         self.vm.note(dict(about))
 
     def know_again(self, about: schema.Departure) -> None:
-        """That its guest was granted before the daemon was started."""
+        """Restores what `note` has recorded, of a guest that the previous daemon granted."""
         self.committed = True
         self.peer.identity = tuple(about.get("identity", ()))
         if "granted" in about:
@@ -131,7 +131,8 @@ class Migration:
     # --- what people see -------------------------------------------------------------------------
 
     async def show_progress(self, until: int | None = None) -> None:
-        """`until`: how many pages will have been sent in passes at the end of this one."""
+        """Shows progress until it is cancelled. `until`: how many pages will have been sent in
+        passes at the end of this one."""
         figures = self.figures
         stats, before, at = figures.stats, 0, time.monotonic()
         while True:
@@ -156,8 +157,8 @@ class Migration:
         drained: p.Drained | None = None,
         at: float | None = None,
     ) -> Result:
-        """`at` is when the migration was over. Figures that cannot be had, by a bug, keep nobody
-        from being told the rest."""
+        """The result of a migration that ended at `at` (None: now). If a bug spoils the figures,
+        people are still told the rest."""
         figures, at = self.figures, at or time.monotonic()
         result = Result(
             event=event,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""First phase: the guest is offered, waits for its turn, and the data connections are made.
+"""First phase: offer the guest, wait for its turn, make the data connections.
 
-Also what `postcopyd check` asks, which is the same offer with the question whether it would be
-taken. Until the turn comes the guest runs here as ever, and nobody looks at it. Functions, as no
+Also serves `postcopyd check`, which sends the same offer and only asks whether it would be taken.
+While the guest waits for its turn it runs here as before, and nobody looks at it. Functions, as no
 state stays. Borrows the channel.
 """
 
@@ -23,15 +23,15 @@ from postcopyd.vmm import Shape, VmmGone
 
 
 async def problems(migration: Migration, shape: Shape) -> list[str]:
-    """What would keep the guest from going, on both hosts. What would make it another migration
-    than was asked for is among the warnings. Touches nothing."""
+    """What would prevent the migration, on both hosts. Adds to the warnings what would make it
+    another migration than was asked for. Touches nothing."""
     found = [*shape.problems]
     if why := shape.untracked or kernel.why_no_passes():
         migration.figures.warnings.append(
             f"it would be moved by postcopy alone, without passes: {why}"
         )
     try:
-        if shape.regions or not found:  # without any, there is nothing to offer
+        if shape.regions or not found:  # without regions there is nothing to offer
             channel = await greeted(migration, shape)
             await channel.send(_offer(migration, shape, check=True))
             found += (await channel.expect(p.Checked)).problems
@@ -41,7 +41,7 @@ async def problems(migration: Migration, shape: Shape) -> list[str]:
 
 
 def refuse(vm: Vm, shape: Shape) -> None:
-    """Raises PostcopydError for a guest that can be seen here not to go anywhere."""
+    """Raises PostcopydError if this host can see by itself that the guest cannot be moved."""
     if shape.problems:
         raise PostcopydError("; ".join(shape.problems), "Refused")
     if shape.state == "incoming":
@@ -51,7 +51,8 @@ def refuse(vm: Vm, shape: Shape) -> None:
 
 
 async def greeted(migration: Migration, shape: Shape) -> Channel:
-    """The channel to the destination, which is the one that this guest is granted to."""
+    """The channel to the destination, whose daemon is noted as the one to grant this guest to.
+    Raises PostcopydError."""
     peer = migration.peer
     channel = await peer.greeted()
     peer.granted = peer.answers
@@ -65,7 +66,7 @@ async def greeted(migration: Migration, shape: Shape) -> Channel:
 
 
 async def accepted(migration: Migration, guest: Guest, channel: Channel) -> None:
-    """Until the destination serves this guest. Raises PostcopydError: it does not take it."""
+    """Returns when the destination serves this guest. Raises PostcopydError if it does not."""
     await channel.send(_offer(migration, guest.shape, staged=guest.tracking is not None))
     token = await _turn(migration, guest, channel)
     await migration.peer.connect(channel, guest.engine, migration.name, token)
@@ -92,8 +93,8 @@ def _offer(
 
 
 async def _turn(migration: Migration, guest: Guest, channel: Channel) -> bytes:
-    """Waits until the destination takes this guest; the token for data connections. Until then it
-    runs here as ever, and what was seen of its VMM may be old."""
+    """Waits until the destination takes this guest; returns the token for data connections. The
+    guest runs meanwhile, so after a wait its VMM is compared with the offer again."""
     vm, to = migration.vm, migration.peer.to
     queued = False
     async with open_nursery() as nursery:

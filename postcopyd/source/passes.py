@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When to stop copying and hand over: decided after each pass from what was measured. No I/O.
+"""Decides after each pass, from what was measured, when to stop copying and hand over. No I/O.
 
-A pass sends what the destination lacks while the guest runs on. Meanwhile the guest writes; what it
-has written is what the next pass would send. With W pages written a second and R sent a second the
-next pass leaves W / R of what is left now, so passes shrink what is left when the guest writes less
-than the link carries, and do nothing but cost the guest when it writes more.
+A pass sends what the destination lacks while the guest runs on. What the guest writes meanwhile is
+what the next pass would send. If the guest writes W pages a second and R are sent a second, the
+next pass leaves W / R of what is left now. So passes shrink what is left if the guest writes less
+than the link carries. If it writes more, they only slow the guest down.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ PAYS = 0.7
 """Another pass pays when it will leave at most this share of what is left now."""
 
 SHORT_S = 0.02
-"""What is left and takes no longer than this to send is not worth a pass: the scan before it and
-the round trip behind it take as long."""
+"""If what is left takes no longer than this to send, it is not worth a pass: the scan before a pass
+and the round trip after it take as long."""
 
 MOST = 30
-"""Passes, whatever the figures say."""
+"""How many passes are made at most, whatever the figures say."""
 
 STUCK = 3
-"""Passes in a row that left no less than one before them: `precopy` does not converge."""
+"""If so many passes in a row left no less than the best one before them, `precopy` does not
+converge."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class Pass:
 
     @property
     def written(self) -> float:
-        """Pages that the guest has written a second; each counts once, however often written."""
+        """Pages a second that the guest has written; a page counts once, however often written."""
         return self.left / self.seconds if self.seconds else 0.0
 
     @property
     def left_s(self) -> float:
-        """Seconds that what is left would take at this pass's rate."""
+        """Seconds that it would take to send what is left at this pass's rate."""
         return self.left / self.rate if self.pages else 0.0
 
     def shown(self) -> model.Pass:
@@ -74,8 +75,8 @@ def why_now(
 ) -> str | None:
     """Why the guest is handed over now, as the end of a sentence; None: another pass first.
 
-    `most` is how many passes may be made at most. Raises PostcopydError for a precopy that will
-    not get what is left below `max_downtime_s`.
+    `most` is the limit on the number of passes (None: MOST). Raises PostcopydError for a precopy
+    that will not get what is left below `max_downtime_s`.
     """
     last = passes[-1]
     left = f"{last.left} pages are left"

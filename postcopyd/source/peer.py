@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The destination as the source reaches it: where it is, who it is, and the connections to it.
+"""The destination as the source reaches it: its address, its identity, and the connections to it.
 
-Owns the control channel, one at a time: the one before is closed first. The phases borrow it.
-`session.py` closes the last one, when all that was to be said is said. Data connections are the
-engine's as soon as they are made.
+Owns the control channel, one at a time: the previous one is closed before the next is made. The
+phases borrow it. `session.py` closes the last one, when everything has been said. A data connection
+belongs to the engine as soon as it is made.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from postcopyd.source.granted import Granted, unknowing
 
 
 class Peer:
-    """`to` is where it is dialled, which a person may change; `identity` the names of its
-    certificate, the same ever after; `granted` the daemon that the guest goes to, `answers` the one
-    that was greeted last."""
+    """`to` is the address to dial, which a person may change. `identity` has the names of its
+    certificate, which every later connection must match. `granted` is the daemon that the guest
+    goes to, `answers` the one that was greeted last."""
 
     def __init__(self, to: str, vm: str, machine: Machine, shared: Shared) -> None:
         self.to = to
@@ -37,9 +37,9 @@ class Peer:
         self._channel: Channel | None = None
 
     async def greeted(self) -> Channel:
-        """Dials it: one that guests may go to, and the same one ever after. Raises
-        PostcopydError."""
-        to = self.to  # a person may say another meanwhile
+        """Dials the destination: a peer that may receive guests, and later the same peer again.
+        Raises PostcopydError."""
+        to = self.to  # a person may change it meanwhile
         channel = self._channel = await dial_control(to, self._machine, self._shared)
         if self._shared.tls is not None and not self.identity:
             self._shared.tls.allow(channel.names, "receive")
@@ -51,14 +51,15 @@ class Peer:
     async def connect(
         self, channel: Channel, engine: SourceEngine, migration: str, token: bytes
     ) -> None:
-        """The data connections: one urgent, the others for pushing."""
+        """Makes the data connections: one urgent, the others for pushing. Raises PostcopydError."""
         engine.tell_losses(p.LOSSES in channel.features)
         for urgent in (True, *[False] * self._shared.connections):
             wire = await dial_data(self.to, self._shared, migration, token, urgent=urgent)
             engine.connect(wire.fd, tls=wire.tls, urgent=urgent)
 
     async def told(self, channel: Channel) -> p.Message:
-        """What became of the guest; that nothing is known of it only from who would know."""
+        """Receives what became of the guest. "Nothing is known of it" counts only from a daemon
+        that would know. Raises PostcopydError."""
         try:
             return await channel.receive()
         except PeerError as error:
@@ -67,8 +68,8 @@ class Peer:
             raise
 
     async def where_granted(self) -> str:
-        """A person may have said a wrong address (`recover`), and nothing that is heard or not
-        heard there tells of the destination: what is heard of it where it was."""
+        """Asks at the address where the guest was granted, as a person may have given a wrong one
+        since (`recover`). Returns why the destination may be alive there; empty if it is silent."""
         at, name = self.granted.at, self._vm
         if at == self.to:
             return ""
@@ -82,7 +83,7 @@ class Peer:
         return f"it answers at {at}, and `postcopyd recover {name} --to {at}` asks it there"
 
     async def tell_end(self, error: PostcopydError) -> None:
-        """Says why the migration is over, where somebody may listen. Never raises for it."""
+        """Tells the destination why the migration is over. Does not raise if that fails."""
         if self._channel is None:
             return
         if error.name != "Cancelled":
@@ -92,7 +93,7 @@ class Peer:
             await self._channel.send(p.Cancel(p.sentence(str(error))), within=1)
 
     async def aclose(self) -> None:
-        """Idempotent."""
+        """Closes the control channel. Idempotent."""
         channel, self._channel = self._channel, None
         if channel is not None:
             await channel.aclose()

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second phase, with hybrid and precopy: the guest's memory in passes, while it runs on here.
+"""Second phase, in the modes hybrid and precopy: copies the guest's memory in passes, while the
+guest runs on here.
 
-What it has written again is found by tracking (tracking.py), and what was measured decides after
-each pass whether another one pays (passes.py). The last look is the blackout's, once the guest is
-stopped. Borrows the channel and the guest; what it has found stays in `figures.passes`.
+tracking.py finds what the guest has written again. After each pass passes.py decides, from what was
+measured, whether another one pays. The blackout has the last look, once the guest is stopped.
+Borrows the channel and the guest; the figures of the passes stay in `figures.passes`.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ from postcopyd.source.tracking import Tracking
 from postcopyd.tasks.nursery import open_nursery
 
 MAX_DOWNTIME_MS = 300.0
-"""Of a precopy, where nothing else was asked for; as QEMU's."""
+"""The longest downtime of a precopy, if nothing else was asked for; the same as QEMU's."""
 
 STOPPED_S = 0.1
-"""How long passes may stop a guest that does direct I/O, all together, before no more are made."""
+"""Once passes have stopped a guest with direct I/O for so long in all, hybrid makes no more."""
 
 
 async def track(migration: Migration, guest: Guest) -> None:
-    """Before the offer, which says whether there will be passes: sees what the guest writes from
-    here on, or notes why that cannot be. Raises PostcopydError for a precopy that cannot."""
+    """Begins to track what the guest writes, or warns that this is not possible. Called before the
+    offer, which says whether there will be passes. Raises PostcopydError for a precopy, which needs
+    them."""
     guest.touched = True
     try:
         guest.tracking = await Tracking.of(migration.vm, guest.shape, guest.engine)
@@ -43,7 +45,7 @@ async def track(migration: Migration, guest: Guest) -> None:
 
 
 class Precopy:
-    """Made for a guest that is tracked."""
+    """The passes of a guest that is tracked."""
 
     def __init__(
         self, migration: Migration, guest: Guest, tracking: Tracking, channel: Channel
@@ -53,8 +55,8 @@ class Precopy:
         self._channel = channel
 
     async def run(self) -> None:
-        """Until another pass would not pay. Raises PostcopydError for a precopy that does not
-        converge."""
+        """Makes passes until another one would not pay. Raises PostcopydError, also for a precopy
+        that does not converge."""
         request, figures = self._migration.request, self._figures
         mode, most = request.mode, request.precopy_passes
         downtime_s = (request.max_downtime_ms or MAX_DOWNTIME_MS) / 1e3
@@ -71,9 +73,9 @@ class Precopy:
                 )
 
     async def _arm(self) -> int:
-        """Has what the guest writes from here on seen by the next look: how many pages to send.
-        With direct I/O it is held still for that, and a daemon that is started again then runs it
-        (`roll_back`)."""
+        """Arms the pages, so that the next look finds what the guest writes from here on. Returns
+        how many pages to send. With direct I/O the guest is held still for that; a daemon that is
+        restarted then runs it again (`roll_back`)."""
         if not self._guest.shape.direct_io:
             return await self._tracking.arm()
         self._guest.note()
@@ -95,7 +97,7 @@ class Precopy:
             nursery.start_soon(self._send)
             nursery.start_soon(self._migration.show_progress, before + pages)
             seen = trio.Event()
-            nursery.start_soon(self._look_at_vmm, seen)  # takes longer than a short pass
+            nursery.start_soon(self._look_at_vmm, seen)  # may take longer than a short pass
             await self._channel.expect(p.Passed)
             seconds = time.monotonic() - began
             await seen.wait()
@@ -111,7 +113,7 @@ class Precopy:
         engine = self._engine
         engine.copy(self._guest.rate())
         await engine.watch(lambda: engine.stats.pushing == 0)
-        engine.check()  # threads that have failed push no more either
+        engine.check()  # nothing is pushing after a failure either
         await self._channel.send(p.Pass(engine.stats.passed_pages))
 
     async def _look_at_vmm(self, seen: trio.Event) -> None:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After the grant, when the connection is lost or anything else fails: a pause, until it goes on.
+"""The pause of a migration that fails after the grant, by a lost connection or anything else, until
+it goes on or ends.
 
-Nobody here runs the guest, whatever happened. The source dials again and asks, until the guest is
-at the destination whole (drain.py), was declined there (rollback.py), has ended there, or a person
-has decided (resolve.py). When it asks again retry.py says. The engine stays: it has the guest's
-RAM, and the guest may wait for any of it. The peer closes the connection before the next one is
-made; one task does all of this, and a person only has it wake up (`Person`).
+The guest does not run here meanwhile. The source dials again and asks, until the whole guest is at
+the destination (drain.py), was declined there (rollback.py), has ended there, or a person has
+decided (resolve.py). retry.py says when it asks again. The engine stays: it has the guest's RAM,
+and the guest may wait for any page of it. `Peer` closes each connection before it makes the next.
+One task does all of this; a person only wakes it (`Person`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from postcopyd.source.rollback import Rollback
 
 
 def pause(migration: Migration, error: PostcopydError) -> None:
-    """What has stopped a migration whose guest was granted is shown and recorded."""
+    """Shows and records what has stopped a migration whose guest was granted."""
     vm, to = migration.vm, migration.peer.to
     migration.stop_sending()
     if migration.completed is not None:
@@ -55,8 +56,8 @@ def pause(migration: Migration, error: PostcopydError) -> None:
 
 
 class Recovery:
-    """Made as soon as there is a guest, and run only when it was granted. `_heard`: a word has come
-    from the destination since it was asked last."""
+    """Made as soon as there is a guest, run only if it was granted. `_heard`: the destination has
+    answered the last attempt to ask it."""
 
     def __init__(self, migration: Migration, guest: Guest, rollback: Rollback) -> None:
         self._migration, self._figures, self._vm = migration, migration.figures, migration.vm
@@ -65,7 +66,8 @@ class Recovery:
         self._heard = False
 
     def redirect(self, to: str) -> None:
-        """The destination has another address: it is asked there before anybody calls it dead."""
+        """Gives the destination another address, and refuses a decision that is pending: the
+        destination must be asked there before anybody calls it dead."""
         self._migration.peer.to = to
         refuse(self._migration, "it is to be asked there first, as was said just now")
         self._guest.note()
@@ -73,7 +75,7 @@ class Recovery:
         self._vm.record_soon(None)
 
     async def run(self) -> None:
-        """Until nobody needs this source any more."""
+        """Returns when nobody needs this source any more."""
         person, figures = self._migration.person, self._figures
         now = trio.current_time()
         patience = PATIENCE_S if self._vm.status.result is None else 0.0
@@ -100,7 +102,7 @@ class Recovery:
                 await person.listen()
 
     async def _asked(self) -> PostcopydError | None:
-        """One attempt; None: the migration is over. What else came of it is shown, and returned."""
+        """Makes one attempt. None: the migration is over; else the error, which has been shown."""
         try:
             await self._ask()
             return None
@@ -115,11 +117,11 @@ class Recovery:
         await self._rollback.run(trouble)
         decision = self._migration.person.decision
         if decision is not None and decision.choice == "take_back":
-            decision.done(self._rollback.trouble)  # it was declined just then
+            decision.done(self._rollback.trouble)  # the destination declined just then
         return None
 
     async def _ask(self) -> None:
-        """What became of the guest, and the rest of its memory."""
+        """Asks what became of the guest, and sends the rest of its memory if it runs there."""
         migration, vm = self._migration, self._vm
         self._heard = False
         await migration.peer.aclose()
@@ -133,7 +135,7 @@ class Recovery:
                 refuse(migration, "it has the guest, and goes on with it")
             if isinstance(answer, p.Ready):
                 await migration.peer.connect(channel, self._engine, migration.name, answer.token)
-                self._engine.serve()  # the guest may wait for any of it
+                self._engine.serve()  # the guest may wait for any page
                 answer = await channel.receive()
             if isinstance(answer, p.Declined):
                 raise PostcopydError(
@@ -149,9 +151,9 @@ class Recovery:
             await self._go_on(channel)
 
     async def _go_on(self, channel: Channel) -> None:
-        """The guest runs there, and is served again."""
+        """Serves the guest again, which runs there."""
         migration, figures = self._migration, self._figures
-        migration.peer.granted = migration.peer.answers  # wherever it was: it is there
+        migration.peer.granted = migration.peer.answers  # this daemon has the guest for certain
         figures.recoveries += 1
         if not figures.downtime_ms and figures.stopped_at:
             figures.ran()
@@ -161,7 +163,7 @@ class Recovery:
         await Drain(migration, self._guest, channel).run()
 
     def _tell_paused(self, trouble: PostcopydError) -> None:
-        """Who waits for the result is told that it is a pause, which is a long one."""
+        """Tells clients that wait for the result that this is a long pause."""
         status = self._vm.status
         if status.phase == "paused" and status.result is None:
             self._migration.log.error("migration paused", error=str(trouble))
@@ -169,8 +171,8 @@ class Recovery:
             self._vm.show(result=msgspec.to_builtins(result))
 
     async def _guest_ended(self, said: str) -> None:
-        """It ran at the destination and was ended there, as was meant: the copy here is of no use
-        to anybody, and the guest may be started again, on any host."""
+        """Ends a migration whose guest was ended on purpose at the destination: nobody needs the
+        copy here, and the guest may be started again on any host."""
         migration, vm = self._migration, self._vm
         trouble = await let_go(migration)
         ended = (

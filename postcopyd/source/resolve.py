@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A person's decision about a departure that is paused, carried out or refused.
+"""Carries out or refuses a person's decision about a departure that is paused.
 
-Called between two attempts to ask the destination, by the one task of the recovery, so that a
-destination that answers just then has the last word. What was decided is in decision.py.
+The one task of the recovery calls this between two attempts to ask the destination, so that a
+destination that answers just then has the last word. The decision itself is in decision.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from postcopyd.source.rollback import Rollback, own_again
 
 
 def refuse(migration: Migration, said: str) -> None:
-    """Whatever a person has decided: the destination lives."""
+    """Refuses what a person has decided, if anything: the destination is alive, as `said` tells."""
     person = migration.person
     decision, person.decision = person.decision, None
     if decision is not None:
@@ -28,7 +28,7 @@ def refuse(migration: Migration, said: str) -> None:
 
 
 async def kill(migration: Migration, decision: Decision) -> bool:
-    """A person has given the copy here up: whether its VMM has ended."""
+    """Ends the VMM here, as a person has given its copy up. Returns whether it has ended."""
     vm = migration.vm
     migration.person.decision = None
     migration.log.warning("ownership changed by a person", decision=decision.choice)
@@ -68,8 +68,9 @@ async def take_back(
     *,
     heard: bool,
 ) -> bool:
-    """A person says that the destination is dead, and it was asked once more: whether the migration
-    is over. It goes on when there was any word from there (`heard`)."""
+    """Takes the guest back, as a person says that the destination is dead. `trouble` came of the
+    last attempt to ask it, `heard` says whether it answered. The decision is refused if it may be
+    alive, and waits until its time is over. Returns whether the migration is over."""
     peer = migration.peer
     if trouble.name not in GIVEN_UP:
         if heard or trouble.name not in SILENT:
@@ -80,11 +81,11 @@ async def take_back(
     if not peer.granted.has_told(trouble.name) and (said := await peer.where_granted()):
         refuse(migration, said)
     if migration.person.decision is not decision:
-        return False  # it was refused: just now, or while the destination was asked
+        return False  # refused: just now, or while the destination was asked
     migration.person.decision = None
     migration.log.warning("ownership changed by a person", decision=decision.choice)
     try:
-        own_again(migration.vm)  # or it does not run
+        own_again(migration.vm)  # without this record the guest may not run
     except PostcopydError as error:
         decision.done(error)
         return False

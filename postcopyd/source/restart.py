@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a daemon that was started again does at the source, where no session goes on: for a guest
-that was drained, that was not granted, or of which this host has nothing but the intent."""
+"""What a restarted daemon does at the source for a guest whose migration no session continues: it
+was drained, it was not granted, or this host has nothing of it but the intent."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from postcopyd.source.rollback import ROLLBACK_S, known_again, undone_as
 
 
 async def ask_destination(vm: str, intent: Mapping[str, Any], shared: Shared) -> str:
-    """What the destination of a handover says of it, which this host only knows to have intended.
-    Nothing goes on by that. Raises PostcopydError."""
+    """Asks the destination what became of a handover that this host cannot continue. Returns the
+    answer; nothing else changes by it. Raises PostcopydError."""
     peer = intent["peer"]
     granted = Granted.known_again(intent.get("granted", {"at": peer}))
     async with await dial_control(peer, Machine(Source.GREETING), shared) as channel:
@@ -38,8 +38,8 @@ async def ask_destination(vm: str, intent: Mapping[str, Any], shared: Shared) ->
 
 
 async def let_go(vm: Vm) -> None:
-    """Ends the VMM of a guest that was drained, if that was left to do when the daemon ended; or
-    leaves it stopped and attached, as it was."""
+    """Ends the VMM of a guest that was drained, if the previous daemon has not; for `keep_source`
+    leaves it stopped and attached. Raises PostcopydError."""
     if vm.driver is None:
         return
     keep = vm.about["request"].get("keep_source", False)
@@ -49,7 +49,8 @@ async def let_go(vm: Vm) -> None:
 
 
 async def roll_back(vm: Vm, shared: Shared) -> None:
-    """Runs the guest again whose handover was under way, and not granted, when the daemon ended."""
+    """Runs a guest again whose handover was under way, and not granted, when the previous daemon
+    ended. Raises PostcopydError."""
     try:
         with trio.fail_after(ROLLBACK_S):
             await known_again(vm)

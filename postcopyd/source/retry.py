@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a source that has lost its destination asks again, and when it is said that it waits. No
-I/O.
+"""When a source that has lost its destination asks again, and when people are told that it waits.
+No I/O.
 
-Asking is cheap and a guest may wait, so it is done often as long as time alone may mend what is
-wrong, and only there: a destination that answers each time and takes no page is asked more and more
-seldom. What counts as going on is pages that have arrived, and nothing else.
+Asking is cheap and a guest may wait, so the source asks often as long as time alone may mend what
+is wrong, and only then. If a destination answers each time and takes no page, it is asked more and
+more seldom. Only pages that have arrived count as progress.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from dataclasses import dataclass
 from postcopyd.protocol import LOST, POISONED
 
 AGAIN_S = 0.1
-"""How long after a failure the destination is asked again, in the first RESTLESS_S."""
+"""How long after a failure the destination is asked again, in the first RESTLESS_S of a pause."""
 
 RESTLESS_S = 600.0
 SELDOM_S = 5.0
-"""The same later, and for what time alone does not mend."""
+"""The same, after RESTLESS_S, and for errors that time alone does not mend."""
 
 PATIENCE_S = 10.0
-"""How long a pause lasts before who waits for the migration is told that it is paused."""
+"""How long a pause lasts before clients that wait for the migration are told of it."""
 
 MENDS = frozenset({"ConnectionLost", "PeerUnreachable", "EngineFailed", "NoResources", "Paused"})
-"""Names of errors that time alone may mend, or a destination that is started again."""
+"""Names of errors that time alone, or a restart of the destination's daemon, may mend."""
 
 
 @dataclass
 class Retry:
-    """`since` is when pages have last arrived, or the pause began; `told` from when on it is said
-    that it waits; `pages` how many had arrived by then; `vain` how often the destination has gone
-    on since, without a page."""
+    """`since` is when pages last arrived, or when the pause began. From `told` on, people are told
+    that it waits. `pages` had arrived by `since`. `vain` counts how often the destination has
+    resumed since then and no page arrived."""
 
     since: float
     told: float
@@ -40,8 +40,8 @@ class Retry:
     vain: int = 0
 
     def failed(self, name: str, now: float, pages: int, went_on: bool) -> float:
-        """After an attempt that ended in the error `name`: how long to wait for the next one.
-        `pages` have arrived in all; `went_on`: the destination had gone on with the migration."""
+        """How long to wait after an attempt that ended in the error `name`. `pages` have arrived in
+        all; `went_on`: the destination had resumed the migration in this attempt."""
         if pages > self.pages:
             self.since, self.told, self.pages, self.vain = now, now + PATIENCE_S, pages, 0
         elif went_on:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever fails before the grant, or is declined or taken back after it: the guest as it was.
+"""Undoes a migration that failed before the grant, or was declined or taken back after it.
 
-What was done to its VMM is undone, only what is known to be ours, and never so that a guest runs
-which others may have moved. Then the destination is told, and then people, of what is known. No
-cancel reaches it. Ends no connection and no engine: the session does that afterwards.
+Undoes only what is known to be our own doing, and never runs a guest that others may have moved.
+Then tells the destination, and then people. No cancel reaches it. Ends the data connections, but
+neither the control channel nor the engine: the session does that afterwards.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ ROLLBACK_S = 30.0
 
 
 class Rollback:
-    """Made before any step. `guest` is None until there is anything of it to undo; `trouble` is why
-    the guest is not here as it was, after a rollback that failed."""
+    """Made before any step. `guest` is None until there may be something to undo. After a rollback
+    that failed, `trouble` is why the guest is not here as it was."""
 
     def __init__(self, migration: Migration) -> None:
         self._migration, self._vm = migration, migration.vm
@@ -35,7 +35,7 @@ class Rollback:
         self.trouble: PostcopydError | None = None
 
     async def run(self, error: PostcopydError) -> None:
-        """`error` is why it was not moved."""
+        """Undoes it and tells everybody; `error` is why the guest was not moved."""
         self._migration.ending = True
         self._migration.stop_sending()
         with trio.CancelScope(shield=True):
@@ -43,7 +43,7 @@ class Rollback:
             await self._told(error, sentence)
 
     async def _undone(self, error: PostcopydError) -> str:
-        """The guest is this host's again; the sentence about that."""
+        """Makes the guest this host's again; returns the sentence about that."""
         machine, vm = self._migration.machine, self._vm
         if machine.state not in (Source.DECLINED, Source.ROLLED_BACK, Source.TAKEN_BACK):
             machine.happened(Happened.FAILED)
@@ -52,7 +52,7 @@ class Rollback:
         if machine.state is Source.DECLINED:
             try:
                 own_again(vm)
-            except PostcopydError as trouble:  # a daemon that is started again is told the same
+            except PostcopydError as trouble:  # a restarted daemon asks, and is told the same
                 self._migration.log.error("record not written", error=str(trouble))
                 vm.epoch += 1
         sentence = untouched(vm.name, str(error))
@@ -65,7 +65,8 @@ class Rollback:
         return sentence
 
     async def _told(self, error: PostcopydError, sentence: str) -> None:
-        """After the guest runs again: a peer that hears nothing would hold it up."""
+        """Tells the destination and people, after the guest runs again: a peer that takes nothing
+        would hold it up."""
         migration, vm = self._migration, self._vm
         ended: Literal["cancelled", "failed"]
         ended = "cancelled" if error.name == "Cancelled" else "failed"
@@ -88,13 +89,13 @@ class Rollback:
 
 
 def own_again(vm: Vm) -> None:
-    """On record before the guest runs here again: a daemon that is started then runs it. What the
-    destination may still say is of an epoch that is over. Raises PostcopydError."""
+    """Records, before the guest runs here again, that it may: a daemon that is restarted then runs
+    it. What the destination may still say is of the old epoch. Raises PostcopydError."""
     vm.record("intent", vm.epoch + 1)
 
 
 async def known_again(vm: Vm) -> None:
-    """Tells the driver what the daemon before has done to the guest, by the record. Raises
+    """Tells the driver, from the record, what the previous daemon has done to the guest. Raises
     PostcopydError."""
     driver, about = vm.attached(), vm.about
     driver.before = "running" if about["run"] else "paused"
@@ -103,8 +104,8 @@ async def known_again(vm: Vm) -> None:
 
 
 async def undone(vm: Vm, why: str) -> tuple[str, bool]:
-    """The guest is put back as its driver can; `why` it was not moved. The sentence about it, and
-    whether that went well: it is here as it was, or as others have left it."""
+    """Has the driver put the guest back; `why` it was not moved. Returns the sentence about that,
+    and whether it went well: the guest is here as it was, or as others have left it."""
     assert vm.driver is not None
     moved = f"{vm.name} was not moved"
     try:
@@ -117,7 +118,7 @@ async def undone(vm: Vm, why: str) -> tuple[str, bool]:
             f"shut down: {gone}",
             False,
         )
-    except Exception as trouble:  # a driver's bug too: the rest must happen
+    except Exception as trouble:  # also a driver's bug: cleaning up goes on
         said = str(trouble) or f"no answer within {ROLLBACK_S:.0f} s"
         if not isinstance(trouble, PostcopydError | trio.TooSlowError):
             structlog.get_logger().exception("bug in a driver", vm=vm.name)
@@ -131,12 +132,12 @@ async def undone(vm: Vm, why: str) -> tuple[str, bool]:
 
 
 def undone_as(name: str, why: str, left: str) -> str:
-    """`left` is what a driver's `rollback` has returned."""
+    """The sentence for a guest that was put back; `left` is what `Vmm.rollback` has returned."""
     if left:
         return f"{name} was not moved ({why}) and was left here as it was found: {left}"
     return f"{name} was not moved and is at this host as it was: {why}"
 
 
 def untouched(name: str, why: str) -> str:
-    """Of a guest to which nothing was done."""
+    """The sentence for a guest to which nothing was done."""
     return f"{name} was not moved, and nothing was done to it here: {why}"

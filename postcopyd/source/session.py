@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One guest leaving: from the offer to drained, or back to running here.
+"""The departure of one guest: from the offer until it is drained, or runs here again.
 
-`_migrate` is the whole of it, in the order of the protocol; each phase is a file of its own:
-offer.py, precopy.py, blackout.py, drain.py. Whatever fails before the grant ends in rollback.py,
-whatever fails after it in recovery.py. Order and ownership are handover.py's.
+`_migrate` is the whole of it, in the order of the protocol. Each phase is a file of its own:
+offer.py, precopy.py, blackout.py, drain.py. What fails before the grant ends in rollback.py, what
+fails after it in recovery.py. handover.py decides order and ownership.
 
 Owns what the phases borrow, and closes it when all has been said (`_close`): the descriptors of the
-guest's RAM, the engine and the tracking (`Guest`), the control channel (`Peer`). The daemon's task
-runs the session; others may only `cancel` it before the grant, and tell it what a person wants
-(`recover`, `resolve`).
+guest's RAM, the engine and the tracking (`Guest`), the control channel (`Peer`). A task of the
+daemon runs the session. Other tasks may only `cancel` it before the grant, and tell it what a
+person wants (`recover`, `resolve`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from postcopyd.vmm import Shape
 
 
 class SourceSession:
-    """Made and run by the daemon: `run`, `check`, or what `restored` has made, `resume`."""
+    """Made and run by the daemon: by `run` or `check`, or, made by `restored`, by `resume`."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class SourceSession:
         return self.migration.machine
 
     async def run(self) -> None:
-        """The whole migration. What goes wrong ends in the VM's status, and is not raised."""
+        """Runs the whole migration. Failures are shown in the VM's status, and not raised."""
         migration, vm, asked = self.migration, self.migration.vm, self.migration.request
         vm.conclude(
             role="source",
@@ -108,8 +108,8 @@ class SourceSession:
         return guest
 
     async def check(self) -> tuple[list[str], list[str]]:
-        """What would keep the migration from going, on both hosts, and what would make it another
-        than was asked for. Touches nothing. Raises PostcopydError, also when it was cancelled."""
+        """What would prevent the migration, on both hosts, and what would make it another one than
+        was asked for. Touches nothing. Raises PostcopydError, also when it was cancelled."""
         migration = self.migration
         with migration.cancelling:
             try:
@@ -123,7 +123,7 @@ class SourceSession:
 
     @classmethod
     async def restored(cls, vm: Vm, about: Any, shared: Shared) -> SourceSession:
-        """The session of a guest that was granted before the daemon was started, for `resume`.
+        """The session of a guest that the previous daemon granted, for `resume`.
 
         Raises PostcopydError when the VMM cannot be asked for its RAM.
         """
@@ -140,13 +140,13 @@ class SourceSession:
         return session
 
     async def resume(self) -> None:
-        """The rest of a migration whose guest was granted before the daemon was started."""
+        """Runs the rest of a migration whose guest the previous daemon granted."""
         await self._whole(self._recover)
 
     # --- what others may do meanwhile ------------------------------------------------------------
 
     def cancel(self) -> None:
-        """Takes the guest back, or ends a check; raises PostcopydError after the grant, and when
+        """Takes the guest back, or ends a check. Raises PostcopydError after the grant, and when
         there is nothing left to cancel."""
         name, to = self.migration.vm.name, self.migration.peer.to
         if self.migration.ending:
@@ -162,14 +162,14 @@ class SourceSession:
         self.migration.cancelling.cancel()
 
     def recover(self, to: str | None) -> None:
-        """Asks the destination again at once; `to` is another address of it."""
+        """Has the destination asked again at once, at the address `to` if that is not None."""
         if to is not None and self._recovery is not None:
             self._recovery.redirect(to)
         self.migration.person.wants_it_asked()
 
     async def resolve(self, choice: Choice) -> None:
-        """Carries out what a person has decided about a paused migration; returns once it is done.
-        Raises PostcopydError: it was not, and why."""
+        """Has a person's decision about a paused migration carried out; returns once that is done.
+        Raises PostcopydError if it was not, and says why."""
         migration, vm = self.migration, self.migration.vm
         if migration.machine.state is Source.DRAINED:
             said = "it says that it has all of the guest"
@@ -183,7 +183,7 @@ class SourceSession:
         try:
             await decision.outcome()
         finally:
-            if migration.ending:  # who has an answer finds the VM free
+            if migration.ending:  # a caller that has its answer finds the VM free
                 await vm.free.wait()
 
     # --- how it ends -----------------------------------------------------------------------------
@@ -213,7 +213,7 @@ class SourceSession:
                 await self._close()
 
     async def _end_early(self, error: PostcopydError) -> None:
-        """After the grant a pause, before it the guest as it was."""
+        """Pauses the migration if the guest was granted; else rolls it back."""
         if self.migration.machine.gave_away:
             recovery.pause(self.migration, error)
         else:

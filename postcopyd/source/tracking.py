@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes of a running guest, seen from outside its VMM: what they are and what they cost it.
+"""Tracks what a running guest writes to its RAM, from outside its VMM, and what that costs it.
 
-Owns the userfaultfd that tracks them. The VMM has no copy of it, so tracking ends with this
+Owns the userfaultfd that tracks the writes. The VMM has no copy of it, so tracking ends with this
 descriptor, also when the daemon is killed. The engine (dirty.c) does the looking.
 
-A page that is pinned for direct I/O is written by the device when it pleases, unseen once it is
-armed again. So with direct I/O in a VMM pages are armed only while it is stopped with all I/O
-drained (`arm_still`), which costs the guest milliseconds for each pass.
+A device may write at any time to a page that is pinned for direct I/O; after the page was armed
+again, that is not seen. So if a VMM does direct I/O, pages are armed only while it is stopped with
+all I/O drained (`arm_still`), which costs the guest milliseconds for each pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Usage = tuple[int, float] | None
 
 
 class Tracking:
-    """One guest's writes, from `of` to `aclose`. `stopped_s`: how long it was held still for it."""
+    """One guest's writes, from `of` to `aclose`. `stopped_s`: how long the guest was held still."""
 
     def __init__(self, pid: int, engine: SourceEngine, uffd: int, usage: Usage) -> None:
         self._pid, self._engine, self._uffd, self._usage = pid, engine, uffd, usage
@@ -39,7 +39,7 @@ class Tracking:
 
     @classmethod
     async def of(cls, vm: Vm, shape: Shape, engine: SourceEngine) -> Self:
-        """Begins. Raises PostcopydError when writes cannot be seen, and nothing is left of it."""
+        """Begins. Raises PostcopydError if writes cannot be seen; then no trace is left of it."""
         if why := shape.untracked or kernel.why_no_passes():
             raise PostcopydError(why, "NotTracked")
         uffd = await vm.attached().track()
@@ -51,17 +51,17 @@ class Tracking:
                 await engine.untrack()
                 os.close(uffd)
                 if isinstance(error, PostcopydError):
-                    await engine.disconnect()  # forgets it: postcopy needs no tracking
+                    await engine.disconnect()  # clears the failure: postcopy needs no tracking
             raise
 
     async def arm(self) -> int:
-        """What is written from here on is found by the next `look`; what was until now is to be
-        sent: the number of pages."""
+        """Arms the pages: the next `look` finds what is written from here on. Returns how many
+        pages are to be sent, as they were written until now."""
         return await self.look(Look.ARM)
 
     async def arm_still(self, vm: Vm) -> int:
-        """The same, with the guest held still for it. Raises PostcopydError: the guest runs again,
-        or the sentence says that it does not and `rollback` is to be tried."""
+        """The same, with the guest held still for it. Raises PostcopydError; then the guest runs
+        again, or the sentence says that it does not, and `rollback` must be tried."""
         began = time.monotonic()
         async with vm.attached().still():
             pages = await self.look(Look.ARM)
@@ -76,7 +76,7 @@ class Tracking:
         return pages
 
     async def aclose(self) -> None:
-        """The guest's writes cost nothing any more."""
+        """Ends the tracking: the guest's writes cost nothing any more."""
         with trio.CancelScope(shield=True):
             try:
                 with suppress(OSError):
@@ -86,8 +86,8 @@ class Tracking:
                 os.close(self._uffd)
 
     def json(self) -> dict[str, float]:
-        """What it has cost, for results: `slowdown` is the share of the VMM's CPU time that went to
-        faults of writes, reckoned from what one costs on this host."""
+        """What tracking has cost, for results. `slowdown` is the share of the VMM's CPU time that
+        went to write faults, estimated from what one fault costs on this host."""
         return {
             "lookedMs": round(self._looked_s * 1e3, 2),
             "stoppedMs": round(self.stopped_s * 1e3, 2),
