@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the daemon does for a guest that arrives: the session, one file for each of its phases, and
-the native engine. `session.py` is the way in: it has the phases in their order."""
+"""A migration at the host that the guest goes to: the session, one file for each of its phases, and
+the native engine. Start reading at `session.py`, which has the phases in their order."""

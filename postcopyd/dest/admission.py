@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first phase of an arrival: whether this host takes what is offered, from `offer` to where its
-RAM is to be emptied.
+"""The first phase of an arrival, from `offer` until guest RAM is to be emptied: decides whether
+this host takes the guest.
 
-The VMM that waits here is compared with the one that offers, and this host's memory with what is to
-come. Where many arrive the guest waits for its turn, and is compared again. Changes nothing but the
-VM's status. Owns the descriptors of guest RAM while it looks; those of what was admitted are the
-session's.
+Compares the VMM that waits here with the one that is offered, and this host's memory with what will
+come. If many guests arrive, this one waits for its turn, and is compared again. Changes nothing but
+the VM's status. Owns the descriptors of guest RAM while it looks; the session owns those of a guest
+that was admitted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from postcopyd.vmm import Shape
 
 
 async def check(m: Migration) -> None:
-    """Answers an offer that only asks."""
+    """Answers an offer that only asks whether it would be taken."""
     try:
         async with m.channel.alive():
             shape = await _look(m)
@@ -36,14 +36,14 @@ async def check(m: Migration) -> None:
 
 
 async def admit(m: Migration, held: AsyncExitStack) -> Shape:
-    """The VMM here as it was compared; its RAM counts as this host's from now on, until `held` is
-    closed. Raises PostcopydError, Refused above all."""
+    """Takes the guest; returns the VMM here as it was compared. The memory that it lacks is set
+    aside until `held` is closed. Raises PostcopydError, Refused above all."""
     shape = await _look(m)
     with ExitStack() as looked:
         looked.callback(shape.close)
         problems = _unfit(m, shape)
         if not problems and not _has_place(m, shape):
-            looked.close()  # while it waits it holds nothing here
+            looked.close()  # a guest that waits holds no descriptors here
             await _wait_for_turn(m)
             shape = await _look(m)
             looked.callback(shape.close)
@@ -59,13 +59,13 @@ async def admit(m: Migration, held: AsyncExitStack) -> Shape:
 
 
 def promise(m: Migration, shape: Shape, held: AsyncExitStack) -> None:
-    """The memory that this arrival lacks is set aside for it."""
+    """Sets aside the memory that this arrival lacks, until `held` is closed."""
     m.shared.arriving[m.vm.name] = shape
     held.callback(no_longer_promised, m, shape)
 
 
 def no_longer_promised(m: Migration, shape: Shape) -> None:
-    """It is there, or is not wanted."""
+    """Takes back what `promise` set aside: the memory is allocated by now, or not wanted."""
     if m.shared.arriving.get(m.vm.name) is shape:
         del m.shared.arriving[m.vm.name]
 
@@ -75,7 +75,7 @@ async def _look(m: Migration) -> Shape:
 
 
 def _accept(m: Migration, message: str) -> None:
-    """It is this VM that the source means: its status tells of the arrival."""
+    """Has the VM's status tell of the arrival, once it is certain that the source means this VM."""
     m.stage = Stage.ACCEPTED
     m.vm.conclude(
         role="destination",
@@ -89,8 +89,8 @@ def _accept(m: Migration, message: str) -> None:
 
 
 def _has_place(m: Migration, shape: Shape) -> bool:
-    """Whether this host may take so many guests and so much memory at once, this one included. It
-    is in line then, or has its place, until the daemon has it leave."""
+    """Joins the arrivals, until the daemon has it leave. Returns whether the limits on guests and
+    memory let this one in at once; if not, it is in line."""
     arrivals, size = m.shared.limits.arrivals, sum(region.size for region in shape.regions)
     arrivals.join(m.offer.migration, size)
     return arrivals.ahead(m.offer.migration) is None
@@ -115,7 +115,7 @@ async def _wait_for_turn(m: Migration) -> None:
 
 
 def _unfit(m: Migration, shape: Shape) -> list[str]:
-    """What time does not change: why this VMM, or this host, cannot take what is offered."""
+    """Why this VMM, or this host, cannot take what is offered, however long it waits."""
     size = sum(region.size for region in shape.regions)
     too_large = m.shared.limits.arrivals.too_large(size)
     return [*shape.problems, *_differences(m, shape), *too_large]
@@ -132,7 +132,7 @@ def _differences(m: Migration, shape: Shape) -> list[str]:
 
 
 def _lacks(m: Migration, shape: Shape) -> list[str]:
-    """Memory that this host lacks. Past the handover the kernel would kill the VMM for it."""
+    """What memory this host lacks. After the handover the kernel would kill the VMM for that."""
     promised = sum(headroom.needed(other.regions) for other in m.shared.arriving.values())
     pids = [shape.pid, os.getpid()] if m.offer.staged else [shape.pid]
     return headroom.problems(pids, shape.regions, promised)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second phase of an arrival: from `ready` to `handover`. Guest RAM is emptied and gets its
-engine (`adopt`), the data connections come (invitation.py), and in the modes hybrid and precopy
-pages come in passes while the guest runs on at the source (`passes`).
+"""The second phase of an arrival, from `ready` to `handover`: empties guest RAM and gives it an
+engine (`adopt`), gets the data connections (invitation.py), and in the modes hybrid and precopy
+takes pages in passes while the guest runs on at the source (`passes`).
 
-What `adopt` opens is on the session's stack. The tasks that count passes end with `passes`.
+The session's stack owns what `adopt` opens. The tasks that count passes end with `passes`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from postcopyd.tasks.nursery import open_nursery
 from postcopyd.vmm import Shape
 
 COUNT_S = 0.001
-"""How often it is looked whether all of a pass has arrived."""
+"""How long until it is checked again whether all of a pass has arrived."""
 
 
 async def adopt(m: Migration, shape: Shape, held: AsyncExitStack) -> Memory:
-    """Guest RAM empty, and not yet registered. Raises PostcopydError; the VMM may have to let go of
-    it then."""
+    """Empties guest RAM, which is not registered yet when this returns. Raises PostcopydError; then
+    the VMM may have to `release` it."""
     m.lay(shape)
     m.note()
     m.vm.record("arriving")
@@ -38,7 +38,7 @@ async def adopt(m: Migration, shape: Shape, held: AsyncExitStack) -> Memory:
 
 
 async def passes(m: Migration, memory: Memory) -> p.Handover:
-    """Serves, and answers each pass, until the guest is handed over."""
+    """Takes pages and answers each pass, until the guest is handed over. Raises PostcopydError."""
     async with open_nursery() as nursery:
         nursery.start_soon(m.watch_vmm)
         nursery.start_soon(memory.engine.watch)
@@ -46,12 +46,12 @@ async def passes(m: Migration, memory: Memory) -> p.Handover:
         while isinstance(message := await m.receive(), p.Pass):
             nursery.start_soon(_count, m, memory, message.pages)
         nursery.cancel_scope.cancel()
-    assert isinstance(message, p.Handover)  # the table has no other
+    assert isinstance(message, p.Handover)  # handover.py's table allows no other message
     return message
 
 
 async def _count(m: Migration, memory: Memory, pages: int) -> None:
-    """Answers a pass once as many pages have arrived in all."""
+    """Answers a pass once `pages` pages have arrived in all passes so far."""
     m.vm.show(phase="precopy", message=f"{m.vm.name} is copied from {m.peer}")
     stats = memory.engine.stats
     while stats.passed_pages < pages:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device state between the control connection, from which it comes, and the VMM, which loads it.
+"""A queue for device state, from the control connection to the VMM that loads it.
 
-A VMM that loads may wait for a page of guest RAM, which the source sends only once it has given all
-of the device state. So who receives never waits for who loads: what the VMM does not take yet is
-kept, up to a limit that tells of a VMM which takes nothing.
+A VMM that loads may wait for a page of guest RAM, and the source sends no such page before it has
+sent all device state. So the task that receives never waits for the task that loads: what the VMM
+has not taken yet is kept. If that exceeds a limit, the VMM takes nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import trio
 from postcopyd.errors import PostcopydError
 
 MOST_WAITING = 1 << 30
-"""Bytes that wait. A QEMU has some hundred KiB of device state, and with memory of graphics cards
-some hundred MiB."""
+"""Bytes that may wait. A QEMU has some hundred KiB of device state, with the memory of graphics
+cards some hundred MiB."""
 
 
 class DeviceState:
-    """`put` by one task within `with`, whose end is the end of the state; iterated by another."""
+    """One task calls `put` within `with`, whose end is the end of the state; another iterates."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -31,7 +31,7 @@ class DeviceState:
         self._waiting = 0
 
     def put(self, data: bytes) -> None:
-        """Raises PostcopydError for what is too much. A load that has failed says so itself."""
+        """Raises PostcopydError if too much waits. A load that has failed tells of that itself."""
         if self._waiting + len(data) > MOST_WAITING:
             raise PostcopydError(
                 f"the VMM of {self._name} here takes no more device state, and "

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fifth phase of an arrival: the rest of the memory follows the guest, from `ran` to `drained`.
+"""The fifth phase of an arrival, from `ran` to `drained`: the rest of the memory follows the guest.
 
-The engine asks for and places the pages; here it is watched, the source is told how far it is, and
-once everything is here guest RAM is given back to the kernel, and the guest recorded as this
+The engine asks for the pages and places them. This file watches it and tells the source how far it
+is. Once everything is here, it gives guest RAM back to the kernel and records the guest as this
 host's. Owns the tasks that watch and tell, which end with `until_drained`.
 """
 
@@ -23,13 +23,13 @@ from postcopyd.sessions.patience import RELEASE_S, within
 from postcopyd.tasks.nursery import open_nursery
 
 PROGRESS_S = 0.1
-"""How often the source is told how far it is."""
+"""How long until the source is told again how far the destination is."""
 ACKNOWLEDGE_S = 10.0
-"""How long the source may take to say that it knows of the end."""
+"""How long the source may take to acknowledge the end."""
 
 
 class Drain:
-    """Of a guest that was granted to this host."""
+    """The drain of a guest that was granted to this host."""
 
     def __init__(self, m: Migration, memory: Memory) -> None:
         self._m = m
@@ -38,7 +38,8 @@ class Drain:
         self._stats = memory.engine.stats
 
     async def until_drained(self) -> None:
-        """Returns when both hosts have been told. Raises PostcopydError while pages are missing."""
+        """Returns when every page is here and the source has acknowledged it, or will ask. Raises
+        PostcopydError while pages are missing."""
         m = self._m
         try:
             async with open_nursery() as nursery:
@@ -53,7 +54,7 @@ class Drain:
             if not self._engine.complete:
                 raise
             m.log.info("all is here, and only the source not told", error=str(error))
-        with trio.CancelScope(shield=True):  # a daemon that ends says this first
+        with trio.CancelScope(shield=True):  # a daemon that is stopped still does this
             await self.end()
         try:
             with trio.move_on_after(ACKNOWLEDGE_S):
@@ -64,7 +65,8 @@ class Drain:
         await self.told()
 
     async def end(self) -> None:
-        """Every page is here or lost: nothing waits for pages any more, and that is recorded."""
+        """Ends the arrival, as every page is here or lost: unregisters guest RAM unless pages were
+        lost, records the end, and tells the source."""
         m, vm, lost = self._m, self._m.vm, self._engine.lost
         if not lost:
             await self._unregister()
@@ -77,8 +79,9 @@ class Drain:
         m.note(drained)
         vm.home()
         written = vm.record_soon(None if lost else "held")
-        # After the record: a daemon that is started in between needs them no more. Without it they
-        # stay, and the page record with them, by which it sees that the guest is whole.
+        # The userfaultfds go after the record is written: a daemon that starts then needs them no
+        # more. If it is not written they stay, and the page record with them, by which the next
+        # daemon sees that the guest is whole.
         if lost:
             m.log.error("memory lost", pages=lost)
         elif written:
@@ -89,18 +92,18 @@ class Drain:
             pages=drained.confirmed,
             faults=drained.faults.count,
         )
-        with suppress(PostcopydError):  # the wait for the answer sees it too
+        with suppress(PostcopydError):  # the wait for the acknowledgement sees the same error
             await m.channel.send(drained)
 
     async def told(self) -> None:
-        """The source knows, or will ask."""
+        """Runs the last hooks: the source knows of the end, or will ask."""
         self._m.machine.happened(Happened.LOST)
         await self._m.hooks("drained")
 
     async def _unregister(self) -> None:
         try:
             self._engine.unregister()
-        except PostcopydError:  # of memory that is not there any more, all of it zeros
+        except PostcopydError:  # some RAM was unplugged; of zeros only, or placing had noticed it
             await self._engine.disconnect()
             await self._memory.give_up_unplugged(self._m.log)
             self._engine.unregister()

@@ -16,7 +16,7 @@ from postcopyd.vmm import Region
 
 
 class DestinationEngine(Engine):
-    """Serves the guest's faults; borrows the userfaultfds and the record file until `close`."""
+    """Serves the guest's faults; borrows the userfaultfds and the record file until `aclose`."""
 
     role = "destination"
     _free = lib.pc_dest_free
@@ -34,24 +34,24 @@ class DestinationEngine(Engine):
         return 0.0 if self.handle is None else lib.pc_dest_still_ns(self.handle) / 1e9
 
     def register(self, again: bool = False) -> None:
-        """From here on every access to a page that is not there waits for this engine.
+        """From here on every access to a missing page waits for this engine.
 
-        `again`: an engine before this one has registered the same userfaultfds and is gone; who
-        waits for it waits for this one.
+        `again`: a previous engine has registered the same userfaultfds and is gone; threads that
+        wait for it wait for this one. Raises PostcopydError.
         """
         self.must(
             lib.pc_dest_register(self.handle, again), "registering guest RAM with userfaultfd"
         )
 
     def connect(self, fd: int, *, urgent: bool, tls: Any = None) -> None:
-        """Takes over a connected socket and its `struct pc_tls *`, whatever happens."""
+        """Takes over a connected socket and its `struct pc_tls *`, also if it raises."""
         self.must(
             lib.pc_dest_connect(self.handle, fd, tls or ffi.NULL, urgent),
             "taking a data connection",
         )
 
     async def disconnect(self) -> None:
-        """Ends all connections; faults go on being taken and wait for new ones."""
+        """Ends all connections. The engine still takes faults, which wait for new connections."""
         await trio.to_thread.run_sync(lib.pc_dest_disconnect, self.handle, limiter=threads.ENGINE)
 
     def have(self, region: int, first: int, count: int) -> bytes:
@@ -67,8 +67,8 @@ class DestinationEngine(Engine):
         return bytes(bits)
 
     def stale(self, region: int, first: int, count: int, bits: bytes) -> None:
-        """What is here of these pages is old: bits as `have` gives them. Before `seal`. Raises
-        PostcopydError for what does not fit the guest, as these are a peer's numbers."""
+        """Notes that the copies of these pages here are old: bits as `have` gives them. Call it
+        before `seal`. The numbers are a peer's: raises PostcopydError if they do not fit."""
         fits = 0 <= region < 1 << 16 and 0 <= first < 1 << 63 and 0 <= count < 1 << 63
         if not fits or len(bits) != (count + 7) // 8:
             raise PostcopydError("the source names written pages which this guest has not")
@@ -78,15 +78,16 @@ class DestinationEngine(Engine):
         )
 
     def seal(self) -> None:
-        """What came in passes and was not named `stale` is right: faults are answered from now."""
+        """Ends the passes: pages that came in them and were not named `stale` are right, and faults
+        are answered from here on. Raises PostcopydError."""
         self.must(lib.pc_dest_seal(self.handle), "ending the passes")
 
     def settle(self) -> None:
-        """Begins to place what came in passes, without being asked. Idempotent."""
+        """Begins to place what came in passes, also where no fault asks for it. Idempotent."""
         self.must(lib.pc_dest_settle(self.handle), "placing what came in passes")
 
     def poison(self) -> int:
-        """Gives up the pages that lack: who touches one gets a memory error. Returns how many.
+        """Gives up the missing pages: to touch one is a memory error from now on. Returns how many.
 
         Only without connections. The engine is `complete` afterwards and serves for as long as the
         guest lives: `unregister` is refused, because the errors would become zeros. Raises
@@ -97,13 +98,13 @@ class DestinationEngine(Engine):
         return poisoned
 
     def gone(self, region: int) -> None:
-        """The VMM maps this region no more, for certain: its pages count as here. Only without
+        """Counts the pages of a region as here, as the VMM certainly maps it no more. Only without
         connections. Waits for pages that are being placed, so call it in a thread."""
         self.must(lib.pc_dest_gone(self.handle, region), f"giving up region {region}")
 
     @property
     def whole(self) -> bool:
-        """Every page of a staged guest is here, placed or not."""
+        """Whether every page of a staged guest is here, placed or not."""
         return bool(self.stats.present_pages == self.stats.total_pages)
 
     @property
@@ -112,16 +113,16 @@ class DestinationEngine(Engine):
 
     @property
     def lost(self) -> int:
-        """Pages that are memory errors: given up by a person, or not to be read at the source."""
+        """How many pages are memory errors: given up by a person, or unreadable at the source."""
         return int(self.stats.lost_pages)
 
     @property
     def foreign(self) -> bool:
-        """The kernel has put pages into guest memory: nothing is placed any more, ever."""
+        """Whether the kernel has put pages into guest memory. Then nothing is ever placed again."""
         return bool(self.stats.failure == lib.PC_FOREIGN)
 
     def unregister(self, *, called_off: bool = False) -> None:
-        """Gives guest RAM back to the kernel. Missing pages read as zeros from then on, and so may
-        lost ones: only when all are there and none was lost, or when the guest here shall never run
-        (`called_off`)."""
+        """Gives guest RAM back to the kernel. From then on missing pages read as zeros, and lost
+        ones may. So all must be here and none lost, or the guest shall never run here
+        (`called_off`); else raises PostcopydError."""
         self.must(lib.pc_dest_unregister(self.handle, called_off), "unregistering guest RAM")

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ends of an arrival that did not come to its end: called off before the grant, or its VMM has
-ended after it.
+"""Ends an arrival that fails: it is called off before the grant, or its VMM has ended after it.
 
-What is called off leaves this host as it was, or with its VMM ended, and is recorded as *declined*.
-After the grant nothing here ends the VMM. Owns nothing: what is to be closed is the session's, and
-closed by it.
+An arrival that is called off leaves this host as it was, or with its VMM ended, and is recorded as
+*declined*. After the grant nothing here ends the VMM. Owns nothing: the session owns what must be
+closed, and closes it.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from postcopyd.vmm import Shape, VmmTimeout
 
 
 class CallingOff:
-    """This host as it was: nothing registered, no descriptor left, the VMM waiting again, or ended
-    if it had begun to load (QEMU takes one migrate-incoming only). `undo` first; `leave` once the
-    session has closed what it holds."""
+    """Leaves this host as it was: nothing registered, no descriptor left, the VMM waiting again, or
+    ended if it had begun to load (QEMU takes one migrate-incoming only). Call `undo` first, and
+    `leave` once the session has closed what it holds."""
 
     def __init__(self, m: Migration, error: PostcopydError) -> None:
         self._m = m
@@ -35,14 +34,14 @@ class CallingOff:
         self._clean = True
 
     async def undo(self, shape: Shape | None, memory: Memory | None) -> None:
-        """With what there is of guest RAM by now; then it is on record."""
+        """Undoes the arrival and records that. `shape` and `memory` are None if not made yet."""
         m, vm, driver = self._m, self._m.vm, self._driver
         await self._tell()
         message = f"{vm.name} did not come here: {self._error}"
         try:
             if self._loading and driver is not None:
                 with within(END_S, f"ending the VMM of {vm.name} here"):
-                    await driver.end()  # before its RAM is let go: it must not go on with zeros
+                    await driver.end()  # before its RAM is let go, or it would go on with zeros
                 message += "; its VMM here has ended, start it anew for another attempt"
             if memory is not None:
                 memory.engine.unregister(called_off=True)
@@ -51,12 +50,12 @@ class CallingOff:
                     await driver.release()
                     if m.offer.staged and shape is not None:
                         await driver.discard(shape)
-        except Exception as trouble:  # a driver's bug too: the rest must happen
+        except Exception as trouble:  # also a driver's bug: cleaning up goes on
             self._clean = False
             later = "the source asks again" if self._loading else "a guest arrives here again"
             message += f"; cleaning up here, which is tried again when {later}: {trouble}"
             m.log.error("cleaning up failed", error=str(trouble))
-        if m.stage >= Stage.ACCEPTED:  # or it may be a guest of this host, named by mistake
+        if m.stage >= Stage.ACCEPTED:  # else it may be a guest of this host, named by mistake
             how: counts.Result = "cancelled" if self._cancelled else "failed"
             vm.conclude(counted_as=how, phase="failed", remaining=0, message=message)
             self._record(message)
@@ -66,8 +65,8 @@ class CallingOff:
             m.log.warning("migration failed", error=str(self._error))
 
     async def leave(self) -> None:
-        """A VMM that has ended is let go of, and the operator's programs hear of it."""
-        if self._loading and self._driver is not None and self._clean:  # or it is there still
+        """Lets go of a VMM that was ended, and runs the operator's hooks."""
+        if self._loading and self._driver is not None and self._clean:  # else it may live
             with suppress(VmmTimeout), within(RELEASE_S, "closing its socket"):
                 await self._m.vm.leave()
         await self._m.hooks("failed", message=str(self._error))
@@ -84,27 +83,28 @@ class CallingOff:
             machine.happened(Happened.FAILED)
 
     def _record(self, message: str) -> None:
-        """A source that has granted is told so only once the VMM here has certainly ended."""
+        """Records the end. A source that has granted is told *declined* only if the VMM here has
+        certainly ended, or had not begun to load."""
         declined = self._clean or not self._loading
-        with suppress(PostcopydError):  # of an answer before this one, which is kept then
+        with suppress(PostcopydError):  # an earlier arrival's answer could not be moved, and stays
             self._m.note(p.Declined(p.sentence(message)) if declined else None)
         self._m.vm.record_soon("declined" if declined else None)
 
 
 async def vmm_ended(m: Migration, farewell: str | None) -> None:
-    """Of a guest that was this host's: it can go on nowhere. Where that was meant (`farewell`) it
-    is over, and a source that asks is told; else a person decides, as disks may have been
-    changed."""
+    """The VMM of a guest that was this host's has ended, so the guest can go on nowhere. If that
+    was meant (`farewell`), the migration is over, and a source that asks is told so. Else a person
+    decides, as the guest may have changed its disks."""
     vm = m.vm
     if vm.status.phase == "failed":
         return  # a person was faster
-    if m.stage is Stage.HERE:  # but for what was lost: its move was over, and the answer stands
+    if m.stage is Stage.HERE:  # its move was over but for lost pages, and the answer stands
         vm.show(
             message=f"{vm.name} was here, with all of its memory but some lost pages, and its VMM "
             f"has ended since; it may be started again"
         )
         vm.record_soon("held")
-    elif vm.ownership == "loading":  # it was not on record that it may run, so nothing ran
+    elif vm.ownership == "loading":  # no record allowed it to run, so no vCPU has
         message = f"{vm.name} did not come here: its VMM has ended before it was run"
         m.note(p.Declined(p.sentence(message)))
         vm.conclude(phase="failed", remaining=0, message=message)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data connections of one control connection: the source may make them once it is `ready`.
+"""The data connections of one control connection, which the source may make after `ready`.
 
-Owns the token that each of them shows, which is good for this control connection only, and a data
-connection from when it was let in until the engine has it. The daemon brings those that name the
-migration; the session takes the invitation back (`withdraw`) when the connection or the engine is
-over, and sends another one for the next.
+Owns the token that each of them shows, which is valid for this control connection only. Owns a data
+connection from when it is let in until the engine takes it. The daemon brings data connections that
+name the migration. The session takes the invitation back (`withdraw`) when the control connection
+or the engine is over, and sends another one for the next.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Invitation:
         await self._channel.send(p.Ready(self.token))
 
     async def taken_up(self) -> None:
-        """Returns when all connections are there. Raises PostcopydError, also when one that was
-        there is lost."""
+        """Returns when all data connections are there. Raises PostcopydError, also if one is lost
+        meanwhile."""
         try:
             async with open_nursery() as nursery:
                 nursery.start_soon(self._engine.watch)
@@ -61,7 +61,7 @@ class Invitation:
         self._withdrawn = True
 
     async def take(self, stream: trio.SocketStream, hello: p.DataHello) -> None:
-        """A data connection that names this migration. Raises PostcopydError."""
+        """Takes a data connection that names this migration. Raises PostcopydError, OSError."""
         if not hmac.compare_digest(hello.token, b"" if self._secure else self.token):
             raise wrong_token(hello)
         if hello.urgent not in self._lacking:
@@ -70,7 +70,7 @@ class Invitation:
             )
         await stream.send_all(pack(p.DataWelcome(hello.migration)))
         try:
-            if self._secure:  # its place stays free for the right one
+            if self._secure:  # takes no place until it has shown that it has the key
                 wire = await detach_keyed(stream, self.token, hello, server=True)
             else:
                 wire = Wire(detach(stream))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The third phase of an arrival, in the blackout: device state into the VMM, from `handover` to
-`grant`.
+"""The third phase of an arrival, in the blackout, from `handover` to `grant`: loads the device
+state into the VMM.
 
-While the VMM loads it touches guest RAM, and the engine answers its faults: from the end of the
-device state on, which is after the last page was named that is old here. Owns the device state on
+While the VMM loads it touches guest RAM. The engine answers these faults from the end of the device
+state on: only then has the source named every page whose copy here is old. Owns the device state on
 its way, and the tasks that receive it and load it, which end with `until_granted`.
 """
 
@@ -35,6 +35,7 @@ class Load:
         self._state = DeviceState(m.vm.name)
 
     async def until_granted(self) -> None:
+        """Returns when the guest was granted to this host. Raises PostcopydError."""
         m = self._m
         m.vm.show(
             phase="handover",
@@ -49,7 +50,7 @@ class Load:
             nursery.start_soon(self._memory.watch_answers, m)
             grant = await m.receive()
             nursery.cancel_scope.cancel()
-        assert isinstance(grant, p.Grant)  # the table has no other
+        assert isinstance(grant, p.Grant)  # handover.py's table allows no other message
         if grant.epoch != m.offer.epoch:
             raise RemoteProtocolError(
                 f"{m.peer} granted epoch {grant.epoch} of {m.vm.name}, it had offered "
@@ -68,7 +69,7 @@ class Load:
                 state.put(message.data)
             m.run = message.run
             m.vm.attached().before = "running" if message.run else "paused"
-            self._engine.seal()  # what came in passes is right now, but for what was named
+            self._engine.seal()  # pages that came in passes and were not named are right
             if self._whole:
                 await m.channel.send(p.Serving())
         if message.size != size:
@@ -93,12 +94,12 @@ class Load:
             await m.vm.attached().load(pieces)
         if self._whole:
             await self._all_here()
-        self._engine.check()  # no use in a guest whose pages cannot come
+        self._engine.check()  # a guest whose pages cannot come must not be granted
         await m.channel.send(p.Loaded())
 
     async def _all_here(self) -> None:
-        """While the guest stands still nobody waits for memory that this host lacks, or for a
-        source that sends nothing."""
+        """Returns when every page is here. Raises PostcopydError instead of waiting for memory that
+        this host lacks, or for a source that sends nothing: the guest stands still meanwhile."""
         m, stats, present, since = self._m, self._engine.stats, -1, trio.current_time()
         while not self._engine.whole:
             if stats.present_pages != present:

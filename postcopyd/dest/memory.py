@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guest RAM that pages come into, with the native engine that takes its faults.
+"""Guest RAM that pages arrive in, with the native engine that takes its faults.
 
-Owns nothing itself: the engine, our duplicates of the userfaultfds (the VMM keeps its own) and the
-page record are put on a stack of the session's, `held`, which closes them in the reverse order: the
-engine first, as it borrows the others. Until then a `Memory` is whole: code that is given one
-need not ask whether there is an engine.
+Owns nothing itself. The engine, our duplicates of the userfaultfds (the VMM keeps its own) and the
+page record are on a stack of the session, `held`, which closes them in reverse order: the engine
+first, as it borrows the others. Until then a `Memory` is whole: code that has one need not ask
+whether there is an engine.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from postcopyd.vmm import Shape
 
 
 class Memory:
-    """`shape` is the VMM as it was compared, its descriptors the session's. Made by
-    `arrival.adopt`, and by `restart.adopted_again` for a guest of a daemon before this one."""
+    """`shape` is the VMM as it was compared; its descriptors are the session's. Made by
+    `arrival.adopt`, and by `restart.adopted_again` for a guest of the previous daemon."""
 
     def __init__(self, shape: Shape, engine: DestinationEngine) -> None:
         self.shape = shape
@@ -38,7 +38,7 @@ class Memory:
     def served(
         cls, m: Migration, shape: Shape, uffds: Sequence[int], record: int, held: AsyncExitStack
     ) -> Memory:
-        """By a new engine; `record` is held from here on. Raises PostcopydError."""
+        """Gives guest RAM a new engine; `held` closes `record`. Raises PostcopydError."""
         held.callback(os.close, record)
         engine = DestinationEngine(shape.regions, uffds, record, staged=m.offer.staged)
         held.push_async_callback(engine.aclose)
@@ -51,13 +51,13 @@ class Memory:
 
     @property
     def remaining(self) -> int:
-        """Bytes that are not here yet; an estimate where regions have pages of several sizes."""
+        """Bytes that are not here yet; an estimate if regions have pages of several sizes."""
         stats = self.engine.stats
         return int(self.size * (stats.total_pages - stats.confirmed_pages) // stats.total_pages)
 
     async def as_compared(self, m: Migration) -> None:
-        """The VMM here is the one that was compared with the source's, while time went by. Raises
-        PostcopydError."""
+        """Raises PostcopydError if the VMM here has changed since it was compared with the
+        source's."""
         if await m.vm.attached().outline() != self.shape.outline:
             raise PostcopydError(
                 f"somebody changed devices or disks of the VMM that waits for {m.vm.name} here: "
@@ -66,8 +66,8 @@ class Memory:
             )
 
     async def watch_answers(self, m: Migration) -> None:
-        """Every page asked for is answered: a connection that is up and brings none is lost. For
-        when the source answers, from `deviceEnd` on. Raises ConnectionLost."""
+        """Raises ConnectionLost if the connection is up and brings none of the requested pages for
+        DEAD_S. Use it from `deviceEnd` on, when the source answers."""
         stats, answers, since = self.engine.stats, -1, trio.current_time()
         while True:
             if stats.unanswered <= 0 or stats.requests - stats.unanswered != answers:
@@ -80,19 +80,19 @@ class Memory:
             await trio.sleep(p.KEEPALIVE_S)
 
     async def give_up_unplugged(self, log: Any) -> None:
-        """Guest RAM that was unplugged here meanwhile needs no pages any more. Only without
-        connections."""
+        """Looks for guest RAM that was unplugged meanwhile, which needs no pages any more. Only
+        without connections."""
         shape = self.shape
         try:
             for number in unplugged(shape.pid, shape.regions):
                 await trio.to_thread.run_sync(self.engine.gone, number, limiter=threads.ENGINE)
                 log.warning("guest RAM was unplugged", region=shape.regions[number].name)
-        except (OSError, PostcopydError) as error:  # then its pages lack, as far as is known
+        except (OSError, PostcopydError) as error:  # then its pages still count as missing
             log.error("unplugged guest RAM not looked for", error=str(error))
 
 
 def owned(descriptors: list[int], held: AsyncExitStack) -> list[int]:
-    """Userfaultfds that a driver has just given us."""
+    """Has `held` close userfaultfds that a driver has just given us, and returns them."""
     for fd in descriptors:
         held.callback(os.close, fd)
     return descriptors

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One arrival as all of its phases know it: the VM, what was offered, the connection of now, how
-far it has come, and what of that is on record.
+"""What all phases of one arrival share: the VM, the offer, the present connection, how far the
+arrival has come, and what of that is on record.
 
-Owns nothing that has to be closed: the connection is the session's, which puts a new one here when
+Owns nothing that has to be closed: the session owns the connection, and puts a new one here when
 the source asks again. Decides nothing: the phases do, by what they find here.
 """
 
@@ -31,26 +31,26 @@ from postcopyd.vmm import Shape
 
 
 class Stage(IntEnum):
-    """How far this host has gone, and so what it has to undo when the arrival is called off."""
+    """How far this host has gone, and so what it must undo if the arrival is called off."""
 
     OFFERED = 0
-    """It has only looked. The VM may be another guest's, named by mistake."""
+    """This host has only looked. The VM may be another guest's, named by mistake."""
     ACCEPTED = 1
     """The VM's status tells of the arrival."""
     ADOPTED = 2
-    """Guest RAM is, or may be, empty and registered: the VMM is told to let go of it."""
+    """Guest RAM is, or may be, empty and registered: the VMM must be told to let go of it."""
     LOADING = 3
-    """The VMM has, or may have, begun to load: it is of no other use any more, and is ended."""
+    """The VMM has, or may have, begun to load: it can do nothing else any more, and is ended."""
     HERE = 4
     """Every page is here or lost, and that is recorded. Nothing is undone."""
 
 
 class Migration:
-    """Made with its session, shared by its phases. `run`: whether the guest is to run here; `ran`:
-    whether it does, or is paused as it was, as far as is known; `ran_ns`: since when, by the
-    monotonic clock of this boot. `told`: the operator's programs, that it runs here. `given_up`: by
-    a person, what was missing. `ram` and `userfaultfds` are as the record has them, for a daemon
-    that is started later. `huge` is set once the guest is here: what may be in huge pages."""
+    """Made with its session, shared by its phases. `run`: the guest is to run here, not to stay
+    paused. `ran`: as far as is known it runs here, or is paused as it was; `ran_ns`: since when, by
+    the monotonic clock of this boot. `told`: the hooks were told that it runs here. `given_up`: a
+    person has given up the missing pages. `ram` and `userfaultfds` are as in the record, for a
+    later daemon. `huge` is set once the guest is here: the RAM that may be in huge pages."""
 
     def __init__(self, vm: Vm, offer: p.Offer, channel: Channel, shared: Shared) -> None:
         self.vm = vm
@@ -87,7 +87,8 @@ class Migration:
         return message
 
     async def listen(self) -> None:
-        """Nothing is due from the source now; but it may fail, be gone, or take its guest back."""
+        """Waits while no message is due. Always ends by PostcopydError: the source has failed, is
+        gone, has taken its guest back, or has sent what was not due."""
         message = await self.receive()
         raise RemoteProtocolError(f"{self.peer} sent {type(message).__name__} too late")
 
@@ -97,7 +98,7 @@ class Migration:
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
-        """Its body ends with an error when the VMM here ends."""
+        """Ends its body by PostcopydError if the VMM here ends."""
         async with open_nursery() as nursery:
             nursery.start_soon(self.watch_vmm)
             yield
@@ -105,8 +106,8 @@ class Migration:
 
     @asynccontextmanager
     async def heard(self) -> AsyncIterator[None]:
-        """The same, and also when the source takes its guest back, fails, or is gone. The body
-        receives nothing."""
+        """The same, and also if the source takes its guest back, fails, or is gone. The body must
+        not receive from the channel."""
         async with open_nursery() as nursery:
             nursery.start_soon(self.watch_vmm)
             nursery.start_soon(self.listen)
@@ -114,7 +115,7 @@ class Migration:
             nursery.cancel_scope.cancel()
 
     def vmm_ended(self) -> bool:
-        """Certainly: one that cannot be looked at may live."""
+        """Whether the VMM has certainly ended. One that cannot be looked at may live."""
         with suppress(OSError):
             return not procfs.started(self.vm.attached().pid)
         return False
@@ -133,7 +134,7 @@ class Migration:
     # --- what is on record -----------------------------------------------------------------------
 
     def lay(self, shape: Shape) -> None:
-        """Notes where guest RAM is."""
+        """Notes where guest RAM is, for the record."""
         self.ram = [
             {
                 "name": region.name,
@@ -147,7 +148,8 @@ class Migration:
         ]
 
     def note(self, answer: p.Message | None = None) -> None:
-        """What `remember` needs, or what a source is told that asks later, for the next record."""
+        """Notes for the next record what `remember` needs, and the `answer`, if any, to a source
+        that asks later. Raises PostcopydError."""
         about: Arrival = {
             "migration": self.offer.migration,
             "offer": to_builtins(structs.replace(self.offer, facts={}, places={})),
@@ -165,7 +167,7 @@ class Migration:
         self.vm.note({**about})
 
     def remember(self, about: Arrival) -> None:
-        """The guest was granted to this host before the daemon was started."""
+        """Restores what `note` recorded of a guest that was granted to the previous daemon."""
         self.stage = Stage.LOADING
         self.run, self.ran, self.told = about["run"], about["ran"], about["told"]
         self.ran_ns = about["ran_ns"]
@@ -174,13 +176,14 @@ class Migration:
         self.ram, self.userfaultfds = about["ram"], about["userfaultfds"]
 
     def own(self) -> None:
-        """On record before any vCPU runs here, whoever says that it may: without it a daemon that
-        is started ends the VMM. With it is whether the guest shall run, which came after the record
-        before. Raises PostcopydError: then nothing runs."""
+        """Records that the guest is this host's, before any vCPU runs here, whoever allowed that: a
+        restarted daemon that does not find this record ends the VMM. Records with it whether the
+        guest is to run, which came after the previous record. Raises PostcopydError; then nothing
+        may run."""
         self.note()
         self.vm.record("owned", self.offer.epoch)
 
     def forget_pages(self) -> None:
-        """The page record goes, unless only it shows that the guest is whole."""
+        """Removes the page record, unless only it shows that the guest is whole."""
         if not (self.stage is Stage.HERE and self.vm.unwritten):
             self.vm.remove_pages()

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When an arrival stands still after the grant, and how it goes on: the guest is this host's, waits
-for what it lacks, and nothing here ends it.
+"""The pause of an arrival after the grant, and how it goes on: the guest is this host's, waits for
+its missing pages, and nothing here ends it.
 
 A pause has no task. The engine goes on taking faults, and the session waits (`vm.waiting`) until
 the source asks again, a person gives the missing pages up, or the VMM ends. Each is one function.
@@ -21,14 +21,14 @@ from postcopyd.tasks import threads
 from postcopyd.vmm import Vmm
 
 ENDS_S = 5.0
-"""How long a VMM may take to end whose memory is gone already."""
+"""How long a VMM may take to end after its memory has gone."""
 HAVE_PAGES = 8 * p.DEVICE_CHUNK
-"""Pages of one Have: a bit each."""
+"""Pages that one Have message covers, one bit each."""
 
 
 async def vmm_has_ended(m: Migration, driver: Vmm, error: PostcopydError) -> bool:
-    """Whether `error` is no pause, but the end of the VMM."""
-    # Its end is seen here in several ways, and its last words come a moment later.
+    """Whether `error` means that the VMM has ended, so that this is no pause."""
+    # The end of a VMM shows in several kinds of error, and its farewell comes a moment later.
     ends = error.name == "VmmGone" or _failure(error) is Failure.VMM_GONE
     with trio.move_on_after(ENDS_S if ends or m.vmm_ended() else 0):
         await driver.gone()
@@ -36,8 +36,9 @@ async def vmm_has_ended(m: Migration, driver: Vmm, error: PostcopydError) -> boo
 
 
 async def stand_still(m: Migration, memory: Memory, error: PostcopydError) -> str | None:
-    """Ends all but the taking of faults. Returns why the guest is not to be trusted any more, where
-    the kernel has put pages into its memory: no engine after this one takes it for whole then."""
+    """Ends everything but the taking of faults. If the kernel has put pages into guest memory,
+    returns why the guest cannot be trusted any more, and notes that for the record, so that no
+    later engine takes the guest for whole."""
     engine = memory.engine
     await engine.disconnect()
     if _failure(error) is Failure.MEMORY:
@@ -50,7 +51,7 @@ async def stand_still(m: Migration, memory: Memory, error: PostcopydError) -> st
 
 
 def show(m: Migration, error: PostcopydError, distrust: str | None) -> None:
-    """The pause is seen, and recorded."""
+    """Shows and records the pause."""
     message = (
         f"{m.vm.name} {'runs here' if m.ran else 'was granted to this host'} and waits for pages "
         f"that are still at {m.peer}: {error}; that host connects again by itself"
@@ -63,7 +64,8 @@ def show(m: Migration, error: PostcopydError, distrust: str | None) -> None:
 
 
 async def tell_what_is_here(m: Migration, memory: Memory, invitation: Invitation) -> None:
-    """Once the data connections are there again, so that the source pushes the rest only."""
+    """Waits for the data connections, then tells the source which pages are here, so that it pushes
+    only the rest. Raises PostcopydError."""
     async with m.heard():
         await invitation.taken_up()
         for index, region in enumerate(memory.shape.regions):
@@ -75,15 +77,15 @@ async def tell_what_is_here(m: Migration, memory: Memory, invitation: Invitation
 
 
 async def poison(m: Migration, memory: Memory) -> None:
-    """A person says that the source is gone for good: each page that is missing becomes a memory
-    error, so that the guest goes on without them.
+    """Makes each missing page a memory error, so that the guest goes on without them: a person says
+    that the source is gone for good.
 
-    The engine stays as long as the VMM: were the RAM not registered any more, the kernel could make
-    zeros of what is lost (MADV_COLLAPSE does). Raises PostcopydError.
+    The engine stays as long as the VMM: if the RAM were not registered any more, the kernel could
+    make zeros of lost pages (MADV_COLLAPSE does). Raises PostcopydError.
     """
     vm, engine = m.vm, memory.engine
     if not m.ran:
-        m.own()  # before what cannot be undone
+        m.own()  # before the step that cannot be undone
     engine.settle()
     try:
         pages = await trio.to_thread.run_sync(engine.poison, limiter=threads.ENGINE)
@@ -111,5 +113,5 @@ async def poison(m: Migration, memory: Memory) -> None:
 
 
 def _failure(error: PostcopydError) -> Failure | None:
-    """What kind it is of, if it is the engine's."""
+    """The kind of failure, if the error is the engine's."""
     return error.failure if isinstance(error, EngineError) else None

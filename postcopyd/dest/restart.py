@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a daemon that was started again does at the destination: ends an arrival that was not
-granted, and finds guest RAM again for one that was, whose session goes on as after a pause.
+"""What a restarted daemon does at the destination: calls off an arrival that was not granted, and
+finds the guest RAM of one that was granted, whose session then goes on as after a pause.
 
-Owns the VMM's RAM files and userfaultfds while it opens them; of a guest that goes on they are on
-the session's stack then."""
+Owns the VMM's RAM files and userfaultfds while it opens them; those of a guest that goes on are on
+the session's stack afterwards."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from postcopyd.sessions.vm import Vm
 from postcopyd.vmm import Region, Shape, Vmm
 
 WHOLE = bytes(state for state in range(256) if state & 12 == 4)
-"""States of a page that is here and not lost, in the page record: DONE without LOST, as
-record.h has them."""
+"""The bytes in the page record of a page that is here and not lost: DONE without LOST, see
+record.h."""
 
 
 async def call_off(vm: Vm) -> None:
-    """Ends an arrival that was not granted when the daemon ended: no vCPU has run here."""
+    """Calls off an arrival that was not granted when the previous daemon ended: no vCPU has run
+    here. Raises PostcopydError."""
     driver, loading = vm.driver, vm.ownership == "loading"
     message = f"{vm.name} did not come here: the daemon ended before it was granted"
     if driver is not None and not loading:
@@ -43,7 +44,7 @@ async def call_off(vm: Vm) -> None:
     else:
         if driver is not None:
             with within(END_S, f"ending the VMM of {vm.name} here"):
-                await driver.end()  # before its RAM is let go: it must not go on with zeros
+                await driver.end()  # before its RAM is let go, or it would go on with zeros
         message += "; its VMM here has ended, start it anew for another attempt"
     vm.conclude(phase="failed", remaining=0, message=message)
     vm.about["answer"] = to_builtins(p.Declined(p.sentence(message)))
@@ -52,12 +53,12 @@ async def call_off(vm: Vm) -> None:
 
 
 async def finish_unwritten(vm: Vm) -> bool:
-    """Settles a guest that has all of its memory, where only the record does not say so: it could
-    not be written. Returns whether it is such a guest.
+    """Finishes a guest that has all of its memory, of which only the record does not say so, as it
+    could not be written. Returns whether this is such a guest. Raises PostcopydError.
 
-    By then its VMM has no userfaultfd any more, and the page record says that every page is here,
-    or is gone: the daemon takes both away together, and only then. Userfaultfds that are gone alone
-    prove nothing, nor does the page record.
+    The VMM of such a guest has no userfaultfd any more, and its page record is gone or says that
+    every page is here: the daemon takes both away together, and only once every page is here. One
+    of the two alone proves nothing.
     """
     driver, about = vm.attached(), vm.about
     descriptors = await driver.adopted()
@@ -85,9 +86,9 @@ async def _discard(driver: Vmm) -> None:
 
 
 async def adopted_again(m: Migration, held: AsyncExitStack) -> Memory:
-    """Guest RAM of a guest that was granted to this host, as its record says: faults are taken
-    again when this returns. Raises PostcopydError; nothing is closed in the VMM then, and its
-    threads go on waiting."""
+    """Finds the RAM of a guest that was granted to this host, by its record. Faults are taken again
+    when this returns. Raises PostcopydError; then nothing is closed in the VMM, and its threads go
+    on waiting."""
     driver = m.vm.attached()
     regions, gone = regions_again(driver.pid, m.ram, files=m.offer.staged)
     shape = Shape("paused", driver.pid, regions, {}, ())
@@ -101,7 +102,7 @@ async def adopted_again(m: Migration, held: AsyncExitStack) -> Memory:
         )
     record = m.shared.store.open_pages(m.vm.name, again=True)
     memory = Memory.served(m, shape, uffds, record, held)
-    if memory.engine.foreign:  # the daemon before was killed before it could be recorded
+    if memory.engine.foreign:  # the previous daemon was killed before it recorded that
         m.vm.about["foreign"] = losses.foreign(m.vm.name, m.peer, memory.engine.sentence)
         raise PostcopydError(m.vm.about["foreign"], "NotTrusted")
     for number in gone:
@@ -114,12 +115,12 @@ async def adopted_again(m: Migration, held: AsyncExitStack) -> Memory:
 def regions_again(
     pid: int, ram: list[RecordedRegion], *, files: bool
 ) -> tuple[tuple[Region, ...], list[int]]:
-    """The regions of a record; with the files behind them, where they are needed, found by address
-    as the VMM may not be able to answer. And the numbers of those that were unplugged meanwhile:
-    the VMM has mappings, and none of them is there.
+    """The regions of a record, and the numbers of those that were unplugged since: the VMM has
+    mappings, but none at their addresses. With `files`, the files behind the regions are opened;
+    they are found by address, as the VMM may not be able to answer.
 
-    Raises PostcopydError, above all when a file is not found: an engine without it would take what
-    the file has, which may be old, for what belongs there.
+    Raises PostcopydError, above all if a file is not found: an engine without it would take the
+    content of the file, which may be old, for what belongs there.
     """
     regions: list[Region] = []
     gone: list[int] = []
@@ -127,11 +128,11 @@ def regions_again(
         mappings = list(procfs.mappings(pid))
         for recorded in ram:
             fd, start = None, recorded["address"]
-            # Its device and inode; older records only say whether there is one.
+            # The file's device and inode; older records only say whether there is a file.
             file = recorded.get("file", True)
             end = start + recorded["pages"] * recorded["page_size"]
             there = [m for m in mappings if m.start < end and start < m.end]
-            if isinstance(file, list):  # its place may be another's by now
+            if isinstance(file, list):  # another mapping may be at its address by now
                 there = [m for m in there if list(m.file) == file]
             if mappings and not there:
                 gone.append(len(regions))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fourth phase of an arrival, the end of the blackout: from `grant` to `ran`.
+"""The fourth phase of an arrival, the end of the blackout, from `grant` to `ran`: runs the guest.
 
-The guest is this host's from the grant on: nothing here ends its VMM, save when it has refused to
-run and so no vCPU has. Each step is one function; recovery takes the same ones.
+The guest is this host's from the grant on: nothing here ends its VMM, unless the VMM has refused to
+run it, so that no vCPU has run. Each step is one function; a recovery takes the same ones.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from postcopyd.vmm import Declined
 
 
 async def run(m: Migration, memory: Memory) -> None:
-    """The guest runs here, or is paused as it was, and the source is told. Raises PostcopydError,
-    after which no vCPU has run where it is Declined or StateNotWritten."""
+    """Runs the guest, or leaves it paused as it was, and tells the source. Raises PostcopydError;
+    after Declined and StateNotWritten no vCPU has run."""
     try:
         await cont(m, memory)
     except (Declined, StateNotWritten) as refused:
@@ -30,10 +30,10 @@ async def run(m: Migration, memory: Memory) -> None:
 
 
 async def cont(m: Migration, memory: Memory) -> None:
-    """Runs the guest, unless it was paused; recorded first, also where the connection was lost
-    between the grant and its record. The VMM may wait for a page in this, and the source may go
-    meanwhile, or the page not come: then it is not known whether it ran, and it is told to again
-    later."""
+    """Records that the guest is this host's, then runs it unless it is to stay paused. A recovery
+    calls this too, as the connection may be lost between the grant and its record. While the VMM
+    begins to run it may wait for a page. If the source goes then, or the page does not come, nobody
+    knows whether the guest ran, and the VMM is told to run it later. Raises PostcopydError."""
     m.own()
     if m.run:
         async with open_nursery() as nursery:
@@ -45,7 +45,8 @@ async def cont(m: Migration, memory: Memory) -> None:
 
 
 async def say_ran(m: Migration, memory: Memory) -> None:
-    """Raises ConnectionLost; the guest runs all the same, which is noted."""
+    """Notes that the guest runs, and tells the source. Raises ConnectionLost if that is not told;
+    the guest runs all the same."""
     m.ran = True
     m.ran_ns = m.ran_ns or lib.pc_monotonic_ns()
     try:
@@ -65,7 +66,7 @@ async def say_ran(m: Migration, memory: Memory) -> None:
 
 
 async def _decline(m: Migration, reason: str) -> None:
-    """No vCPU has run: the VMM ends first, then the source may have its guest back."""
+    """Gives back a guest of which no vCPU has run: first ends the VMM, then tells the source."""
     with within(END_S, f"ending the VMM of {m.vm.name} here"):
         await m.vm.attached().end()
     declined = p.Declined(p.sentence(reason))

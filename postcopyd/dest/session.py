@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One guest arriving, from the offer to drained here, or given back: the phases in their order.
+"""The arrival of one guest, from the offer until it is drained here, or given back: the phases in
+their order.
 
-A phase is a file: `admission`, `arrival`, `load`, `run`, `drain`; `pause` and `farewells` are what
-may come instead of the next. Order and ownership are handover.py's. What the phases share is the
-`Migration`; from where guest RAM is emptied they are given its `Memory`, which is whole.
+Each phase is a file: `admission`, `arrival`, `load`, `run`, `drain`. `pause` or `farewells` may
+come instead of the next phase. handover.py decides order and ownership. The phases share the
+`Migration`; once guest RAM is emptied they also have its `Memory`, which is whole.
 
-Owns, for the time of one arrival: the control connection of now, the invitation for its data
-connections, and on the stack `_held`, each on top of what it borrows, the descriptors of guest RAM,
-our duplicates of the userfaultfds (the VMM keeps its own), the page record and the engine. One task
-at a time runs it: the daemon's, which has claimed the VM, and whose cancel ends the arrival. The
-tasks of a phase end with the phase. While the session waits (`vm.waiting`) it has no task, and only
-the daemon takes it from there: to `resume` it, to `poison`, or because the VMM has ended.
+Owns, for the time of one arrival: the present control connection, the invitation for its data
+connections, and, on the stack `_held`, each on top of what it borrows, the descriptors of guest
+RAM, our duplicates of the userfaultfds (the VMM keeps its own), the page record and the engine. One
+task at a time runs the session: a task of the daemon, which has claimed the VM, and whose cancel
+ends the arrival. The tasks of a phase end with the phase. While the session waits (`vm.waiting`) it
+has no task, and only the daemon takes it from there: to `resume` it, to `poison`, or because the
+VMM has ended.
 
-What fails before the grant is called off, and the source has its guest. After it the guest is this
-host's: a connection that is lost then pauses the migration.
+What fails before the grant is called off, and the source has its guest. After the grant the guest
+is this host's: losing the connection then pauses the migration.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ from postcopyd.vmm import Shape
 
 
 class DestinationSession:
-    """Made and run by the daemon for a control connection whose offer has named a VM, or `restored`
-    from a record; `resume`d for each further connection."""
+    """Made and run by the daemon for a control connection whose offer has named a VM, or made from
+    a record by `restored`. The daemon calls `resume` for each further connection."""
 
     def __init__(self, vm: Vm, offer: p.Offer, channel: Channel, shared: Shared) -> None:
         self.vm = vm
@@ -59,7 +61,7 @@ class DestinationSession:
     # --- the life of a migration -----------------------------------------------------------------
 
     async def run(self) -> None:
-        """The whole arrival. What goes wrong ends in the VM's status and is told to the source."""
+        """Runs the whole arrival. Failures are shown in the VM's status and told to the source."""
         await self._whole(self._arrive)
 
     async def _arrive(self) -> None:
@@ -77,15 +79,15 @@ class DestinationSession:
         await self._leave()
 
     async def resume(self, channel: Channel, asked: p.Resume) -> None:
-        """The rest of it on a new connection, whose epoch the daemon has compared."""
+        """Runs the rest of the arrival on a new connection, whose epoch the daemon has compared."""
         m = self._migration
         m.channel, channel.machine = channel, m.machine
         m.shared.limits.arrivals.take(m.offer.migration, self.memory.size)
         await self._whole(lambda: self._go_on(asked))
 
     async def _go_on(self, asked: p.Resume) -> None:
-        """After a connection was lost: new ones for the pages, the guest run if it was not yet, and
-        what is here told, before the source pushes the rest."""
+        """Goes on after a lost connection: invites new data connections, runs the guest if it does
+        not run yet, and tells the source what is here, before the source pushes the rest."""
         m, memory = self._migration, self.memory
         m.machine.received(asked)
         await memory.engine.disconnect()
@@ -102,7 +104,7 @@ class DestinationSession:
         await self._leave()
 
     async def finish(self) -> None:
-        """The end of an arrival that had everything when the daemon before this one died."""
+        """Ends an arrival that had every page when the previous daemon died."""
         await self._whole(self._finish)
 
     async def _finish(self) -> None:
@@ -117,7 +119,7 @@ class DestinationSession:
         return invitation
 
     async def _leave(self) -> None:
-        """Nothing is due any more: all is closed, but where pages were lost (`over`)."""
+        """Closes everything at the end; if pages were lost, the session waits instead (`over`)."""
         memory = self._memory
         if memory is None or not memory.engine.lost:
             await self.close()
@@ -128,14 +130,15 @@ class DestinationSession:
         self.vm.waiting = self
 
     async def close(self) -> None:
-        """Only when nothing is registered any more, or the VMM has ended."""
+        """Closes everything. Only when nothing is registered any more, the VMM has ended, or its
+        guest is not to be trusted."""
         self._withdraw()
         self._memory = self._shape = None
         with trio.CancelScope(shield=True):
             await self._held.aclose()
 
     def _withdraw(self) -> None:
-        """No data connection is taken any more."""
+        """Takes no data connections any more."""
         if self._invitation is not None:
             self._invitation.withdraw()
             self._invitation = None
@@ -169,17 +172,17 @@ class DestinationSession:
                 await self._called_off(error)
 
     async def _called_off(self, error: PostcopydError) -> None:
-        """Before the grant: this host as it was."""
+        """Before the grant: leaves this host as it was."""
         off = farewells.CallingOff(self._migration, error)
         await off.undo(self._shape, self._memory)
         await self.close()
         await off.leave()
 
     async def _paused(self, error: PostcopydError) -> None:
-        """After the grant: the guest waits for what it lacks, and nothing ends it."""
+        """After the grant: the guest waits for its missing pages, and nothing ends it."""
         m, driver = self._migration, self.vm.driver
         m.machine.happened(Happened.LOST)
-        self._withdraw()  # what still comes with the old token is of no use
+        self._withdraw()  # data connections with the old token are of no use
         await m.channel.aclose()
         if driver is None or await pause.vmm_has_ended(m, driver, error):
             await self.vmm_ended(driver.farewell if driver is not None else None)
@@ -194,25 +197,25 @@ class DestinationSession:
     # --- what others have it do ------------------------------------------------------------------
 
     async def check(self) -> None:
-        """Answers an offer that only asks."""
+        """Answers an offer that only asks whether it would be taken."""
         await admission.check(self._migration)
 
     async def take_data(self, stream: trio.SocketStream, hello: p.DataHello) -> None:
-        """A data connection that names this migration. Raises PostcopydError."""
+        """Takes a data connection that names this migration. Raises PostcopydError, OSError."""
         if self._invitation is None:
             raise wrong_token(hello)
         await self._invitation.take(stream, hello)
 
     async def drop(self) -> None:
-        """The source has lost this connection and asks again: it is over for this side too."""
+        """Closes the control connection: the source has lost it and asks on another one."""
         await self._migration.channel.aclose()
 
     async def poison(self) -> None:
-        """A person gives up what is missing. Raises PostcopydError."""
+        """Gives up the missing pages, as a person has decided. Raises PostcopydError."""
         await pause.poison(self._migration, self.memory)
 
     async def vmm_ended(self, farewell: str | None) -> None:
-        """Of a guest that was this host's."""
+        """Ends the arrival of a guest that was this host's, as its VMM has ended."""
         await self.close()
         await farewells.vmm_ended(self._migration, farewell)
 
@@ -220,19 +223,19 @@ class DestinationSession:
     async def restored(
         cls, vm: Vm, about: dict[str, Any], channel: Channel, shared: Shared
     ) -> DestinationSession:
-        """The session of a guest that was granted to this host before the daemon was started.
+        """The session of a guest that was granted to the previous daemon of this host.
 
-        Faults are taken again when this returns. Raises PostcopydError; nothing is closed in the
-        VMM then, and its threads go on waiting.
+        Faults are taken again when this returns. Raises PostcopydError; then nothing is closed in
+        the VMM, and its threads go on waiting.
         """
         session = cls(vm, parse(about["offer"], p.Offer), channel, shared)
         m = session._migration
-        m.remember(cast(Arrival, about))  # held to that when it was read
+        m.remember(cast(Arrival, about))  # compared with that schema when it was read
         if distrust := about.get("foreign"):
             raise PostcopydError(distrust, "NotTrusted")
         async with AsyncExitStack() as held:
             session._memory = await adopted_again(m, held)
-            session._held.callback(m.forget_pages)  # once the others are closed
+            session._held.callback(m.forget_pages)  # runs after the others are closed
             session._held.push_async_callback(held.pop_all().aclose)
         admission.promise(m, session.memory.shape, session._held)
         if session.complete and "answer" in about:
@@ -243,7 +246,7 @@ class DestinationSession:
 
     @property
     def memory(self) -> Memory:
-        """From where guest RAM is emptied until it is closed; every guest that was granted has
+        """Only from when guest RAM is emptied until `close`; every guest that was granted has
         it."""
         assert self._memory is not None
         return self._memory
@@ -254,37 +257,37 @@ class DestinationSession:
 
     @property
     def accepted(self) -> bool:
-        """It is this VM that the source means."""
+        """Whether it is certain that the source means this VM."""
         return self._migration.stage >= Stage.ACCEPTED
 
     @property
     def complete(self) -> bool:
-        """Every page is here or lost, and perhaps the source does not know."""
+        """Whether every page is here or lost; the source may not know. False after `poison`."""
         return self._memory is not None and self._memory.engine.complete and not self.poisoned
 
     @property
     def ran(self) -> bool:
-        """It runs here, or is paused as it was, as far as is known; else the source, when it asks,
-        has it run."""
+        """Whether, as far as is known, the guest runs here or is paused as it was. If not, it is
+        run when the source asks."""
         return self._migration.ran
 
     @property
     def poisoned(self) -> bool:
-        """A person has given pages up that were missing."""
+        """Whether a person has given up missing pages."""
         return self._migration.given_up
 
     @property
     def over(self) -> bool:
-        """Every page is here or lost, and that is recorded. One that is kept has lost some: the
-        engine serves for as long as its VMM lives, see `pause.poison`."""
+        """Whether every page is here or lost, and that is recorded. A session that is kept then has
+        lost pages: its engine serves for as long as the VMM lives, see `pause.poison`."""
         return self._migration.stage is Stage.HERE
 
     @property
     def lost(self) -> int:
-        """Pages."""
+        """How many pages were lost."""
         return self._memory.engine.lost if self._memory is not None else 0
 
     @property
     def huge(self) -> hugepages.Ram | None:
-        """What may be in huge pages, once it is all here."""
+        """The RAM that may be in huge pages, once all of it is here."""
         return self._migration.huge

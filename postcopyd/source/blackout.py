@@ -54,8 +54,8 @@ class Blackout:
         await self._intend()
 
     async def _intend(self) -> None:
-        """Writes the intent to disk before the stop, so that this host, if it is restarted, asks
-        the destination before anybody starts the guest here."""
+        """Writes the intent to disk before the stop: after a reboot this host then asks the
+        destination before it starts this guest."""
         driver, peer = self._vm.attached(), self._migration.peer
         intent = {
             "migration": self._migration.name,
