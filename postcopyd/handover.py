@@ -8,18 +8,18 @@ for our own bug and RemoteProtocolError for the peer's. The tables do not know h
 or what a VMM is.
 
 Ownership is one token with an epoch, *held* by the source until GRANT. The source records GRANTED
-before it sends the grant and from then on never runs the guest, unless the destination says
-*declined*, which it may only when its VMM has ended without a vCPU having run, or a person says
-that the destination is dead. The destination runs only what was granted. Between the grant and the
-answer the source does not know which: it waits.
+before it sends the grant. From then on it never runs the guest, unless the destination says
+*declined*, or a person says that the destination is dead. The destination may decline only if its
+VMM has ended and no vCPU has run. The destination runs only what was granted. Between the grant and
+the answer the source does not know whether the guest runs there: it waits.
 
 A connection lost before the grant ends the migration with the guest at the source. A destination
 that loses it before it has the grant ends its VMM and has declined, whatever the source may have
 recorded: no vCPU has run there, and a source that has granted asks until it is told so.
 
 A connection lost after the grant pauses the migration. The source dials again and asks (Resume);
-the destination says what became of the guest. A record outlives a daemon (vm.py): one that was
-started again begins in GRANTED_LOST, DECLINED, RUNNING_LOST or DONE.
+the destination says what became of the guest. A record outlives a daemon (vm.py): the session of a
+restarted daemon begins in GRANTED_LOST or RUNNING_LOST.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Destination(Enum):
 
 
 class Sent:
-    """Event: this side sends such a message. Compared by the message's type."""
+    """Event: this side sends a message of this type. Compared by that type."""
 
     def __init__(self, message: type[p.Message]) -> None:
         self.message = message
@@ -98,7 +98,7 @@ class Sent:
 
 
 class Received(Sent):
-    """Event: this side receives such a message."""
+    """Event: this side receives a message of this type."""
 
 
 class Happened(Enum):
@@ -263,7 +263,7 @@ DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
     Destination.GRANTED: {
         Sent(p.Ran): Destination.RUNNING,
         Sent(p.Declined): Destination.DECLINED,
-        # It may run: who was told to run it and did not answer cannot decline any more.
+        # The guest may run: a destination whose VMM did not answer `run` must not decline any more.
         _ERROR: Destination.RUNNING_LOST,
         Happened.LOST: Destination.RUNNING_LOST,
         Happened.FAILED: Destination.RUNNING_LOST,
@@ -277,7 +277,7 @@ DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
         Happened.LOST: Destination.RUNNING_LOST,
         Happened.FAILED: Destination.RUNNING_LOST,
     },
-    # All of the guest is here: whatever happens to the connection now, it is done.
+    # All of the guest is here: whatever happens to the connection, the migration is done.
     Destination.DRAINED: {
         Received(p.Acknowledged): Destination.DONE,
         _ERROR: Destination.DONE,
@@ -312,7 +312,7 @@ DESTINATION: Mapping[Destination, Mapping[Event, Destination]] = {
         Happened.LOST: Destination.RUNNING_LOST,
         Happened.FAILED: Destination.RUNNING_LOST,
     },
-    # The state of a connection that asks; what it is told was decided, and recorded, before.
+    # A connection that only asks. The answer was decided, and recorded, before.
     Destination.ASKED_LATER: {
         Sent(p.Checked): Destination.CHECKED,
         Sent(p.Drained): Destination.DRAINED,
@@ -356,7 +356,7 @@ DESTINATION_RUNS = frozenset(
 
 
 class Machine:
-    """One side of one migration. Owned by its session, which tells it every event first.
+    """One side of one migration. Owned by its session, which tells it of every event first.
 
     `state` is the state; `went` has each state that was entered, for logs and tests.
     """
@@ -370,12 +370,12 @@ class Machine:
         return self.state in SOURCE_GAVE_AWAY
 
     def sending(self, message: p.Message) -> None:
-        """Call before sending; raises LocalProtocolError when it must not be sent now."""
+        """Call it before sending. Raises LocalProtocolError if the message must not be sent now."""
         if not isinstance(message, p.Hello | p.Keepalive):
             self._go(Sent(type(message)), LocalProtocolError, "would send")
 
     def received(self, message: p.Message) -> None:
-        """Call on each message; raises RemoteProtocolError when it must not come now."""
+        """Call it on each message. Raises RemoteProtocolError if the message must not come now."""
         if not isinstance(message, p.Keepalive):
             self._go(Received(type(message)), RemoteProtocolError, "received")
 

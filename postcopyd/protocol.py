@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wire: every message between two daemons, and its limits. No I/O, no roles.
+"""Every message between two daemons, and its limits. No I/O, no roles.
 
-All connections of a migration are opened by the source to the destination's one TCP port. Each
-begins with one clear msgpack string that names its kind (`CONTROL`, `DATA`, or the same with TLS),
-so that one port serves all and each side can say in a sentence that the other has no TLS. Then:
+The source opens all connections of a migration, to the destination's one TCP port. Each begins with
+one unencrypted msgpack string that names its kind (`CONTROL`, `DATA`, or the same with TLS). So one
+port serves all, and each side can say in a sentence that the other has no TLS. Then:
 
   control   a stream of msgpack maps, each a message below with its name under "type", both ways
   data      one `DataHello` from the source, answered by `DataWelcome`; then page frames only
 
-net/codec.py makes bytes of messages and messages of bytes. Page frames are read and written by C
-(wire.h has their layout); `pack_frame` and `unpack_frame` are the same in Python, for tests and for
-whoever reads a captured stream. docs/PROTOCOL.md tells the story; handover.py says which message
-may come when.
+net/codec.py turns messages into bytes and back. C reads and writes page frames (wire.h has their
+layout); `pack_frame` and `unpack_frame` do the same in Python, for tests and for people who read a
+captured stream. docs/PROTOCOL.md explains the protocol; handover.py says which message may come
+when.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ VERSION = 1
 """Protocol version. A peer of another version is refused with a sentence."""
 
 QUEUE = "queue"
-"""A source that understands Queued."""
+"""Named by a source that understands Queued."""
 
 DISKS = "disks"
-"""A destination that compares disks."""
+"""Named by a destination that compares disks."""
 
 LOSSES = "losses"
-"""Page frames of kind LOST_PAGES are sent and understood."""
+"""Named by a daemon that sends and understands page frames of kind LOST_PAGES."""
 
 FEATURES: frozenset[str] = frozenset({QUEUE, DISKS, LOSSES})
-"""What this daemon offers beyond the version; only what both sides name is used."""
+"""What this daemon can do beyond the version; only what both sides name is used."""
 
 CONTROL = "postcopyd control"
 DATA = "postcopyd data"
 CONTROL_TLS = "postcopyd control tls"
-"""TLS with both certificates begins behind it, and the messages within that."""
+"""TLS with both certificates begins after this string; messages follow inside TLS."""
 DATA_TLS = "postcopyd data tls"
-"""`DataHello` and `DataWelcome` follow in the clear; then TLS with a pre-shared key, and frames."""
+"""`DataHello` and `DataWelcome` follow unencrypted; then TLS with a pre-shared key, and frames."""
 
 MAX_MESSAGE = 1 << 20
 """Bytes of one message: an offer with 256 regions and its facts has some 64 KiB."""
@@ -100,8 +100,8 @@ MAX_SENTENCE = 4096
 MAX_STRING = 4 * MAX_SENTENCE
 """Bytes of one string: a sentence in UTF-8."""
 
-# Names become parts of log lines, of arguments of hooks, of what a terminal shows: what cannot be
-# shown is refused in them, and replaced in sentences.
+# Names become parts of log lines, arguments of hooks, what a terminal shows. So a name with
+# characters that cannot be shown is refused; in sentences such characters are replaced.
 _NO_CONTROLS = rf"\A[^{names.UNSEEN}]*\Z"
 
 Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=_NO_CONTROLS)]
@@ -129,7 +129,8 @@ class Message(Struct, frozen=True, tag_field="type", rename="camel"):
 
 
 def _must_be_vm(name: str) -> None:
-    """A name that is none goes no further than the message: a hook is an easy victim."""
+    """Raises ValueError for what cannot be a VM's name, before anything uses it: a hook is an easy
+    victim."""
     if why := names.problem(name):
         raise ValueError(f"{name!r:.40} cannot be the name of a VM: {why}")
 
@@ -431,7 +432,7 @@ class DataHello(Struct, frozen=True, rename="camel"):
 
     @property
     def psk_identity(self) -> str:
-        """By which TLS names the key, and holds both sides to what is said here in the clear."""
+        """The name of the key in TLS, which binds both sides to what they say here unencrypted."""
         return f"{self.migration} {'urgent' if self.urgent else 'push'}"
 
 
@@ -442,13 +443,13 @@ class DataWelcome(Struct, frozen=True, rename="camel"):
 
 
 def sentence(text: str) -> str:
-    """A sentence of ours as it may travel: not longer than a peer takes, and to be shown."""
+    """A sentence of ours as it may travel: no longer than a peer takes, and fit to be shown."""
     text = plain(text)  # paths of files may be anything
     return text if len(text) <= MAX_SENTENCE else text[: MAX_SENTENCE - 4] + " ..."
 
 
 def fact(value: str) -> str:
-    """A fact as it travels and is compared: one that is too long as its beginning and a digest."""
+    """A fact as it travels and is compared: if it is too long, its beginning and a digest."""
     value = plain(value)
     if len(value) <= MAX_SENTENCE:
         return value
@@ -478,7 +479,7 @@ def pack_frame(frame: Frame) -> bytes:
 
 
 def unpack_frame(header: bytes) -> Frame:
-    """The reverse; raises RemoteProtocolError for what C would refuse as well."""
+    """The reverse. Raises RemoteProtocolError for what C would refuse as well."""
     if len(header) != FRAME_BYTES:
         raise RemoteProtocolError(
             f"a page frame's header has {FRAME_BYTES} bytes, not {len(header)}"

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two VMMs are the same to a guest, and one VMM the same as it was. No I/O.
+"""Compares two VMMs, which must be the same to a guest, and one VMM with what it was. No I/O.
 
-Owns what is compared and the sentences for what differs. A source offers what it found; the
-destination compares that with its own VMM (`differences`), and the source what it finds later with
-what it has offered (`changes`). How a VMM is looked at is its driver's.
+Owns what is compared and the sentences for what differs. A source offers what it found. The
+destination compares that with its own VMM (`differences`), and the source compares what it finds
+later with what it has offered (`changes`). Drivers look at the VMMs.
 
-Disks have to be the same in content, which no host can see by itself: the guest would read another
-disk, or miss what it wrote. What both hosts know of a file decides (`DiskFile.ids`), and where that
-says nothing, what it is on: as libvirt does, a file system or server that other hosts have too is
-believed. `unsafe` is a person's word for it. How QEMU caches does not matter here: since 3.0 it
-drops what the host has cached of an image before its guest runs (`drop-cache` of -blockdev).
+Disks must have the same content, or the guest would read another disk, or miss what it wrote. No
+host can see that by itself. What both hosts know of a file decides (`DiskFile.ids`). If that says
+nothing, its storage decides, as with libvirt: a file system or server that other hosts have too
+counts as the same. With `unsafe` a person vouches for it. How QEMU caches does not matter here:
+since 3.0 it drops what the host has cached of an image before its guest runs (`drop-cache` of
+-blockdev).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ NONE = "none"
 
 
 def offered(disks: Sequence[Disk]) -> list[p.DiskOffer]:
-    """Disks as an offer names them."""
+    """Disks in the form that an offer has."""
     return [
         p.DiskOffer(
             name=p.fact(disk.name),
@@ -40,7 +41,7 @@ def offered(disks: Sequence[Disk]) -> list[p.DiskOffer]:
 
 
 def differences(here: Shape, kind: str, offer: p.Offer) -> list[str]:
-    """What differs between the VMM that offers and the one that waits here, of this kind."""
+    """What differs between the VMM in the offer and the one of this kind that waits here."""
     ours = [(r.name, r.pages, r.page_size) for r in here.regions]
     theirs = [(r.name, r.pages, r.page_size) for r in offer.regions]
     problems = []
@@ -70,7 +71,7 @@ def differences(here: Shape, kind: str, offer: p.Offer) -> list[str]:
 
 
 def changes(was: Shape, now: Shape) -> list[str]:
-    """What a VMM has become in the meantime that is not what was offered of it."""
+    """What has changed in a VMM since it was offered."""
     news = [*now.problems]
     news += [one for one in (now.direct_io, now.untracked) if one and one not in _writes(was)]
     if [_where(region) for region in was.regions] != [_where(region) for region in now.regions]:
@@ -139,8 +140,8 @@ def _files(disk: str, ours: list[p.DiskFileOffer], theirs: list[p.DiskFileOffer]
 
 
 def same_file(mine: p.DiskFileOffer, other: p.DiskFileOffer) -> bool | None:
-    """Whether two hosts have one file, or the same content of what nobody writes to; None when
-    nothing that both know of it tells."""
+    """Whether two hosts have the same file, or the same content of a file that nobody writes to.
+    None if nothing that both know of it tells."""
     kinds = mine.ids.keys() & other.ids.keys()
     if any(mine.ids[kind] == other.ids[kind] for kind in kinds):
         return True
@@ -154,7 +155,7 @@ def _unequal(ours: dict[str, str], theirs: dict[str, str]) -> Iterator[tuple[str
 
 
 def _moved(ours: dict[str, str], theirs: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Of what both name: facts tell who has what, and older daemons tell of no places."""
+    """Only what both name: facts tell what either side lacks, and older daemons name no places."""
     for key in sorted(ours.keys() & theirs.keys()):
         if ours[key] != theirs[key]:
             yield key, ours[key], theirs[key]

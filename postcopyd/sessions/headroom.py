@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this host has room for a guest's memory: said before the handover, not by the OOM killer.
+"""Whether this host has room for a guest's memory, said before the handover and not by an OOM kill.
 
-At its memory limit a VMM is killed; a page that arrives does not wait (the kernel's memory
-controller documentation, "memory.max"). So every limit that a page could meet is looked at: each
-memory cgroup above the VMM (and, where pages come before the guest does, above this daemon, who is
-charged for those), the size of the tmpfs, huge pages, MemAvailable. What other arrivals
-have been promised is the caller's to say. Reads only; the answer is true for the moment.
+A VMM at its memory limit is killed; a page that arrives does not wait (the kernel's memory
+controller documentation, "memory.max"). So this checks every limit that a page could meet: each
+memory cgroup above the VMM (and above this daemon, which is charged for pages that come before the
+guest does), the size of the tmpfs, huge pages, MemAvailable. The caller says what other arrivals
+have been promised. Reads only; the answer is true for the moment.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from postcopyd.vmm import Region
 
 SMALL_PAGE = 4096
 
-# Page tables (1/512), the page cache's tree and our bitmaps, beside the pages themselves.
+# One byte for so many, besides the pages: page tables (1/512), the page cache's tree, our bitmaps.
 OVERHEAD = 256
 
-# What cgroup files say for "no limit": v2 the word, v1 the largest multiple of the page size.
+# No limit: cgroup v2 has the word "max" for that, v1 the largest multiple of the page size.
 UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True)
 class Host:
-    """Where the kernel's files are; tests put their own there."""
+    """Where the kernel's files are; tests have their own."""
 
     proc: Path = Path("/proc")
     sys: Path = Path("/sys")
@@ -51,9 +51,9 @@ def problems(
 ) -> list[str]:
     """A sentence for each limit that the pages still to come would exceed; none when all fit.
 
-    `pids`: the VMM, and whoever else may be charged for its pages. `reserved`: bytes other arrivals
-    on this host have been promised and do not have yet. What a region's file has allocated already
-    counts as had (it is punched first).
+    `pids`: the VMM, and other processes that may be charged for its pages. `reserved`: bytes that
+    other arrivals on this host have been promised and do not have yet. What a region's file has
+    allocated already is not needed again (it is punched first).
     """
     host = host or Host()
     small = sum(_missing(region) for region in regions if region.page_size == SMALL_PAGE)
@@ -80,12 +80,12 @@ def problems(
 
 
 def _of_each(pids: Sequence[int], limits: Callable[[int], Iterator[Limit]]) -> list[Limit]:
-    """Limits of several processes, each once."""
+    """The limits of several processes, each limit once."""
     return list({limit.what: limit for pid in pids for limit in limits(pid)}.values())
 
 
 def needed(regions: Sequence[Region]) -> int:
-    """Bytes that will be allocated for these regions: what one arrival reserves against others."""
+    """Bytes that will be allocated for these regions, which one arrival reserves against others."""
     return sum(_missing(region) for region in regions)
 
 
@@ -96,7 +96,7 @@ def cgroup_limits(pid: int, host: Host) -> Iterator[Limit]:
         maximum = min((_number(group / file) for file in limit), default=UNLIMITED)
         if maximum >= UNLIMITED:
             continue
-        # Clean page cache makes way; tmpfs pages are not in this count.
+        # The kernel drops clean page cache when it needs room; tmpfs pages are not in this count.
         cache = _field(group / "memory.stat", stat_key)
         room = max(0, maximum - _number(group / usage) + cache)
         yield Limit(f"memory cgroup {name}", room, f"raise its {limit[0]}")
@@ -203,12 +203,12 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(errors="surrogateescape").splitlines()
     except OSError as error:
         if error.errno in SHORTAGES:
-            raise  # a limit that could not be read is not one that is not there
+            raise  # a limit that could not be read may exist all the same
         return []
 
 
 def _number(path: Path) -> int:
-    """The number in a file; "max" and a limit's missing file count as no limit, others as 0."""
+    """The number in a file. "max", and a missing file of a limit, are no limit; all else is 0."""
     text = "\n".join(_lines(path))
     if text.isdigit():
         return min(int(text), UNLIMITED)

@@ -3,14 +3,15 @@
 
 Each is called as `HOOK VM ROLE PHASE` with a JSON object on stdin (vm, role, phase, migration,
 peer, message), in the order of their names, one after the other. ROLE is source or destination.
-VM is what names.py lets be a name, and may have spaces and quotes in it.
+VM is a name that names.py allows, which may have spaces and quotes in it.
 
   prepare     before anything is touched; may veto (any exit status but 0), has HOOK_S seconds.
               At the destination it may create the VMM and `postcopyd attach` it.
   handover    source only: everything is ready, the guest is about to stop; may veto, HOOK_S seconds
   running     destination: the guest runs here now
   drained     both: all of the guest is at the destination
-  failed      both: the migration ended before the grant, the guest is at the source
+  failed      both: the guest was not granted, was declined or taken back; it is at the source
+  ended       both: the guest ended at the destination on purpose, before all of it had come
 
 What a hook prints to stderr is its reason in the refusal, and goes to the log.
 """
@@ -30,7 +31,7 @@ from postcopyd.errors import PostcopydError
 from postcopyd.names import plain
 
 HOOK_S = 30.0
-"""Seconds one hook may take; then it is killed, and before the stop that is a veto."""
+"""Seconds that one hook may take. Then it is killed, which in a phase with a veto is a veto."""
 
 VETO_PHASES = frozenset({"prepare", "handover"})
 
@@ -67,8 +68,8 @@ async def _run(hook: Path, vm: str, role: str, phase: str, about: dict[str, Any]
 
 
 async def _run_it(hook: Path, vm: str, role: str, phase: str, about: dict[str, Any]) -> str | None:
-    # Not pipes: a VMM that the hook has started would hold their other ends. Nor files of a folder:
-    # the daemon's unit lets it write to none that is for such.
+    # No pipes: a VMM that the hook has started would hold their other ends. No files of a folder:
+    # the daemon's unit lets it write to no folder for that.
     with _memory() as asked, _memory() as answered:
         asked.write(json.dumps({"vm": vm, "role": role, "phase": phase, **about}).encode())
         asked.seek(0)

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gives a guest that has arrived its transparent huge pages back.
 
-Pages arrive one by one and are placed one by one, so a guest whose RAM was in huge pages runs on
-small ones afterwards, slower, until khugepaged comes: after minutes or never. `give_back` asks the
-kernel for them at once, by process_madvise(MADV_COLLAPSE) on the VMM's mappings.
+Pages arrive one by one and are placed one by one. So a guest whose RAM was in huge pages runs on
+small ones afterwards, and slower, until khugepaged comes, after minutes or never. `give_back` asks
+the kernel for huge pages at once, by process_madvise(MADV_COLLAPSE) on the VMM's mappings.
 
-One task for each arrival, in the daemon's nursery, after drained and once the session has given
-back its claim; it owns what it opens, and nothing waits for it. It steps aside as soon as anybody
-claims the VM, ends when the VM is detached, given away or gone, and is cancelled when the daemon
-stops; each time the huge page in work is the last, about a millisecond (before the first one smaps
-is read, where the kernel looks at each page: tens of ms for each GiB). Half-done is a state like
-any other: the guest sees the same bytes throughout. What fails here is a line in the log.
+Each arrival has one such task, in the daemon's nursery. It starts after drained, once the session
+has given back its claim. It owns what it opens, and nothing waits for it. It steps aside as soon as
+anybody claims the VM, ends when the VM is detached, given away or gone, and is cancelled when the
+daemon stops. Each time it first finishes the huge page in work, about a millisecond (before the
+first one it finishes reading smaps, where the kernel looks at each page: tens of ms for each GiB).
+It may stop half-way: the guest sees the same bytes throughout. A failure is a line in the log.
 
-A VMM that has a guest is never one that waits for a guest again (docs/VMM-PROTOCOL.md), so no
-session empties these mappings while a huge page is made of one.
+A VMM that has a guest never waits for a guest again (docs/VMM-PROTOCOL.md), so no session empties
+these mappings while a huge page is made of one.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ HUGE_PAGE = 2 << 20
 PAGES = HUGE_PAGE // SMALL_PAGE
 
 TURN_S = 0.01
-"""How long huge pages are made in one go; the same time, at least, nothing is done after it."""
+"""How long huge pages are made in one go; after that nothing is done for at least as long."""
 BUSY_ROUNDS = 3
-"""How often a range is tried whose pages were in use (EAGAIN, EBUSY): that passes in moments."""
+"""How often a range is tried whose pages are in use (EAGAIN, EBUSY), which passes in moments."""
 BUSY_S = 0.1
 
 REGISTERED = frozenset({"um", "uw", "ui"})
 """VmFlags of a mapping that a userfaultfd watches (Documentation/filesystems/proc.rst): its holes
-are pages that lack, or were lost and must never read as zeros."""
+are pages that are missing, or were lost and must never read as zeros."""
 
-# /proc/PID/pagemap, Documentation/admin-guide/mm/pagemap.rst. The zero page is present, but nobody
-# has it exclusively: it is as good as a hole.
+# /proc/PID/pagemap, Documentation/admin-guide/mm/pagemap.rst. The zero page is present, but no
+# process has it exclusively: it counts as a hole.
 PRESENT_AND_OWN = 1 << 63 | 1 << 56
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
@@ -83,7 +83,8 @@ class Area:
 
 
 async def give_back(vm: Vm, ram: Ram) -> None:
-    """Makes huge pages of the RAM of a guest that is here; see above for its end. Never raises."""
+    """Makes huge pages of the RAM of a guest that is here, until one of the ends that the head of
+    this file names. Never raises."""
     driver = vm.driver
     try:
         while driver is not None and vm.driver is driver and vm.ownership != "granted":
@@ -92,13 +93,13 @@ async def give_back(vm: Vm, ram: Ram) -> None:
             await vm.free.wait()
     except OSError as error:
         log.info("no huge pages given back", vm=vm.name, error=str(error))
-    except Exception:  # no migration's business
+    except Exception:  # a bug here must not end a migration
         log.exception("bug in giving huge pages back", vm=vm.name)
 
 
 async def _attempt(vm: Vm, driver: Vmm, ram: Ram) -> bool:
-    """Whether it is over. If not, somebody wants the VM; the next attempt starts anew, for what is
-    huge already costs next to nothing."""
+    """Whether the work is done. If not, somebody wants the VM. The next attempt starts anew, as
+    what is huge already costs next to nothing."""
     areas = await trio.to_thread.run_sync(find, ram, limiter=threads.HUGE_PAGES)
     if not areas:
         log.debug("no huge pages wanted", vm=vm.name)
@@ -115,7 +116,8 @@ async def _attempt(vm: Vm, driver: Vmm, ram: Ram) -> bool:
 
 
 class Work:
-    """Huge pages to be made in one VMM, and what became of them. Raises OSError when it has ended.
+    """Huge pages to be made in one VMM, and what became of them. Raises OSError if the VMM has
+    ended.
 
     Owns a pidfd, the VMM's page map and descriptors of its RAM files; used by one thread at a time.
     """
@@ -135,7 +137,7 @@ class Work:
             for area in areas:
                 name = "pagemap"
                 if area.offset is not None:
-                    # Of its own: SEEK_DATA moves the offset, which duplicates share with the VMM.
+                    # Opened, as SEEK_DATA moves the offset: a duplicate shares it with the VMM.
                     name = f"map_files/{area.mapping[0]:x}-{area.mapping[1]:x}"
                 fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
                 self._files[area] = fd
@@ -149,7 +151,7 @@ class Work:
         self._opened.close()
 
     def turn(self) -> float | None:
-        """Makes huge pages for TURN_S. The seconds to let pass until the next turn; None: done."""
+        """Makes huge pages for TURN_S. Returns the seconds until the next turn; None: done."""
         began = time.monotonic()
         for area, address in self._todo:
             result = self._make(area, address)
@@ -157,8 +159,8 @@ class Work:
                 self._busy.append((area, address))
             elif result < 0:
                 self._left, self._errno = self._left + 1, -result
-                # EINVAL is of this range: a hole by now, or pinned. Anything else the next ones
-                # would meet too, and each ENOMEM was a compaction of the host's memory in vain.
+                # EINVAL concerns this range: it is a hole by now, or pinned. The next ranges would
+                # meet any other error too, and for each ENOMEM the host compacts memory in vain.
                 if result != -errno.EINVAL:
                     return None
             if (worked := time.monotonic() - began) > TURN_S:
@@ -170,7 +172,7 @@ class Work:
         return None
 
     def _make(self, area: Area, address: int) -> int:
-        """Makes one huge page, unless its holes forbid it. 0 or -errno."""
+        """Makes one huge page, unless it has too many holes. Returns 0 or -errno."""
         if area.offset is None:
             data = anonymous_data(self._files[area], address)
         else:
@@ -182,7 +184,7 @@ class Work:
         return result
 
     def say(self, vm: str) -> None:
-        """One line in the log: what was made, how many could not be made, and why the last."""
+        """Logs how many were made, how many could not be made, and why the last one could not."""
         more: dict[str, Any] = {}
         if left := self._left + len(self._busy):
             more = {"left": left, "error": os.strerror(self._errno or errno.EBUSY)}
@@ -190,10 +192,10 @@ class Work:
 
 
 def find(ram: Ram) -> list[Area]:
-    """The parts of guest RAM that the kernel would have in huge pages by itself, given time.
+    """The parts of guest RAM that the kernel would put into huge pages by itself, given time.
 
-    Only once nothing is registered with a userfaultfd any more. MADV_COLLAPSE asks nobody whether
-    huge pages are wanted, it works where they are turned off: so this must. Raises OSError.
+    Only once nothing is registered with a userfaultfd any more. MADV_COLLAPSE also works where huge
+    pages are turned off, so this must ask whether they are wanted. Raises OSError.
     """
     if not ram.regions:
         return []
@@ -215,8 +217,8 @@ def eligible(smaps: Iterable[str], ram: Ram, settings: Path = SETTINGS) -> Itera
         offset = None if file == (0, 0) else int(header[2], 16)
         if offset is not None and (start - offset) % HUGE_PAGE:
             continue
-        # THPeligible is said for huge pages of any size; whether 2 MiB is among them, for tmpfs
-        # only its mount option decides.
+        # THPeligible counts huge pages of any size. The settings below say whether 2 MiB is one of
+        # them; for a tmpfs only its mount option counts.
         if offset is None:
             wanted = _wanted("enabled", settings, "hg" in flags)
         elif procfs.file_system(ram.pid, file) is None:  # a memfd, or shared anonymous memory
@@ -229,14 +231,14 @@ def eligible(smaps: Iterable[str], ram: Ram, settings: Path = SETTINGS) -> Itera
 
 
 def _whole(start: int, end: int) -> tuple[int, int]:
-    """From the first whole huge page to the last; the other way round when there is none."""
+    """The start of the first whole huge page and the end of the last; start >= end: none."""
     return -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
 
 
 def _wanted(name: str, settings: Path, advised: bool) -> bool:
-    """Whether huge pages of 2 MiB are wanted in memory that no mount option speaks for.
+    """Whether huge pages of 2 MiB are wanted in memory that has no mount option.
 
-    Linux 6.8 and later have a setting for each size, which may be to do as the one above it says.
+    Linux 6.8 and later have a setting for each size, which may be to inherit the general one.
     """
     word = chosen(settings / "hugepages-2048kB" / name) or "inherit"
     if word == "inherit":
@@ -245,7 +247,7 @@ def _wanted(name: str, settings: Path, advised: bool) -> bool:
 
 
 def chosen(path: Path) -> str:
-    """The word in brackets, as in "always [madvise] never"; empty when there is no such file."""
+    """The word in brackets, as in "always [madvise] never"; empty if there is no such file."""
     try:
         return path.read_text().partition("[")[2].partition("]")[0]
     except OSError:
@@ -253,13 +255,13 @@ def chosen(path: Path) -> str:
 
 
 def most_holes(settings: Path = SETTINGS) -> int:
-    """How many of a huge page's small pages may be holes, which then take memory.
+    """How many small pages of a huge page may be holes, which take memory once it is made.
 
-    MADV_COLLAPSE would make a huge page around a single small one, and a sparse guest as large as
-    it can be. It must stay sparse: with half of a range data, or more, guest RAM takes at most
-    twice what the guest has, and never more than the whole of it, for which there was room before
-    it came. Wholly data would be too much to ask: pages of zeros are holes here (they never
-    travel), and a busy guest has some everywhere. An operator's lower limit for khugepaged holds.
+    MADV_COLLAPSE would make a huge page around a single small one, and so a sparse guest would grow
+    to its full size. It must stay sparse: if at least half of each range is data, guest RAM takes
+    at most twice what the guest has, and never more than all of it, for which there was room before
+    it came. To forbid all holes would be too strict: pages of zeros are holes here (they never
+    travel), and a busy guest has some everywhere. An operator's lower limit for khugepaged counts.
     """
     try:
         allowed = int((settings / "khugepaged/max_ptes_none").read_text())
@@ -269,13 +271,13 @@ def most_holes(settings: Path = SETTINGS) -> int:
 
 
 def file_data(fd: int, start: int) -> int:
-    """Small pages that are no holes in HUGE_PAGE bytes of a file. Raises OSError."""
+    """How many small pages are no holes in HUGE_PAGE bytes of a file. Raises OSError."""
     data, at, end = 0, start, start + HUGE_PAGE
     while at < end:
         try:
             at = os.lseek(fd, at, os.SEEK_DATA)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # which says: only a hole from here on
+            if error.errno != errno.ENXIO:  # which means: only a hole from here on
                 raise
             break
         if at < end:
@@ -285,6 +287,7 @@ def file_data(fd: int, start: int) -> int:
 
 
 def anonymous_data(pagemap: int, address: int) -> int:
-    """Small pages of anonymous memory that are the process's own, of one huge page's."""
+    """How many small pages in the range of a huge page are anonymous memory of the process's own.
+    Raises OSError."""
     entries = memoryview(os.pread(pagemap, PAGES * 8, address // SMALL_PAGE * 8)).cast("Q")
     return sum(entry & PRESENT_AND_OWN == PRESENT_AND_OWN for entry in entries)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this host takes on at a time: VMs, peers, guests that arrive, bytes that leave.
 
-Owns who has a place among the arrivals and who waits for one, and how the host's bandwidth is
-divided. Knows nothing of migrations: who asks is any object that says when it is done.
+Owns the list of arrivals that have a place or wait for one, and how the host's bandwidth is
+divided. Knows nothing of migrations: any object may ask (`who`), and says when it is done.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from postcopyd.net.peers import Peers
 
 
 class Limits:
-    """All limits of a daemon; None is none."""
+    """All limits of a daemon; None is no limit."""
 
     def __init__(self, options: ServeOptions | None = None) -> None:
         options = options or ServeOptions()
@@ -27,7 +27,7 @@ class Limits:
         self.uplink = Uplink(options.host_bandwidth)
 
     def one_more_vm(self, name: str, attached: Sequence[str]) -> None:
-        """Raises PostcopydError when there may be no VM of this name beside the attached ones."""
+        """Raises PostcopydError if there may be no VM of this name besides the attached ones."""
         if self.max_vms is not None and name not in attached and len(attached) >= self.max_vms:
             raise PostcopydError(
                 f"attaching {name}: this daemon has {len(attached)} VMs and max-vms in its "
@@ -38,22 +38,22 @@ class Limits:
 
 
 class Arrivals:
-    """Places for guests that arrive, at most so many, and of so many bytes all together. Others
-    wait, first come, first served: a small one does not pass a large one, which might wait for
-    ever.
+    """Places for guests that arrive: for `most` guests, and for `memory` bytes of them all
+    together. Others wait, first come, first served: a small guest does not pass a large one, which
+    otherwise might wait for ever.
 
-    Who has joined leaves in the end, whether it still waits or not. When nobody is here the first
-    one fits, as `too_large` ones must not join: so nobody waits for nothing.
+    A guest that has joined must leave in the end, whether it still waits or not. If all places are
+    free the first one fits, as a guest that is `too_large` must not join. So none waits for ever.
     """
 
     def __init__(self, most: int | None = None, memory: int | None = None) -> None:
         self._most, self._memory = most, memory
         self._here: dict[object, int] = {}
         self._waiting: dict[object, int] = {}  # in order
-        self.changed = trio.Event()  # a new one each time
+        self.changed = trio.Event()  # a new one after each change
 
     def too_large(self, size: int) -> list[str]:
-        """A sentence when so many bytes never fit."""
+        """A sentence if so many bytes never fit."""
         if self._memory is None or size <= self._memory:
             return []
         return [
@@ -66,7 +66,7 @@ class Arrivals:
         self._let_in()
 
     def take(self, who: object, size: int) -> None:
-        """A place at once, above the limits: for a guest that runs here and waits for its pages."""
+        """Gives a place at once, above the limits: the guest runs here and waits for its pages."""
         self._here[who] = size
 
     def leave(self, who: object) -> None:
@@ -76,7 +76,7 @@ class Arrivals:
         self._let_in()
 
     def ahead(self, who: object) -> int | None:
-        """How many are let in before it; None: it has its place."""
+        """How many are let in before this one; None: it has its place."""
         return None if who in self._here else list(self._waiting).index(who)
 
     @property
@@ -95,21 +95,22 @@ class Arrivals:
 
 
 def in_line(ahead: int) -> str:
-    """The place of one that waits, for people."""
+    """The place in line of a guest that waits, in words for people."""
     return "it is next" if ahead == 0 else f"{ahead} other{'s' if ahead > 1 else ''} before it"
 
 
 class Uplink:
-    """The bandwidth of this host, bytes per second, for all who send. Each has an equal share; what
-    one may not use, by a limit of its own, goes to the others."""
+    """The bandwidth of this host, in bytes per second, for all migrations that send. Each has an
+    equal share. What one may not use, because of its own limit, goes to the others."""
 
     def __init__(self, total: int | None = None) -> None:
         self._total = total
         self._sending: dict[object, tuple[int, Callable[[int], None]]] = {}
 
     def join(self, who: object, limit: int, change: Callable[[int], None]) -> int:
-        """The rate for one that begins to send, or goes on; `limit` is its own. Whenever others
-        begin or end `change` is called with the new rate. 0 is no limit, in all of them."""
+        """Returns the rate for one that begins to send, or goes on; `limit` is its own limit.
+        Whenever others begin or end, `change` is called with its new rate. 0 is no limit, in each
+        of these."""
         if self._total is None:
             return limit
         self._sending[who] = (limit, change)
@@ -121,7 +122,7 @@ class Uplink:
             self._divide(None)
 
     def _divide(self, asks: object) -> int:
-        """Tells all but the one who asks, which gets its own."""
+        """Tells all but `asks` their new rates; returns the rate of `asks`."""
         assert self._total is not None
         limits = [limit for limit, _ in self._sending.values()]
         rates = dict(zip(self._sending, shares(self._total, limits), strict=True))
@@ -132,7 +133,7 @@ class Uplink:
 
 
 def shares(total: int, limits: Sequence[int]) -> list[int]:
-    """`total` in equal parts, none above its own limit (0: it has none) and none less than 1."""
+    """Divides `total` into equal parts, none above its limit (0: no limit), none less than 1."""
     parts = [0] * len(limits)
     order = sorted(range(len(limits)), key=lambda i: limits[i] or total)
     for rest, i in zip(range(len(limits), 0, -1), order, strict=True):

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people are told of guest memory that is lost: pages that cannot be read any more at the
-source, and what the kernel has put into guest memory by itself. Sentences; decides nothing."""
+"""Sentences for people about guest memory that is lost: pages that cannot be read any more at the
+source, and pages that the kernel has put into guest memory by itself. Decides nothing."""
 
 from __future__ import annotations
 
 
 def but(lost: int) -> str:
-    """How `with all of its memory` goes on."""
+    """How a sentence goes on after "with all of its memory"."""
     if not lost:
         return ""
     pages = "page" if lost == 1 else "pages"
@@ -14,7 +14,7 @@ def but(lost: int) -> str:
 
 
 def arrived(vm: str, peer: str, lost: int) -> str:
-    """The state of a guest here that has all of its memory, or all but `lost` pages."""
+    """The sentence for a guest that is here with all of its memory, or all but `lost` pages."""
     sentence = f"{vm} is here, with all of its memory{but(lost)}"
     if lost:
         sentence += (
@@ -32,7 +32,7 @@ def immovable(vm: str, lost: int) -> str:
 
 
 def foreign(vm: str, peer: str, why: object) -> str:
-    """The kernel here has put pages into the memory of a guest that runs here already."""
+    """The sentence for a guest that runs here, into whose memory the kernel here has put pages."""
     return (
         f"the guest of {vm} here is not to be trusted any more, and is given no more of its "
         f"memory: {why}; end it by `postcopyd resolve {vm} --kill` here, then have it as it was "

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a VMM is waited for where nothing else ends the wait: in the last steps of a session,
-which no cancel reaches, a VMM that does not answer must hold up neither the host nor its daemon."""
+"""How long a session waits for a VMM where nothing else ends the wait: no cancel reaches the last
+steps of a session, and a VMM that does not answer must hold up neither the host nor its daemon."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import trio
 from postcopyd.vmm import VmmTimeout
 
 END_S = 30.0
-"""For a VMM that is told to end, or to run its guest again: it may have disks to flush."""
+"""For a VMM that is told to end or to run its guest again, which may have disks to flush."""
 
 RELEASE_S = 10.0
-"""For one that closes its userfaultfds, or gives its empty memory back."""
+"""For a VMM that closes its userfaultfds, or gives its empty memory back."""
 
 
 @contextmanager
 def within(seconds: float, doing: str) -> Iterator[None]:
-    """Raises VmmTimeout, with `doing` in its sentence, when the body takes longer."""
+    """Raises VmmTimeout, with `doing` in its sentence, if the body takes longer."""
     try:
         with trio.fail_after(seconds):
             yield

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the sessions of a daemon share: its store, its hooks, its limits, and who is arriving."""
+"""What the sessions of a daemon share: its store, hooks and limits, and the guests that arrive."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from postcopyd.vmm import Shape
 
 @dataclass(frozen=True)
 class Shared(Endpoint):
-    """`bandwidth` is that of one migration at most, in bytes per second, 0 for no limit;
-    `connections` are push connections."""
+    """`bandwidth` is the most that one migration may send, in bytes per second, 0 for no limit;
+    `connections` is how many push connections it makes."""
 
     store: Store
     hooks: Path | None = None
     bandwidth: int = 0
     connections: int = 2
     arriving: dict[str, Shape] = field(default_factory=dict)
-    """Guests that are on their way here, by VM name: memory that they lack is theirs already."""
+    """Guests on their way here, by VM name. The memory that they still lack is set aside."""
     limits: Limits = field(default_factory=Limits)

@@ -2,7 +2,7 @@
 """One attached VM as the daemon knows it: its driver, its record, and the status that people see.
 
 Owns the driver's connection and the status object. At most one migration uses a VM at a time
-(`claim`). The record is written here, so that there is one place that knows its fields.
+(`claim`). Only this file writes the record, so that one place knows its fields.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ UNDER_WAY = frozenset({"precopy", "handover", "postcopy"})
 """Phases in which a session has the VM."""
 
 DAEMON: Final = "the daemon"
-"""Who claims a VM that the daemon itself works at, in no session."""
+"""What has claimed a VM while the daemon itself works at it, in no session."""
 
 
 class Waiting(Protocol):
-    """An arrival whose engine goes on taking faults: until the source is there again, or for good
-    where pages were lost."""
+    """An arrival whose engine goes on taking faults until the source is there again, or, if pages
+    were lost, for as long as the VMM lives."""
 
     async def vmm_ended(self, farewell: str | None) -> None:
-        """Ends it for good, as the VMM has ended; `farewell` is what it has said of that."""
+        """Ends the arrival, as the VMM has ended; `farewell` is what the VMM has said of that."""
 
 
 class Claim:
-    """A VM that was taken, given back at the end of the `with`: which may be in another task, as
-    a VM is taken in the call that asks for a migration, and given back by the migration."""
+    """A VM that was taken, and is given back at the end of the `with`. That may be in another task:
+    the call that asks for a migration takes the VM, and the migration gives it back."""
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
@@ -62,9 +62,9 @@ class Claim:
 class Vm:
     """`epoch` counts changes of ownership; it belongs to the guest and travels with it. `about` is
     what a session needs to go on with its migration after the daemon's death, and to answer a peer
-    that asks how it ended: JSON, the session's own (schema.py), in the record until the next
-    migration. `attachment` is which process its VMM is, or was; `unwritten`: the record on disk is
-    behind what is known here; `void`: an intent may be on disk that holds no more."""
+    that asks how it ended. It is JSON, the session's own (schema.py), and in the record until the
+    next migration. `attachment` says which process the VMM is, or was. `unwritten`: the record on
+    disk is older than what is known here. `void`: an intent may be on disk that is not valid."""
 
     def __init__(self, name: str, store: Store, driver: Vmm | None) -> None:
         self.name = name
@@ -81,7 +81,7 @@ class Vm:
         self.attachment: Attachment | None = None
         self.void = False
         self.unwritten = False
-        self.owing: Callable[[], None] = lambda: None  # somebody writes later: the daemon's
+        self.owing: Callable[[], None] = lambda: None  # the daemon's: has the record written later
         self._lock = -1
         self._store = store
         self.status = Status(
@@ -107,7 +107,7 @@ class Vm:
         )
 
     def show(self, **changes: Any) -> None:
-        """Changes fields of the status and tells who watches."""
+        """Changes fields of the status and tells its watchers."""
         self._put(replace(self.status, **changes))
 
     def _put(self, status: Status, counted_as: counts.Result = "failed") -> None:
@@ -118,7 +118,7 @@ class Vm:
         self._changed = trio.Event()
 
     def _turned(self, before: Status, counted_as: counts.Result) -> None:
-        """A new phase, or a new migration: notes when, says so, and counts what is over."""
+        """Notes and logs a new phase or a new migration, and counts a migration that is over."""
         now, phase, after = time.monotonic(), self.status.phase, before.phase
         if before.migration != self.status.migration:
             self._spent = {}
@@ -136,7 +136,7 @@ class Vm:
 
     def phases(self, at: float) -> list[dict[str, Any]]:
         """How long this daemon has seen the migration in each phase, until `at` on the monotonic
-        clock: each phase once, in the order they came, `ms` in all."""
+        clock: each phase once, in the order they came, with its `ms` in all."""
         phase = self.status.phase
         last = self._spent.get(phase, 0.0) + max(at - self._since, 0.0)
         spent = self._spent | {phase: last}
@@ -148,13 +148,13 @@ class Vm:
         self._changed.set()
 
     def conclude(self, *, counted_as: counts.Result = "failed", **changes: Any) -> None:
-        """`show` for the end of a migration: what was only progress goes. `counted_as` is how one
-        counts that does not complete."""
+        """`show` for the end of a migration: drops what was only progress. `counted_as` says how a
+        migration is counted that does not complete."""
         self._put(replace(self.status.lasting(), **changes), counted_as)
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[AsyncIterator[Status]]:
-        """The current status, then each change; a slow watcher sees the newest only."""
+        """The current status, then each change; a slow watcher sees only the newest."""
 
         async def states() -> AsyncGenerator[Status, None]:
             while not self._gone:
@@ -166,7 +166,7 @@ class Vm:
             yield iterator
 
     def claim(self, session: object) -> Claim:
-        """Takes the VM for a session; raises PostcopydError when another has it."""
+        """Takes the VM for a session. Raises PostcopydError if another has it."""
         if self.claimed_by is not None:
             raise PostcopydError(
                 f"{self.name} is in migration {self.status.migration or '(starting)'} already: "
@@ -177,21 +177,21 @@ class Vm:
         return Claim(self)
 
     def give_back(self) -> None:
-        """The end of a claim: `Claim`'s alone."""
+        """Ends a claim. Only `Claim` calls this."""
         self.claimed_by = None
         self._must_be_told()
         self.free.set()
 
     @property
     def under_way(self) -> bool:
-        """Whether by what is shown a migration is on its way, and not at its end or paused."""
+        """Whether the status shows a migration on its way, neither over nor paused."""
         phase, migration = self.status.phase, self.status.migration
         preparing = phase == "idle" and bool(migration) and self.status.result is None
         return preparing or phase in UNDER_WAY
 
     def _must_be_told(self) -> None:
-        """Whoever had this VM has said how that ended, or could not, by a bug: then it is said
-        here, so that nobody waits for ever who waits for a migration."""
+        """Shows the end of a migration whose session, by a bug, has not shown it: else a client
+        that waits for the migration would wait for ever."""
         if not self.under_way:
             return
         migration = self.status.migration
@@ -210,9 +210,10 @@ class Vm:
             self.conclude(phase="failed", message=message, result=result)
 
     async def ended(self) -> None:
-        """Returns when no migration has the VM that is over but for its last steps: who has seen
-        its result may go on at once; when a daemon that has just started has taken it over; and
-        when a VMM that has ended is let go of: who has seen its end may attach the next one."""
+        """Waits, at most ENDING_S, for what is about to end. The last steps of a migration: a
+        client that has seen its result may go on at once. The daemon's own work at the VM after its
+        start. Letting go of a VMM that has ended: a client that has seen its end may attach the
+        next one."""
         with trio.move_on_after(ENDING_S):
             while self._ending():
                 await (self._left if self.claimed_by is None else self.free).wait()
@@ -226,7 +227,8 @@ class Vm:
         return self.claimed_by is DAEMON or over or (gone and arriving)
 
     def attached(self) -> Vmm:
-        """The driver; raises PostcopydError when the VMM is gone."""
+        """The driver. Raises PostcopydError if the VMM is gone, or not reached yet after a
+        restart of the daemon."""
         if self.driver is None and (self.claimed_by is not None or self._lives()):
             raise PostcopydError(
                 f"{self.name} is still being taken over by this daemon, which was started anew, "
@@ -242,7 +244,7 @@ class Vm:
         return self.driver
 
     def _lives(self) -> bool:
-        """Whether the VMM that is not reached is a process all the same, as far as is known."""
+        """Whether the VMM's process lives, as far as is known, though there may be no driver."""
         try:
             return self.attachment is not None and not self.attachment.ended()
         except OSError:
@@ -251,14 +253,14 @@ class Vm:
     # --- its VMM ---------------------------------------------------------------------------------
 
     def have(self, driver: Vmm, lock: int) -> None:
-        """`driver`, and the lock on its process, are this VM's from here on. Raises OSError, and
-        then they are not."""
+        """Takes over `driver` and the lock on its process. Raises OSError; then the caller still
+        owns them."""
         started, boot = procfs.started(driver.pid), procfs.boot_id()
         self.attachment = Attachment(driver.kind, driver.socket, driver.pid, started, boot)
         self.have_again(driver, lock)
 
     def have_again(self, driver: Vmm, lock: int) -> None:
-        """The same, of the process that the record names."""
+        """The same, for the process that the record names."""
         self.driver, self._lock, self._left = driver, lock, trio.Event()
 
     async def leave(self) -> None:
@@ -277,7 +279,8 @@ class Vm:
     # --- what outlives the daemon ----------------------------------------------------------------
 
     def remember(self, record: Record) -> None:
-        """The record that the daemon before this one has left: nothing has happened here."""
+        """Takes over the record of the previous daemon. Nothing is shown, logged or counted for
+        that."""
         self.epoch, self.ownership, self.about = (
             record["epoch"],
             record["ownership"],
@@ -289,11 +292,11 @@ class Vm:
         self.status = convert(to_builtins(self.status) | known, Status)
 
     def record(self, ownership: Ownership | None = None, epoch: int | None = None) -> None:
-        """Writes the record before what it says is acted on. Raises PostcopydError.
+        """Writes the record. Call it before anything acts on what it says. Raises PostcopydError.
 
         `ownership` is one of held, intent, granted (source: given away), arriving, loading, owned,
-        declined (destination). A start of the daemon, and recovery, read it. What could not be
-        written is not so: then ownership and epoch are as before.
+        declined (destination). The start of a daemon, and recovery, read it. If the record cannot
+        be written, ownership and epoch are as before.
         """
         before = self.ownership, self.void, self.epoch
         self.ownership = ownership or self.ownership
@@ -322,8 +325,8 @@ class Vm:
     def record_soon(self, ownership: Ownership | None) -> bool:
         """`record`, for what has happened already: what cannot be written now is written later.
 
-        Until then the record from before stands, and what it needs must stay with it. Returns
-        whether it is written.
+        Until then the previous record is valid, and what that one needs must stay. Returns whether
+        it is written.
         """
         try:
             self.record(ownership)
@@ -336,20 +339,20 @@ class Vm:
         return True
 
     def lacks_pages(self, whole: bytes, regions: Sequence[int]) -> bool:
-        """Whether a page record is there in which a page of these regions has a state other than
-        these. Raises PostcopydError when that cannot be known."""
+        """Whether there is a page record in which a page of these regions has a state that is not
+        in `whole`. Raises PostcopydError if that cannot be known."""
         return self._store.lacks_pages(self.name, whole, regions)
 
     def note(self, about: dict[str, Any]) -> None:
-        """`about` another migration, or more of the same one. Raises PostcopydError."""
+        """Replaces `about`, for the same migration or another one. Raises PostcopydError."""
         if about["migration"] != self.about.get("migration"):
             self.keep_answer()
         self.about = about
 
     def keep_answer(self) -> None:
-        """Of an arrival that is to be forgotten here: a source that does not know how it ended will
-        ask. One that is told that nothing is known of it has a person run the guest there again,
-        which may run here. Raises PostcopydError."""
+        """Keeps the answer of an arrival that is about to be forgotten here, for a source that does
+        not know how it ended and will ask. If that source heard that nothing is known, a person
+        could run the guest there again, while it may run here. Raises PostcopydError."""
         about = self.about
         kind = about.get("answer", {}).get("type", "declined")
         if kind != "declined" and "offer" in about and not about.get("acknowledged"):
@@ -358,26 +361,26 @@ class Vm:
             self._store.keep_answer(self.name, what)
 
     def remove_pages(self) -> None:
-        """The page record of an arrival that is over; one that stays is in nobody's way."""
+        """Removes the page record of an arrival that is over. One that stays does no harm."""
         try:
             self._store.remove_pages(self.name)
         except PostcopydError as error:
             self.log.error("page record not removed", error=str(error))
 
     def home(self) -> None:
-        """The guest is this host's, so no intent of its leaving holds any more. Before that is
-        recorded: who dies in between finds a record by which it comes here again."""
+        """Removes the intent, as the guest is this host's. Call it before that is recorded: if the
+        daemon dies in between, the next one finds a record by which it calls this again."""
         self.void = True
         if (why := self.forget()) is not None:
             self.log.error("intent not forgotten, it is tried again", error=why)
             self.owing()
 
     def leaving(self) -> None:
-        """An intent is about to be written that holds: none on disk is void from here on."""
+        """Notes that a valid intent is about to be written: none on disk is void from here on."""
         self.void = False
 
     def forget(self) -> str | None:
-        """What is `void` goes. Returns why not."""
+        """Removes the intent if it is `void`. Returns why that failed, or None."""
         try:
             if self.void:
                 self._store.forget_intent(self.name)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What postcopyd asks of a VMM: the interface that every driver has.
+"""The interface that every driver of a VMM has: what postcopyd asks of a VMM.
 
 This package owns the conversation with a VMM: finding its guest RAM, stopping and running the
-guest, moving its device state. It must not know of pages, peers, ownership or migrations: it does
-what a session tells it, once, and says truthfully how it ended. A driver author reads this file
-and nothing else.
+guest, moving its device state. It must not know of pages, peers, ownership or migrations. A driver
+does what a session tells it, once, and says truthfully how that ended. A driver author reads this
+file and nothing else.
 
 The order of calls. Source: `connect`, `inspect`, `prepare`, `save`, then `finish`; or `rollback`
 from any point before `finish`. `track` and `still` come between `inspect` and `save`, if at all.
@@ -34,7 +34,7 @@ Role = Literal["source", "destination"]
 
 
 class VmmError(PostcopydError):
-    """The VMM refused or failed at what was asked; the connection is in order."""
+    """The VMM refused what was asked, or failed at it; the connection to it still works."""
 
     name = "VmmFailed"
 
@@ -88,8 +88,8 @@ class DiskFile:
     where: str  # what it is on, for people: "ext4", "block device", "nbd"
     shared: bool  # other hosts may have it too, by what it is on
     writable: bool  # the guest's writes go there
-    #: By kind, what two hosts may compare: one kind with the same value says that both have the
-    #: same (of what nobody writes to: the same content), and one with another that they do not.
+    #: By kind, what two hosts may compare. If one kind has the same value on both, they have the
+    #: same file (or the same content, if nobody writes to it); if another value, they do not.
     ids: dict[str, str]
 
 
@@ -98,8 +98,8 @@ class Disk:
     """A disk as the guest has it."""
 
     name: str  # of its device, the same on both hosts
-    chain: str  # formats and sizes, or "empty", which must be equal on both hosts
-    files: tuple[DiskFile, ...]  # what must be the same on both; empty for what crosses by itself
+    chain: str  # formats and sizes, or "empty"; must be equal on both hosts
+    files: tuple[DiskFile, ...]  # must be the same on both; empty if the content crosses by itself
 
 
 @dataclass(frozen=True)
@@ -110,25 +110,25 @@ class Shape:
     pid: int
     regions: tuple[Region, ...]
     facts: dict[str, str]  # what must be equal on both hosts
-    problems: tuple[str, ...]  # sentences: why it cannot be migrated, each with its mend
+    problems: tuple[str, ...]  # sentences: why it cannot be migrated, each with what to do
     #: Writes that tracking sees only if pages are armed while the guest is `still`: a sentence that
-    #: names what makes them. A read by direct I/O pins its pages, marks them as written when it
-    #: starts, and may land after they were armed again.
+    #: names what makes them. A read by direct I/O pins its pages and marks them as written when it
+    #: starts; its data may arrive after the pages were armed again.
     direct_io: str | None = None
     #: Writes that tracking never sees: a sentence that names what makes them. Postcopy can move the
-    #: guest all the same. Both are as of now: disks come and go, so inspect again before you rely
-    #: on what was seen.
+    #: guest all the same. This and `direct_io` hold for the moment only: disks come and go, so
+    #: inspect again before you rely on what was seen.
     untracked: str | None = None
     disks: tuple[Disk, ...] = ()
-    #: By device, where it sits on its bus, as one says that to the VMM ("port=1"): given by the VMM
-    #: where nobody has, so a device that is plugged in again may get another. Equal on both hosts.
+    #: By device, where it sits on its bus, in the VMM's words ("port=1"). The VMM chooses a place
+    #: if nobody has, so a device that is plugged in again may get another. Equal on both hosts.
     places: dict[str, str] = field(default_factory=dict)
-    #: As `outline` was when this look began.
+    #: What `outline` returned when this look began.
     outline: str = ""
 
     def __post_init__(self) -> None:
-        """Names of devices and files are the VMM's: sentences with them can be shown."""
-        made = object.__setattr__  # it is frozen for everybody else
+        """Makes sentences fit to be shown, as names of devices and files in them are the VMM's."""
+        made = object.__setattr__  # the dataclass is frozen for all other code
         made(self, "problems", tuple(map(plain, self.problems)))
         made(self, "direct_io", self.direct_io and plain(self.direct_io))
         made(self, "untracked", self.untracked and plain(self.untracked))
@@ -145,7 +145,7 @@ class Vmm(abc.ABC):
 
     Every method raises `PostcopydError` (or one of the errors above) with a sentence for the
     operator. Every method may be cancelled; `rollback`, `end` and `aclose` work afterwards.
-    A VMM that is driven by nobody goes on as it is: losing a driver changes nothing in it.
+    A VMM that loses its driver goes on as it is: nothing in it changes by that.
     """
 
     name: str  # the VM's, as on the command line
@@ -154,26 +154,27 @@ class Vmm(abc.ABC):
     pid: int  # of the VMM's process
 
     #: What the guest did just before `save` or `still` stopped it, and what `rollback` goes back
-    #: to. A session that was started again sets it from its record, before it calls `rollback`; and
-    #: one at the destination before the end of what it gives to `load`, to what the guest is to do.
+    #: to. After a restart of the daemon the caller sets it from the record, before it calls
+    #: `rollback`. At the destination the caller sets it to what the guest is to do, before the end
+    #: of what it gives to `load`.
     before: Literal["running", "paused"] | None = None
 
     #: What the VMM has said of its end, once `gone` has returned: a few words for people ("its
-    #: guest shut down"). It was meant then, and the guest runs nowhere. None: the VMM crashed, or
-    #: was killed, or told to end by `end`, or its driver cannot tell.
+    #: guest shut down"). Then the end was meant, and the guest runs nowhere. None: the VMM crashed,
+    #: was killed, or was told to end by `end`, or its driver cannot tell.
     farewell: str | None = None
 
     @classmethod
     @abc.abstractmethod
     async def connect(cls, name: str, socket: str) -> Self:
-        """Attach to the VMM at the unix socket. Within seconds also when nobody answers."""
+        """Attach to the VMM at the unix socket. Ends within seconds, also if nobody answers."""
 
     @classmethod
     async def known(cls, name: str, socket: str, pid: int) -> Self:
-        """Attach to a VMM that a daemon before this one had. Raises VmmGone.
+        """Attach to a VMM that a previous daemon had. Raises VmmGone.
 
-        A driver whose VMM may be stuck in a page fault asks it nothing here: the caller has to
-        answer that fault first, with the descriptors that `adopted` gives.
+        A driver must ask the VMM nothing here if that may be stuck in a page fault: the caller has
+        to answer the fault first, with the descriptors that `adopted` gives.
         """
         driver = await cls.connect(name, socket)
         if driver.pid != pid:
@@ -188,14 +189,14 @@ class Vmm(abc.ABC):
     async def inspect(self, role: Role) -> Shape:
         """Describe the VMM; touches nothing in it.
 
-        What stands in the way of the role goes to `Shape.problems`; raises only when the VMM
+        Puts what stands in the way of the role into `Shape.problems`, and raises only if the VMM
         cannot be asked. The caller calls `close()` on what it gets.
         """
 
     async def outline(self) -> str:
-        """In short, what `inspect` would find to have changed if something was plugged in, taken
-        out, or put behind a disk; another text means that. Asked also while the guest stands still,
-        so it takes about a millisecond. Nothing, of a VMM where nothing can be."""
+        """A short text that is another one after something was plugged in, taken out, or put behind
+        a disk, which `inspect` would find. Asked also while the guest stands still, so it must take
+        about a millisecond. Empty for a VMM where no such change is possible."""
         return ""
 
     # --- source
@@ -206,7 +207,7 @@ class Vmm(abc.ABC):
 
         `rollback` undoes it. Sets nothing that outlasts a call to `rollback`, and nothing that
         would spoil what others do with the guest meanwhile. Raises VmmError, as `save` and `still`
-        do, when others move or save it, or it neither runs nor is paused.
+        do, if others move or save the guest, or if it neither runs nor is paused.
         """
 
     @abc.abstractmethod
@@ -217,60 +218,61 @@ class Vmm(abc.ABC):
 
         Calls `stopped()` once, at the instant the guest has stopped, and `send` with each piece
         of device state as the VMM produces it. Returns when all of it was sent and guest RAM is
-        final. Whatever it raises, the guest may be stopped: call `rollback`. What `send` raises
+        final. If it raises anything, the guest may be stopped: call `rollback`. What `send` raises
         comes through as it is.
         """
 
     async def track(self) -> int:
-        """One new userfaultfd of the VMM's address space, for seeing what is written to guest RAM.
+        """Return one new userfaultfd of the VMM's address space, to see what is written to RAM.
 
         Called while the guest runs, which hardly notices. The descriptor is the caller's;
         UFFDIO_API has not been done and nothing is registered. The VMM keeps no copy: when the
-        caller closes it, or dies, tracking is over and nothing is left of it in the VMM. A daemon
-        that is killed in here may leave an unused descriptor there; the next `track` or `rollback`
-        closes it, with all others that the VMM has. Raises PostcopydError; then writes cannot be
-        tracked, and nothing else is wrong.
+        caller closes the descriptor, or dies, tracking is over and nothing of it is left in the
+        VMM. A daemon that is killed during this call may leave an unused descriptor there; the next
+        `track` or `rollback` closes it, with all others that the VMM has. Raises PostcopydError;
+        then writes cannot be tracked, and nothing else is wrong.
         """
         raise VmmError(f"the {self.kind} driver cannot track what {self.name} writes")
 
     def still(self) -> AbstractAsyncContextManager[None]:
         """A context in which the guest is stopped and nothing writes to its RAM, I/O included.
 
-        A guest that ran runs again afterwards, however the context is left, also when it was
-        cancelled on its way in; one that was paused stays so. Not for `prepare` and `save` inside,
-        which look at what the guest does. Raises PostcopydError when it cannot be stopped, when it
-        does not run again (the sentence says so, and `rollback` may be tried), and when somebody
-        else ran it meanwhile: then what was done inside is worth nothing. A daemon that was killed
-        in here leaves the guest stopped; its successor calls `rollback` with `before` set, so what
-        the guest did has to be on record first.
+        A guest that ran runs again afterwards, however the context is left, also if it was
+        cancelled on its way in; one that was paused stays paused. Do not call `prepare` and `save`
+        inside, which look at what the guest does. Raises PostcopydError if the guest cannot be
+        stopped, if it does not run again (the sentence says so, and `rollback` may be tried), and
+        if somebody else ran it meanwhile: then what was done inside is worth nothing. A daemon that
+        is killed inside leaves the guest stopped; the next daemon calls `rollback` with `before`
+        set, so what the guest did has to be on record first.
         """
         raise VmmError(f"the {self.kind} driver cannot hold {self.name} still")
 
     def check_saved(self) -> None:  # noqa: B027 (not every VMM tells)
-        """Raises VmmError when somebody has run the guest since `save`. Asks and waits for nothing,
-        so that nothing comes between this and what is done upon it."""
+        """Raises VmmError if somebody has run the guest since `save`. Asks and waits for nothing,
+        so that nothing can happen between this check and what the caller does next."""
 
     @abc.abstractmethod
     async def rollback(self) -> str:
-        """Undo what this driver, or one of a daemon before, has done to the guest, and only that:
-        run it if it ran and is stopped by `still` or `save`; idempotent.
+        """Undo what this driver, or one of a previous daemon, has done to the guest, and only that:
+        run it if it ran and was stopped by `still` or `save`. Idempotent.
 
-        From any point before the grant, also when another method was cancelled half-way. Others
-        have a hand on the guest too: it may have been paused, moved, saved, reset or shut down by
-        the VMM's own means since it was looked at, in the middle of what we do, or while no daemon
-        ran. What they did is left as it is. A driver has to know, of a VMM that it finds stopped,
-        whose doing that is; what it cannot know is theirs, as a guest that waits for a person is
-        better than two. And a job of theirs that goes on is neither ended nor waited for.
+        May be called at any point before the grant, also after another method was cancelled
+        half-way. Other people and programs may use the guest too: they may have paused, moved,
+        saved, reset or shut it down by the VMM's own means since it was looked at, in the middle of
+        our work, or while no daemon ran. Leave what they did as it is. If a driver finds the VMM
+        stopped, it has to know who stopped it. If it cannot know, it leaves the guest stopped: one
+        guest that waits for a person is better than two that run. And a job of others that goes on
+        is neither ended nor waited for.
 
-        Returns "" when the guest is as it was, else a clause that tells how it was found and left
-        ("it is paused, ..."). Raises PostcopydError when it should run here and does not; the
-        sentence says what to do, and never to run it unseen.
+        Returns "" if the guest is as it was, else a clause that tells how it was found and left
+        ("it is paused, ..."). Raises PostcopydError if it should run here and does not; the
+        sentence says what to do, and never to run it without a look at it.
         """
 
     async def mark(self) -> None:  # noqa: B027 (not every driver tells by one)
-        """Leave in the VMM what `save` and `still` leave there, by which `rollback` knows whose
-        doing it is that the guest stands still. For a guest that was stopped by a daemon of an
-        older version, which left no mark, as its record says; idempotent, touches no other."""
+        """Leave in the VMM the mark that `save` and `still` leave there, by which `rollback` knows
+        who has stopped the guest. For a guest that, by its record, a daemon of an older version has
+        stopped, which left no mark. Idempotent; touches no other guest."""
 
     @abc.abstractmethod
     async def finish(self, keep: bool) -> None:
@@ -283,8 +285,8 @@ class Vmm(abc.ABC):
         """Empty guest RAM and return the VMM's userfaultfds, for the VMM in state incoming.
 
         They are the caller's; UFFDIO_API has not been done and nothing is registered. The VMM
-        keeps copies of its own until `release`, so that pages wait when the caller dies. After
-        `adopt` every page of every region is missing. A second call starts anew.
+        keeps copies of its own until `release`, so that its threads go on waiting for pages if the
+        caller dies. After `adopt` every page of every region is missing. A second call starts anew.
         """
 
     @abc.abstractmethod
@@ -292,10 +294,10 @@ class Vmm(abc.ABC):
         """Empty guest RAM of a VMM in state incoming, after an arrival that was called off."""
 
     async def adopted(self) -> list[int]:
-        """The userfaultfds of an adoption made before this daemon was started, as duplicates.
+        """Return duplicates of the userfaultfds of an adoption by a previous daemon.
 
-        Nothing is emptied, and the API is done on them. Drivers that cannot ask the VMM for them
-        again leave this as it is; their sessions keep the descriptors by other means.
+        Nothing is emptied, and UFFDIO_API has been done on them. Drivers that cannot ask the VMM
+        for them again leave this as it is; their sessions keep the descriptors by other means.
         """
         raise VmmError(f"the {self.kind} driver cannot get the userfaultfd of {self.name} again")
 
@@ -303,25 +305,25 @@ class Vmm(abc.ABC):
     async def load(self, receive: AsyncIterable[bytes]) -> None:
         """Load the device state; the guest ends paused, whatever the VMM's options.
 
-        Loading touches guest RAM: faults must be answered meanwhile, by somebody who does not
-        wait for this call. The end of `receive` is the end of the device state. If it raises, the
-        VMM is of no use any more: call `end`.
+        Loading touches guest RAM: faults must be answered meanwhile, by a task or thread that does
+        not wait for this call. The end of `receive` is the end of the device state. If this raises,
+        the VMM is of no use any more: call `end`.
         """
 
     @abc.abstractmethod
     async def run(self) -> None:
         """Run the guest; returns once it runs.
 
-        Raises `Declined` when the VMM refused and no vCPU has run. Any other error means that it
+        Raises `Declined` if the VMM refused and no vCPU has run. After any other error the guest
         may or may not be running.
         """
 
     @abc.abstractmethod
     async def release(self) -> None:
-        """The VMM closes its copies of the userfaultfds; idempotent.
+        """Have the VMM close its copies of the userfaultfds; idempotent.
 
-        Only after drained and unregistered, or when no guest was loaded: with the last copy
-        missing pages become zeros.
+        Only after drained and unregistered, or if no guest was loaded: when the last copy is
+        closed, missing pages become zeros.
         """
 
     # --- both
@@ -336,18 +338,18 @@ class Vmm(abc.ABC):
 
     @abc.abstractmethod
     async def aclose(self) -> None:
-        """Let go of the VMM; it goes on as it is. Idempotent."""
+        """Let go of the VMM, which goes on as it is. Idempotent."""
 
 
 LOOK_AGAIN_S = 1.0
-"""How long until a process is looked at again for which there was no descriptor."""
+"""How long until a descriptor for waiting is tried again, after there was none to be had."""
 
 
 async def process_ended(pidfd: int) -> None:
-    """Returns when the process of a pidfd has ended, and raises for nothing but a wrong one."""
+    """Returns when the process of a pidfd has ended. Raises OSError only for a wrong pidfd."""
     while True:
         try:
-            own = os.dup(pidfd)  # one descriptor can be waited for by one task only
+            own = os.dup(pidfd)  # only one task can wait for one descriptor
             break
         except OSError as error:
             if shortage(error) is None:
@@ -356,8 +358,8 @@ async def process_ended(pidfd: int) -> None:
     try:
         await trio.lowlevel.wait_readable(own)
     finally:
-        # Or epoll keeps it, because the original lives, and at this VMM's end wakes whoever waits
-        # for the descriptor that has this number then.
+        # Otherwise epoll keeps the duplicate, because the original lives. At this VMM's end it
+        # would wake the task that waits for the descriptor with this number by then.
         trio.lowlevel.notify_closing(own)
         os.close(own)
 
@@ -367,7 +369,7 @@ def kill(pidfd: int, name: str, pid: int) -> None:
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     except ProcessLookupError:
-        pass  # gone, and its parent knows
+        pass  # it has ended, and its parent has reaped it
     except PermissionError:
         raise VmmError(
             f"ending the VMM of {name}: process {pid} does not quit and this daemon may not kill "
@@ -377,7 +379,8 @@ def kill(pidfd: int, name: str, pid: int) -> None:
 
 @contextmanager
 def looked_at(name: str, pid: int) -> Iterator[None]:
-    """For what reads of a VMM in /proc: it may end at any moment, and not be ours to see."""
+    """Wraps reads of a VMM in /proc, which may end at any moment, or not be ours to see. Raises
+    VmmGone, VmmError, or the error of a shortage here, instead of OSError."""
     try:
         yield
     except OSError as error:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What writes to a VMM's guest RAM without the page tables showing it: by its open descriptors.
+"""Finds, by a VMM's open descriptors, what writes to guest RAM without its page tables showing it.
 
 Tracking of written pages (userfaultfd write-protect) sees what goes through the VMM's page tables:
 vCPUs, the VMM's threads, system calls, vhost-net. Direct I/O pins pages, and they count as written
-when the request starts; what lands after they were armed again is not seen. Devices that keep guest
-RAM pinned are never seen at all. /proc says of both what is so at this moment, whatever the
-VMM's own words for it are. Only reads.
+when the request starts; data that lands after they were armed again is not seen. Writes of devices
+that keep guest RAM pinned are never seen. /proc tells of both as they are at this moment, whatever
+the VMM calls them. Only reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import stat
 
 from postcopyd.host import procfs
 
-# File systems that may read into the reader's own pages without O_DIRECT too.
+# File systems that may read into the reader's own pages even without O_DIRECT.
 DIRECT_FILE_SYSTEMS = re.compile(r"fuse(blk|\..*)?|virtiofs|9p|cifs|smb3")
 
 # Devices that write to memory registered with them: VFIO and IOMMUFD, also under QEMU's nvme://;
@@ -26,13 +26,14 @@ PINNING = re.compile(
 )
 
 IO_URING = "anon_inode:[io_uring]"
-LOOKS = 5  # the kernel leaves its part out while the ring is in use
+LOOKS = 5  # attempts: the kernel leaves the line out while the ring is in use
 
 
 def look(pid: int) -> tuple[list[str], list[str]]:
     """What a process reads by direct I/O, and what it has open that keeps its memory pinned.
 
-    By the paths that it sees itself. Who may not be looked at may do anything.
+    Names both by the paths that the process sees. A process that may not be looked at counts as one
+    that keeps memory pinned.
     """
     direct, unseen = set(), set()
     try:
@@ -66,7 +67,7 @@ def _is_direct(pid: int, fd: int) -> bool:
 
 
 def _has_buffers(pid: int, fd: int) -> bool:
-    """A ring that will not say counts as one that has some."""
+    """Whether a ring has registered buffers. One that does not say counts as one that has."""
     for _ in range(LOOKS):
         if (buffers := re.search(r"^UserBufs:\s*(\d+)", _info(pid, fd), re.MULTILINE)) is not None:
             return int(buffers[1]) > 0
@@ -74,7 +75,7 @@ def _has_buffers(pid: int, fd: int) -> bool:
 
 
 def _info(pid: int, fd: int) -> str:
-    """What the kernel says of a descriptor; nothing when it was closed meanwhile."""
+    """What the kernel says of a descriptor; empty if it was closed meanwhile."""
     try:
         with open(f"/proc/{pid}/fdinfo/{fd}", encoding="utf-8", errors="replace") as file:
             return file.read()
@@ -83,14 +84,14 @@ def _info(pid: int, fd: int) -> str:
 
 
 def direct_sentence(names: list[str]) -> str | None:
-    """`Shape.direct_io` for these."""
+    """The sentence for `Shape.direct_io`, or None."""
     if not names:
         return None
     return f"Reads of {', '.join(names)} by direct I/O land in guest RAM unseen."
 
 
 def unseen_sentence(names: list[str]) -> str | None:
-    """`Shape.untracked` for these."""
+    """The sentence for `Shape.untracked`, or None."""
     if not names:
         return None
     return f"Something that no page table shows writes to guest RAM: {', '.join(names)}."
