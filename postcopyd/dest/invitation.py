@@ -28,7 +28,7 @@ CONNECTIONS_S = 30.0
 
 
 class Invitation:
-    """`token` is 32 bytes that nobody else knows."""
+    """`token` is 32 random bytes that only the source is told."""
 
     def __init__(self, m: Migration, engine: DestinationEngine) -> None:
         self.token = secrets.token_bytes(32)

@@ -80,8 +80,8 @@ class Memory:
             await trio.sleep(p.KEEPALIVE_S)
 
     async def give_up_unplugged(self, log: Any) -> None:
-        """Looks for guest RAM that was unplugged meanwhile, which needs no pages any more. Only
-        without connections."""
+        """Gives up the pages of guest RAM that was unplugged meanwhile. Only without
+        connections."""
         shape = self.shape
         try:
             for number in unplugged(shape.pid, shape.regions):

@@ -272,7 +272,7 @@ class Vmm(abc.ABC):
     async def mark(self) -> None:  # noqa: B027 (not every driver tells by one)
         """Leave in the VMM the mark that `save` and `still` leave there, by which `rollback` knows
         who has stopped the guest. For a guest that, by its record, a daemon of an older version has
-        stopped, which left no mark. Idempotent; touches no other guest."""
+        stopped, which left no mark. Idempotent; leaves a guest in any other state alone."""
 
     @abc.abstractmethod
     async def finish(self, keep: bool) -> None:
