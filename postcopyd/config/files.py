@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the options of `postcopyd serve` come from: its files, the environment, the command line.
+"""Collects the options of `postcopyd serve`: from files, the environment and the command line.
 
-Owns which files are read and in what order, and that each mistake in them is said with its file and
-line. What a value may be is options.py's. Only `serve` loads this.
+Owns which files are read and in what order, and that each mistake in them is reported with its file
+and line. What a value may be is options.py's. Only `serve` loads this.
 
-The files are those of the UAPI Group's Configuration Files Specification (UAPI.6): the main file
-from the first of `FOLDERS` that has one; then the drop-ins, `postcopyd.toml.d/*.toml` in any of
-them, in the order of their names, where of two with one name the one in the earlier folder counts.
-Each overrides, key by key, what was read before it. None has to be there.
+The files follow the UAPI Group's Configuration Files Specification (UAPI.6). The main file is the
+one in the first of `FOLDERS` that has it. Then come the drop-ins, `postcopyd.toml.d/*.toml` in all
+folders, in the order of their names; of two with one name, the one in the earlier folder counts.
+Each file overrides, key by key, those before it. No file has to be there.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ Where = tuple[str, ...]
 
 
 class Said(NamedTuple):
-    """A value, and who says so."""
+    """A value, and where it comes from."""
 
     value: Any
     by: str
 
 
 class Configuration(NamedTuple):
-    """`said` has what was said anywhere, the rest are defaults; `files` those that were read."""
+    """`said` has what was set anywhere, all else is default; `files` are those that were read."""
 
     options: ServeOptions
     said: Mapping[Where, Said]
     files: list[Path]
 
     def lines(self) -> Iterator[str]:
-        """All of it as a configuration file, each line with who says so."""
+        """All options as a configuration file; each line says where its value comes from."""
         for file in self.files:
             yield f"# {file}"
         for name in KEYS:
@@ -75,11 +75,10 @@ class Configuration(NamedTuple):
 
 
 def configuration(given: Mapping[str, Any], main: str | None = None) -> Configuration:
-    """Puts options together. `given` is the command line's, by field, and has only what was said;
-    peers are a list of what `config.parse_peer` returns. `main` is another main file, whose
-    drop-ins are in a folder of its name with .d behind it. Raises PostcopydError with all mistakes,
-    one on a line.
-    """
+    """Puts the options together. `given` has what was set on the command line, by field; its peers
+    are a list of what `options.parse_peer` returns. `main` is another main file, whose drop-ins are
+    in the folder of the same name with .d appended. Raises PostcopydError with all mistakes, one on
+    a line."""
     files = [Path(main), *_drop_ins([Path(f"{main}.d")])] if main else _files()
     said: dict[Where, Said] = {}
     mistakes: list[str] = []
@@ -100,7 +99,7 @@ def configuration(given: Mapping[str, Any], main: str | None = None) -> Configur
 
 
 def put_together(said: Mapping[Where, Said]) -> ServeOptions:
-    """The options, with defaults for what nobody has said."""
+    """The options, with defaults for what is not set."""
     options = {w[0].replace("-", "_"): one.value for w, one in said.items() if len(w) == 1}
     peers: dict[str, dict[str, Any]] = {}
     for where, one in said.items():
@@ -110,7 +109,7 @@ def put_together(said: Mapping[Where, Said]) -> ServeOptions:
 
 
 def _written(value: Any) -> str:
-    """As it stands in a file."""
+    """A value as it is written in a file."""
     if isinstance(value, frozenset):
         return json.dumps(sorted(value))
     if isinstance(value, Address) and not value.host:
@@ -130,7 +129,7 @@ def _files() -> list[Path]:
 
 
 def _drop_ins(folders: list[Path]) -> list[Path]:
-    """In their order; of those with one name that in the first folder."""
+    """Drop-ins in order of name; of those with one name, the one in the first folder."""
     found: dict[str, Path] = {}
     for folder in folders:
         try:
@@ -152,7 +151,7 @@ def _unreadable(file: Path, error: OSError) -> PostcopydError:
 
 
 def _read(file: Path, said: dict[Where, Said], mistakes: list[str]) -> None:
-    """Adds what a file says. Raises PostcopydError when it cannot be read at all."""
+    """Adds what a file sets. Raises PostcopydError when it cannot be read at all."""
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -167,10 +166,10 @@ def _read(file: Path, said: dict[Where, Said], mistakes: list[str]) -> None:
 
 
 def take_text(text: str, file: Path, said: dict[Where, Said], mistakes: list[str]) -> None:
-    """Adds what the text of a file says to `said`, or the sentences for its mistakes."""
+    """Adds what the text of a file sets to `said`, and the sentences for its mistakes."""
     try:
         content = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # a TOMLDecodeError, or int() about its digits
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError; or int() has too many digits
         mistakes.append(f"{file}, {_what_is_broken(text, str(error))}")
         return
     lines: dict[Where, int] = {}
@@ -185,7 +184,7 @@ def take_text(text: str, file: Path, said: dict[Where, Said], mistakes: list[str
 
 
 def _flat(table: Mapping[str, Any]) -> Iterator[tuple[Where, Any]]:
-    """Keys of the file and, of well-formed peers, theirs."""
+    """The keys of the file with their values; and those of each peer that is a table."""
     for key, value in table.items():
         if key != "peers" or not isinstance(value, dict):
             yield (key,), value
@@ -247,7 +246,7 @@ def _value(name: str, key: Key, value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """What stands in the file, near enough and not too long."""
+    """A value about as it is written in the file, and not too long."""
     if isinstance(value, dict):
         return "{...}"
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_-]+", value):
@@ -266,11 +265,11 @@ _AT = re.compile(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", re
 
 
 def _stands(text: str) -> Iterator[tuple[Where, int]]:
-    """Each key and table that a TOML text speaks of, and on which line; of a text that is not TOML,
-    those before the mistake.
+    """Each key and table in a TOML text, with its line. In a text that is not TOML, those before
+    the mistake.
 
-    Neither tomllib nor tomlkit tells. But tomllib takes a statement by itself, with the header of
-    its table before it, and does not take half of one.
+    Neither tomllib nor tomlkit gives lines. But tomllib parses one statement by itself, with the
+    header of its table before it, and refuses half a statement.
     """
     header, around = "", set[Where]()
     statement, line = "", 1
@@ -295,7 +294,7 @@ def _paths(table: Mapping[str, Any], within: Where = ()) -> Iterator[Where]:
 
 
 def _twice(rows: list[str]) -> str:
-    """Which key the last statement of these rows says again, arrays of tables aside."""
+    """Which key the last statement of these rows repeats, arrays of tables aside."""
     first: dict[Where, int] = {}
     again = ""
     for where, line in _stands("\n".join(rows)):
@@ -305,7 +304,7 @@ def _twice(rows: list[str]) -> str:
 
 
 def _what_is_broken(text: str, error: str) -> str:
-    """Where a text is no TOML, and what is wrong there, in an operator's words."""
+    """Where a text is not TOML, and what is wrong there, in an operator's words."""
     found = _AT.fullmatch(error)
     what, line, column = found.groups() if found else (error, None, None)
     rows = text.split("\n")
@@ -317,7 +316,7 @@ def _what_is_broken(text: str, error: str) -> str:
 
 
 def _hint(row: str) -> str:
-    """What people mean who write such a line."""
+    """What the author of such a line probably meant."""
     name, equals, value = (part.strip() for part in row.partition("="))
     if not equals and re.match(r"[A-Za-z-]+[ :]", row.strip()):
         return "; a line is KEY = VALUE"

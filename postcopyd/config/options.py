@@ -2,7 +2,7 @@
 """What an operator writes: addresses, sizes, rates and peers, and the options of `postcopyd serve`.
 
 Owns their spelling, what is allowed, and the defaults: `KEYS` and `PEER_KEYS` have what a file and
-the command line may say. Opens nothing; where options come from is files.py's.
+the command line may set. Opens nothing; where options come from is files.py's.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ DEFAULT_CONTROL = "/run/postcopyd/control"
 DEFAULT_PORT = 16525
 DEFAULT_STATE_DIR = Path("/run/postcopyd/state")
 DEFAULT_DURABLE_DIR = Path("/var/lib/postcopyd")
-# Beyond a few, more connections bring nothing but threads; the wire allows twice as many.
+# Beyond a few, more connections only cost threads; the wire allows twice as many.
 MAX_CONNECTIONS = 16
-# Other daemons that are served at a time: each migration that comes has one (peers.py).
+# Other daemons that are served at a time: each arriving migration has one connection (peers.py).
 MAX_PEERS = 256
-# What may stand in place of a value that has no limit, or is off.
+# Written in place of a value for "no limit" or "off".
 NONE = "none"
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
@@ -34,7 +34,7 @@ MAY: tuple[May, ...] = ("send", "receive", "control")
 
 
 class Address(NamedTuple):
-    """A TCP address. An empty host, where one listens, means every address of the machine."""
+    """A TCP address. For a listener, an empty host means every address of the machine."""
 
     host: str
     port: int
@@ -44,9 +44,9 @@ class Address(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """Another host by a name of its certificate, and what it may do: `send` guests to this host,
-    `receive` guests of this host, and `control`: ask (check without moving, look what became of a
-    guest). Without an `address` it is not dialled by its name."""
+    """Another host by a name in its certificate, and what it may do: `send` guests to this host,
+    `receive` guests of this host, and `control`, which is to ask (check without moving, look what
+    became of a guest). Without an `address` it is not dialled by its name."""
 
     name: str
     address: Address | None = None
@@ -54,11 +54,11 @@ class Peer(NamedTuple):
 
 
 class ServeOptions(NamedTuple):
-    """How a daemon is to run. None is no limit. `bandwidth` is of one migration, `host_bandwidth`
-    of all that leave this host together, bytes per second; `connections` is the number of push
+    """How a daemon is to run. None is no limit. Bytes per second: `bandwidth` for one migration,
+    `host_bandwidth` for all that leave this host together. `connections` is the number of push
     connections of one migration. An arrival beyond `max_arrivals` or `max_arriving_memory` (bytes
-    of guest RAM) waits. `metrics` is HOST:PORT or the absolute path of a unix socket. Without any
-    `peers` each certificate of the CA will do."""
+    of guest RAM) waits. `metrics` is HOST:PORT or the absolute path of a unix socket. Without
+    `peers` every certificate of the CA is accepted."""
 
     control: str = DEFAULT_CONTROL
     listen: Address = Address("", DEFAULT_PORT)
@@ -79,8 +79,8 @@ class ServeOptions(NamedTuple):
 
     @property
     def durable(self) -> Path:
-        """`durable_dir`, where it is not said beside a `state_dir` that is: a daemon with folders
-        of its own touches no others."""
+        """`durable_dir`. If it is not set but `state_dir` is, a folder in that: a daemon with
+        folders of its own touches no others."""
         default = self.state_dir / "durable"
         if self.state_dir == DEFAULT_STATE_DIR:
             default = DEFAULT_DURABLE_DIR
@@ -94,7 +94,7 @@ def _invalid(sentence: str) -> PostcopydError:
 def parse_size(text: str) -> int:
     """Bytes, from a number with an optional K, M or G (powers of 1024). Raises PostcopydError."""
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
-    # float() knows more spellings of a number than people mean: 1e3, 1_000, inf.
+    # float() also takes 1e3, 1_000 and inf.
     if unit not in _UNITS or not number.isascii() or not number.replace(".", "", 1).isdigit():
         raise _invalid(f"cannot read {text!r} as a size: say a number, with K, M or G, like 1.5G")
     size = int(float(number) * _UNITS[unit]) if "." in number else int(number) * _UNITS[unit]
@@ -109,10 +109,8 @@ def parse_rate(text: str) -> int:
 
 
 def parse_address(text: str, *, listening: bool = False) -> Address:
-    """HOST[:PORT], an IPv6 address in brackets; `listening` allows an empty host, * and port 0.
-
-    Raises PostcopydError.
-    """
+    """HOST[:PORT], with an IPv6 address in brackets; `listening` allows an empty host, * and port
+    0. Raises PostcopydError."""
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         port = rest[1:] if rest else str(DEFAULT_PORT)
@@ -138,13 +136,13 @@ def parse_address(text: str, *, listening: bool = False) -> Address:
 
 
 def _link_local(host: str) -> bool:
-    """Whether this is an address that means nothing without an interface, and it has none."""
+    """Whether this is a link-local address, which needs an interface, and names none."""
     return re.match("fe[89ab][0-9a-f]:", host, re.IGNORECASE) is not None and "%" not in host
 
 
 def parse_peer(text: str) -> tuple[str, dict[str, Any]]:
-    """A name and what is said of it, by key: NAME[=ADDRESS][,may=send+receive+control], where
-    `may=none` is nothing. Raises PostcopydError."""
+    """A name and what is set for it, by key: NAME[=ADDRESS][,may=send+receive+control]; `may=none`
+    allows nothing. Raises PostcopydError."""
     name, *more = text.split(",")
     name, said, address = name.partition("=")
     values: dict[str, Any] = {"address": address} if said else {}
@@ -160,27 +158,27 @@ def parse_peer(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def peer_name(name: str) -> str:
-    """A name that a certificate may have. Raises PostcopydError."""
+    """A name that a certificate may have, in small letters. Raises PostcopydError."""
     if not name or not name.isprintable() or any(c in " =,/" for c in name):
         raise _invalid("a peer's name is a DNS name or an IP address of its certificate")
     return name.lower()
 
 
 def near(word: object, words: Iterable[str]) -> str:
-    """What may have been meant, as the end of a sentence; nothing where no word is like it."""
-    import difflib  # only where somebody has made a mistake
+    """The word that was probably meant, as the end of a sentence; "" if none is similar."""
+    import difflib  # only needed after a mistake
 
     alike = difflib.get_close_matches(str(word).replace("_", "-"), list(words), 1)
     return f"; did you mean {alike[0]}?" if alike else ""
 
 
-# --- what values are read from: text, and in a file numbers and lists too ------------------------
+# --- readers of values: of text, and in a file of numbers and lists too --------------------------
 
 
 class Key(NamedTuple):
-    """One option. `read` makes its value of what was written, or raises PostcopydError with what is
-    allowed; `help` is for people, and `metavar` says what it takes. A `number` is written without
-    quotes in a file."""
+    """One option. `read` makes its value from what was written; it raises PostcopydError that says
+    what is allowed. `help` is for people, `metavar` is its placeholder there. A `number` is written
+    without quotes in a file."""
 
     metavar: str
     read: Callable[[Any], Any]
@@ -188,7 +186,7 @@ class Key(NamedTuple):
     number: bool = False
 
     def parse(self, text: str) -> Any:
-        """The value of a word of the command line."""
+        """The value of a word on the command line."""
         return self.read(int(text) if self.number and text.isascii() and text.isdigit() else text)
 
 
@@ -266,7 +264,7 @@ def _may(value: Any) -> frozenset[May]:
     return frozenset(value)
 
 
-_SOME = 100_000  # of VMs, arrivals, peers: as good as no limit
+_SOME = 100_000  # VMs, arrivals, peers: as good as no limit
 
 KEYS: Mapping[str, Key] = {
     "control": Key("PATH", _path, "the control socket to open"),
@@ -322,8 +320,8 @@ KEYS: Mapping[str, Key] = {
     ),
     "metrics": Key("HOST:PORT|PATH", _or_none(_metrics), "where to serve metrics to Prometheus"),
 }
-"""What may be said of a daemon, by its name in a file and behind -- on the command line; its field
-of ServeOptions has _ for -."""
+"""Options of a daemon, by their name in a file and after -- on the command line. The fields of
+ServeOptions have _ for -."""
 
 PEER_KEYS: Mapping[str, Key] = {
     "address": Key(
@@ -333,4 +331,4 @@ PEER_KEYS: Mapping[str, Key] = {
     ),
     "may": Key("LIST", _may, "send: send guests here; receive: get guests from here; control: ask"),
 }
-"""What may be said of a peer, [peers.NAME] in a file."""
+"""Options of a peer, in [peers.NAME] of a file."""

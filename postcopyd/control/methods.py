@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The control socket: the methods of `io.postcopyd` bound to the daemon.
 
-Owns what a request means before the daemon sees it (defaults, addresses, names), how the daemon's
-errors look on the wire. Must not know how a migration works, nor
-how Varlink frames its messages.
+Owns what a request means before the daemon sees it (defaults, addresses, names), and how the
+daemon's errors look on the wire. Must not know how a migration works, nor how Varlink frames its
+messages.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Daemon(Protocol):
     """What the control socket needs of the daemon. All methods may raise PostcopydError.
 
     From the moment that `migrate` returns an id, status and watch show that migration. `watch`
-    gives the state as it is when the next one is asked for: a slow reader misses those between,
-    and nothing is queued for it. It ends when the VM is let go, if at all.
+    gives the state at the time when the next one is asked for: nothing is queued for a slow reader,
+    which misses the states between. It ends when the VM is let go, if at all.
     """
 
     async def attach(
@@ -61,7 +61,7 @@ def interface() -> Interface:
 
 
 class Control:
-    """The methods of the interface, each named as there in small letters."""
+    """The methods of the interface, with their names in small letters."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -122,7 +122,7 @@ class Control:
     async def watch(self, call: server.Call) -> None:
         name = call.parameters["name"]
         async with self._daemon.watch(name) as states:
-            # The next state is asked for once the client has taken the last one.
+            # The next state is read once the client has taken the last one.
             async for state in states:
                 await call.send({"status": to_builtins(state)})
         raise PostcopydError(f"{name} is not attached any more", "NoSuchVm")
@@ -143,7 +143,7 @@ def _on_the_wire(handler: server.Handler, declared: Container[str]) -> server.Ha
         error = shortage(found) or found
         if not isinstance(error, PostcopydError):
             raise error
-        # Names that only matter inside the daemon are no part of the interface.
+        # Names of errors that only matter inside the daemon are not in the interface.
         name = error.name if error.name in declared else "NotPossible"
         raise server.VarlinkError(f"{INTERFACE}.{name}", {"message": str(error)})
 
@@ -176,7 +176,7 @@ async def serve(
     *,
     task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve the control socket until cancelled; `listener` is from `listen()` or from systemd.
+    """Serves the control socket until cancelled; `listener` is from socket_file.py or systemd.
 
     The socket's name stays in the file system: its next owner finds that nobody answers.
     """

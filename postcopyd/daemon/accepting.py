@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections from other daemons, each of which says first what it is for.
+"""Serves connections from other daemons. Each connection says first what it is for.
 
-Owns a connection from when it is accepted until it is served, in the task that serves it, and
-closes it; a data connection is handed to the session whose migration it names. Owns the arrivals
-that are under way, by migration: each has its VM claimed, and runs in the task of the control
-connection that it came by. What happens within an arrival is its session's business.
+Owns a connection from its acceptance until it is served, in the task that serves it, and closes it;
+a data connection is handed to the session whose migration it names. Owns the arrivals that are
+under way, by migration: each has its VM claimed, and runs in the task of the control connection
+that it came by. What happens within an arrival is its session's business.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from postcopyd.sessions.vm import DAEMON, Vm
 from postcopyd.tasks.nursery import open_nursery
 
 ANSWER_S = 10.0
-"""How long a source that asks after a migration waits for a session that is at its end."""
+"""How long a source that asks about a migration waits for a session that is at its end."""
 
 log = structlog.get_logger()
 
 
 class Acceptor:
-    """That of one daemon. `vms` are its VMs; `arrived` is called with one that is free again after
-    its arrival."""
+    """Serves the peers of one daemon. `vms` are the daemon's VMs; `arrived` is called with a VM
+    when it is free again after its arrival."""
 
     def __init__(
         self,
@@ -59,10 +59,11 @@ class Acceptor:
         self.sessions: dict[str, DestinationSession] = {}
 
     async def serve_peer(self, stream: trio.SocketStream) -> None:
-        """One connection from another daemon, of either kind. Never raises for what a peer does."""
+        """Serves one connection from another daemon, control or data. Never raises for what a peer
+        does."""
         try:
             tune(stream.socket)
-            # A socket for both families has IPv4's addresses within IPv6's.
+            # A socket for both families shows IPv4 addresses as IPv6 ones.
             peer = str(stream.socket.getpeername()[0]).removeprefix("::ffff:")
             with self._shared.limits.peers.visit(peer) as visitor, visitor.scope:
                 await self._serve(stream, peer, visitor)
@@ -70,7 +71,7 @@ class Acceptor:
                 log.debug("connection refused", peer=peer, error="too many at the door")
         except (PostcopydError, trio.BrokenResourceError, trio.TooSlowError, OSError) as error:
             log.warning("connection refused", error=str(error) or type(error).__name__)
-        except Exception:  # one peer's bug is not the others' end
+        except Exception:  # a bug in serving one peer must not end the others
             log.exception("bug in serving a peer")
         finally:
             await trio.aclose_forcefully(stream)
@@ -85,7 +86,8 @@ class Acceptor:
             await self._take_control(await self._trusted(stream, peer), visitor)
 
     async def _refuse(self, stream: trio.SocketStream, kind: str, peer: str) -> None:
-        """One side has TLS and the other has not. Raises PostcopydError, once the peer was told."""
+        """Refuses a peer when only one of the two sides uses TLS, and tells it so. Raises
+        PostcopydError."""
         which, other = ("with", "without") if self._shared.tls else ("without", "with")
         sentence = (
             f"the daemon at the destination was started {which} TLS, and the one at the source "
@@ -97,8 +99,8 @@ class Acceptor:
         raise TlsFailed(f"a connection from {peer} was refused: {sentence}")
 
     async def _trusted(self, stream: trio.SocketStream, peer: str) -> Channel:
-        """A control connection whose source has shown who it is, where this daemon asks for it.
-        Raises PostcopydError."""
+        """A control connection. With TLS its source has shown its certificate. Raises
+        PostcopydError."""
         machine = Machine(Destination.GREETING)
         channel = partial(
             Channel, instance=self._shared.instance, daemon=self._shared.daemon, peer=peer
@@ -110,7 +112,7 @@ class Acceptor:
             with trio.fail_after(CONNECT_S):
                 names = await handshake(secure, peer)
         except TlsFailed:
-            await hang_up(stream)  # with what TLS says of it
+            await hang_up(stream)  # sends the alert that TLS has for it
             raise
         except trio.TooSlowError:
             raise TlsFailed(f"{peer} did not finish TLS within {CONNECT_S:.0f} s") from None
@@ -174,7 +176,8 @@ class Acceptor:
         self._arrived(vm, session)
 
     async def _prepare(self, channel: Channel, offer: p.Offer) -> None:
-        """The hooks that make ready for the guest, for as long as the source wants it."""
+        """Runs the hooks that prepare this host for the guest. Stops when the source takes its
+        offer back or is gone. Raises PostcopydError."""
         async with channel.alive(), open_nursery() as nursery:
             nursery.start_soon(_hear_end, channel)
             await run_hooks(
@@ -190,7 +193,7 @@ class Acceptor:
     # --- a migration goes on ---------------------------------------------------------------------
 
     async def _take_question(self, channel: Channel, asked: p.Resume) -> None:
-        """A source asks what became of its guest: it is told, or goes on with the rest."""
+        """A source asks what became of its guest: it is told, or sends the rest of the pages."""
         known = self._vms.get(asked.vm)
         about = known.about if known else {}
         if about.get("migration") != asked.migration:
@@ -209,18 +212,18 @@ class Acceptor:
             await self._resume(channel, asked, vm)
 
     def _may_ask(self, channel: Channel, asked: p.Resume, identity: Collection[str]) -> None:
-        """Raises PostcopydError for a peer that is not the source of this migration, of
-        `identity`."""
+        """Raises PostcopydError for a peer that is not the source of this migration; `identity` has
+        the certificate names of that source."""
         tls = self._shared.tls
         if tls is not None and asked.look:
             tls.allow(channel.names, "control", "send")
         elif tls is not None and not identity:
-            # Who has begun a move may end it, whatever [peers] has become: a guest waits for that.
+            # A source that began a move may finish it even if [peers] has changed: its guest waits.
             tls.allow(channel.names, "send")
         same_peer(identity, channel.names, asked.vm)
 
     async def _resume(self, channel: Channel, asked: p.Resume, vm: Vm) -> None:
-        self._must_be_last(vm, asked)  # or nobody is disturbed for it
+        self._must_be_last(vm, asked)  # before the present session is disturbed for it
         session = self.sessions.get(asked.migration)
         if session is not None and session.vm is vm:
             await session.drop()
@@ -241,7 +244,7 @@ class Acceptor:
                 await session.resume(channel, asked)
             self._arrived(vm, session)
         elif vm.ownership == "loading" and vm.claimed_by is None and _can_end(vm):
-            with vm.claim(DAEMON):  # its VMM did not end when this arrival was called off
+            with vm.claim(DAEMON):  # this arrival was called off, but its VMM did not end then
                 await call_off(vm)
             await _answer(channel, vm.about)
         elif "answer" in vm.about:
@@ -250,9 +253,9 @@ class Acceptor:
             raise PostcopydError(f"at the destination: {vm.status.message}", "Paused")
 
     def _must_be_last(self, vm: Vm, asked: p.Resume) -> None:
-        """Raises PostcopydError when the last arrival of this VM was another one."""
+        """Raises PostcopydError when this was not the last arrival of this VM."""
         if not vm.about and vm.status.phase == "paused" and self._inquiries.of(vm) is None:
-            # Its record cannot be read: it may run here.
+            # The record cannot be read: the guest may run here.
             raise PostcopydError(f"at the destination: {vm.status.message}", "Paused")
         epoch = vm.about.get("offer", {}).get("epoch")
         if (vm.about.get("migration"), epoch) != (asked.migration, asked.epoch):
@@ -265,7 +268,8 @@ class Acceptor:
 
     @contextmanager
     def _arriving(self, vm: Vm, session: DestinationSession, migration: str) -> Iterator[None]:
-        """Data connections that name this migration are the session's. Raises PostcopydError."""
+        """Within it, data connections that name this migration go to the session. Raises
+        PostcopydError when the migration is arriving already."""
         if (other := self.sessions.get(migration)) is not None:
             raise PostcopydError(
                 f"migration {migration} is arriving already, as {other.vm.name}", "Busy"
@@ -290,19 +294,19 @@ class Acceptor:
 
 
 async def _hear_end(channel: Channel) -> None:
-    """Raises when the source takes its offer back or is gone; nothing else is due."""
+    """Raises when the source takes its offer back or is gone; no other message is due."""
     await channel.receive()
     raise PeerError(f"{channel.peer} took its offer back", "Cancelled")
 
 
 async def _answer(channel: Channel, about: dict[str, Any]) -> None:
-    """What is on record of how an arrival ended."""
+    """Sends what the record says of how an arrival ended."""
     await channel.send(parse_message(about["answer"]))
-    with trio.move_on_after(ANSWER_S):  # acknowledged, or closed
+    with trio.move_on_after(ANSWER_S):  # until the source acknowledges or closes
         about["acknowledged"] = isinstance(await channel.receive(), p.Acknowledged)
 
 
 def _can_end(vm: Vm) -> bool:
-    """Whether its VMM can be told to end, or has: one that lives and does not answer yet, after a
-    restart, may not be called ended."""
+    """Whether its VMM has ended or can be told to end. After a restart of the daemon, a VMM that
+    lives but does not answer yet must not be taken for ended."""
     return vm.driver is not None or certainly_ended(vm)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The daemon of one host, of its parts. Owns none of what they own, and decides nothing."""
+"""Puts the daemon of one host together from its parts. Owns nothing of theirs, and decides
+nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from postcopyd.sessions.shared import Shared
 
 
 class Daemon(Registry):
-    """The registry, and what works at its VMs beside it. `nursery` holds the tasks of VMs."""
+    """The registry and the parts that work on its VMs. `nursery` holds the tasks of VMs."""
 
     def __init__(self, shared: Shared, nursery: trio.Nursery) -> None:
         super().__init__(shared, nursery)

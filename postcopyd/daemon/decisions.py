@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person decides about a migration that is paused.
+"""Carries out what a person decides about a paused migration.
 
-Owns nothing that lasts: finds out who has the VM, and tells that. A session that dials goes on, or
-gives the guest up or takes it back; an arrival that waits takes its missing pages for lost; a
-restart tries again; another host is asked. Where nobody has the VM, it is claimed here until the
-decision is done.
+Owns nothing that lasts: finds what has claimed the VM, and tells that. A source session that dials
+its destination goes on, gives the guest up or takes it back; an arrival that waits takes its
+missing pages for lost; a restart tries again; another host is asked. A VM that nothing has claimed
+is claimed here until the decision is done.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from postcopyd.source.session import SourceSession
 from postcopyd.tasks import threads
 
 RESTART_S = 10.0
-"""How long a decision waits for a VMM that is asked after a restart."""
+"""How long a decision waits while the daemon asks the VMM after a restart."""
 
 
 class Decisions:
-    """Those about the VMs of one daemon."""
+    """Decisions about the VMs of one daemon."""
 
     def __init__(self, registry: Registry, restart: Restart, inquiries: Inquiries) -> None:
         self._registry = registry
@@ -39,14 +39,14 @@ class Decisions:
         self._inquiries = inquiries
 
     async def recover(self, name: str, to: str | None) -> None:
-        """Has the migration go on now, with its destination at `to` if it has another address.
-        Raises PostcopydError."""
+        """Continues the migration at once; `to` is the new address of its destination, if that has
+        changed. Raises PostcopydError."""
         vm = self._recoverable(name)
         if to is not None and vm.status.role == "source":
-            # First: a host that is started again asks where a person has said.
+            # Before all else: if this host restarts, it asks at the address in the intent.
             redirect = self._registry.shared.store.redirect_intent
             await trio.to_thread.run_sync(redirect, name, to, limiter=threads.DISK)
-            vm = self._recoverable(name)  # a disk takes its time, and the migration may go on in it
+            vm = self._recoverable(name)  # the migration may have gone on during the write
         inquiry, again = self._inquiries.of(vm), self._restart.again(vm)
         if isinstance(vm.claimed_by, SourceSession):
             vm.claimed_by.recover(to)
@@ -61,7 +61,7 @@ class Decisions:
             again.set()
 
     def _recoverable(self, name: str) -> Vm:
-        """A VM that somebody goes on with when asked to. Raises PostcopydError."""
+        """A VM whose migration this daemon can continue on request. Raises PostcopydError."""
         vm = self._paused(name)
         going_on = isinstance(vm.claimed_by, SourceSession) or self._inquiries.of(vm) is not None
         if not going_on and self._restart.again(vm) is None:
@@ -74,9 +74,9 @@ class Decisions:
         return vm
 
     async def resolve(self, name: str, decision: Decision) -> None:
-        """What only a person can decide; to wait changes nothing. Raises PostcopydError."""
+        """Does what only a person may decide; "wait" changes nothing. Raises PostcopydError."""
         vm = self._paused(name)
-        if vm.claimed_by is DAEMON:  # its VMM is being asked, after a restart
+        if vm.claimed_by is DAEMON:  # the daemon asks the VMM, after a restart
             with trio.move_on_after(RESTART_S):
                 await vm.free.wait()
             vm = self._paused(name)
@@ -110,7 +110,7 @@ class Decisions:
                 vm.waiting = arrived
 
     async def _kill(self, vm: Vm) -> None:
-        """Where no session dials: the VMM here ends, and a source that asks is told so."""
+        """Ends the VMM of a VM that no source session has. A source that asks is told so."""
         name = vm.name
         with vm.claim(DAEMON):
             ended = "was not connected: end it by hand if it runs; its migration was given up"
@@ -149,7 +149,8 @@ class Decisions:
 
 
 def _must_have_arrived(vm: Vm) -> None:
-    """Or what is asked for cannot be had from this source as it is."""
+    """Raises PostcopydError for a VM that is leaving: in its state, this host cannot do what is
+    asked for."""
     if vm.status.role == "source":
         raise PostcopydError(
             f"{vm.name} cannot go on from here: {vm.status.message}; see `postcopyd status "
@@ -159,8 +160,8 @@ def _must_have_arrived(vm: Vm) -> None:
 
 
 def _lost_here(name: str) -> p.Error:
-    """What a source is told whose guest a person has ended at the destination. It may have run
-    there, so this is no Declined: only a person runs it again."""
+    """What a source is told when a person has ended its guest at the destination. The guest may
+    have run there, so this is no Declined: only a person may run it again."""
     sentence = (
         f"its VMM there has ended and a person has given {name} up: it runs nowhere; decide here, "
         f"`postcopyd resolve {name} --kill` and start it from its disks, or `--take-back` as it "

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the other host says of a guest that may have gone there, of which this host knows too little
-to go on.
+"""Asks the other host about a guest that may have gone there, when this host knows too little to go
+on.
 
-Owns one task for each such VM, which asks until it is answered, and shows the answer. Decides
+Owns one task for each such VM. The task asks until it gets an answer, and shows the answer. Decides
 nothing: that is for a person (decisions.py).
 """
 
@@ -23,14 +23,15 @@ AGAIN_S = 5.0
 
 
 class Inquiry(NamedTuple):
-    """`intent` says whom to ask, and after what; `sentence` is what this host knows itself."""
+    """`intent` says which host to ask, about which migration; `sentence` is what this host itself
+    knows."""
 
     intent: Mapping[str, Any]
     sentence: str
 
 
 class Inquiries:
-    """Those of one daemon; `spawn` starts the task of a VM that is in `vms`."""
+    """The inquiries of one daemon; `spawn` starts the task of a VM that is in `vms`."""
 
     def __init__(
         self,
@@ -44,11 +45,11 @@ class Inquiries:
         self._open: dict[Vm, Inquiry] = {}
 
     def of(self, vm: Vm) -> Inquiry | None:
-        """What is asked at present about this VM."""
+        """The inquiry that is under way for this VM."""
         return self._open.get(vm)
 
     def ask(self, vm: Vm, intent: Mapping[str, Any], sentence: str) -> None:
-        """Has the host that may have the guest asked, in place of one that was asked before."""
+        """Asks the host that may have the guest. An earlier inquiry for this VM ends."""
         inquiry = self._open[vm] = Inquiry(intent, sentence)
         vm.show(peer=intent["peer"], message=sentence)
         self._spawn(vm, self._ask, vm, inquiry)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the daemon's log goes: a terminal, the journal with fields to filter by, or lines.
+"""Writes the daemon's log: to a terminal, to the journal with fields to filter by, or as lines.
 
-Owns what a log entry looks like and the identity of the events that matter (`MESSAGE_IDS`). Says
-nothing itself. Writing never waits and never raises: what cannot be written at once is dropped and
-counted, because a migration must not stand still for a reader of its log.
+Owns the form of a log entry and the identity of the events that matter (`MESSAGE_IDS`). Logs
+nothing of its own. Writing never waits and never raises: an entry that cannot be written at once is
+dropped and counted, because a migration must not stand still for a reader of its log.
 
-The journal's protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL. By hand, as libsystemd's call,
-which python3-systemd wraps, waits for a journal that does not read.
+The journal's protocol: https://systemd.io/JOURNAL_NATIVE_PROTOCOL. It is implemented here because
+libsystemd's call, which python3-systemd wraps, waits for a journal that does not read.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ JOURNAL = "/run/systemd/journal/socket"
 IDENTIFIER = "postcopyd"
 
 LONGEST = 16 * 1024
-"""Characters of one field: a datagram with all of them fits a socket's buffer."""
+"""Characters of one field: a datagram with all fields fits a socket's buffer."""
 
 SHORTAGE_S = 10.0
-"""How often it is said that connections have to wait."""
+"""How often the log says that connections have to wait."""
 
 PRIORITY = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
-"""syslog(3). An error is something that an operator must act on; a warning, that something was
-refused, lost or is tried again; info is what there is to read of a migration that goes well."""
+"""Priorities of syslog(3). "error": an operator must act. "warning": something was refused, was
+lost, or is tried again. "info": the course of a migration that goes well."""
 
 MESSAGE_IDS = {
     "migration started": "502ba3e266aa4f8587f7e70bf652a683",
@@ -50,16 +50,18 @@ MESSAGE_IDS = {
     "VMM ended": "5022f85636cb4fdabb6a8cdd64f30f19",
     "connection refused": "d5698f29e5224b46ad8f8fcb70a027a1",
 }
-"""MESSAGE_ID by event; docs/MONITORING.md has them too. Never changed, as people filter by them."""
+"""MESSAGE_ID by event; docs/MONITORING.md has them too. They never change: people filter by
+them."""
 
 dropped = 0
-"""Entries that could not be written."""
+"""Number of entries that could not be written."""
 
 
 def configure_logging() -> None:
-    """To stderr: readable on a terminal, fields in the journal, one key=value line elsewhere.
+    """Sends the log to stderr: readable on a terminal, fields in the journal, one key=value line
+    elsewhere.
 
-    $POSTCOPYD_LOG_LEVEL is the least of debug, info, warning and error that is written.
+    $POSTCOPYD_LOG_LEVEL is the lowest level that is written: debug, info, warning or error.
     """
     listeners = logging.getLogger("trio.serve_listeners")
     listeners.handlers, listeners.propagate = [Shortage()], False
@@ -71,13 +73,14 @@ def configure_logging() -> None:
         ),
         processors=[structlog.processors.add_log_level, *sink.processors],
         logger_factory=lambda *_: sink,
-        cache_logger_on_first_use=False,  # a daemon of a test configures it again
+        cache_logger_on_first_use=False,  # a test configures it again for each daemon
     )
 
 
 def is_journal(fd: int) -> bool:
-    """Whether a descriptor is the stream to the journal that the service manager has set up: a
-    child that has it redirected inherits the variable all the same (systemd.exec(5))."""
+    """Whether a descriptor is the stream to the journal that the service manager has set up. The
+    variable alone does not tell: a child whose stderr is redirected inherits it (systemd.exec(5)).
+    """
     try:
         status = os.fstat(fd)
     except OSError:
@@ -86,14 +89,14 @@ def is_journal(fd: int) -> bool:
 
 
 class Stream:
-    """One line for each entry, or what suits a terminal, to a descriptor."""
+    """Writes entries to a descriptor: one line each, or in colour to a terminal."""
 
     def __init__(self, fd: int = 2) -> None:
         self._fd = fd
         terminal = os.isatty(fd)
         self.processors: list[Any] = [structlog.processors.TimeStamper(fmt="iso", utc=True)]
         if terminal:
-            # With a traceback that is plain: others show what variables hold, keys too.
+            # The plain traceback: others show the values of variables, keys among them.
             plain = structlog.dev.plain_traceback
             colours = not os.environ.get("NO_COLOR")
             self.processors.append(
@@ -113,8 +116,8 @@ class Stream:
 
 
 class Journal:
-    """Entries with fields, to journald; where that does not listen, lines with a priority for the
-    stream that stderr is."""
+    """Sends entries with fields to journald. If journald does not listen, writes lines with a
+    priority to stderr instead."""
 
     def __init__(self, path: str = JOURNAL, fd: int = 2) -> None:
         self._path, self._fd = path, fd
@@ -123,15 +126,15 @@ class Journal:
         self.processors: list[Any] = [structlog.processors.format_exc_info, fields]
 
     def msg(self, **entry: str) -> None:
-        global dropped  # noqa: PLW0603  # of the process, as the journal is
+        global dropped  # noqa: PLW0603  # counted once for the process
         if self._lost:
             entry["DROPPED"] = str(self._lost)
         try:
             self._socket.sendto(datagram(entry), self._path)
-        except BlockingIOError:  # journald is slow: nobody waits for it
+        except BlockingIOError:  # journald is slow, and the daemon does not wait for it
             self._lost += 1
             dropped += 1
-        except OSError:  # it is started again, or is not there
+        except OSError:  # journald restarts, or is not there
             for line in entry["MESSAGE"].splitlines():
                 write(self._fd, f"<{entry['PRIORITY']}>{line}")
         else:
@@ -141,7 +144,7 @@ class Journal:
 
 
 def write(fd: int, line: str) -> None:
-    """A line, if there is room for it now; counted as dropped otherwise."""
+    """Writes a line if the descriptor has room at once; otherwise counts it as dropped."""
     global dropped  # noqa: PLW0603
     data = line.encode(errors="backslashreplace") + b"\n"
     poll = select.poll()
@@ -151,14 +154,14 @@ def write(fd: int, line: str) -> None:
             if not any(found & select.POLLOUT for _, found in poll.poll(0)):
                 dropped += 1
                 return
-            # What a pipe or socket that is ready certainly takes without waiting.
+            # PIPE_BUF bytes: a pipe or socket that is ready takes so many without waiting.
             data = data[os.write(fd, data[: select.PIPE_BUF]) :]
-    except OSError:  # nobody reads it any more
+    except OSError:  # the reader is gone
         dropped += 1
 
 
 def fields(logger: Any, method: str, entry: dict[str, Any]) -> dict[str, str]:
-    """A structlog processor: the journal's fields of an entry, `vm=` as VM= and so on."""
+    """A structlog processor that makes the journal's fields of an entry: `vm=` as VM= and so on."""
     said = {key: _text(value) for key, value in entry.items() if value is not None}
     found = {key.upper(): value for key, value in said.items() if key not in _SPOKEN}
     event = said["event"]
@@ -172,14 +175,14 @@ def fields(logger: Any, method: str, entry: dict[str, Any]) -> dict[str, str]:
 
 
 _SPOKEN = frozenset(("event", "level", "exception"))
-"""Parts of an entry that its MESSAGE or PRIORITY has, and no field of its own."""
+"""Parts of an entry that its MESSAGE or PRIORITY has, and which get no field of their own."""
 
 _APART = _SPOKEN | {"vm", "migration", "role", "phase", "error"}
-"""Those that do not stand among the values of its sentence."""
+"""Parts that are not listed among the values of the sentence."""
 
 
 def sentence(said: Mapping[str, str]) -> str:
-    """`web1: migration completed, peer host2:16525, downtime_ms 7.9`, and what went wrong last."""
+    """`web1: migration completed, peer host2:16525, downtime_ms 7.9`, with an error at its end."""
     event = said["event"]
     what = f"phase {said['phase']}" if event == "phase" else event
     values = (f"{key} {value}" for key, value in said.items() if key not in _APART)
@@ -194,8 +197,8 @@ def sentence(said: Mapping[str, str]) -> str:
 
 
 def datagram(entry: Mapping[str, str]) -> bytes:
-    """The fields of one entry as journald reads them: KEY=value, or with a length where the value
-    has lines of its own."""
+    """The fields of one entry as journald reads them: KEY=value, or with a length if the value has
+    several lines."""
     parts = []
     for key, value in entry.items():
         data = value[:LONGEST].encode(errors="backslashreplace")
@@ -208,7 +211,7 @@ def datagram(entry: Mapping[str, str]) -> bytes:
 
 def _text(value: Any) -> str:
     if isinstance(value, bytes | bytearray | memoryview):
-        return f"{len(value)} bytes"  # keys and tokens are bytes, and no reader's business
+        return f"{len(value)} bytes"  # keys and tokens are bytes, and must not be logged
     if isinstance(value, list | tuple):
         return " ".join(map(_text, value))
     if isinstance(value, float):
@@ -217,8 +220,8 @@ def _text(value: Any) -> str:
 
 
 class Shortage(logging.Handler):
-    """What trio says of a listener that can take no connection, ten times a second with a
-    traceback: a sentence each ten seconds instead."""
+    """trio logs a listener that can take no connection ten times a second, with a traceback. This
+    logs one sentence each SHORTAGE_S instead."""
 
     def __init__(self) -> None:
         super().__init__()

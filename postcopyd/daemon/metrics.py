@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Prometheus is told, and the little HTTP that it asks by.
+"""Metrics for Prometheus, and the small HTTP server that serves them.
 
 Owns the names of metrics: docs/MONITORING.md explains them, examples/grafana-dashboard.json shows
-them. Made of counts.py and of the daemon as it is, when somebody asks; loaded only where metrics
-are on.
+them. Their values are made at each request, from counts.py and the state of the daemon. Loaded only
+where metrics are on.
 """
 
 from __future__ import annotations
@@ -34,28 +34,30 @@ from postcopyd.sessions.vm import Vm
 from postcopyd.tasks import guard
 
 CLIENTS = 8
-"""Connections at a time; one more is closed at once. Prometheus has one, a person another."""
+"""Connections at a time; a further one is closed at once. Prometheus needs one, a person another.
+"""
 
 CLIENT_S = 10.0
-"""How long one may take from connecting to having read its answer: Prometheus's own default."""
+"""How long a client may take from connecting to having read its answer: Prometheus's own default.
+"""
 
 REQUEST = 8192
-"""Bytes of a request's head."""
+"""Longest head of a request, in bytes."""
 
 HANDOVER_S = 1.0
-"""How long an answer waits for a guest that is being handed over: making it takes a millisecond or
-two, in which nothing else would go on here."""
+"""How long an answer waits while a guest is being handed over: making the answer blocks the whole
+daemon for a millisecond or two."""
 
 PHASES = {"idle": "preparing", "precopy": "precopy", "handover": "handover",
           "postcopy": "postcopy", "paused": "paused"}  # fmt: skip
-"""Of migrations under way, by what the status calls them."""
+"""The `phase` of a migration that is under way, by the phase in its status."""
 
 BUCKETS = range(3, 25)
-"""Of fault latency: upper bounds of 2^n us, 8 us to 17 s. Who waits longer is in a pause."""
+"""Upper bounds of fault latency: 2^n us, 8 us to 17 s. A fault that waits longer is in a pause."""
 
 
 class Daemon(Protocol):
-    """What is looked at when somebody asks."""
+    """What the metrics are read from."""
 
     vms: dict[str, Vm]
 
@@ -75,7 +77,7 @@ class Metrics(Collector):
     # --- what is told ----------------------------------------------------------------------------
 
     def collect(self) -> Iterator[Metric]:
-        """All families, as they are now."""
+        """All families, with their values of this moment."""
         yield from self._migrations()
         yield from self._pages()
         yield from self._health()
@@ -87,10 +89,10 @@ class Metrics(Collector):
             labels=("role", "mode", "result"),
         )
         every = product(counts.engines, MODES, get_args(counts.Result))
-        for labels in sorted({*every, *counts.ended}):  # a series that begins at 1 has no rate
+        for labels in sorted({*every, *counts.ended}):  # rate() needs a series to begin at 0
             over.add_metric(labels, counts.ended[labels])
         yield over
-        # Its own name, as a counter of migrations has the other one in newer formats.
+        # A name of its own: newer formats call the counter `postcopyd_migrations`.
         now = GaugeMetricFamily(
             "postcopyd_migrations_active", "Migrations under way", labels=("role", "phase")
         )
@@ -210,13 +212,13 @@ class Metrics(Collector):
             with trio.move_on_after(CLIENT_S):
                 await self._answer(stream)
         except trio.BrokenResourceError:
-            pass  # who asked has gone
+            pass  # the client has gone
         finally:
             self._clients.release_on_behalf_of(stream)
             await trio.aclose_forcefully(stream)
 
     async def _answer(self, stream: trio.SocketStream) -> None:
-        """One request, one answer, the end: nobody asks often enough for more."""
+        """Answers one request, then closes: no client asks often enough for more."""
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=REQUEST)
         headers = {"Content-Type": "text/plain; charset=utf-8", "Connection": "close"}
         status, body, head_only = 200, b"", False
@@ -224,7 +226,7 @@ class Metrics(Collector):
             while (request := http.next_event()) is h11.NEED_DATA:
                 http.receive_data(await stream.receive_some())
             if not isinstance(request, h11.Request):
-                return  # gone
+                return  # the client has gone
             head_only = request.method == b"HEAD"
             if request.target.partition(b"?")[0] != b"/metrics":
                 status, body = 404, b"only /metrics is here\n"
@@ -242,7 +244,7 @@ class Metrics(Collector):
         if not head_only:
             answer += http.send(h11.Data(body))
         await stream.send_all(answer + http.send(h11.EndOfMessage()))
-        with trio.move_on_after(1):  # or what is unread resets the connection, and loses the answer
+        with trio.move_on_after(1):  # unread data at the close resets the connection: answer lost
             await stream.send_eof()
             while await stream.receive_some():
                 pass
@@ -261,7 +263,7 @@ def _under_way(vm: Vm, role: str) -> bool:
 
 
 def _middle_s(bucket: int) -> float:
-    """Of the latencies in one bucket of native.h."""
+    """The middle of one bucket of latencies, as native.h divides them; in seconds."""
     if bucket < 8:
         return (bucket + 0.5) / 1e6
     return float(2 ** (bucket // 8) * (1 + (bucket % 8 + 0.5) / 8) / 1e6)
@@ -274,7 +276,7 @@ def _counter(name: str, text: str, value: int) -> CounterMetricFamily:
 def _histogram(
     name: str, text: str, bounds: list[str], each: list[int], total: float
 ) -> HistogramMetricFamily:
-    """Of counts by bucket, the last for what is above all bounds."""
+    """`each` has the counts by bucket, the last for values above all bounds."""
     so_far, buckets = 0, []
     for bound, count in zip([*bounds, "+Inf"], each, strict=True):
         so_far += count

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The VMs of this daemon: attached and let go of, asked about, sent away.
+"""The VMs of this daemon: attaches and detaches them, shows them, starts their migrations.
 
-Owns the registry, and each VM in it: its driver and the lock on its VMM's process, from `attach` or
-`reach` until `detach` or the VMM's end. Owns the tasks of VMs, which all start here (`spawn`) and
-are the daemon's nursery's: the one that waits for a VMM's end, the one that writes a record later,
-a migration's. Who works at a VM has claimed it: a session, or `DAEMON` (sessions/vm.py). What
-happens within a migration is the sessions' business.
+Owns the registry, and each VM in it with its driver and the lock on its VMM's process, from
+`attach` or `reach` until `detach` or the VMM's end. Owns the tasks of VMs, which all start here
+(`spawn`), in the daemon's nursery: one waits for a VMM's end, one writes a record later, one runs a
+migration. Whatever works on a VM has claimed it: a session, or the daemon itself as `DAEMON`
+(sessions/vm.py). What happens within a migration is the sessions' business.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from postcopyd.vmm.qemu.driver import QemuVmm
 DRIVERS: dict[str, type[vmm.Vmm]] = {"qemu": QemuVmm, "process": ProcessVmm}
 
 LOOK_S = 5.0
-"""How long until a process is looked at again that cannot be waited for."""
+"""How often a process that cannot be waited for is looked at."""
 
 AGAIN_S, SELDOM_S = 1.0, 30.0
-"""How long until what time may mend is tried again: the first time, and at most."""
+"""How long until something is tried again that time may mend: the first time, and at most."""
 
 log = structlog.get_logger()
 
 
 class Registry:
-    """`nursery` holds the tasks of VMs; it is the daemon's."""
+    """`nursery`, the daemon's, holds the tasks of VMs."""
 
     def __init__(self, shared: Shared, nursery: trio.Nursery) -> None:
         self.shared = shared
@@ -57,14 +57,15 @@ class Registry:
     # --- VMs -----------------------------------------------------------------------------------
 
     async def attach(self, name: str, driver: Literal["qemu", "process"], socket: str) -> Status:
-        """A VM whose VMM has ended may be attached again; one that is there, once detached."""
+        """A VM whose VMM has ended may be attached again. Raises PostcopydError for a VM whose VMM
+        is attached: it has to be detached first."""
         if (known := self.vms.get(name)) is not None:
             await known.ended()
         self._attachable(name, socket)
         connected, lock = await DRIVERS[driver].connect(name, socket), -1
         try:
             lock = await self._lock(name, connected.pid, f"attaching {name} at {socket}")
-            # Others may have been faster, or have detached it.
+            # Another call may have attached or detached the VM since.
             vm = self._attachable(name, socket) or self.known(name)
             before = vm.attachment
             vm.have(connected, lock)
@@ -77,7 +78,7 @@ class Registry:
         try:
             vm.record("held")
         except BaseException:
-            vm.attachment = before  # what is done by the record is not done to this one
+            vm.attachment = before  # as the record still says, which a later start goes by
             with trio.CancelScope(shield=True):
                 await vm.leave()
             raise
@@ -118,8 +119,8 @@ class Registry:
         return known
 
     async def _say_whether_fit(self, vm: Vm, driver: vmm.Vmm) -> None:
-        """Says what stands in the way of a migration of a VM that has just been attached. It may
-        be attached all the same: it may come into shape."""
+        """Warns of what stands in the way of a migration of a VM that was just attached. That is no
+        error: it may change before the migration."""
         try:
             shape = await driver.inspect("source")
             shape.close()
@@ -152,7 +153,7 @@ class Registry:
             )
         vm.keep_answer()
         self.shared.store.remove(name)
-        # It is known here no more before anybody else's turn comes, who may attach it anew.
+        # Before the first await: another call may attach the VM anew.
         del self.vms[name]
         vm.let_go()
         vm.following.cancel()
@@ -177,7 +178,7 @@ class Registry:
     # --- their VMMs ------------------------------------------------------------------------------
 
     async def _lock(self, name: str, pid: int, doing: str) -> int:
-        """One VMM, one name, one daemon. Raises PostcopydError."""
+        """Locks a VMM's process: one VMM has one name and one daemon. Raises PostcopydError."""
         for other in self.vms.values():
             if other.driver is not None and other.driver.pid == pid and other.name != name:
                 raise PostcopydError(
@@ -192,8 +193,8 @@ class Registry:
             raise PostcopydError(f"{doing}: {taken}", "AlreadyAttached") from None
 
     async def reach(self, vm: Vm, *, must: bool) -> None:
-        """Connects to the VMM of a known VM, if it is the same process still; one that has ended is
-        an error if it `must` be there. Raises PostcopydError and OSError."""
+        """Connects to the VMM of a known VM, if it is still the same process. A VMM that has ended
+        is an error only if it `must` be there. Raises PostcopydError and OSError."""
         known = vm.attachment
         if known is None or vm.driver is not None:
             return
@@ -214,7 +215,7 @@ class Registry:
         self.spawn(vm, self._follow, vm, driver)
 
     async def _follow(self, vm: Vm, driver: vmm.Vmm) -> None:
-        """Lets go of a VMM that has ended, once no session uses it: that notices by itself."""
+        """Lets go of a VMM that has ended, once no session uses it: a session notices by itself."""
         with trio.CancelScope() as vm.following:
             await self._gone(vm, driver)
             await vm.free.wait()
@@ -236,7 +237,7 @@ class Registry:
                     )
 
     async def _gone(self, vm: Vm, driver: vmm.Vmm) -> None:
-        """Returns when the VMM has ended, or was let go of, whatever its driver makes of it."""
+        """Returns when the VMM has ended or was let go of, even if its driver fails."""
         try:
             await driver.gone()
         except Exception:
@@ -276,13 +277,13 @@ class Registry:
             )
         migration = secrets.token_hex(8)
         session = SourceSession(vm, request, self.shared, migration)
-        claimed = vm.claim(session)  # here, so that Busy is the answer to this call
+        claimed = vm.claim(session)  # here, so that this call raises Busy
 
         async def run() -> None:
             with claimed:
                 try:
                     await session.run()
-                except Exception:  # one migration's bug is not the others' end
+                except Exception:  # a bug in one migration must not end the others
                     log.exception("bug in a session", vm=name, migration=migration)
             tidy()
 
@@ -291,7 +292,7 @@ class Registry:
         return migration
 
     def _must_be_whole(self, vm: Vm) -> None:
-        """Raises PostcopydError for a guest that has lost pages in its move here."""
+        """Raises PostcopydError for a guest that lost pages when it came here."""
         if isinstance(vm.waiting, DestinationSession) and vm.waiting.over:
             raise PostcopydError(losses.immovable(vm.name, vm.waiting.lost), "Refused")
 
@@ -310,12 +311,12 @@ class Registry:
     # --- tasks ---------------------------------------------------------------------------------
 
     def spawn(self, vm: Vm, task: Callable[..., Awaitable[None]], *args: Any) -> None:
-        """A task for one VM. What nobody expected of it is that VM's trouble, and no other's."""
+        """Starts a task for one VM. An error that the task does not expect affects that VM only."""
         self._nursery.start_soon(guard.outlived, partial(self._failed, vm), task, *args)
 
     def _failed(self, vm: Vm, error: Exception) -> None:
         going_on = vm.status.phase in ("precopy", "handover", "postcopy")
-        if vm.claimed_by is None and going_on:  # nobody concludes it any more
+        if vm.claimed_by is None and going_on:  # no session is left to conclude it
             vm.show(phase="paused", message=f"{vm.name} met an internal error: {error!r}")
 
     def known(self, name: str) -> Vm:
@@ -330,7 +331,7 @@ class Registry:
             self.spawn(vm, self._write_later, vm)
 
     async def _write_later(self, vm: Vm) -> None:
-        """What could not be written, or removed, until it can; and what had to stay with it."""
+        """Retries what could not be written or removed; then lets go of what a record needed."""
         try:
             for pause in patience():
                 await trio.sleep(pause)
@@ -351,7 +352,7 @@ class Registry:
                     await vm.driver.release()
 
     def arrived(self, vm: Vm, session: DestinationSession) -> None:
-        """A session of an arrival has given the VM back."""
+        """Called when the session of an arrival has given the VM back."""
         ending = self._nursery.cancel_scope.cancel_called
         if session.huge is not None and not ending:  # drained, and the VM is free again
             self.spawn(vm, hugepages.give_back, vm, session.huge)
@@ -362,7 +363,7 @@ class Registry:
 
 
 def patience() -> Iterator[float]:
-    """How long to wait before each further attempt at what time may mend."""
+    """How long to wait before each further attempt at something that time may mend."""
     pause = AGAIN_S
     while True:
         yield pause
@@ -370,7 +371,7 @@ def patience() -> Iterator[float]:
 
 
 def certainly_ended(vm: Vm) -> bool:
-    """Whether the VMM that the VM had is no process any more; who cannot look does not know."""
+    """Whether the VMM that the VM had has ended; False if that cannot be known."""
     with suppress(OSError):
         return vm.attachment is not None and vm.attachment.ended()
     return False
@@ -381,7 +382,7 @@ def same_socket(one: str, other: str) -> bool:
 
 
 def tidy() -> None:
-    """What a session leaves in cycles (of exceptions and their frames) goes now, in a millisecond:
-    all else is frozen. Left to itself it would stay for hundreds of migrations, or go within a
-    blackout."""
+    """Collects the reference cycles that a session leaves (exceptions and their frames). It takes a
+    millisecond, as all else is frozen. Without it they would stay for hundreds of migrations, or be
+    collected within a blackout."""
     gc.collect()

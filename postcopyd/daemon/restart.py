@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a daemon that was started again does about the VMs of the one before it.
+"""What a restarted daemon does about the VMs of the previous daemon.
 
-What is done about each is one table, by what its record says: `FOUND`. Owns a task for each VM,
-which has claimed it from `begin` on, and tries until it is done, the VM free between two attempts.
-From there the VM's connections and tasks are the registry's, and a session that goes on is the
-VM's, as if the daemon had never ended.
+The table `FOUND` says what is done about each VM, by what its record says. Owns a task for each VM.
+The task has claimed its VM from `begin` on, and tries until it is done; between two attempts the VM
+is free. After that the registry owns the VM's connections and tasks, and the VM owns a session that
+goes on, as if the daemon had never ended.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from postcopyd.source.session import SourceSession
 log = structlog.get_logger()
 
 
-# --- what is done: of one VM, claimed, its VMM reached if it lives -------------------------------
+# --- what is done about one VM: it is claimed, and its VMM reached if it lives -------------------
 
 
 async def show_again(registry: Registry, vm: Vm, told: Status) -> None:
-    """Nothing was under way. Says so again where an attempt before this one has failed."""
+    """Nothing was under way. Shows `told` again if an earlier attempt has shown its failure."""
     if vm.status.message != told.message:
         vm.show(message=told.message)
 
@@ -47,7 +47,7 @@ async def run_again(registry: Registry, vm: Vm, told: Status) -> None:
 
 
 async def dial_again(registry: Registry, vm: Vm, told: Status) -> None:
-    """The guest was granted: its destination is asked, and the rest of its memory follows."""
+    """The guest was granted: asks its destination, and sends the rest of its memory."""
     session = await SourceSession.restored(vm, vm.about, registry.shared)
     vm.claimed_by = session
     await session.resume()
@@ -64,8 +64,8 @@ async def decline(registry: Registry, vm: Vm, told: Status) -> None:
 
 
 async def take_faults(registry: Registry, vm: Vm, told: Status) -> None:
-    """The guest is this host's: its faults are taken again at once; the source asks for the rest
-    to go on."""
+    """The guest is this host's: takes its faults again at once. The rest of the memory comes when
+    the source asks to go on."""
     if await finish_unwritten(vm):
         return
     channel = Channel(Nobody(), Machine(Destination.RUNNING_LOST), vm.status.peer)
@@ -85,9 +85,9 @@ async def take_faults(registry: Registry, vm: Vm, told: Status) -> None:
 
 
 class Found(NamedTuple):
-    """`drained`: whether all of its memory was where the guest is, and the migration over. None
-    for either. `needs_vmm`: cannot be done once the VMM has ended. `calm`: what cannot be done
-    keeps nobody waiting, and is shown without a pause."""
+    """`drained`: whether the migration is over, with all memory where the guest is; None for
+    either. `needs_vmm`: it cannot be done once the VMM has ended. `calm`: if it fails, nobody has
+    to wait, so the failure is shown without a pause."""
 
     ownership: Ownership
     drained: bool | None
@@ -113,17 +113,17 @@ same in words."""
 
 
 def found(ownership: Ownership, drained: bool) -> Found:
-    """The row of a VM."""
+    """The row that applies to a VM."""
     return next(
         row for row in FOUND if row.ownership == ownership and row.drained in (None, drained)
     )
 
 
-# --- who does it ---------------------------------------------------------------------------------
+# --- the tasks that do it ------------------------------------------------------------------------
 
 
 class Restart:
-    """Of one daemon."""
+    """The restart of one daemon."""
 
     def __init__(self, registry: Registry, inquiries: Inquiries) -> None:
         self._registry = registry
@@ -131,11 +131,11 @@ class Restart:
         self._between: dict[Vm, trio.Event] = {}
 
     def again(self, vm: Vm) -> trio.Event | None:
-        """What has a VM that waits for its next attempt be tried at once; None if none waits."""
+        """The event that starts a VM's next attempt at once; None if the VM waits for none."""
         return self._between.get(vm)
 
     def begin(self) -> None:
-        """Knows the VMs of the daemon before again. What each had under way goes on in a task of
+        """Takes over the VMs of the previous daemon. What each had under way goes on in a task of
         its own, which has claimed its VM when this returns."""
         store, vms = self._registry.shared.store, self._registry.vms
         records, unread = store.load_each()
@@ -161,7 +161,7 @@ class Restart:
                     f"{name}` here"
                 )
         for name, sentence in (torn | unread).items():
-            if name in records:  # which says more than an intent
+            if name in records:  # a record says more than an intent
                 log.error("intent not read", vm=name, why=sentence)
                 continue
             vm = vms.setdefault(name, self._registry.known(name))
@@ -171,8 +171,8 @@ class Restart:
                 self._inquiries.ask(vm, intents[name], sentence)
 
     async def _until_done(self, vm: Vm, claimed: Claim) -> None:
-        """Tries until it is done, its VMM has ended, or a person has decided, or attached it anew.
-        Gives back the claim."""
+        """Tries until it is done, the VMM has ended, a person has decided, or the VM was attached
+        anew. Gives back the claim."""
         told = vm.status
         for pause in patience():
             with claimed:
@@ -195,20 +195,20 @@ class Restart:
             claimed = vm.claim(DAEMON)
 
     async def _attempt(self, vm: Vm, told: Status) -> bool:
-        """Returns whether it is done. `told` is what people were shown when the daemon started."""
+        """Returns whether it is done. `told` is the status that people saw before this start."""
         row = found(vm.ownership, told.phase == "drained")
         try:
             await self._registry.reach(vm, must=row.needs_vmm)
             await row.do(self._registry, vm, told)
             if vm.ownership != "owned":
                 vm.remove_pages()  # of an arrival that is over
-        except Exception as raised:  # one VM's bug is not the others' end
+        except Exception as raised:  # a bug with one VM must not end the others
             self._not_done(vm, told, raised)
             return False
         return True
 
     def _not_done(self, vm: Vm, told: Status, raised: Exception) -> None:
-        calm = found(vm.ownership, told.phase == "drained").calm  # it may have come as far as that
+        calm = found(vm.ownership, told.phase == "drained").calm  # the attempt may have changed it
         error = shortage(raised) or raised
         if not isinstance(error, PostcopydError):
             log.exception("bug in restoring", vm=vm.name)
@@ -223,7 +223,7 @@ class Restart:
 
 
 def came_back(vm: Vm, intent: Mapping[str, Any]) -> bool:
-    """Whether an intent is older than what the record says: its guest is this host's again."""
+    """Whether the record is newer than the intent, and the guest is this host's again."""
     if vm.ownership != "held":
         return False
     arrived = vm.status.role == "destination" and vm.status.phase == "drained"
@@ -231,7 +231,7 @@ def came_back(vm: Vm, intent: Mapping[str, Any]) -> bool:
 
 
 def intent_of(vm: Vm) -> dict[str, Any]:
-    """Of a guest that was given away: whom to ask, as its intent has it."""
+    """Which host to ask about a guest that was given away, in the form of its intent."""
     return {
         "migration": vm.about["migration"],
         "peer": vm.status.peer,

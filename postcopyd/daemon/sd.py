@@ -4,7 +4,8 @@
 Owns sd_listen_fds(3), sd_notify(3) and sd_watchdog_enabled(3) as far as they are used here. Knows
 nothing of the daemon. Without a service manager there are no sockets, and nothing is told.
 
-By hand, as each is a few lines: python3-systemd is a C module that needs libsystemd at build time.
+Each is a few lines, so they are written here: python3-systemd is a C module that needs libsystemd
+at build time.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ log = structlog.get_logger()
 
 
 class Manager:
-    """The service manager, as the environment tells of it.
+    """The service manager, as the environment describes it.
 
-    `sockets` are those it has opened for this process. `watchdog_s` is how long this process may be
-    silent, None for as long as it likes.
+    `sockets` are those that it has opened for this process. `watchdog_s` is how long this process
+    may be silent; None for no limit.
     """
 
     def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
-        """Takes its variables out of the environment, so that programs started from here do not
-        take them for theirs. Raises PostcopydError."""
+        """Takes the variables out of the environment, so that programs started from here do not
+        take them for their own. Raises PostcopydError."""
         told = {name: environ.pop(name, "") for name in VARIABLES}
         own = str(os.getpid())
         self._address = told["NOTIFY_SOCKET"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`postcopyd serve`: the daemon as a process of its host.
 
-Owns what is there once for a process: its two doors (the control socket and the migration port),
-signals, limits, and what the service manager hears. Where its log goes is journal.py's.
+Owns what a process has once: its two doors (the control socket and the migration port), signals,
+limits, and what the service manager is told. Where its log goes is journal.py's.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from postcopyd.tasks import guard
 from postcopyd.units import size
 
 FEW_DESCRIPTORS = 1024
-"""A migration takes some 20 for each guest; `max_peers` and the clients of the control socket may
-take more than 300 together."""
+"""Descriptors. A migration takes some 20 for each guest; `max_peers` and the clients of the control
+socket may take more than 300 together."""
 
 TELL_S = 1.0
-"""How often the service manager's picture of this daemon is brought up to date."""
+"""How often the service manager is told what the daemon does."""
 
 STOP_S = 300.0
-"""For how long the service manager is asked to wait for the end of a daemon that is ending: guests
-before the grant go back first, each within source.rollback.ROLLBACK_S, several VMMs' disks at once.
-After that it may kill."""
+"""How long a daemon that is ending asks the service manager to wait; after that the manager may
+kill it. Guests that are not granted yet go back first, each within source.rollback.ROLLBACK_S,
+several VMMs' disks at once."""
 
 SHOWN_VMS = 4
 """VMs that are named in the line which `systemctl status` shows."""
@@ -73,12 +73,12 @@ async def _serve(options: ServeOptions, manager: Manager) -> None:
 
 
 async def _serve_alone(options: ServeOptions, manager: Manager, store: Store) -> None:
-    """With records that no other daemon has."""
+    """Serves, with folders of records that no other daemon has."""
     tls = None
     if options.tls != "off":
-        # Guests of the daemon before this one are not left alone for a certificate.
+        # A certificate that cannot be used does not stop it while guests wait for this daemon.
         tls = Tls.load(options.tls_dir, options.peers, must=not store.under_way())
-    # What has been imported is never garbage: no collection looks at it within a blackout.
+    # Modules are never garbage: no collection within a blackout has to look at them.
     gc.collect()
     gc.freeze()
     raise_limit()
@@ -98,7 +98,7 @@ async def _serve_alone(options: ServeOptions, manager: Manager, store: Store) ->
     async with trio.open_nursery() as process:
         async with trio.open_nursery() as nursery, trio.open_nursery() as migrations:
             daemon = Daemon(shared, migrations)
-            methods.interface()  # while there are descriptors to read it with
+            methods.interface()  # while there are descriptors left to read the file with
             daemon.restore()
             ending = trio.Event()
             await nursery.start(_signals, manager, shared, ending, nursery, migrations)
@@ -116,8 +116,9 @@ async def _serve_alone(options: ServeOptions, manager: Manager, store: Store) ->
 
 
 async def _metered(daemon: Daemon, address: str, nursery: trio.Nursery) -> None:
-    """Metrics, if they can be had: guests may be waiting for this daemon, and nobody for those."""
-    from postcopyd.daemon.metrics import Metrics  # takes a third of the time to start
+    """Serves metrics if it can. Otherwise it only logs: guests may be waiting for this daemon, and
+    nobody waits for metrics."""
+    from postcopyd.daemon.metrics import Metrics  # this import takes a third of the start
 
     try:
         await nursery.start(Metrics(daemon).serve, address)
@@ -126,11 +127,11 @@ async def _metered(daemon: Daemon, address: str, nursery: trio.Nursery) -> None:
 
 
 async def _tell(manager: Manager, daemon: Daemon, ending: trio.Event) -> None:
-    """Keeps the service manager's picture of the daemon up to date, and its watchdog fed.
+    """Tells the service manager what the daemon does, and feeds its watchdog.
 
-    That this runs says that trio's loop turns; the fault threads are asked. What it cannot see: a
-    thread of a connection that is stuck looks like one that waits for its peer, and a migration
-    that makes no progress like one whose network is slow.
+    That this task runs shows that trio's loop turns; the fault threads are asked. It cannot tell a
+    connection's thread that is stuck from one that waits for its peer, nor a migration that makes
+    no progress from one on a slow network.
     """
     shown = ""
     fed = -math.inf
@@ -155,10 +156,10 @@ async def _tell(manager: Manager, daemon: Daemon, ending: trio.Event) -> None:
 
 
 def summary(vms: Sequence[Status]) -> str:
-    """One line of what goes on, for status objects: `2 VMs; web1 leaving to host2: postcopy,
+    """One line on what goes on, for status objects: `2 VMs; web1 leaving to host2: postcopy,
     312.0 MiB remaining`."""
     moving = [vm for vm in vms if vm.phase in ("precopy", "handover", "postcopy", "paused")]
-    moving.sort(key=lambda vm: vm.phase != "paused")  # a person may have to look at these
+    moving.sort(key=lambda vm: vm.phase != "paused")  # first those that may need a person
     parts = [f"{len(vms)} VM{'' if len(vms) == 1 else 's'}"]
     for vm in moving[:SHOWN_VMS]:
         way = "leaving to" if vm.role == "source" else "arriving from"
@@ -170,7 +171,7 @@ def summary(vms: Sequence[Status]) -> str:
 
 
 def warn_of_plaintext(listeners: list[trio.SocketListener], options: ServeOptions) -> None:
-    """What `--tls off` means is said where others than this host can connect."""
+    """Warns of what `--tls off` means, if other hosts can connect."""
     hosts = [listener.socket.getsockname()[0] for listener in listeners]
     beyond = [host for host in hosts if not ip_address(host.partition("%")[0]).is_loopback]
     if beyond:
@@ -184,7 +185,7 @@ def warn_of_plaintext(listeners: list[trio.SocketListener], options: ServeOption
 
 
 def raise_limit() -> None:
-    """Descriptors up to the hard limit: the soft one is 1024 for the sake of select(2)."""
+    """Allows descriptors up to the hard limit: the soft one is 1024 for the sake of select(2)."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard != resource.RLIM_INFINITY and hard < FEW_DESCRIPTORS:
@@ -194,8 +195,9 @@ def raise_limit() -> None:
 async def _doors(
     options: ServeOptions, given: Sequence[socket.socket]
 ) -> tuple[socket.socket, list[trio.SocketListener]]:
-    """The control socket and the listeners for other daemons: those that the service manager has
-    opened, told apart by family, and by the options what it has not."""
+    """The control socket, and the listeners for other daemons. Those that the service manager has
+    opened are told apart by family; the missing ones are opened by the options. Raises
+    PostcopydError."""
     doors = [one for one in given if one.family == socket.AF_UNIX]
     ports = [one for one in given if one.family in (socket.AF_INET, socket.AF_INET6)]
     if len(doors) > 1 or len(doors) + len(ports) < len(given):
@@ -237,8 +239,8 @@ async def _signals(
     *nurseries: trio.Nursery,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """SIGTERM and SIGINT end the daemon: guests before the grant go back, others wait. SIGHUP has
-    it read its certificates again."""
+    """SIGTERM and SIGINT end the daemon: guests that are not granted go back, others wait. SIGHUP
+    makes it read its certificates again."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
         task_status.started()
         async for number in signals:
@@ -254,8 +256,9 @@ async def _signals(
 
 
 def _reload(manager: Manager, shared: Shared) -> None:
-    """What cannot be used leaves things as they are: guests are on their way."""
-    # CLOCK_MONOTONIC, as sd_notify(3) wants it of those who reload.
+    """Reads the certificates again. If they cannot be used, the old ones stay: guests are on their
+    way."""
+    # CLOCK_MONOTONIC, which sd_notify(3) requires with RELOADING=1.
     manager.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         if shared.tls is not None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host's kernel gets wrong with memory that a userfaultfd watches, and how to say it.
+"""What this host's kernel gets wrong with memory that a userfaultfd watches, in sentences.
 
-A feature bit says that an interface exists, not that it is right, and a version number not what a
-distribution has mended in it. So both are tried (probe.c), before they are relied on, and what was
-found holds for as long as this process lives: another kernel means another boot. Owns the answers
-and their sentences; what follows from them is decided by whoever asks.
+A feature bit says that an interface exists, not that it works; a version number does not say what a
+distribution has mended. So both faults are tried out (probe.c) before the kernel is relied on. The
+result holds for the life of this process, as another kernel needs another boot. Owns the results
+and their sentences; the caller decides what follows from them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _known: dict[Callable[[], int], int] = {}
 
 
 def _tried(probe: Callable[[], int]) -> int:
-    """What a probe has found; asked again only where it could not be tried for want of something
+    """The result of a probe. It is tried again only if it could not be tried for want of something
     that comes and goes."""
     if probe not in _known:
         found = probe()
@@ -42,8 +42,8 @@ def _tried(probe: Callable[[], int]) -> int:
 
 
 def why_no_passes() -> str | None:
-    """Why memory cannot be copied while a guest runs on this host: what it writes would be missed.
-    None: it is seen. Milliseconds the first time."""
+    """Why memory cannot be copied here while its guest runs: the kernel would miss some writes.
+    None: it sees them all. Takes milliseconds the first time."""
     found = _tried(lib.pc_probe_written)
     if found == 0:
         return None
@@ -62,7 +62,7 @@ def why_no_passes() -> str | None:
 
 def why_zeros() -> str | None:
     """Why pages of a guest that have not arrived may read as zeros here, once the kernel
-    (khugepaged) makes huge pages of its RAM; None: they stay missing. Milliseconds the first
+    (khugepaged) makes huge pages of its RAM. None: they stay missing. Takes milliseconds the first
     time."""
     found = _tried(lib.pc_probe_huge_zeros)
     if found == 0:
@@ -77,5 +77,5 @@ def why_zeros() -> str | None:
 
 
 def fills_holes() -> bool:
-    """Whether it may be so: also where it could not be tried."""
+    """Whether `why_zeros` has a reason: also true if it could not be tried."""
     return why_zeros() is not None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What /proc tells about another process: mappings, descriptors, threads, command, file systems.
 
-Reads only, decides nothing. Everything here may be stale when it returns; a process that ends
-while it is read counts as one that has nothing.
+Reads only, decides nothing. Everything here may be stale when it returns; a process that ends while
+it is read counts as having nothing.
 
-By hand, as psutil tells neither device nor inode of a mapping.
+psutil cannot be used: it gives neither device nor inode of a mapping.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def mappings(pid: int) -> Iterator[Mapping]:
 
 
 def merged(pid: int) -> list[Mapping]:
-    """Mappings of files, those put together that the kernel split (madvise, NUMA policies)."""
+    """Mappings of files; parts that the kernel split (madvise, NUMA policies) are joined."""
     whole: list[Mapping] = []
     for part in mappings(pid):
         if part.file == (0, 0):
@@ -95,7 +95,7 @@ def descriptors(pid: int) -> dict[int, str]:
 def open_file(pid: int, file: FileId) -> int:
     """A new open file description (read, write) of a file that a process has open.
 
-    By its descriptor, because the path may be deleted or belong to another mount namespace.
+    Opened by its descriptor, as its path may be deleted or belong to another mount namespace.
     Raises FileNotFoundError when the process does not have it open, or another OSError.
     """
     for number in descriptors(pid):
@@ -124,7 +124,7 @@ def file_system(pid: int, file: FileId) -> str | None:
 
 
 def boot_id() -> str:
-    """The identity of this start of the kernel: processes in its containers have the same."""
+    """The identity of this boot of the kernel; processes in its containers have the same."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -157,8 +157,8 @@ def status(pid: int | str) -> dict[str, str]:
 
 def started(pid: int) -> int:
     """When a process was started, in clock ticks since boot (field 22 of /proc/PID/stat); 0 when it
-    has ended. With its number it names one process of this boot. Raises OSError when that cannot be
-    known now: who has no descriptors left must not take a guest for dead."""
+    has ended. With the process number it names one process of this boot. Raises OSError when it
+    cannot be known: for want of descriptors, say, a guest must not be taken for dead."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -197,8 +197,8 @@ def other_mappers(files: Iterable[FileId], besides: Iterable[int]) -> list[tuple
     """Processes (pid, command) that map one of the files, without those in `besides`.
 
     Reads the maps of every process of the host: milliseconds to tenths of a second, so call it in
-    a thread. Processes of which this one may not read the maps are taken as having none. Raises
-    OSError when it cannot look.
+    a thread. A process whose maps this one may not read counts as having none. Raises OSError when
+    it cannot look.
     """
     wanted, skipped = set(files), set(besides)
     found = []
@@ -223,8 +223,8 @@ def reserves_huge_pages(pid: int, address: int) -> bool:
 
 
 def may_become_huge(pid: int, start: int, end: int) -> bool:
-    """Whether the kernel may make huge pages by itself of memory mapped there: its own answer, with
-    settings, mount options and what the process has asked for in it."""
+    """Whether the kernel may make huge pages by itself of memory mapped there. The kernel's own
+    answer: it covers settings, mount options, and what the process has asked for."""
     return any(
         first < end and start < last and fields.get("THPeligible") == ["1"]
         for first, last, fields in smaps(pid)
@@ -232,8 +232,8 @@ def may_become_huge(pid: int, start: int, end: int) -> bool:
 
 
 def smaps(pid: int) -> Iterator[tuple[int, int, dict[str, list[str]]]]:
-    """Of each mapping of a process: start, end, the words of its fields. The kernel looks at each
-    page for this: tens of milliseconds for a GiB. Raises OSError."""
+    """Of each mapping of a process: start, end, and the words of each field. For this the kernel
+    looks at every page: tens of milliseconds for a GiB. Raises OSError."""
     with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape") as lines:
         for header, fields in smaps_entries(lines):
             start, end = header[0].split("-")
@@ -241,8 +241,8 @@ def smaps(pid: int) -> Iterator[tuple[int, int, dict[str, list[str]]]]:
 
 
 def smaps_entries(lines: Iterable[str]) -> Iterator[tuple[list[str], dict[str, list[str]]]]:
-    """Of the lines of /proc/PID/smaps: the words of each mapping's first, and those of its
-    fields."""
+    """Splits the lines of /proc/PID/smaps by mapping: the words of its first line, and the words of
+    each field."""
     header: list[str] = []
     fields: dict[str, list[str]] = {}
     for line in lines:

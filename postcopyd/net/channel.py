@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A control connection: messages both ways, keepalives, and what becomes of them when it breaks.
+"""A control connection: sends and receives messages, sends keepalives, notices when it breaks.
 
-Owns its stream until `aclose`. Knows which message may come when by the state machine that it is
-given (handover.py), and nothing else of migrations. Who dials, and what TLS there is, is
-connection.py's.
+Owns its stream until `aclose`. The state machine that it is given (handover.py) says which message
+may come when; it knows nothing else of migrations. connection.py dials and sets up TLS.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ from postcopyd.tasks.nursery import open_nursery
 M = TypeVar("M", bound=p.Message)
 
 CONNECT_S = 10.0
-"""How long connecting and greeting may take: a host that is up answers within milliseconds."""
+"""Limit for connecting and for greeting: a host that is up answers within milliseconds."""
 
 GOODBYE_S = 0.2
-"""How long the end of a connection may take to be said: close_notify, with TLS."""
+"""How long saying the end of a connection may take: close_notify, with TLS."""
 
 BUFFER = 256 << 10
 """Bytes taken from the socket at a time: several pieces of device state."""
 
 
 class ConnectionLost(PostcopydError):
-    """The peer went away, or the way to it."""
+    """The peer, or the way to it, is gone."""
 
     name = tls.LOST
 
 
 class PeerError(PostcopydError):
-    """The peer said what went wrong on its side; `name` is the name it gave."""
+    """The peer reports an error on its side; `name` is the name that it gave."""
 
 
 class NotTrusted(ConnectionLost):
@@ -55,12 +54,11 @@ class NotTrusted(ConnectionLost):
 
 
 class Channel:
-    """A control connection: messages both ways, each told to the state machine first.
+    """A control connection; the state machine is told of each message first.
 
     One task receives; any may send. `receive` raises ConnectionLost when the peer is gone or has
-    been silent for DEAD_S, PeerError when it says Error, RemoteProtocolError when it breaks the
-    protocol. `alive` is the context in which keepalives are sent. `names` are those of the peer's
-    certificate.
+    been silent for DEAD_S, PeerError when it sends Error, RemoteProtocolError when it breaks the
+    protocol. Keepalives are sent within `alive`. `names` are those of the peer's certificate.
     """
 
     def __init__(
@@ -76,11 +74,11 @@ class Channel:
         self._stream = stream
         self._instance = instance
         self._daemon = daemon
-        self._first: bytes | None = b""  # of what came, until that was a message
+        self._first: bytes | None = b""  # the first bytes received; None after the first message
         self.machine = machine
         self.peer = peer
         self.names = names
-        self.features: frozenset[str] = frozenset()  # those of both sides
+        self.features: frozenset[str] = frozenset()  # those that both sides have
         self._codec = Codec(first=p.MAX_FIRST)
         self._sending = trio.Lock()
         self._last_sent = trio.current_time()
@@ -88,7 +86,7 @@ class Channel:
         self._torn = False
 
     async def send(self, message: p.Message, within: float = p.DEAD_S) -> None:
-        """Tells the machine and sends, in so many seconds; raises ConnectionLost."""
+        """Tells the state machine and sends, within so many seconds. Raises ConnectionLost."""
         self.machine.sending(message)
         await self._send(pack(message), within)
 
@@ -98,7 +96,7 @@ class Channel:
                 if self._torn:
                     raise ConnectionLost(f"a message to {self.peer} was cut short")
                 self._last_sent = trio.current_time()
-                # A message goes out whole, whoever is cancelled: the stream would be torn.
+                # A message goes out whole even if the task is cancelled: half of one tears it.
                 with trio.move_on_after(within) as whole:
                     whole.shield = True
                     await self._stream.send_all(data)
@@ -109,8 +107,8 @@ class Channel:
             raise ConnectionLost(f"sending to {self.peer}: {error.__cause__ or error}") from None
 
     async def receive(self, within: float = math.inf) -> p.Message:
-        """The next message that is not a keepalive; ConnectionLost after so many seconds of these,
-        where a peer that is there and says nothing must not be waited for."""
+        """The next message that is not a keepalive. Raises ConnectionLost if none comes `within` so
+        many seconds: a peer that only sends keepalives must not hold up the caller for ever."""
         with trio.move_on_after(within):
             while True:
                 try:
@@ -125,11 +123,11 @@ class Channel:
                     raise PeerError(f"{self.peer} said: {message.message}", message.name)
                 if not isinstance(message, p.Keepalive):
                     return message
-                await trio.lowlevel.checkpoint()  # thousands of them come by one read of a flood
+                await trio.lowlevel.checkpoint()  # one read may bring thousands of keepalives
         raise ConnectionLost(f"{self.peer} has not said within {within:.0f} s what it wants")
 
     async def expect(self, kind: type[M], within: float = math.inf) -> M:
-        """The next message, which the machine allows only to be of this kind here."""
+        """The next message; the state machine allows only this kind here."""
         message = await self.receive(within)
         if not isinstance(message, kind):
             raise RemoteProtocolError(
@@ -138,7 +136,7 @@ class Channel:
         return message
 
     async def _next_object(self) -> Any:
-        # A whole message, as it is sent in that time: bytes of one that never ends are no life.
+        # For a whole message, as the peer sends one in that time: endless bytes are no life sign.
         deadline = trio.current_time() + p.DEAD_S
         while not self._objects:
             try:
@@ -185,7 +183,7 @@ class Channel:
         return hello
 
     async def tell_error(self, error: Exception) -> None:
-        """Tells the peer why this side ends, as well as it still can; never raises for it."""
+        """Tells the peer why this side ends, as far as it still can; never raises."""
         name = error.name if isinstance(error, PostcopydError) else "InternalError"
         with trio.move_on_after(1) as scope, suppress(PostcopydError):
             scope.shield = True
@@ -210,10 +208,10 @@ class Channel:
                 try:
                     await self._send(pack(p.Keepalive()))
                 except ConnectionLost:
-                    return  # who receives sees it too
+                    return  # the task that receives sees it too
 
     async def aclose(self) -> None:
-        """Says that it ends, where TLS has a word for that, and does not wait for anybody."""
+        """Closes the connection, with close_notify under TLS; does not wait for the peer."""
         with trio.move_on_after(GOODBYE_S) as scope:
             scope.shield = True
             await self._stream.aclose()
@@ -226,7 +224,7 @@ class Channel:
 
 
 class Nobody(trio.abc.Stream):
-    """The stream of a channel to a peer that has not connected."""
+    """The stream of a channel whose peer has not connected."""
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         raise trio.ClosedResourceError("it has not connected")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages as bytes: msgpack, one map for each, held to the limits of protocol.py. No I/O.
+"""Turns messages into bytes and back: msgpack, one map for each, within the limits of protocol.py.
+No I/O.
 
 `Codec` belongs to one direction of one connection and knows no messages; `pack` and `parse` know
 their types.
@@ -28,13 +29,13 @@ T = TypeVar("T")
 
 
 class Codec:
-    """Bytes to msgpack objects, of one direction of one connection.
+    """Turns the bytes of one direction of one connection into msgpack objects.
 
     `feed` takes what was received and `objects` gives what is complete; call them in turn. Bytes
-    beyond a complete object are kept. Raises RemoteProtocolError for what is no msgpack, for a map
-    with one key twice, for extension types, and for what is larger than the limits above; the
-    connection is of no use then. `room` is how many bytes the object that is due may have: `first`
-    for the first one.
+    beyond a complete object are kept. Raises RemoteProtocolError for bytes that are no msgpack, for
+    a map that has a key twice, for extension types, and beyond the limits of protocol.py; after
+    that the connection is useless. `room` is how many bytes the next object may have, `first` for
+    the first one.
     """
 
     def __init__(self, first: int = MAX_MESSAGE) -> None:
@@ -45,7 +46,7 @@ class Codec:
             object_pairs_hook=self._map,
             list_hook=self._counted,
             ext_hook=_no_extension,
-            max_buffer_size=0,  # by ourselves, below: what is legal must not depend on the chunks
+            max_buffer_size=0,  # checked below: what is legal must not depend on the chunks
             max_str_len=MAX_STRING,
             max_bin_len=DEVICE_CHUNK,
             max_array_len=MAX_ITEMS,
@@ -53,8 +54,8 @@ class Codec:
             max_ext_len=0,
         )
         self._fed = 0
-        self._begin = 0  # of the object that is not complete yet, counted as _fed
-        self._containers = 0  # that are complete in it
+        self._begin = 0  # where the object begins that is not complete yet, counted as _fed
+        self._containers = 0  # complete ones in that object
 
     def feed(self, data: bytes) -> None:
         self._fed += len(data)
@@ -68,7 +69,7 @@ class Codec:
                 self._limit(self._fed)
                 return
             except (ValueError, msgpack.exceptions.UnpackException) as error:
-                # Includes bad UTF-8, map keys that are not strings, nesting beyond msgpack's limit.
+                # Also bad UTF-8, map keys that are not strings, nesting beyond msgpack's limit.
                 why = str(error) or type(error).__name__
                 raise RemoteProtocolError(
                     f"the peer sent what is no msgpack message: {why}"
@@ -121,9 +122,9 @@ def pack(message: Struct) -> bytes:
 
 
 def parse(obj: Any, kind: type[T]) -> T:
-    """Checks a received object against one of the types above; raises RemoteProtocolError."""
+    """Checks a received object against a type of protocol.py. Raises RemoteProtocolError."""
     try:
-        # bytes as they are: msgspec would take Base64 text for them, as JSON needs.
+        # bytes are a type of their own: msgspec would take Base64 text for them, as JSON needs.
         return convert(obj, kind, builtin_types=(bytes,))
     except ValidationError as error:
         tag = obj.get("type") if isinstance(obj, dict) else None
@@ -138,8 +139,8 @@ def parse_message(obj: Any) -> AnyMessage:
 
 
 def other_program(first: bytes, *, tls: bool) -> str:
-    """What has answered with these bytes, if it is plainly no postcopyd; `tls`: to a client that
-    begins with TLS. Nothing where that cannot be said."""
+    """Which program answered with these bytes, if it is plainly not postcopyd; "" if that cannot be
+    said. `tls`: the client began with TLS."""
     known = {b"HTTP/": "an HTTP server", b"SSH-": "an SSH server"}
     for beginning, what in known.items():
         if first.startswith(beginning):

@@ -35,20 +35,20 @@ FAREWELL_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """This daemon as its peers see it, and what it knows of them."""
+    """What this daemon is to its peers, and what it knows of them."""
 
     tls: tls.Tls | None = None
-    """None where `--tls off` was said."""
+    """None with `--tls off`."""
     peers: tuple[Peer, ...] = ()
     instance: str = field(default_factory=lambda: secrets.token_hex(8))
-    """Of this start of the daemon."""
+    """Another one at each start of the daemon."""
     daemon: p.DaemonId | None = None
-    """Through all of its starts."""
+    """The same at every start of the daemon."""
 
 
 def peer_of(to: str, us: Endpoint) -> tuple[Address, str]:
-    """Where `to` (HOST[:PORT], or a name of [peers]) is dialled, and the name that its certificate
-    must have. Raises PostcopydError."""
+    """The address that `to` (HOST[:PORT], or a name in [peers]) is dialled at, and the name that
+    its certificate must have. Raises PostcopydError."""
     said = parse_address(to)
     for peer in us.peers:
         if tls.normal(peer.name) == tls.normal(said.host) and peer.address is not None:
@@ -58,8 +58,8 @@ def peer_of(to: str, us: Endpoint) -> tuple[Address, str]:
 
 
 async def dial_control(to: str, machine: Machine, us: Endpoint) -> Channel:
-    """A control connection to a peer that has shown who it is, and is not greeted yet. Raises
-    PostcopydError."""
+    """A control connection to a peer whose TLS certificate was checked; it is not greeted yet.
+    Raises PostcopydError."""
     address, name = peer_of(to, us)
     kind = p.CONTROL if us.tls is None else p.CONTROL_TLS
     stream = await dial(address.host, address.port, kind)
@@ -86,8 +86,8 @@ async def dial_control(to: str, machine: Machine, us: Endpoint) -> Channel:
 
 
 class Wire(NamedTuple):
-    """A data connection for a native engine, which takes over both: a descriptor, and its TLS (a
-    struct pc_tls; None: without)."""
+    """A data connection for a native engine: a descriptor, and its TLS (a struct pc_tls; None:
+    without). The engine takes over both."""
 
     fd: int
     tls: Any = None
@@ -99,7 +99,7 @@ class Wire(NamedTuple):
 
 
 async def dial_data(to: str, us: Endpoint, migration: str, token: bytes, *, urgent: bool) -> Wire:
-    """A data connection that its destination has taken. Raises PostcopydError."""
+    """A data connection that the destination has accepted. Raises PostcopydError."""
     address, _ = peer_of(to, us)
     secure = us.tls is not None
     hello = p.DataHello(migration, b"" if secure else token, urgent)
@@ -110,7 +110,7 @@ async def dial_data(to: str, us: Endpoint, migration: str, token: bytes, *, urge
         if not secure:
             return Wire(detach(stream))
         return await detach_keyed(stream, token, hello, server=False)
-    except BaseException as error:  # and otherwise no await: a descriptor would be lost in it
+    except BaseException as error:  # no other await: cancelled there, it would lose a descriptor
         await trio.aclose_forcefully(stream)
         if isinstance(error, trio.BrokenResourceError | trio.TooSlowError):
             raise ConnectionLost(f"{to} refused a data connection") from None
@@ -120,9 +120,9 @@ async def dial_data(to: str, us: Endpoint, migration: str, token: bytes, *, urge
 async def detach_keyed(
     stream: trio.SocketStream, key: bytes, hello: p.DataHello, *, server: bool
 ) -> Wire:
-    """As `detach`, once both sides have shown by TLS that they have the key. Raises PostcopydError;
-    OSError when no descriptors are left."""
-    fd = os.dup(stream.socket.fileno())  # from here on the engine's, whatever becomes of the stream
+    """Like `detach`, once both sides have shown by TLS that they have the key. Raises
+    PostcopydError; OSError when no descriptors are left."""
+    fd = os.dup(stream.socket.fileno())  # the engine's from here on; the stream may be closed
     try:
         with trio.fail_after(CONNECT_S):
             made = await tls.keyed(fd, server=server, key=key, identity=hello.psk_identity)
@@ -139,8 +139,8 @@ async def detach_keyed(
 
 
 async def hang_up(stream: trio.SocketStream) -> None:
-    """Ends a connection whose peer is to read what was said last: bytes of it that nobody reads
-    would have the kernel take that back."""
+    """Ends a connection after the peer has read the last message: if bytes from the peer were left
+    unread, the kernel would reset the connection and lose that message."""
     with trio.move_on_after(FAREWELL_S):
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await stream.send_eof()
@@ -165,7 +165,7 @@ async def dial(host: str, port: int, kind: str) -> trio.SocketStream:
         raise _unreachable(host, port, f"no answer within {CONNECT_S:.0f} s") from None
     except trio.BrokenResourceError:
         raise _unreachable(host, port, "it was closed at once") from None
-    except UnicodeError as error:  # of the codec for names of hosts, IDNA
+    except UnicodeError as error:  # from IDNA, the codec for names of hosts
         raise _unreachable(host, port, f"that cannot be the name of a host ({error})") from None
     except OSError as error:
         cause: BaseException = error.__cause__ or error
@@ -185,7 +185,7 @@ def _unreachable(host: str, port: int, reason: str) -> PostcopydError:
 
 
 def tune(sock: trio.socket.SocketType) -> None:
-    """Small messages leave at once; a dead host is noticed by the kernel as well."""
+    """Sends small messages at once, and has the kernel notice a dead host as well."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
@@ -199,7 +199,7 @@ def _kind_bytes(kind: str) -> bytes:
 
 
 async def accepted_kind(stream: trio.SocketStream) -> str:
-    """What a connection that came in is for, CONTROL or DATA, with TLS or not. Raises
+    """What an accepted connection is for: CONTROL or DATA, with TLS or not. Raises
     RemoteProtocolError."""
     known_kinds = (p.CONTROL, p.DATA, p.CONTROL_TLS, p.DATA_TLS)
     kinds = {_kind_bytes(kind): kind for kind in known_kinds}
@@ -220,8 +220,8 @@ async def accepted_kind(stream: trio.SocketStream) -> str:
 
 
 async def receive_object(stream: trio.SocketStream, kind: type[Any]) -> Any:
-    """One msgpack object from a data connection, and not a byte more: frames follow it, and are the
-    engine's. So it is looked at in the socket first; what is not the whole object is all of it."""
+    """Takes one msgpack object from a data connection, and no byte more: the frames behind it are
+    the engine's. So it looks (MSG_PEEK) before it takes; an incomplete object is taken whole."""
     codec = Codec(first=p.MAX_DATA_FIRST)
     with trio.fail_after(CONNECT_S):
         while True:
@@ -239,8 +239,8 @@ async def receive_object(stream: trio.SocketStream, kind: type[Any]) -> Any:
 
 
 def detach(stream: trio.SocketStream) -> int:
-    """The descriptor of a stream, blocking, for a native engine; the stream is over. Raises OSError
-    when there are none left."""
+    """The blocking descriptor of a stream, for a native engine; the stream is closed. Raises
+    OSError when no descriptors are left."""
     try:
         fd = os.dup(stream.socket.fileno())
     finally:
@@ -250,7 +250,7 @@ def detach(stream: trio.SocketStream) -> int:
 
 
 class Noted(trio.abc.Stream):
-    """A connection that notes what came first, for who has to say what is there."""
+    """A connection that keeps its first bytes, by which another program can be recognised."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections from other daemons: who stands at the door, who has a place, who has to go.
+"""Places for connections from other daemons: which stand at the door, which get in, which must go.
 
 A connection stands at the door until it has shown who it is, with TLS, and has said what it wants.
-The door has few places, and nobody can keep others out there: when it is full one has to go, of the
-address that has most of them, the one that came first. Who is known (an address that had a place
-before) goes last. Who was let in has one of `max-peers` places; a source that asks after a guest of
-this host has one always.
+The door has few places, but nobody can keep others out: when it is full, one connection must go. It
+is the oldest of the address that has most of them; addresses that had a place before go last. A
+connection that is let in has one of `max-peers` places. A source that asks about a guest of this
+host always gets one.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ import trio
 from postcopyd.errors import PostcopydError
 
 DOOR = 64
-"""Connections at the door. With TLS one stands there for some round trips."""
+"""Connections at the door. With TLS a connection stands there for some round trips."""
 
 KNOWN = 1024
 """Addresses that are remembered, the last ones."""
 
 
 class Visitor:
-    """One connection, from when it is accepted until it is served."""
+    """One connection, from its acceptance until it is served."""
 
     def __init__(self, peers: Peers, address: str) -> None:
         self._peers = peers
         self.net = net(address)
         self.scope = trio.CancelScope()
-        """Of its task; cancelled when it has to go."""
+        """The scope of its task; cancelled when the connection must go."""
 
     def let_in(self, *, always: bool = False) -> None:
-        """It has shown who it is, and wants something. Raises PostcopydError when all places are
-        taken, unless it is to have one `always`."""
+        """Gives the connection a place: it has shown who it is and what it wants. Raises
+        PostcopydError when all places are taken, unless it gets one `always`."""
         self._peers.let_in(self, always)
 
 
 class Peers:
-    """All of them. Counts; closes nothing itself."""
+    """All connections from other daemons. Counts them; closes none itself."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._door: dict[Visitor, None] = {}  # in the order that they came
+        self._door: dict[Visitor, None] = {}  # in order of arrival
         self._places: set[Visitor] = set()
         self._aside = 0
         self._known: dict[str, None] = {}
@@ -56,7 +56,7 @@ class Peers:
 
     @contextmanager
     def visit(self, address: str) -> Iterator[Visitor]:
-        """For the life of a connection."""
+        """Counts a connection for as long as it lives."""
         visitor = Visitor(self, address)
         if len(self._door) >= DOOR:
             goes = self._who_goes()
@@ -71,7 +71,7 @@ class Peers:
 
     def _who_goes(self) -> Visitor:
         count = Counter(visitor.net for visitor in self._door)
-        # The first of equals: max takes that, and they are in the order that they came.
+        # max() takes the first of equals, which is the oldest.
         return max(self._door, key=lambda one: (one.net not in self._known, count[one.net]))
 
     def let_in(self, visitor: Visitor, always: bool) -> None:
@@ -92,7 +92,7 @@ class Peers:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """The connection of an arrival that waits for its turn keeps no other one out."""
+        """While an arrival waits for its turn, its connection takes no place."""
         self._aside += 1
         try:
             yield

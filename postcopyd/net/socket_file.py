@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A socket in the file system: made where nobody has one, never too wide."""
+"""Opens a unix socket in the file system: where no other process has one, never open too wide."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LOCK_SECONDS = 5.0
 async def listen(
     path: str, group: str = GROUP, *, what: str = "control socket", option: str = "--control"
 ) -> socket.socket:
-    """A socket that listens at `path`, mode 0660, for `group` where the host has one.
+    """A socket that listens at `path`, mode 0660, for `group` if the host has it.
 
-    Makes the folder, and takes the place of a socket that nobody answers on. Raises PostcopydError
-    when somebody does, when something else is there, or when the folder cannot be written.
+    Makes the folder, and replaces a socket that nobody answers on. Raises PostcopydError when
+    somebody answers, when something else is there, or when the folder cannot be written.
     """
     what = f"cannot open the {what} {path}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -56,7 +56,7 @@ async def listen(
 
 @contextlib.asynccontextmanager
 async def _locked(folder: str) -> AsyncIterator[None]:
-    """Two daemons that start together must not both take a stale socket for theirs."""
+    """Locks the folder, so that two daemons that start together do not both take a stale socket."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         deadline = trio.current_time() + _LOCK_SECONDS
@@ -70,7 +70,7 @@ async def _locked(folder: str) -> AsyncIterator[None]:
                         f"another process keeps a lock on {folder}, `lslocks` shows which: end it, "
                         f"or name another path"
                     ) from None
-            await trio.sleep(0.01)  # guests of this daemon may be waiting for something else
+            await trio.sleep(0.01)  # other guests of this daemon may be waiting
         yield
     finally:
         os.close(fd)
@@ -87,7 +87,7 @@ def _make_way(path: str) -> None:
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         failed = probe.connect_ex(path)
-    # Anything but a refusal, a full backlog for one, means that somebody owns it.
+    # Anything but a refusal (a full backlog, for one) means that a process has the socket.
     if failed != errno.ECONNREFUSED:
         raise PostcopydError("a daemon answers there already; stop it or name another path")
     os.unlink(path)

@@ -4,7 +4,7 @@
 Owns the two TLS contexts and their files. A control connection is TLS 1.3 with a certificate of
 both sides, each checked against `ca-cert.pem`. A data connection is TLS 1.3 with a pre-shared key
 that came over the control connection: C does that (tls.c), `keyed` waits for it.
-Knows nothing of migrations; what a peer may do is compared here and asked by daemon and sessions.
+Knows nothing of migrations. What a peer may do is compared here; the daemon and sessions ask it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SERVER = ("server-cert.pem", "server-key.pem")
 CLIENT = ("client-cert.pem", "client-key.pem")
 
 ALPN = "postcopyd"
-"""Both sides name it: certificates of this CA may serve other programs, to which nobody shall be
-able to redirect a connection (RFC 7301; the attack is ALPACA)."""
+"""Both sides name it. Certificates of this CA may serve other programs too, and without a name
+anybody could redirect a connection to those (RFC 7301; the attack is ALPACA)."""
 
 LOST = "ConnectionLost"
-"""Name of an error that says nothing of the peer but that it is away."""
+"""Name of an error that says no more of the peer than that it is away."""
 
 SOON_DAYS = 30
-"""A certificate that ends so soon is warned about."""
+"""A certificate that ends within so many days is warned about."""
 
 Names = tuple[str, ...]
 """DNS and IP names of a certificate, sorted: who a peer is. Empty without TLS."""
@@ -55,21 +55,21 @@ log = structlog.get_logger()
 
 
 class TlsFailed(PostcopydError):
-    """A connection was not made because one side does not trust the other; or because it was cut
-    before that was known, and is called ConnectionLost then: it may be tried again at once."""
+    """A connection was not made because one side does not trust the other. If it was cut before
+    that was known, its name is ConnectionLost: it may be tried again at once."""
 
     name = "TlsFailed"
 
 
 class NotAllowed(PostcopydError):
-    """The peer is who its certificate says, and may not do this."""
+    """The peer is who its certificate says, but may not do this."""
 
     name = "NotAllowed"
 
 
 class Tls:
-    """The certificates in use; `reload` replaces them for connections that come after it. `ends`
-    is when the first of them is not valid any more, in seconds since 1970."""
+    """The certificates in use; `reload` replaces them for later connections. `ends` is when the
+    first of them expires, in seconds since 1970."""
 
     def __init__(self, directory: Path, peers: tuple[Peer, ...]) -> None:
         self._directory = directory
@@ -80,9 +80,9 @@ class Tls:
 
     @classmethod
     def load(cls, directory: Path, peers: tuple[Peer, ...] = (), *, must: bool = True) -> Tls:
-        """The files in `directory`, or where systemd has put credentials of their names. Raises
-        PostcopydError for what is missing, unsafe, or would be refused by each peer; where they
-        need not be good (`must`) it is logged, and nobody is trusted until `reload`."""
+        """Reads the files in `directory`, or systemd's credentials of the same names. Raises
+        PostcopydError for a file that is missing, unsafe, or would be refused by every peer. With
+        `must` False that is only logged, and no peer is trusted until `reload`."""
         made = cls(directory, peers)
         try:
             made.reload()
@@ -94,19 +94,19 @@ class Tls:
         return made
 
     def reload(self) -> None:
-        """Reads the files again. Raises PostcopydError, and the old ones stay in use then."""
+        """Reads the files again. Raises PostcopydError; then the old ones stay in use."""
         self._contexts = self._read()
 
     def client(self, stream: trio.abc.Stream, host: str) -> trio.SSLStream[trio.abc.Stream]:
-        """To a peer whose certificate must name `host`. Raises PostcopydError."""
-        host = host.partition("%")[0]  # the zone of an IPv6 address is ours, not the peer's
+        """TLS to a peer whose certificate must name `host`. Raises PostcopydError."""
+        host = host.partition("%")[0]  # the zone of an IPv6 address means something here only
         try:
             return trio.SSLStream(stream, self._usable()[0], server_hostname=host)
         except ValueError as error:
             raise TlsFailed(f"{host!r} cannot be the name of a certificate: {error}") from None
 
     def server(self, stream: trio.abc.Stream) -> trio.SSLStream[trio.abc.Stream]:
-        """From a peer. Raises PostcopydError."""
+        """TLS from a peer. Raises PostcopydError."""
         return trio.SSLStream(stream, self._usable()[1], server_side=True)
 
     def _usable(self) -> tuple[ssl.SSLContext, ssl.SSLContext]:
@@ -136,8 +136,8 @@ class Tls:
             self._safe(name)
         client = self._context(ssl.PROTOCOL_TLS_CLIENT, CLIENT)
         server = self._context(ssl.PROTOCOL_TLS_SERVER, SERVER)
-        server.num_tickets = 0  # each connection shows its certificate
-        # What the peers will say of these files is said now: they are shown to each other.
+        server.num_tickets = 0  # each connection has to show its certificate
+        # Shows them to each other, so that what peers will object to is said at once.
         client.check_hostname = False
         ends = math.inf
         for name, certificate in self._shown(client, server):
@@ -153,14 +153,14 @@ class Tls:
         return client, server
 
     def _safe(self, name: str) -> None:
-        """Raises PostcopydError for a file that is missing, or a key that others may have."""
+        """Raises PostcopydError for a file that is missing, or a key that others can read."""
         path = self._path(name)
         try:
             with path.open("rb") as file:
                 about = os.fstat(file.fileno())
         except OSError as error:
             raise _bad(f"TLS needs {path}: {error.strerror}", self._directory) from None
-        # systemd keeps credentials from others by their folder, and may use an ACL.
+        # systemd protects credentials by their folder, and may use an ACL.
         if not name.endswith("-key.pem") or path.parent != self._directory:
             return
         if about.st_uid not in (0, os.geteuid()):
@@ -204,7 +204,7 @@ class Tls:
     def _shown(
         self, client: ssl.SSLContext, server: ssl.SSLContext
     ) -> list[tuple[str, dict[str, Any]]]:
-        """Our certificates, as each of our sides sees that of the other."""
+        """Our two certificates, each as the other side of a connection sees it."""
         up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
         ends = (
             (SERVER[0], client.wrap_bio(down, up)),
@@ -242,7 +242,7 @@ def _locked() -> str:
 
 
 def normal(name: str) -> str:
-    """A DNS or IP name as certificates' names are compared."""
+    """A DNS or IP name in the form in which names of certificates are compared."""
     try:
         return str(ip_address(name))
     except ValueError:
@@ -250,14 +250,14 @@ def normal(name: str) -> str:
 
 
 def certificate_names(certificate: dict[str, Any]) -> Names:
-    """As `SSLObject.getpeercert` gives it: subjectAltName, or without any the common name, which
-    is all that certificates for clients often have."""
+    """The names in what `SSLObject.getpeercert` gives: subjectAltName, or if that is missing the
+    common name, which is all that certificates for clients often have."""
     kinds = ("DNS", "IP Address")
     found = [name for kind, name in certificate.get("subjectAltName", ()) if kind in kinds]
     if not found:
         subject = certificate.get("subject", ())
         found = [name for rdn in subject for key, name in rdn if key == "commonName"]
-    # They become parts of log lines and of what a terminal shows.
+    # They get into log lines and onto terminals.
     return tuple(sorted({normal(name) for name in found if name and name.isprintable()}))
 
 
@@ -266,8 +266,8 @@ def or_nobody(names: Names) -> str:
 
 
 def same_peer(recorded: Collection[str], names: Names, vm: str) -> None:
-    """Raises NotAllowed unless the peer is the one that the migration of a VM began with: a name in
-    common is enough, as its certificate may have been renewed. None was recorded without TLS."""
+    """Raises NotAllowed unless the peer is the one that the migration of a VM began with. One
+    common name is enough: its certificate may have been renewed. Without TLS none was recorded."""
     if recorded and not set(recorded) & set(names):
         raise NotAllowed(
             f"the move of {vm} began with {', '.join(recorded)}, and this is {or_nobody(names)}: "
@@ -279,12 +279,12 @@ def same_peer(recorded: Collection[str], names: Names, vm: str) -> None:
 
 
 async def handshake(stream: trio.SSLStream[trio.abc.Stream], peer: str) -> Names:
-    """Who the peer is. Raises TlsFailed; the connection is of no use then, and the peer was told
-    why. The caller limits the time."""
+    """Returns who the peer is. Raises TlsFailed; then the connection is useless, and the peer was
+    told why. The caller limits the time."""
     try:
         await stream.do_handshake()
     except trio.BrokenResourceError as error:
-        # trio keeps the alert that tells the peer why to itself.
+        # trio does not send the alert that tells the peer why.
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await stream.transport_stream.send_all(stream._outgoing.read())
         raise TlsFailed(explain(error, peer), LOST if was_cut(error) else None) from None
@@ -297,14 +297,14 @@ async def handshake(stream: trio.SSLStream[trio.abc.Stream], peer: str) -> Names
 
 
 def refusal(error: trio.BrokenResourceError) -> bool:
-    """Whether a connection broke because the peer does not trust this side: in TLS 1.3 the side
-    that dialled learns of it only when it first reads."""
+    """Whether a connection broke because the peer does not trust this side. In TLS 1.3 the side
+    that dialled learns of that only when it first reads."""
     cause = error.__cause__
     return isinstance(cause, ssl.SSLError) and "ALERT" in (cause.reason or "")
 
 
 def was_cut(error: trio.BrokenResourceError) -> bool:
-    """Whether the connection ended and TLS did not say why."""
+    """Whether the connection ended without TLS saying why."""
     cause = error.__cause__
     return isinstance(cause, ssl.SSLEOFError) or not isinstance(cause, ssl.SSLError)
 
@@ -362,7 +362,7 @@ _CA = (
 )
 _ALERTS = {
     "UNKNOWN_CA": _CA,
-    "DECRYPT_ERROR": _CA,  # a CA of the same name and with another key
+    "DECRYPT_ERROR": _CA,  # a CA with the same name and another key
     "CERTIFICATE_REQUIRED": f"it got no certificate, see that {CLIENT[0]} is there",
     "CERTIFICATE_EXPIRED": f"it has expired, renew {CLIENT[0]} here and check both clocks",
     "CERTIFICATE_REVOKED": f"it was revoked, by the {CRL} there; make a new one",
@@ -384,8 +384,8 @@ _REASONS = {
 
 
 async def keyed(fd: int, *, server: bool, key: bytes, identity: str) -> Any:
-    """TLS 1.3 with a pre-shared key on a data connection that does not block; a struct pc_tls for
-    an engine, or `lib.pc_tls_free`. Raises TlsFailed. The caller limits the time."""
+    """TLS 1.3 with a pre-shared key on a non-blocking data connection. Returns a struct pc_tls for
+    an engine, or for `lib.pc_tls_free`. Raises TlsFailed. The caller limits the time."""
     error = ffi.new("char[200]")
     tls = lib.pc_tls_new(fd, server, key, identity.encode(), error)
     if tls == ffi.NULL:

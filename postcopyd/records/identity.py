@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which daemon this is: what it tells its peers in `hello`, by which a source that comes back later
-knows whether it asks the daemon that has its guest (source/granted.py).
+"""Which daemon this is. It tells its peers in `hello`, so that a source that comes back later knows
+whether it asks the daemon that has its guest (source/granted.py).
 
-Containers of one host have its boot in common, so within a boot it is the folder of records that
-tells daemons apart.
+Containers of one host share its boot, so within a boot the folder of records tells daemons apart.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ log = structlog.get_logger()
 
 
 def here(store: Store) -> DaemonId:
-    """Where it cannot be kept it is another one after each start: guests are not left alone for
-    that, and a source only believes too little."""
+    """Which daemon this is. If that cannot be kept, it is another one after each start: guests are
+    not left alone for that, and the only effect is that a source believes this daemon too little.
+    """
     try:
         state = store.identity()
     except StateNotWritten as error:
@@ -37,10 +37,10 @@ def here(store: Store) -> DaemonId:
 
 
 def machine() -> str:
-    """The same through restarts of this host; empty where it has no id.
+    """An id of this machine that restarts do not change; empty if it has none.
 
-    machine-id(5) is not for the network, so only what is made of it goes there. The id of the
-    hardware is in it, because machines that were installed by a copied disk share the other.
+    machine-id(5) must not go over the network, so only a digest of it does. The id of the hardware
+    goes into the digest, because machines that were installed from a copied disk share machine-id.
     """
     if not (installed := _read(MACHINE_ID)):
         return ""

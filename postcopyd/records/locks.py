@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only one daemon of a host may have at a time: a folder of records, a VMM's process.
+"""Locks on what only one daemon of a host may have at a time: a folder of records, a VMM's process.
 
-flock(2), because the kernel gives such a lock back when its process ends, however that ends. For a
-VMM it is taken on /proc/PID/fd: that is there for whichever daemon, goes with the process, and only
-who may look into the process may open it, so that nobody else can keep a VMM from its daemon.
+flock(2), because the kernel releases such a lock when its process ends, however it ends. For a VMM
+the lock is on /proc/PID/fd: every daemon finds the same one, and it goes with the process. Only a
+process that may look into the VMM may open it, so nobody else can keep a VMM from its daemon.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from postcopyd.errors import PostcopydError, shortage
 from postcopyd.host import procfs
 
 WAIT_S = 2.0
-"""How long it may take until the kernel has cleaned up after a daemon that was killed just now."""
+"""How long the kernel may take to clean up after a daemon that was killed just now."""
 
 TRY_S = 0.05
 
@@ -29,15 +29,15 @@ log = structlog.get_logger()
 
 
 class Taken(PostcopydError):
-    """Another has it."""
+    """Another process has the lock."""
 
     name = "Busy"
 
 
 @asynccontextmanager
 async def folders(*paths: tuple[Path, str]) -> AsyncIterator[None]:
-    """Has these folders of records, each with its option, to itself: daemons that share records
-    would undo each other's. Raises PostcopydError when another daemon has one."""
+    """Locks these folders of records, each given with its option: daemons that share records would
+    overwrite each other's. Raises PostcopydError when another daemon has one."""
     taken: dict[procfs.FileId, int] = {}
     try:
         for path, option in paths:
@@ -60,15 +60,15 @@ async def _folder(path: Path, option: str) -> int:
     try:
         return await _locked(_open(path / ".lock", os.O_RDWR | os.O_CREAT), taken)
     except OSError as error:
-        # Guests may be waiting for this daemon, and a disk that is full or read-only now, or that
-        # has no locks, may have been none of this when their records were written.
+        # Starts without the lock: guests may be waiting for this daemon. The disk may have become
+        # full or read-only, or have lost its locks, since their records were written.
         log.error("records not locked: see that only one daemon has them", folder=str(path),
                   error=error.strerror)  # fmt: skip
         return -1
 
 
 async def vmm(pid: int, name: str) -> int:
-    """Takes the process of a VMM for the VM `name`; the descriptor holds it. Raises
+    """Locks the process of a VMM for the VM `name`; the descriptor holds the lock. Raises
     PostcopydError."""
 
     def taken(holder: int) -> str:
@@ -87,14 +87,14 @@ async def vmm(pid: int, name: str) -> int:
     except OSError as error:
         if short := shortage(error):
             raise short from None
-        # Without the right to look there this daemon can do little with it; or it has ended, which
-        # its driver will say.
+        # This daemon may not look there, and then can do little with the VMM; or the VMM has ended,
+        # which its driver will say.
         log.warning("VMM not locked", vm=name, pid=pid, error=error.strerror)
         return -1
 
 
 def process(pid: int) -> int:
-    """What is locked of a process. Raises OSError."""
+    """A descriptor of what is locked of a process. Raises OSError."""
     return _open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY)
 
 
@@ -103,8 +103,8 @@ def _open(path: str | Path, flags: int) -> int:
 
 
 async def _locked(fd: int, taken: Callable[[int], str]) -> int:
-    """The descriptor, with the lock on what it is of; closed otherwise. Raises OSError, and Taken
-    with a sentence about the process that has the lock."""
+    """Locks what the descriptor is of and returns it, or closes it. Raises OSError, and Taken with
+    a sentence about the process that has the lock."""
     try:
         await _take(fd)
     except BlockingIOError:
@@ -134,7 +134,7 @@ def _by(holder: int) -> str:
 
 
 def _holder(fd: int) -> int:
-    """The process that has the lock, by proc_locks(5); 0 when that does not tell."""
+    """The process that has the lock, by proc_locks(5); 0 if that does not tell."""
     found = os.fstat(fd)
     device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     try:

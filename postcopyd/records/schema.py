@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a record says: its fields, their types, and which of them each word of ownership needs.
+"""The form of a record: its fields, their types, and which of them each kind of ownership needs.
 
-A record is read by a daemon that did not write it: one that was started again, or a newer one. So
-it is held to this schema before anything is done by it, and one that does not fit is the trouble of
-its own VM only. Fields that are not named here are kept as they are: a newer daemon has written
-them. Knows no files: store.py reads and writes.
+A record is read by a daemon that did not write it: by a restarted one, or by a newer one. So it is
+checked against this schema before anything is done by it; one that does not fit affects its own VM
+only. Fields that are not named here are kept as they are: a newer daemon has written them. Knows no
+files: store.py reads and writes.
 """
 
 # Without `from __future__ import annotations`: it hides from TypedDict which fields are required.
@@ -37,11 +37,11 @@ class RecordedStatus(TypedDict, total=False):
 
 
 class Record(TypedDict):
-    """`NAME.json`. `boot` is that of the VMM's process (older records have none), `void` that no
-    intent holds any more which may still be on disk."""
+    """`NAME.json`. `boot`: the boot of the host in which the VMM's process was started (older
+    records have none). `void`: an intent may still be on disk, but does not hold any more."""
 
     version: Literal[1]
-    vm: NotRequired[str]  # where the file's name does not tell
+    vm: NotRequired[str]  # only where the file's name does not tell
     ownership: Ownership
     epoch: Count
     driver: str
@@ -55,7 +55,7 @@ class Record(TypedDict):
 
 
 class Request(TypedDict, total=False):
-    """Of a migration, as control.MigrateRequest."""
+    """Of a migration, like model.MigrateRequest."""
 
     to: Required[str]
     mode: str
@@ -63,7 +63,7 @@ class Request(TypedDict, total=False):
 
 
 class DaemonId(TypedDict):
-    """As protocol.DaemonId."""
+    """Like protocol.DaemonId."""
 
     machine: str
     boot: str
@@ -71,7 +71,7 @@ class DaemonId(TypedDict):
 
 
 class Granted(TypedDict):
-    """The daemon that a guest is granted to, as source/granted.py has it."""
+    """The daemon that a guest is granted to, like Granted in source/granted.py."""
 
     at: str
     host: str
@@ -79,8 +79,8 @@ class Granted(TypedDict):
 
 
 class Departure(TypedDict):
-    """`about` of a guest that is leaving or has left. `marked`: who stopped it left a mark of that
-    in its VMM, where the driver has one (older versions had none)."""
+    """`about` of a guest that is leaving or has left. `marked`: when the guest was stopped, a mark
+    was left in its VMM, if the driver has one (older versions had none)."""
 
     migration: str
     request: Request
@@ -96,7 +96,7 @@ class Departure(TypedDict):
 
 
 class Offer(TypedDict):
-    """Of an arrival: what is needed of it to tell one from another; protocol.py reads the rest."""
+    """The part of an arrival's offer that tells two offers apart; protocol.py reads the rest."""
 
     epoch: Count
 
@@ -109,7 +109,7 @@ class RecordedRegion(TypedDict):
     offset: Count
     file: NotRequired[
         bool | list[Count] | None
-    ]  # its device and inode; older ones: whether there is one
+    ]  # the file's device and inode; in older records: whether there is a file
 
 
 class Arrival(TypedDict):
@@ -140,7 +140,7 @@ class Past(TypedDict, total=False):
 
 
 class Intent(TypedDict):
-    """`NAME.intent`: that a guest may be at another host, and whom to ask."""
+    """`NAME.intent`: says that a guest may be at another host, and which host to ask."""
 
     version: Literal[1]
     vm: str
@@ -156,7 +156,7 @@ class Intent(TypedDict):
 
 
 class Answered(TypedDict):
-    """How an arrival ended, of a VM that has been in another migration since, or was detached."""
+    """How an arrival ended. The VM has been in another migration since, or was detached."""
 
     migration: str
     offer: Offer
@@ -182,8 +182,8 @@ _ABOUT: dict[Ownership, type] = {
 
 
 class Attachment(NamedTuple):
-    """How a VMM is reached, and which process it is: read once, when it was attached. A process
-    that has its number later is not taken for it, nor one of another start of the host."""
+    """How to reach a VMM, and which process it is: read once, when it was attached. Another process
+    that gets the same number later is not taken for it, nor is one of another boot."""
 
     driver: str
     socket: str
@@ -206,7 +206,7 @@ class Attachment(NamedTuple):
 
 
 def checked(read: Any) -> Record:
-    """A record as it was read, once it is known to be one. Raises ValueError."""
+    """Returns what was read, if it is a record. Raises ValueError."""
     _fits(read, Record)
     about = read["about"]
     try:

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must outlive the daemon, and the little that must outlive the host.
+"""Files of what must outlive the daemon, and of the little that must outlive the host.
 
 `--state-dir`, on tmpfs by default, outlives the daemon:
 
   NAME.json      the VM: its driver and socket, the epoch of its ownership, its last migration
   NAME.pages     destination: one byte for each page, written by the native engine (record.c)
   NAME.answers   destination: how earlier arrivals ended whose sources may not know it yet
-  daemon-id      which folder this is, for other hosts: random
+  daemon-id      tells this folder from those of other daemons: random
 
 `--durable-dir`, on disk, outlives the host:
 
-  NAME.intent    source: the guest may be at another host from now on, and whom to ask
+  NAME.intent    source: the guest may be at another host from now on, and which host to ask
 
 NAME is the VM's, as `to_file` writes it.
 
 A record is replaced as a whole by write and rename, so that a reader sees the old one or the new
-one; its own checksum tells a torn one where the file system does not keep that promise. Only an
-intent is fsynced: it is written before the stop, outside the blackout, and the others within it.
+one; its checksum shows a torn one where the file system does not keep that promise. Only an intent
+is fsynced: it is written before the guest stops; the others are written within the blackout.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ T = TypeVar("T", Record, Intent, Answers)
 
 
 KEPT = 100
-"""Answers of one VM that are kept, the newest: that a source has acknowledged one is not on record,
-so most are of no use, and no source waits for so many moves."""
+"""Answers that are kept of one VM, the newest. No record says whether a source has acknowledged
+one, so most are of no use; and no source waits for so many moves."""
 
 
 class StateNotWritten(PostcopydError):
@@ -53,19 +53,19 @@ class StateNotWritten(PostcopydError):
 
 
 class Store:
-    """The two folders. One daemon owns them; calls are synchronous, and short but `save_intent`."""
+    """The two folders. One daemon owns them. Calls are synchronous, and short but `save_intent`."""
 
     def __init__(self, directory: Path, durable: Path | None = None) -> None:
-        """Makes what is missing. Raises PostcopydError."""
+        """Makes folders that are missing. Raises PostcopydError."""
         self.directory = directory
         self.durable = durable or directory / "durable"
         _make(self.directory, "--state-dir")
         _make(self.durable, "--durable-dir")
 
     def identity(self) -> str:
-        """Which folder of records this is: random, made once. One that cannot be read is made anew,
-        and other hosts take this daemon for another then: the careful side. Raises StateNotWritten.
-        """
+        """Which folder of records this is: random, made once. If it cannot be read a new one is
+        made; other hosts then take this daemon for another, which is the safe side. Raises
+        StateNotWritten."""
         path = self.directory / "daemon-id"
         try:
             found = path.read_text(encoding="ascii").strip()
@@ -100,15 +100,15 @@ class Store:
         return _all(self.load_each())
 
     def load_each(self) -> tuple[dict[str, Record], dict[str, str]]:
-        """By VM name the records, and of those that cannot be read one sentence on why.
+        """The records by VM name; and by VM name, for those that cannot be read, a sentence on why.
 
-        What cannot be read stays as it is, for somebody to look at.
+        A record that cannot be read stays as it is, for somebody to look at.
         """
         return _each(self.directory, "json", _read_record)
 
     def under_way(self) -> bool:
-        """Whether a guest may be waiting for a daemon, by the records; one that cannot be read may
-        be of such a guest."""
+        """Whether a guest may be waiting for a daemon, by the records. A record that cannot be read
+        may be of such a guest."""
         found, unread = self.load_each()
         return bool(unread) or any(
             record["ownership"] not in ("held", "declined")
@@ -117,12 +117,12 @@ class Store:
         )
 
     def save_intent(self, name: str, intent: dict[str, Any]) -> None:
-        """Returns once it is on disk that the guest may leave: before its VMM is stopped.
+        """Returns once it is on disk that the guest may leave; its VMM is stopped only then.
 
-        `intent` has `migration`, `peer` (HOST:PORT, whom to ask), `epoch`, `driver` and `socket`,
-        `identity` (the names of its certificate) and `granted` (which daemon it is; older versions
-        wrote neither); added are `vm`, `boot` (see `procfs.boot_id`) and `time` (for people). Takes
-        as long as the disk takes to sync, so call it in a thread. Raises StateNotWritten.
+        `intent` has `migration`, `peer` (HOST:PORT of the host to ask), `epoch`, `driver`,
+        `socket`, `identity` (the names in its certificate) and `granted` (which daemon it is; older
+        versions wrote neither). Adds `vm`, `boot` (see `procfs.boot_id`) and `time` (for people).
+        Takes as long as the disk takes to sync, so call it in a thread. Raises StateNotWritten.
         """
         path = self._intent(name)
         try:
@@ -135,7 +135,7 @@ class Store:
             ) from None
 
     def redirect_intent(self, name: str, peer: str) -> None:
-        """Whom to ask is at another address. Syncs, as `save_intent`. Raises PostcopydError."""
+        """The host to ask has another address. Syncs, as `save_intent`. Raises PostcopydError."""
         path = self._intent(name)
         if not os.path.lexists(path):
             return
@@ -148,8 +148,8 @@ class Store:
             ) from None
 
     def forget_intent(self, name: str) -> None:
-        """The guest is this host's: no intent of its leaving holds any more. Without fsync: an
-        intent too many only asks again. Raises StateNotWritten."""
+        """Removes the intent of a guest that is this host's. Without fsync: an intent that comes
+        back only has the other host asked again. Raises StateNotWritten."""
         _unlink(
             self._intent(name),
             f"until it is removed, `postcopyd may-run {name}` here says that it may be elsewhere",
@@ -164,8 +164,8 @@ class Store:
         return _each(self.durable, "intent", _read_intent)
 
     def keep_answer(self, name: str, about: dict[str, Any]) -> None:
-        """How an arrival of this VM ended outlives its record, for its source. Raises
-        PostcopydError: it does not."""
+        """Keeps how an arrival of this VM ended, for its source, longer than its record. Raises
+        PostcopydError if it cannot."""
         path = self._path(name, "answers")
         answers = [*self._answers(name)[-KEPT + 1 :], about]
         try:
@@ -190,14 +190,14 @@ class Store:
         return answers
 
     def remove(self, name: str) -> None:
-        """Forgets a VM; its intent last, so that a daemon that dies in between asks again. Raises
-        StateNotWritten."""
+        """Forgets a VM; its intent last, so that a daemon that dies in between still asks the other
+        host. Raises StateNotWritten."""
         for path in (self._path(name, "json"), self._path(name, "pages"), self._intent(name)):
             _unlink(path, f"{name} is not forgotten: mend that and try again")
 
     def open_pages(self, name: str, again: bool = False) -> int:
-        """A new, empty page record, or `again` the one that is there; the descriptor is the
-        caller's. Raises PostcopydError, StateNotWritten for a new one."""
+        """A new, empty page record, or `again` the existing one; the caller owns the descriptor.
+        Raises PostcopydError; for a new one StateNotWritten."""
         path = self._path(name, "pages")
         flags = os.O_RDWR | os.O_CLOEXEC
         if again:
@@ -222,9 +222,9 @@ class Store:
             ) from None
 
     def lacks_pages(self, name: str, whole: bytes, regions: Sequence[int]) -> bool:
-        """Whether there is a page record, and any page of these regions (their numbers of pages) is
-        in another state there than those of `whole`. Raises PostcopydError when that cannot be
-        known."""
+        """Whether there is a page record in which a page of these regions (given as numbers of
+        pages) has a state that is not in `whole`. Raises PostcopydError when that cannot be known.
+        """
         path = self._path(name, "pages")
         try:
             with path.open("rb") as record:
@@ -237,7 +237,7 @@ class Store:
             ) from None
 
     def remove_pages(self, name: str) -> None:
-        """Of an arrival that is over. Raises StateNotWritten."""
+        """Removes the page record of an arrival that is over. Raises StateNotWritten."""
         _unlink(self._path(name, "pages"), "it is of no use any more, and takes room")
 
     def _path(self, name: str, kind: str) -> Path:
@@ -248,14 +248,14 @@ class Store:
 
 
 _LONGEST = 200
-"""Bytes that a VM's name may take of a file's: the rest, up to NAME_MAX, is for what follows."""
+"""Bytes of a file's name that a VM's name may take; the rest, up to NAME_MAX, is for its ending."""
 
 
 def to_file(name: str) -> str:
-    """What the files of a VM are called, before their ending; those of no other VM are.
+    """The name of a VM's files without their ending; no two VMs have the same.
 
-    Letters, digits and _.@:+- stand for themselves, all other bytes are written %XX. A name that
-    gets too long so is cut and ends with ~ and a digest; the record has it whole, in `vm`.
+    Letters, digits and _.@:+- stand for themselves; any other byte is written %XX. A name that gets
+    too long is cut and ends with ~ and a digest; the record has the whole name, in `vm`.
     """
     data = name.encode(errors="surrogatepass")
     text = re.sub(rb"[^\w.@:+-]|\A\.", lambda found: b"%%%02X" % found[0][0], data).decode()
@@ -265,7 +265,7 @@ def to_file(name: str) -> str:
 
 
 def _name(path: Path) -> str | None:
-    """The name of the VM that a file is of; None for one that was cut."""
+    """The name of the VM that a file belongs to; None if the file's name was cut."""
     if "~" in path.stem:
         return None
     data = re.sub(rb"%([0-9A-F]{2})", lambda found: bytes.fromhex(found[1].decode()),
@@ -274,15 +274,14 @@ def _name(path: Path) -> str | None:
 
 
 def read_record(directory: Path, name: str) -> Record | None:
-    """The record of one VM, as `read_intent`; with a `status` that has a role, a phase and a
-    message."""
+    """The record of one VM, as `read_intent`; its `status` has a role, a phase and a message."""
     return _of(directory, f"{to_file(name)}.json", _read_status, "--state-dir")
 
 
 def read_intent(durable: Path, name: str) -> Intent | None:
-    """The intent of one VM, for who is not the daemon; makes nothing, takes any name.
+    """The intent of one VM, for programs other than the daemon; makes nothing, takes any name.
 
-    Raises PostcopydError when there is one, or may be, and it cannot be read.
+    Raises PostcopydError when there is one, or may be one, and it cannot be read.
     """
     return _of(durable, f"{to_file(name)}.intent", _read_intent, "--durable-dir")
 
@@ -301,7 +300,7 @@ def _of(folder: Path, file: str, read: Callable[[Path], T], option: str) -> T | 
 
 
 _ROUND = 64
-"""Each region of a page record is rounded up to so many bytes (engine.c)."""
+"""Each region of a page record is rounded up to a multiple of this many bytes (engine.c)."""
 
 
 def _differ(record: BinaryIO, pages: int, states: bytes) -> bool:
@@ -319,13 +318,13 @@ def _unlink(path: Path, or_else: str) -> None:
     try:
         path.unlink(missing_ok=True)
     except FileNotFoundError:
-        pass  # its folder too
+        pass  # its folder is missing too
     except OSError as error:
         raise StateNotWritten(f"removing {path}: {error.strerror}; {or_else}") from None
 
 
 def _make(folder: Path, option: str) -> None:
-    """Makes a folder that is missing, on disk when this returns. Raises PostcopydError."""
+    """Makes a folder that is missing; it is on disk when this returns. Raises PostcopydError."""
     missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -338,13 +337,13 @@ def _make(folder: Path, option: str) -> None:
 
 
 def _write(path: Path, record: dict[str, Any], *, sync: bool) -> None:
-    """`_replace`, by a record with its checksum."""
+    """`_replace` with a record and its checksum."""
     body = json.dumps({"version": VERSION, **record}, sort_keys=True).encode()
     _replace(path, b"%08x %s\n" % (zlib.crc32(body), body), sync=sync)
 
 
 def _replace(path: Path, data: bytes, *, sync: bool) -> None:
-    """Replaces a file as a whole. Raises OSError; the old one stands then, or the new one does."""
+    """Replaces a file as a whole. Raises OSError; then either the old or the new one is there."""
     new = path.with_name(f"{path.name}.new")
     fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
@@ -368,7 +367,7 @@ def _sync(folder: Path) -> None:
 
 
 def _read(path: Path, checked: Callable[[Any], T]) -> T:
-    """A record that is one, by its checksum and by its schema. Raises PostcopydError naming it."""
+    """Reads a record and checks its checksum and schema. Raises PostcopydError that names it."""
     try:
         checksum, _, body = path.read_bytes().rstrip(b"\n").partition(b" ")
         if checksum != b"%08x" % zlib.crc32(body):

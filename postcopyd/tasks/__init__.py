@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How work is run: tasks that others depend on, and threads for calls that take their time.
-Imports nothing of this package."""
+"""How work is run: tasks that others depend on, and threads for slow calls. Imports `errors`
+only."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks that others depend on. Whatever a VMM, a peer, a record or a client has one of them meet
-ends in the log and in the state of the one VM, connection or client that it was for.
+"""Runs tasks that others depend on. An error that one of them meets, through a VMM, a peer, a
+record or a client, affects only the VM, connection or client that it was for, and is logged.
 
-Every task of the daemon's own nurseries is started through here, and every connection that comes in
-is served through here, or by the Varlink server, which does the same by itself; a test sees to
-that. Sessions have nurseries of their own, and see themselves to what goes wrong there.
+Every task of the daemon's own nurseries is started here, and every incoming connection is served
+here, or by the Varlink server, which does the same by itself; a test checks that. Sessions have
+nurseries of their own, and handle errors there themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import structlog
 import trio
 
 AGAIN_S = 1.0
-"""How long until a task that has to run for as long as the daemon is begun anew."""
+"""How long until a task that must run for as long as the daemon is started again."""
 
 log = structlog.get_logger()
 
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 async def outlived(
     failed: Callable[[Exception], None], task: Callable[..., Awaitable[None]], *args: Any
 ) -> None:
-    """A task of one VM. `failed` is called with what nobody expected of it."""
+    """Runs a task of one VM. `failed` is called with an error that the task did not expect."""
     try:
         await task(*args)
     except Exception as error:
@@ -33,7 +33,7 @@ async def outlived(
 
 
 async def always(task: Callable[..., Awaitable[None]], *args: Any) -> None:
-    """A task that the whole daemon needs: begun anew when it fails, over when it returns."""
+    """Runs a task that the whole daemon needs: again if it fails, until it returns."""
     while True:
         try:
             await task(*args)
@@ -46,7 +46,7 @@ async def always(task: Callable[..., Awaitable[None]], *args: Any) -> None:
 def each(
     handler: Callable[[trio.SocketStream], Awaitable[None]],
 ) -> Callable[[trio.SocketStream], Awaitable[None]]:
-    """Serves one connection, for trio.serve_listeners, which ends with the first that fails."""
+    """Serves connections for trio.serve_listeners, which the first error would otherwise end."""
 
     async def serve(stream: trio.SocketStream) -> None:
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A nursery that fails as its first task does."""
+"""A nursery that fails with the error of its first task."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from postcopyd.errors import PostcopydError
 
 @asynccontextmanager
 async def open_nursery() -> AsyncIterator[trio.Nursery]:
-    """A nursery whose failure is the failure of its first task, not a group of one.
+    """A nursery that raises the error of its first task that fails, and not a group.
 
-    A session has one thing that goes wrong first; what the others met while they were cancelled for
-    it is of no use to an operator. Errors that are not ours (bugs) come first.
+    In a session one thing goes wrong first. What the other tasks meet while they are cancelled for
+    it is of no use to an operator. Errors other than PostcopydError (bugs) come first.
     """
     try:
         async with trio.open_nursery() as nursery:
