@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: its verbs, what they show, and what works without a daemon."""
+"""The command line: its verbs, what they print, and the verbs that need no daemon."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`postcopyd certs`: a CA of one's own, and certificates of hosts, for who has no PKI.
+"""`postcopyd certs`: makes a CA, and certificates for hosts, where there is no other PKI.
 
-Owns the files' names and how they get there: all of them are written beside their places first, so
-that none is ever half there. Keys are new each time; that of the CA is needed for making
-certificates only, and on no host.
+Owns the names of the files and how they are put in place: all are written beside their places
+first, so that no file is ever half there. Each call makes new host keys. The CA's key is only
+needed for making certificates, and on no host.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ HOST_KEYS = ("server-key.pem", "client-key.pem")
 
 CA_DAYS = 3650
 HOST_DAYS = 825
-"""What Apple takes of certificates of a CA of one's own, the strictest known limit."""
+"""The strictest known limit on certificates of a private CA: Apple's."""
 
 EARLY = timedelta(hours=1)
-"""How much later another host's clock may be."""
+"""How much slower another host's clock may be."""
 
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
@@ -47,9 +47,9 @@ class Authority(NamedTuple):
 
 
 def make(directory: Path, hosts: list[str], authority: Path | None = None) -> list[str]:
-    """The five files of a host in `directory`, by the CA in the folder `authority`, or in the same
-    one; that is made where there is none. What was done and is to be done, as lines for a terminal.
-    Raises PostcopydError, and has changed nothing of the host's files then."""
+    """Makes the five files of a host in `directory`, by the CA in the folder `authority`, or in the
+    same folder; makes the CA if there is none. Returns lines for a terminal: what was done and what
+    is to be done. Raises PostcopydError; then the host's files are unchanged."""
     names = _general_names(hosts)
     home = authority or directory
     said = []
@@ -94,7 +94,7 @@ def new_authority(days: int = CA_DAYS) -> Authority:
     name = x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, "postcopyd"),
-            # Another one each time: who has two must be able to tell them apart.
+            # A new name each time: a person who has two CAs must be able to tell them apart.
             x509.NameAttribute(
                 NameOID.COMMON_NAME, f"CA of {socket.gethostname()[:40]} {os.urandom(4).hex()}"
             ),
@@ -121,7 +121,7 @@ def host(
         ExtendedKeyUsageOID.CLIENT_AUTH,
     ),
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """A certificate with these DNS and IP names, good for both roles, and its key."""
+    """A certificate with these DNS and IP names, valid for both roles, and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name(
         [
@@ -199,7 +199,7 @@ def _name(name: x509.GeneralName) -> str:
 
 
 def _authority(home: Path) -> tuple[Authority, bool]:
-    """The CA in a folder, and whether it was made just now. Raises PostcopydError, OSError."""
+    """The CA in a folder, and whether it was made by this call. Raises PostcopydError, OSError."""
     certificate, key = home / CA_CERT, home / CA_KEY
     if not certificate.exists() and not key.exists():
         made = new_authority()
@@ -237,7 +237,7 @@ def _authority(home: Path) -> tuple[Authority, bool]:
 
 
 def _must_replace(directory: Path, ca: Authority, hosts: list[str]) -> None:
-    """Raises PostcopydError unless what is in a host's folder is an older certificate of the same
+    """Raises PostcopydError if a host's folder has anything but older certificates of the same
     host, by the same CA."""
     other = directory / CA_CERT
     pem = ca.certificate.public_bytes(serialization.Encoding.PEM)
@@ -278,7 +278,7 @@ def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(directory: Path, files: dict[str, bytes]) -> None:
-    """Replaces files, each as a whole; all of them are on the disk before the first is in place."""
+    """Replaces files, each as a whole; all are on disk before the first is put in place."""
     new = {name: directory / f".{name}.new" for name in files}
     try:
         for name, data in files.items():

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host lacks to migrate guests, and how to mend it: `postcopyd doctor`.
+"""`postcopyd doctor`: finds what this host lacks to migrate guests, and says how to mend it.
 
 Owns one list of checks, each a small function that looks at one thing and says what it found. It
-changes nothing on the host; the one thing it does is to adopt a child process of its own, which
-proves what the other checks only make likely. It must not need a daemon, nor know of one.
+changes nothing on the host. It adopts only a child process of its own: this proves what the other
+checks only make likely. It must not need a daemon, nor know of one.
 
-Numbers are of the kernel: linux/userfaultfd.h, linux/fs.h, asm/unistd_64.h, linux/capability.h.
+Numbers are those of the kernel: linux/userfaultfd.h, linux/fs.h, asm/unistd_64.h,
+linux/capability.h.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ QEMU_OLDEST = (7, 2)
 QEMU_TRIED = ("7.2", "10.0")
 KERNEL_OLDEST = (6, 1)
 NOFILE = 4096
-"""Descriptors that a daemon with some hundred guests may need; each needs a dozen."""
+"""Descriptors that a daemon with some hundred guests may need; each guest needs a dozen."""
 
 _USERFAULTFD = 323
 _UFFDIO_API = 0xC018AA3F
@@ -50,7 +51,7 @@ _UFFD_API = 0xAA
 
 
 class Feature(NamedTuple):
-    """A bit of userfaultfd: the kernel it came with, whether migrating needs it, and for what."""
+    """A feature bit of userfaultfd: which kernel has it, whether migrating needs it, its use."""
 
     bit: int
     name: str
@@ -70,7 +71,7 @@ FEATURES = (
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. `mend` is what to do about it, empty when there is nothing."""
+    """The result of one check. `mend` says what to do about it; empty if there is nothing."""
 
     what: str
     state: Literal["ok", "lacks", "note"]
@@ -79,7 +80,7 @@ class Check:
 
 
 def run(*, json: bool) -> int:
-    """Prints all checks; the exit status: 0, or 1 when something lacks that migrating needs."""
+    """Prints all checks. Returns the exit status: 1 if this host lacks what migrating needs."""
     checks = diagnose()
     good = all(check.state != LACKS for check in checks)
     if json:
@@ -90,7 +91,7 @@ def run(*, json: bool) -> int:
 
 
 def diagnose() -> list[Check]:
-    """All checks in order. A check that fails by itself is a note, not the end of the others."""
+    """All checks in order. A check that cannot be made becomes a note; the others go on."""
     found: list[Check] = []
     for check in CHECKS:
         try:
@@ -102,7 +103,7 @@ def diagnose() -> list[Check]:
 
 
 def human(checks: Sequence[Check]) -> str:
-    """The checks as aligned lines, what to do below what lacks, and a last line with the sum."""
+    """The checks as aligned lines, each with its mend below it, and a last line with the sum."""
     width = max(len(check.what) for check in checks)
     lines = []
     for check in checks:
@@ -140,7 +141,7 @@ def _kernel() -> Iterator[Check]:
 
 
 def open_userfaultfd() -> tuple[int, str]:
-    """A userfaultfd of this process, and how it was got. Raises OSError when neither way works."""
+    """A userfaultfd of this process, and how it was made. Raises OSError when neither way works."""
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     libc = ctypes.CDLL(None, use_errno=True)
     fd = libc.syscall(_USERFAULTFD, flags)
@@ -158,7 +159,7 @@ def open_userfaultfd() -> tuple[int, str]:
 
 
 def userfaultfd_features(fd: int) -> int:
-    """All feature bits of the kernel; the descriptor can only be closed afterwards."""
+    """All feature bits of the kernel; afterwards the descriptor can only be closed."""
     answer = bytearray(struct.pack("=QQQ", _UFFD_API, 0, 0))
     fcntl.ioctl(fd, _UFFDIO_API, answer)
     return int(struct.unpack("=QQQ", answer)[1])
@@ -189,7 +190,7 @@ def _userfaultfd() -> Iterator[Check]:
 
 
 def _userfaultfd_device() -> Iterator[Check]:
-    """Only for VMMs that run as another user: others make the system call."""
+    """Needed for VMMs that run as another user only: others make the system call."""
     what = DEVICE
     try:
         device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
@@ -225,7 +226,7 @@ def _unprivileged_userfaultfd() -> Iterator[Check]:
 
 
 def _tracking() -> Iterator[Check]:
-    """Whether what a guest writes can be seen while it runs, on memory of our own."""
+    """Whether the kernel sees what a guest writes while it runs; tried on this process's memory."""
     from postcopyd.host import kernel
 
     what = "seeing written pages (tried)"
@@ -237,7 +238,7 @@ def _tracking() -> Iterator[Check]:
 
 
 def _huge_page_zeros() -> Iterator[Check]:
-    """Whether what lacks stays missing when the kernel makes huge pages, on memory of our own."""
+    """Whether missing pages stay missing when the kernel makes huge pages; tried the same way."""
     from postcopyd.host import kernel
 
     what = "missing pages stay missing (tried)"
@@ -284,7 +285,7 @@ def _ptrace_scope() -> Iterator[Check]:
 
 
 def _adoption() -> Iterator[Check]:
-    """The proof: a child that knows nothing of us is adopted as a VMM would be."""
+    """The proof: adopts a child, which does not cooperate, as it would adopt a VMM."""
     import trio
 
     from postcopyd.native import adoption
@@ -293,7 +294,7 @@ def _adoption() -> Iterator[Check]:
     child = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL)
 
     async def adopt() -> int:
-        # Not before it is `sleep`: until then it is a copy of this process.
+        # Wait until it is `sleep`: before that it is a copy of this process.
         while Path(f"/proc/{child.pid}/comm").read_text().strip() != "sleep":
             await trio.sleep(0.001)
         ours, number = await adoption.create_userfaultfd(child.pid, allow_seccomp=True)
@@ -319,8 +320,8 @@ def _adoption() -> Iterator[Check]:
 
 
 def _other_processes() -> Iterator[Check]:
-    """pidfd_getfd and process_vm_readv, on a child: between unrelated processes the rules are
-    the same as for ptrace."""
+    """Tries pidfd_getfd and process_vm_readv on a child. Between unrelated processes the rules are
+    those of ptrace."""
     child = subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE)
     libc = ctypes.CDLL(None, use_errno=True)
     try:
@@ -359,7 +360,7 @@ def _call(
 
 
 def qemus() -> dict[Path, str]:
-    """The QEMUs of this host, by real path, and their versions ("" when one does not say)."""
+    """The QEMUs of this host by real path, with their versions ("" if one does not say)."""
     folders = [Path(folder) for folder in os.environ.get("PATH", "").split(":") if folder]
     found = {}
     for path in (folder / name for folder in (*folders, *QEMU_PLACES) for name in QEMU_NAMES):

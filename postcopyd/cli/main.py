@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: the arguments of every verb, and how errors become sentences and statuses.
+"""The command line: the arguments of every verb; turns errors into sentences and exit statuses.
 
 Must not import what only one verb needs before that verb runs: `postcopyd --help` is instant, and
 no client loads trio. What the client verbs do is in `verbs`.
@@ -183,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; the exit status. 0 done, 1 failed, 2 usage, 3 the guest waits for recovery."""
+    """Runs one verb. Returns 0: done, 1: failed, 2: usage, 3: the guest waits for recovery."""
     top = parser()
     args = top.parse_args(argv)
     try:
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone; the interpreter must not try to flush to it.
+        # The reader of stdout has gone; the interpreter must not flush to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 
@@ -219,9 +219,9 @@ def _serve(args: argparse.Namespace) -> int:
 
     import trio
 
-    # structlog would take it for tracebacks in colour: a third of the time to start, and guests may
-    # wait for a daemon that is started again.
-    sys.modules["rich"] = None  # type: ignore[assignment]  # as the import system has it
+    # structlog would import rich for coloured tracebacks: a third of the time to start, while
+    # guests may wait for a daemon that restarts.
+    sys.modules["rich"] = None  # type: ignore[assignment]  # so that its import fails
     from postcopyd.daemon import service
 
     del sys.modules["rich"]

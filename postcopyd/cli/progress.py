@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a migration looks: live on a terminal of any width, lines elsewhere, JSON for programs.
+"""Shows migrations: live on a terminal of any width, as lines elsewhere, as JSON for programs.
 
-Owns words and units on the screen. Given status and result objects as the control socket gives
-them, and indulgent about fields that are missing; asks nobody for anything.
+Owns words and units on the screen. Takes status and result objects as the control socket gives
+them; fields may be missing. Makes no calls of its own.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from postcopyd.units import duration, size
 
 Object = Mapping[str, Any]
 
-# Plain lines come at each change of phase, and no more often than this in between.
+# Shortest time between two plain lines, unless the phase changes.
 LINE_SECONDS = 1.0
 _BAR = 40
 _LABEL = 15
-"""Columns before the value of a row, where there is room for both."""
+"""Columns before the value of a row, if label and value fit side by side."""
 
 _NARROW = 50
-"""Terminals below this have values below their labels, and no bars."""
+"""Terminals with fewer columns get values below their labels, and no bars."""
 
 _COLOURS = {"precopy": "36", "handover": "33", "postcopy": "36", "paused": "1;31", "drained": "32",
             "failed": "31"}  # fmt: skip
@@ -36,14 +36,14 @@ _COLOURS = {"precopy": "36", "handover": "33", "postcopy": "36", "paused": "1;31
 
 
 class Screen(NamedTuple):
-    """What is written to. Without columns it is no terminal, and nothing is cut or wrapped."""
+    """What is written to. Without `columns` it is no terminal, and nothing is cut or wrapped."""
 
     columns: int | None = None
     colour: bool = False
-    blocks: bool = False  # whether it shows more than ASCII
+    blocks: bool = False  # whether it can show more than ASCII
 
     def cut(self, text: str, columns: int | None = None) -> str:
-        """At most so many columns of it, or as many as there are."""
+        """The text, cut to so many columns, or to those of the screen."""
         columns = self.columns if columns is None else columns
         if columns is None or width(text) <= columns:
             return text
@@ -51,7 +51,7 @@ class Screen(NamedTuple):
         return text[:end] + ("…" if self.blocks else "~")
 
     def wrap(self, text: str, indent: int = 0) -> list[str]:
-        """Lines of words that fit, the later ones indented."""
+        """The text as lines that fit, the later ones indented."""
         if self.columns is None:
             return [text]
         return textwrap.wrap(text, self.columns, subsequent_indent=" " * indent) or [""]
@@ -65,7 +65,7 @@ PLAIN = Screen()
 
 
 def width(text: str) -> int:
-    """Columns that it takes: characters of East Asia take two, marks on others none."""
+    """Columns that the text takes: East Asian characters take two, combining marks none."""
     if text.isascii():
         return len(text)
     return sum(
@@ -79,7 +79,7 @@ def padded(text: str, columns: int) -> str:
 
 
 def screen() -> Screen:
-    """Standard output, as it is now."""
+    """Standard output in its present state."""
     if not sys.stdout.isatty():
         return PLAIN
     said, columns = os.environ.get("COLUMNS", ""), 0
@@ -99,7 +99,7 @@ def emit(event: Object) -> None:
 
 
 def figures(status: Object) -> str:
-    """How far a migration is: remaining, rate, faults and how long they wait."""
+    """How far a migration is: remaining memory, rate, faults and how long they wait."""
     parts = []
     if total := status.get("totalBytes"):
         parts.append(f"{size(status.get('remaining', 0))} of {size(total)} remaining")
@@ -166,12 +166,12 @@ class PlainView:
             print(line(status), flush=True)
 
     def say(self, text: str) -> None:
-        """What is to stay, on lines of its own."""
+        """Prints text that is to stay, on lines of its own."""
         print(text, flush=True)
 
 
 class LiveView(PlainView):
-    """A line for each phase, the last of which moves; for terminals."""
+    """A line for each phase, of which the last is updated in place; for terminals."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class LiveView(PlainView):
 
 
 def live(status: Object, screen: Screen) -> str:
-    """One line on a migration, with a bar where there is room."""
+    """One line on a migration, with a bar if there is room."""
     phase, total = status.get("phase", ""), status.get("totalBytes") or 0
     columns = screen.columns or 80
     head = f"{screen.cut(str(status.get('vm', '')), max(columns // 3, 8))} {phase}"
@@ -214,7 +214,7 @@ def live(status: Object, screen: Screen) -> str:
 
 
 def _bar(share: float, columns: int, screen: Screen) -> str:
-    """From nothing to so many columns. What is not nothing shows something."""
+    """A bar of at most so many columns. A share above nothing always shows something."""
     if not screen.blocks:
         return "#" * max(round(share * columns), 1 if share else 0)
     whole, eighths = divmod(max(round(share * columns * 8), 1 if share else 0), 8)
@@ -222,12 +222,12 @@ def _bar(share: float, columns: int, screen: Screen) -> str:
 
 
 def view(as_json: bool) -> View:
-    """The view that suits standard output."""
+    """The view for standard output."""
     return JsonView() if as_json else lines()
 
 
 def lines() -> PlainView:
-    """The view for people that suits standard output."""
+    """The view for people on standard output."""
     dumb = os.environ.get("TERM", "dumb") == "dumb"
     return LiveView() if sys.stdout.isatty() and not dumb else PlainView()
 
@@ -248,8 +248,8 @@ def _rows(rows: Sequence[tuple[str, str]], screen: Screen) -> list[str]:
 
 
 def summary(result: Object, peer: str, screen: Screen = PLAIN) -> str:
-    """A completed migration for people: times, its way through the phases, pages by kind, and how
-    long faults waited."""
+    """A completed migration for people: its times and phases, its pages by kind, and how long
+    faults waited."""
     memory, faults = result.get("memory") or {}, result.get("faults") or {}
     kinds = ("precopy", "dirty", "pushed", "urgent", "zero", "duplicate")
     pages = ", ".join(
@@ -328,8 +328,8 @@ def block(status: Object, screen: Screen = PLAIN) -> str:
 
 
 def table(statuses: Sequence[Object], screen: Screen = PLAIN) -> str:
-    """One line for each VM under a heading; on a narrow terminal long cells are cut, and on one
-    that is narrower still columns go, the least telling first."""
+    """One line for each VM, under a heading. A narrow terminal has long cells cut; a narrower one
+    loses columns, the least telling first."""
     rows = [("NAME", "ROLE", "PHASE", "PEER", "REMAINING")]
     for status in statuses:
         facts = [str(status.get(key) or "-") for key in ("vm", "role", "phase", "peer")]
@@ -348,7 +348,7 @@ def table(statuses: Sequence[Object], screen: Screen = PLAIN) -> str:
     found = []
     for row in rows:
         cells = [padded(screen.cut(row[c], widths[c]), widths[c]) for c in shown]
-        # Painted last, as colours take no room.
+        # Painted last: colours take no columns.
         at, phase = shown.index(2), cells[shown.index(2)].rstrip()
         cells[at] = screen.paint(phase, row[2]) + cells[at][len(phase) :]
         found.append("  ".join(cells).rstrip())

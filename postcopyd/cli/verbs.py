@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs that ask a running daemon: what each asks, what it prints, its exit status.
 
-Owns what an operator is told when the daemon refuses, is not there or goes away, and the rule that
-decides between exit statuses 1 and 3. Knows of the daemon what its interface file says.
+Owns what an operator is told when the daemon refuses, is not there or goes away, and the choice
+between exit statuses 1 and 3. Knows of the daemon only what its interface file says.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from postcopyd.varlink.client import (
 DONE, FAILED, USAGE, WAITS = 0, 1, 2, 3
 # EX_SOFTWARE of sysexits.h, for a daemon that ends by a bug: its unit starts it again at once.
 CRASHED = 70
-# The shell's number for what SIGINT ended.
+# The shell's status of a command that SIGINT ended.
 INTERRUPTED = 130
 
 INTERFACE = "io.postcopyd"
-# How long a daemon may take to answer the first call of a client, which it does in milliseconds. An
-# HA manager that asks `may-run` waits less: the disk answers as well.
+# How long a daemon may take to answer a client's first call, which takes it milliseconds. An HA
+# manager that asks `may-run` waits less: the records and the disk answer as well.
 GREETING_SECONDS = 10.0
 MAY_RUN_SECONDS = 4.0
-# Last seen in one of these, a guest may have left the source for good. In handover it may not have;
-# a script that is told so wrongly would run it twice.
+# A guest last seen in one of these phases may have left the source for good. In handover it may
+# not have; but a script that is told so wrongly would run it twice.
 _MAYBE_THERE = frozenset({"handover", "postcopy", "paused", "drained"})
 
 
 def say(sentence: str, status: int) -> int:
-    """Tell the operator why, and give the exit status back."""
+    """Prints the sentence for the operator; returns the exit status."""
     print(f"postcopyd: {sentence}", file=sys.stderr, flush=True)
     return status
 
@@ -58,8 +58,8 @@ class Failed(Exception):
 
 
 class _NotRunning(Failed):
-    """Nobody listens at the control socket, or nobody answers: a service manager may hold it, and
-    the service not start."""
+    """No daemon listens at the control socket, or none answers: a service manager may hold the
+    socket while the service does not start."""
 
 
 def _control(args: argparse.Namespace) -> str:
@@ -67,7 +67,7 @@ def _control(args: argparse.Namespace) -> str:
 
 
 def _again(args: argparse.Namespace, verb: str) -> str:
-    """The command to type next, against the same daemon."""
+    """The command to type next, for the same daemon."""
     control = f" --control {shlex.quote(args.control)}" if args.control else ""
     return f"`postcopyd {verb} {shlex.quote(args.name)}{control}`"
 
@@ -149,7 +149,7 @@ def _tell(args: argparse.Namespace, event: str, sentence: str) -> int:
 
 def attach(args: argparse.Namespace) -> int:
     driver = "qemu" if args.qemu else "process"
-    # The daemon has another working directory.
+    # Absolute, as the daemon has another working directory.
     path = os.path.abspath(args.qemu or args.process)
     status = _ask(args, "Attach", name=args.name, driver=driver, socket=path)["status"]
     if args.json:
@@ -206,13 +206,13 @@ def migrate(args: argparse.Namespace) -> int:
         print(progress.summary(result, peer, progress.screen()), flush=True)
     if result["event"] == "completed":
         return DONE
-    if result["event"] == "ended":  # there, as was meant: nothing is left to do for anybody
+    if result["event"] == "ended":  # the guest ended there, as was meant: nothing is left to do
         return DONE if args.json else say(result["error"], DONE)
     sentence = result.get("error") or f"the migration of {args.name} ended: {result['event']}"
     if result["event"] == "paused":
         again = f"it goes on by itself: {_again(args, 'watch')}; {_again(args, 'recover')} tries"
         return say(f"{sentence}; {again} at once", WAITS)
-    return say(sentence, FAILED)  # the guest is at the source, wherever it was seen before
+    return say(sentence, FAILED)  # the guest is at the source, whatever phase was seen before
 
 
 def _follow(client: Client, args: argparse.Namespace, migration: str) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def _follow(client: Client, args: argparse.Namespace, migration: str) -> dict[st
                 if result.get("migration") == migration:
                     return result
                 phase = status["phase"]
-                # A handover may still end with the guest where it was; what follows may not.
+                # A handover may still end with the guest at the source; later phases may not.
                 maybe_there = maybe_there or phase in _MAYBE_THERE - {"handover"}
                 view.show(status)
         raise ConnectionLost
@@ -323,12 +323,12 @@ def resolve(args: argparse.Namespace) -> int:
 
 
 def may_run(args: argparse.Namespace) -> int:
-    """Both have to agree: the daemon, or where none answers what it has recorded, and the disk,
-    which outlives the host too."""
+    """Two must agree: the daemon, or its records if none answers; and the intent on disk, which
+    outlives the host too."""
     try:
         why = _daemon_against(args) or _disk_against(args)
     except (Failed, PostcopydError) as failed:
-        why = str(failed)  # who cannot be asked has not agreed
+        why = str(failed)  # what cannot be asked has not agreed
     if args.json:
         progress.emit({"event": "may-run", "vm": args.name, "mayRun": not why, "message": why})
     elif not why:
@@ -337,7 +337,7 @@ def may_run(args: argparse.Namespace) -> int:
 
 
 def _daemon_against(args: argparse.Namespace) -> str:
-    """Why a guest must not be started here, by what the daemon knows of it; or nothing."""
+    """Why a guest must not be started here, by what the daemon knows of it; "" if it may."""
     try:
         with _connect(args, MAY_RUN_SECONDS) as client:
             vms = _call(client, args, "List")["vms"]
@@ -350,7 +350,7 @@ def _daemon_against(args: argparse.Namespace) -> str:
 
 
 def _record_against(args: argparse.Namespace) -> str:
-    """The same by what the daemon has recorded, which goes on with it when it is started."""
+    """The same, by the daemon's records: when it is started it goes on with them."""
     from postcopyd.records import store
 
     record = store.read_record(_state_dir(args), args.name)
@@ -360,7 +360,7 @@ def _record_against(args: argparse.Namespace) -> str:
 
 
 def _state_dir(args: argparse.Namespace) -> Path:
-    """Of the daemon, by what is said of its folders."""
+    """The daemon's folder of records, by what the arguments say of its folders."""
     if args.state_dir:
         return Path(args.state_dir)
     durable = Path(args.durable_dir or options.DEFAULT_DURABLE_DIR)
@@ -371,9 +371,9 @@ def _stays_here(status: Mapping[str, Any]) -> bool:
     """Whether the guest is not at the other host, nor on its way there or here."""
     result = status.get("result") or {}
     match status["role"], status["phase"]:
-        case _, "idle":  # otherwise a migration is being prepared
+        case _, "idle":  # with a migration: one is being prepared
             return not status.get("migration")
-        case "source", "failed":  # a resolved migration has failed too; only these ended here
+        case "source", "failed":  # a migration that a person resolved fails too, without these
             return result.get("event") in ("failed", "cancelled", "ended")
         case "destination", "drained" | "failed":
             return True
@@ -381,7 +381,7 @@ def _stays_here(status: Mapping[str, Any]) -> bool:
 
 
 def _disk_against(args: argparse.Namespace) -> str:
-    """The same by what is on disk, where the guest may have left and the outcome is not known."""
+    """The same, by the intent on disk: the guest may have left, and the outcome is not known."""
     from postcopyd.host import procfs
     from postcopyd.records import store
 

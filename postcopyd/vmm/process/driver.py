@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver for a VMM that takes part: docs/VMM-PROTOCOL.md, the daemon's side.
+"""The driver for a cooperating VMM: the daemon's side of docs/VMM-PROTOCOL.md.
 
 It owns the verbs (exchange.py has how one is asked and answered). It must not know what the device
 state means or which VMM it is. The VMM is not trusted: everything it says is checked and everything
@@ -39,8 +39,8 @@ from postcopyd.vmm.process.exchange import Asked, within
 from postcopyd.vmm.process.lines import Link, close_all, number
 
 MAX_FACTS = 64
-FAREWELL_S = 1.0  # for the rest of what a VMM that has ended has said
-AGAIN_S = 0.5  # until one that turned a rollback away is asked again
+FAREWELL_S = 1.0  # to read what a VMM said before it ended
+AGAIN_S = 0.5  # until a VMM that turned a rollback away is asked again
 PIPE_SIZE = 1 << 20  # bytes; the most that an unprivileged process may ask for by default
 
 
@@ -79,7 +79,7 @@ class ProcessVmm(Asked):
     async def _look(
         self, role: Role, regions: tuple[Region, ...]
     ) -> tuple[list[str], list[str], list[str]]:
-        """Problems, and the writers of `_writers`. Raises OSError."""
+        """Problems, and the two lists of `_writers`. Raises OSError."""
         problems = await trio.to_thread.run_sync(
             mappings.problems, self.pid, regions, limiter=threads.WALKS
         )
@@ -93,7 +93,8 @@ class ProcessVmm(Asked):
         return problems, direct, unseen
 
     def _writers(self, regions: tuple[Region, ...]) -> tuple[list[str], list[str]]:
-        """What direct I/O reads, and what else writes guest RAM: by /proc and by its own word."""
+        """What reads into guest RAM by direct I/O, and what else writes it without tracking seeing
+        it; by /proc and by the VMM's own word. Raises OSError."""
         direct, unseen = writers.look(self.pid)
         if self._writes == "direct":
             direct.append(f"{self._vmm}, as it says,")
@@ -148,7 +149,7 @@ class ProcessVmm(Asked):
             self.farewell = self._ended
 
     async def _hear_out(self) -> None:
-        """Reads to the end: what it has said last, nobody may have asked for."""
+        """Reads to the end: its last line may have come unasked."""
         async with self._turn:
             with contextlib.suppress(PostcopydError, OSError):
                 while self._link is not None:
@@ -202,7 +203,7 @@ class ProcessVmm(Asked):
             _check_moved(link, said, total)
 
     async def track(self) -> int:
-        await self._do("release")  # of what a daemon that was killed in here has left
+        await self._do("release")  # what a daemon that was killed here has left
         try:
             (uffd,) = await self.adopted()
         except BaseException:
@@ -231,7 +232,8 @@ class ProcessVmm(Asked):
             self.before = before
 
     async def _stop(self) -> None:
-        """A cancel waits for its answer for a moment: who undoes it is to find it done."""
+        """Stops the guest. If cancelled it still waits a moment for the answer, as the rollback
+        must find the guest stopped."""
         self._stopping = True
         async with open_nursery() as nursery:
             with trio.CancelScope(shield=True) as answer:
@@ -251,8 +253,8 @@ class ProcessVmm(Asked):
             answer.deadline = trio.current_time() + self.limits.called_off
 
     async def _stop_over(self) -> State:
-        """The state. A VMM that was left at its stop may turn others away for as long as that
-        takes, and is asked again."""
+        """The state. A VMM that was abandoned at its stop may turn requests away until it has
+        stopped, so it is asked again. Raises VmmError and VmmTimeout."""
         until = trio.current_time() + self.limits.answer
         while True:
             try:
@@ -277,10 +279,10 @@ class ProcessVmm(Asked):
             ) from None
 
     async def rollback(self) -> str:
-        """Such a VMM does not tell who has stopped its guest. So it is run if it ran when `save` or
-        `still` stopped it, and never stopped: who has run it meanwhile was somebody else."""
+        """Such a VMM does not tell who has stopped its guest. So the guest is run if it ran when
+        `save` or `still` stopped it, and it is never stopped: somebody else may have run it."""
         state, before = await self._stop_over(), self.before
-        # Whatever a VMM says that has not answered to its stop, that may come yet.
+        # A VMM that has not answered to its stop may stop yet, whatever it says.
         if before == "running" and (state == "paused" or self._stopping):
             await self._run_again()
         self.before = None
@@ -299,7 +301,7 @@ class ProcessVmm(Asked):
     # --- destination
 
     async def adopt(self, shape: Shape) -> list[int]:
-        await self._do("release")  # of an adoption that came to nothing
+        await self._do("release")  # undoes an adoption that came to nothing
         await self.discard(shape)
         async with self._exchange("discard"):
             for region in shape.regions:
@@ -352,7 +354,7 @@ class ProcessVmm(Asked):
         try:
             await self._do("run")
         except VmmError as refusal:
-            # An answered refusal promises that no vCPU ran; the state has to agree.
+            # A refusal promises that no vCPU ran; the state has to agree.
             if await self._hello() == "paused":
                 raise Declined(str(refusal)) from None
             raise
@@ -363,7 +365,7 @@ class ProcessVmm(Asked):
 
 def _pipe() -> tuple[int, int]:
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    # Larger means fewer wake-ups in the blackout; a user over the system's limit does without.
+    # Larger means fewer wake-ups in the blackout. A user over the system's limit does without.
     with contextlib.suppress(OSError):
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
     return read_end, write_end

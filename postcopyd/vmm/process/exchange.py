@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One request and its answer: the connection to a VMM that takes part, and who is at its other end.
+"""One request and its answer: the connection to a cooperating VMM, and which process answers there.
 
-Owns the connection and the pidfd. Any request that does not run to its end (a time limit, a rule
-broken, a cancellation) ends the connection, because nobody could tell whose answer comes next. The
-next request makes a new one, and the VMM has promised that a disconnect changes nothing.
+Owns the connection and the pidfd. Any request that does not run to its end (a time limit, a broken
+rule, a cancellation) ends the connection, because the next answer could belong to either request.
+The next request makes a new connection. The VMM has promised that a disconnect changes nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from postcopyd.vmm.process.lines import Link, attributes
 
 HELLO = "hello postcopyd 1"
 STATES: dict[str, State] = {"running": "running", "paused": "paused", "incoming": "incoming"}
-MAX_LINES = 256  # of data in one answer: a region each
+MAX_LINES = 256  # of data in one answer: one for each region
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Limits:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Bounds what the VMM does, and names what the operating system says of it."""
+    """Limits the time of what the VMM does. Raises VmmTimeout; for an OSError VmmGone, or
+    the shortage that it is."""
     try:
         with trio.fail_after(max(0.0, seconds)):
             yield
@@ -80,7 +81,7 @@ class Asked(Vmm):
         self._link: Link | None = None
         self._turn = trio.Lock()  # one request at a time
         self._ended: str | None = None  # why its guest has, if that is the last it has said
-        self._ending = False  # by us
+        self._ending = False  # by this driver
         self._stopping = False  # it was told to stop its guest, and has not answered
 
     @classmethod
@@ -95,9 +96,9 @@ class Asked(Vmm):
 
     @contextlib.asynccontextmanager
     async def _exchange(self, verb: str) -> AsyncIterator[Link]:
-        """A turn on the connection, which ends when anything goes wrong in it but a refusal.
+        """A turn on the connection, which is closed if anything in it fails but by a refusal.
 
-        Errors of the VMM get said of whom and of what they are; others come through as they are.
+        The VMM's errors get a sentence with its name and the request; other errors pass unchanged.
         """
         async with self._turn:
             try:
@@ -137,7 +138,7 @@ class Asked(Vmm):
                     raw.connect(self.socket)
                     return trio.socket.from_stdlib_socket(raw)
                 except BlockingIOError:
-                    # A unix socket whose queue is full cannot be waited for, only asked again.
+                    # A unix socket whose queue is full cannot be waited for, only tried again.
                     await trio.sleep(0.05)
         except OSError as error:
             raw.close()
@@ -150,7 +151,7 @@ class Asked(Vmm):
             raise
 
     def _know(self, pid: int, vmm: str) -> None:
-        """Who answers: the same process always, or this is another VMM."""
+        """Which process answers: always the same, or this is another VMM. Raises VmmGone."""
         if not mappings.NAME.fullmatch(vmm):
             raise VmmProtocolError("its answer to hello has no vmm=NAME")
         if pid <= 0:
@@ -170,7 +171,7 @@ class Asked(Vmm):
             self._link = None
 
     async def _answer(self, link: Link) -> tuple[dict[str, str], list[str]]:
-        """The attributes of `ok`, and the lines before it; `VmmError` for `error`."""
+        """The attributes of `ok`, and the lines before it. Raises `VmmError` for `error`."""
         lines: list[str] = []
         while True:
             line = await link.line()
@@ -187,7 +188,8 @@ class Asked(Vmm):
                 raise VmmProtocolError(f"it answered with more than {MAX_LINES} lines")
 
     def _says_ended(self, line: str) -> bool:
-        """Unasked, between any two answers. A VMM that goes on after it has not ended."""
+        """Whether this is `ended`, which comes unasked, between any two answers. A VMM that says
+        anything after it has not ended."""
         word, _, why = line.partition(" ")
         self._ended = (plain(why[:500]) or "its VMM ended it") if word == "ended" else None
         return word == "ended"
@@ -198,7 +200,7 @@ class Asked(Vmm):
             return await self._answer(link)
 
     async def _do(self, request: str) -> None:
-        """A request whose answer is one word."""
+        """Makes a request whose answer is a single `ok` or `error`."""
         async with self._exchange(request.partition(" ")[0]) as link:
             _, lines = await self._ask(link, request)
             link.take(0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lines, attributes and descriptors of docs/VMM-PROTOCOL.md on one connection.
 
-It owns the socket and what was received and not used yet. It must not know a verb. Everything a
-VMM can make longer or more numerous has its limit here.
+It owns the socket, and what was received and is not used yet. It must not know a verb. Everything
+that a VMM can make longer or more numerous has its limit here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from postcopyd.errors import no_descriptors
 from postcopyd.vmm import VmmGone, VmmProtocolError
 
 MAX_LINE = 4096  # bytes, with its end: one page, more than any sentence needs
-MAX_FDS = 256  # waiting to be used: one for each region there may be
-ROOM_FDS = 32  # of one message; the kernel drops those beyond
+MAX_FDS = 256  # waiting to be used: one for each region that a VMM may have
+ROOM_FDS = 32  # in one message; the kernel drops those beyond
 MAX_NUMBER = 1 << 56  # above any address or size that a process can have
 
 _NUMBER = re.compile(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,20}")
@@ -33,7 +33,7 @@ def attributes(text: str) -> dict[str, str]:
 
 
 def number(values: dict[str, str], key: str) -> int:
-    """A decimal or 0x-hexadecimal attribute; raises `VmmProtocolError`."""
+    """A decimal or 0x-hexadecimal attribute. Raises `VmmProtocolError`."""
     text = values.get(key, "")
     if _NUMBER.fullmatch(text):
         value = int(text, 16 if text.startswith("0x") else 10)
@@ -57,8 +57,8 @@ class Link:
         self._buffer = bytearray()
 
     async def send(self, line: str, fd: int | None = None) -> None:
-        """Send one line, and a duplicate of `fd` with it. A VMM that has ended takes none: its last
-        word, and its end, are what is read next."""
+        """Sends one line, with a duplicate of `fd`. Does not raise if the VMM has ended: its last
+        words, and its end, are what the caller reads next."""
         data = line.encode("ascii") + b"\n"
         rights = []
         if fd is not None:
@@ -93,7 +93,7 @@ class Link:
             elif kind == sockets.SCM_CREDENTIALS:
                 self.pid = struct.unpack("3i", value)[0]
         if flags & sockets.MSG_CTRUNC and len(self._fds) < ROOM_FDS:
-            raise no_descriptors()  # recvmsg(2) does not fail for it
+            raise no_descriptors()  # recvmsg(2) itself does not fail for want of them
         if flags & sockets.MSG_CTRUNC or len(self._fds) > MAX_FDS:
             raise VmmProtocolError("it sent more descriptors than any answer has")
         if not data:
@@ -101,7 +101,8 @@ class Link:
         self._buffer += data
 
     def take(self, count: int) -> list[int]:
-        """The descriptors of an answer that must have exactly `count`; they are the caller's."""
+        """Exactly `count` descriptors of an answer; they are the caller's. Raises
+        `VmmProtocolError` if it has another number."""
         fds, self._fds = self._fds, []
         if len(fds) != count:
             got = len(fds)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a VMM says of its guest RAM, held against what the kernel says of it.
+"""Checks what a VMM says of its guest RAM against what the kernel says of it.
 
-It owns the parsing of region lines and the checks; it must not talk to the VMM. Guest memory goes
-wrong silently when the two differ, so a mistake of a VMM's author has to be found here.
+It owns the parsing of region lines and the checks; it must not talk to the VMM. Where the two
+differ guest memory goes wrong silently, so a mistake of a VMM's author has to be found here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parse(lines: list[str]) -> list[dict[str, str]]:
 
 
 def regions(parsed: list[dict[str, str]], fds: list[int]) -> tuple[Region, ...]:
-    """The regions, with `fds` for those of files, in order. Raises `VmmProtocolError`."""
+    """The regions; `fds` are those of file regions, in order. Raises `VmmProtocolError`."""
     unused = iter(fds)
     found = tuple(
         _region(values, next(unused) if values["backing"] == "file" else None) for values in parsed
@@ -74,7 +74,7 @@ def _region(values: dict[str, str], fd: int | None) -> Region:
 
 
 def problems(pid: int, guest_ram: tuple[Region, ...]) -> list[str]:
-    """Why guest RAM mapped like this cannot be migrated: sentences, each with its mend.
+    """Why guest RAM that is mapped like this cannot be migrated: sentences, each with its mend.
 
     Reads the mappings of every process: call it in a thread.
     """
@@ -105,8 +105,8 @@ def problems(pid: int, guest_ram: tuple[Region, ...]) -> list[str]:
 
 
 def exposed(pid: int, guest_ram: tuple[Region, ...]) -> list[str]:
-    """Why the kernel may put zeros where pages of this guest RAM lack (`kernel.fills_holes`):
-    sentences. Anonymous memory is safe on every kernel. Call it in a thread."""
+    """Why the kernel may put zeros where pages of this guest RAM are missing
+    (`kernel.fills_holes`): sentences. Anonymous memory is safe on every kernel. Use a thread."""
     return [
         f"the file of region {region.name} may be put in huge pages, and this host's kernel then "
         "puts zeros where pages have not arrived: have the VMM call MADV_NOHUGEPAGE for it while "
@@ -158,9 +158,9 @@ def _unfit(fd: int, page_size: int) -> str | None:
 
 
 def is_empty(pid: int, region: Region) -> bool:
-    """Whether no page of the region is there. May take long: call it in a thread.
+    """Whether all pages of the region are missing. May take long: call it in a thread.
 
-    Of huge pages nothing outside the VMM can say so; they are believed to be empty.
+    Huge pages are believed to be missing: nothing outside the VMM can tell.
     """
     if region.page_size != SMALL:
         return True

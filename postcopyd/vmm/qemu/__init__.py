@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver for an unmodified QEMU, by its monitor."""
+"""The driver for an unmodified QEMU, through its monitor."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What QEMU answers, as far as the driver looks at it: one type for each question.
+"""The form of QEMU's answers, as far as the driver reads them: one type for each question.
 
-`Qmp.ask` compares an answer with its type, so that a QEMU whose guest has taken it over can say
-what it likes: nothing is indexed into before. Fields that a version of QEMU may leave out have a
-value here. Sizes are limited by the monitor's own limit on messages.
+`Qmp.ask` checks an answer against its type before anything indexes into it, so a QEMU that its
+guest has taken over may say what it likes. Fields that a version of QEMU may leave out have a
+default here. The monitor's limit on messages also limits sizes.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Property(Struct):
 
 
 class Text(Struct, rename="kebab"):
-    """What commands for people answer."""
+    """The answer of commands for people."""
 
     human_readable_text: str = ""
 
@@ -109,7 +109,7 @@ class MemoryDevice(Struct):
 
 
 class CpuWord(Struct, rename="kebab"):
-    """One word of CPUID, of a CPU's property feature-words."""
+    """One word of CPUID, from a CPU's property feature-words."""
 
     cpuid_input_eax: int
     cpuid_register: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One QEMU: its monitor, its process, what it looks like and how it ends.
+"""One QEMU: its monitor, its process, how it is inspected and how it ends.
 
 Owns the QMP connection and the pidfd, until `aclose`; both halves of the driver use them.
 """
@@ -39,14 +39,14 @@ from postcopyd.vmm.qemu.qmp import ANSWER_SECONDS, Events, Qmp
 from postcopyd.vmm.qemu.state import PAUSED, Now
 
 LOOKS = trio.CapacityLimiter(4)
-"""QEMUs that are looked at, at a time: hundreds of questions each, on which this process and theirs
-are at work. Forty at once would each be slow, and be taken for stuck. Who waits has patience."""
+"""How many QEMUs are inspected at a time; others wait. Each takes hundreds of questions, which keep
+this process and QEMU busy: forty at once would each be slow, and be taken for stuck."""
 
 LOOK_ANSWERS = 6
-"""A look may take as long as so many late answers: on a busy host none is quick."""
+"""An inspection may take as long as so many late answers: on a busy host no answer is quick."""
 
 QUIT_SECONDS = 2.0  # for a QEMU whose guest is not needed any more
-FAREWELL_SECONDS = 1.0  # for the rest of what a QEMU that has ended has said
+FAREWELL_SECONDS = 1.0  # to read what a QEMU said before it ended
 
 
 class Qemu(Vmm):
@@ -61,27 +61,27 @@ class Qemu(Vmm):
         self._qmp = qmp
         self._pidfd = pidfd
         self._settings = settings.Settings(qmp)
-        # Whether we have forbidden huge pages; None: an adoption of another daemon's may have.
+        # Whether this driver has forbidden huge pages; None: a previous daemon may have.
         self._forbade_huge: bool | None = None
         # What the guest did when it was last looked at.
         self._seen: Literal["running", "paused"] | None = None
-        self._moved = False  # by our own migration, at its last stop
+        self._moved = False  # by this driver's migration, at its last stop
         self._resumes: Events | None = None  # since `save`
         self._last_words = qmp.last(*farewell.EVENTS)
         self._made: list[int] | None = None  # userfaultfds in QEMU, by `adopt`
-        self._ending = False  # by us
+        self._ending = False  # by this driver
 
     @classmethod
     async def connect(cls, name: str, socket: str) -> Self:
-        """Take the monitor at a QMP socket. Raises PostcopydError within seconds when it cannot."""
+        """Takes the monitor at a QMP socket. Raises PostcopydError within seconds if it cannot."""
         qmp = Qmp(socket)
         try:
             with patience(name):
                 await qmp.open()
                 cpus = await qmp.ask(list[Cpu], "query-cpus-fast")
             pidfd = _pidfd(name, qmp.pid)
-            # Whose memory is written to and who is ended is for the kernel to say. What QEMU says
-            # shows that it speaks for itself, and not through another process.
+            # Only the kernel says whose memory is written to and which process is ended. QEMU's
+            # answer must show that it speaks for itself, and not through another process.
             for cpu in cpus[:1]:
                 if not procfs.has_thread(qmp.pid, cpu.thread_id):
                     os.close(pidfd)
@@ -97,12 +97,12 @@ class Qemu(Vmm):
 
     @classmethod
     async def known(cls, name: str, socket: str, pid: int) -> Self:
-        """As the interface says; its monitor is taken at first use. That `pid` is still that QEMU
-        (by its start time) is the caller's to see."""
+        """As the interface says; takes the monitor at its first use. The caller must check (by the
+        start time) that `pid` is still that QEMU."""
         return cls(name, socket, Qmp(socket, pid), pid, _pidfd(name, pid))
 
     async def inspect(self, role: Role) -> Shape:
-        """What is there and what forbids a migration in this role. Only asks and reads."""
+        """What QEMU has, and what forbids a migration in this role. Only asks and reads."""
         async with LOOKS:
             with patience(self.name, LOOK_ANSWERS), looked_at(self.name, self.pid):
                 return await self._inspect(role)
@@ -110,7 +110,7 @@ class Qemu(Vmm):
     async def _inspect(self, role: Role) -> Shape:
         qmp = self._qmp
         with qmp.taking_apart():
-            outline = await qemu_disks.outline(qmp)  # first: what changes from here on shows
+            outline = await qemu_disks.outline(qmp)  # first: a later change then shows
         run_state = (await qmp.ask(Status, "query-status")).status
         backends = await ram.backends(qmp)
         devices = [device async for device in qemu_facts.devices(qmp)]
@@ -130,7 +130,7 @@ class Qemu(Vmm):
             direct, unseen = await trio.to_thread.run_sync(
                 writers.look, self.pid, limiter=threads.WALKS
             )
-            # SCSI commands of the guest go to the host's disk as they are, with the guest's pages.
+            # SCSI commands of the guest reach the host's disk directly, with the guest's pages.
             direct += [
                 device.id or device.path for device in devices if device.kind == "scsi-block"
             ]
@@ -167,12 +167,12 @@ class Qemu(Vmm):
             nursery.start_soon(self._idle)
             await self._exit()
             nursery.cancel_scope.deadline = trio.current_time() + FAREWELL_SECONDS
-        # The same for each that waits here, whoever is first.
+        # Every task that waits here gets the same, whichever is first.
         if self._last_words.queue and not self._ending:
             self.farewell = farewell.farewell(self._last_words.queue[-1])
 
     async def _idle(self) -> None:
-        """Reads to the end: what QEMU has said last may still be on its way."""
+        """Reads to the end: what QEMU said last may still be on its way."""
         with suppress(PostcopydError):
             await self._qmp.drain()
 
@@ -180,7 +180,7 @@ class Qemu(Vmm):
         await process_ended(self._pidfd)
 
     async def aclose(self) -> None:
-        """Leave QEMU as it is and let go of its monitor."""
+        """Leaves QEMU as it is and lets go of its monitor."""
         self._qmp.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
@@ -191,8 +191,8 @@ class Qemu(Vmm):
         return await qemu_state.look(self._qmp)
 
     async def _look(self) -> Literal["running", "paused"]:
-        """Note what the guest does before we change it. Raises VmmError when somebody else has a
-        hand on it, or when it does neither."""
+        """Notes what the guest does before the driver changes it. Raises VmmError when somebody
+        else moves or saves it, or when it neither runs nor is paused."""
         now = await self._now()
         if not now.migration.over or not (now.running or now.run_state in PAUSED):
             raise VmmError(f"The guest {self.name} cannot be moved now: {now.words}.")
@@ -209,7 +209,7 @@ class Qemu(Vmm):
         return plain(reason or f"migration {status}, its own log says why").rstrip(".")
 
     async def end(self) -> None:
-        """End QEMU for certain; returns when the process is gone."""
+        """Ends QEMU for certain; returns when the process is gone."""
         await self._end(QUIT_SECONDS)
 
     async def _end(self, patience: float) -> None:
@@ -225,7 +225,7 @@ class Qemu(Vmm):
 
 @contextmanager
 def patience(name: str, answers: int = 1) -> Iterator[None]:
-    """Questions are answered in milliseconds, or QEMU's main loop is stuck."""
+    """Raises VmmTimeout for a slow answer: QEMU takes milliseconds, or its main loop is stuck."""
     seconds = answers * ANSWER_SECONDS
     try:
         with trio.fail_after(seconds):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The half of the driver at the destination: adopts guest RAM, loads the device state, runs.
+"""The half of the driver at the destination: adopts guest RAM, loads the device state, runs it.
 
 Owns the userfaultfds that it has QEMU make, until `release`; their duplicates are the caller's.
 """
@@ -28,19 +28,19 @@ from postcopyd.vmm.qemu.common import Qemu, close_each
 from postcopyd.vmm.qemu.qmp import Events, QmpClosed, QmpRefused
 from postcopyd.vmm.qemu.settings import ARRIVING, IGNORE, LATE
 
-# Faults of one userfaultfd are read by one thread: several serve several vCPUs better, but each
-# costs threads. Region i belongs to descriptor i % number.
+# One thread reads the faults of one userfaultfd: several serve several vCPUs better, but each
+# costs a thread. Region i belongs to descriptor i % number.
 MAX_DESCRIPTORS = 4
 
 
 class Arriving(Qemu):
-    """A QEMU that waits for a guest, or has got one."""
+    """A QEMU that waits for a guest, or has received one."""
 
     async def adopt(self, shape: Shape) -> list[int]:
-        """Empty the RAM and make the userfaultfds in QEMU: min(4, number of regions) of them.
+        """Empties the RAM and makes the userfaultfds in QEMU: min(4, number of regions) of them.
 
-        Region i of the shape belongs to descriptor i % number; they are sorted by their number in
-        QEMU, so that `adopted` can give them in the same order.
+        Region i of the shape belongs to descriptor i % number. They are sorted by their number in
+        QEMU, so that `adopted` can return them in the same order.
         Raises PostcopydError; then nothing is left in QEMU, and the RAM is as good as empty.
         """
         state = (await self._qmp.ask(Status, "query-status")).status
@@ -57,11 +57,11 @@ class Arriving(Qemu):
             raise VmmError(sharers[0])
         await userfaultfd.close_all(self.pid)
         await self._settings.apply(settings.DESTINATION)
-        # Whatever its options: the guest runs when it is told to and not before.
+        # Whatever QEMU's options are, the guest must not run before it is told to.
         await self._qmp.execute("stop")
         descriptors: dict[int, int] = {}
         try:
-            if not self._forbade_huge:  # before it is emptied, and then there are none
+            if not self._forbade_huge:  # before the RAM is emptied: after that there are none
                 self._forbade_huge = await hugepages.forbid(self.pid)
             await self.discard(shape)
             for _ in range(min(len(regions), MAX_DESCRIPTORS)):
@@ -76,7 +76,7 @@ class Arriving(Qemu):
         return [descriptors[number] for number in sorted(descriptors)]
 
     async def discard(self, shape: Shape) -> None:
-        """Empty the RAM. Raises VmmError when not all of it could be."""
+        """Empties the RAM. Raises VmmError when not all of it could be emptied."""
         await trio.to_thread.run_sync(
             ram.empty, list(shape.regions), self.pid, limiter=threads.WALKS
         )
@@ -87,10 +87,10 @@ class Arriving(Qemu):
             return userfaultfd.duplicates(self.pid)
 
     async def load(self, receive: AsyncIterable[bytes]) -> None:
-        """Feed the device state; returns with the guest paused and the stream at its end.
+        """Feeds the device state; returns with the guest paused and the stream at its end.
 
-        After any failure this QEMU is of no use any more: `end` it. Raises VmmError, VmmGone, and
-        whatever `receive` raises.
+        After any failure this QEMU is useless: `end` it. Raises VmmError, VmmGone, and whatever
+        `receive` raises.
         """
         arguments: dict[str, Any] = {"uri": stream.URI}
         if self._qmp.version >= (9, 1):
@@ -109,14 +109,14 @@ class Arriving(Qemu):
 
     @property
     def _takes_disks(self) -> bool:
-        """At the end of the load. QEMU before 10 aborts when it gives away disks that it has not
-        taken, which `cont` does; so those of a guest that stays paused are taken then."""
+        """Whether QEMU is to take the disks at the end of the load, not at `cont`. QEMU before 10
+        aborts when it gives away disks that it has not taken, and a paused guest gets no `cont`."""
         return self.before == "paused" and self._qmp.version < (10, 0)
 
     async def _nearly_loaded(self) -> None:
-        """QEMU waits for the last byte and has read all that x-ignore-shared is about. Were it on
-        any longer, a save by somebody else would leave out guest RAM; from here on one reads it
-        all, and waits for pages as the guest does. Until the guest runs none may begin.
+        """QEMU waits for the last byte, and has read all that x-ignore-shared is about. Were that
+        left on, somebody else's later save would leave out guest RAM; with it off such a save reads
+        all RAM, and waits for pages as the guest does. None may begin until the guest runs.
         """
         states = {IGNORE: False}
         if self._takes_disks:
@@ -125,7 +125,7 @@ class Arriving(Qemu):
             settings.capabilities(states),
             settings.parameters(tls_creds=ARRIVING),
         ]
-        with suppress(QmpClosed):  # `_loaded` hears of it too, and says so
+        with suppress(QmpClosed):  # `_loaded` hears of it too, and raises it
             for answer in await self._qmp.execute_all(commands, patience=math.inf):
                 if isinstance(answer, QmpRefused):
                     raise answer
@@ -148,8 +148,8 @@ class Arriving(Qemu):
                 return
 
     async def run(self) -> None:
-        """Run the guest. Raises Declined when it certainly did not run, another PostcopydError when
-        that cannot be known. Waits while QEMU waits for a page."""
+        """Runs the guest. Raises Declined when it certainly did not run, another PostcopydError
+        when that cannot be known. Waits while QEMU waits for a page."""
         with self._qmp.events("RESUME") as events:
             try:
                 await self._qmp.execute("cont", patience=math.inf)
@@ -165,19 +165,19 @@ class Arriving(Qemu):
                     ) from None
                 return
             resumed = events.take() is not None
-        # QEMU answers `cont` after RESUME; a state that it ignores `cont` in is neither yes nor no.
+        # QEMU answers `cont` after RESUME. In some states it accepts `cont` and ignores it.
         if not resumed and not await self._runs():
             raise VmmError(
                 f"QEMU accepted to run {self.name} but does not: look at QMP query-status."
             )
-        with suppress(PostcopydError):  # others may move and save it again; it runs in any case
+        with suppress(PostcopydError):  # lets others move and save it again; it runs in any case
             await self._qmp.tell(*settings.parameters(tls_creds=""))
 
     async def release(self) -> None:
-        """Close the userfaultfds in QEMU and put its settings back.
+        """Closes the userfaultfds in QEMU and puts its settings back.
 
         Only after the guest is drained, or before `load`."""
-        if self._made is None:  # by an adoption of another daemon's, if any
+        if self._made is None:  # a previous daemon may have made some
             await userfaultfd.close_all(self.pid)
         else:
             await userfaultfd.close(self.pid, self._made)

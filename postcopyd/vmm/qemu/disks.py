@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disks of a guest of QEMU: what the guest sees, which files are behind, what forbids a move.
+"""The disks of a QEMU guest: what the guest sees, which files are behind it, what forbids a move.
 
-Owns the questions to QEMU about its block layer, the way from a name in there to a file that is
-open, and what is known of that file that another host can compare. Whether it is the same as at the
-other host is for `alike.py` to judge. Only asks and reads.
+Owns the questions to QEMU about its block layer, the way from a name there to an open file, and the
+facts about that file that another host can compare. Whether the other host has the same file is for
+`alike.py` to judge. Only asks and reads.
 
-A disk is known by the device that the guest has it by, and by its chain of formats and sizes. Names
-of QEMU's block nodes are each QEMU's own. Files are those that QEMU has open, found by their path
-as QEMU sees it: a path may have come to lead to another file since.
+A disk is known by its device in the guest, and by its chain of formats and sizes. Names of block
+nodes differ between two QEMUs. Files are those that QEMU has open, found by their path as QEMU sees
+it: the path may lead to another file by now.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from postcopyd.vmm.qemu.answers import Property
 from postcopyd.vmm.qemu.qmp import Qmp, QmpProtocolError
 
 # File systems that other hosts mount too, as libvirt knows them (virFileIsSharedFS), by the name
-# that the kernel has for them; behind each the word for those whose inode numbers are the file's on
-# every host. SMB and some of the others make up their own.
+# that the kernel has for them. The value names the family if a file has the same inode number on
+# every host; it is empty for SMB and others, which make up inode numbers of their own.
 SHARED_FILE_SYSTEMS = {
     "nfs": "NFS", "nfs4": "NFS", "ceph": "CephFS", "gfs2": "GFS2", "ocfs2": "OCFS2",
     "lustre": "Lustre", "fuse.glusterfs": "GlusterFS",
@@ -47,26 +47,26 @@ SHARED_FILE_SYSTEMS = {
 
 # Block drivers that open a path of this host.
 OF_A_PATH = {"file", "host_device", "host_cdrom"}
-# Of the others all are servers, which other hosts reach too, or make what they give by themselves.
+# All other drivers reach servers, as other hosts can too, or make their content; but not these.
 OF_THIS_HOST = {"nvme", "nvme-io_uring", "vvfat"}
-# Nodes that show what is below them as it is.
+# Nodes that pass on what is below them unchanged.
 FILTERS = {"throttle", "copy-on-read", "preallocate", "compress"}
 # Kinds of block devices that are made of this host's memory or files.
 LOCAL_BLOCK = re.compile(r"(loop|ram|zram|pmem|brd)\d")
 
 SAMPLES, SAMPLE_BYTES = 16, 4096
-MAX_LINKS = 40  # as the kernel's
-MAX_DEPTH = 250  # of a backing chain; QEMU itself ends sooner
+MAX_LINKS = 40  # as in the kernel
+MAX_DEPTH = 250  # of a backing chain; QEMU itself allows fewer
 
-# Of a finished job nothing is left to do.
+# A job in one of these states has ended.
 OVER = {"concluded", "null"}
 
 
-DELETED = " (deleted)"  # what /proc says behind the path of a file that has no name any more
+DELETED = " (deleted)"  # what /proc appends to the path of a file without a name
 
 
 MAX_NODES = 1000
-"""Of one disk, those that several nodes share counted for each."""
+"""Nodes of one disk; a node that is reached twice counts twice."""
 
 Driver = Annotated[str, Meta(max_length=64, pattern=r"\A[A-Za-z0-9_.-]+\Z")]
 
@@ -102,7 +102,7 @@ class _Described(Struct, rename="kebab"):
 
     @property
     def file_name(self) -> str:
-        """QEMU makes JSON of what no plain name says."""
+        """The plain name: QEMU uses JSON for what a plain name cannot say."""
         name = self.file
         if name.startswith("json:"):
             with suppress(ValueError, RecursionError):
@@ -152,7 +152,7 @@ class _FdSet(Struct, rename="kebab"):
 
 @dataclass(frozen=True)
 class _Node:
-    """One node of QEMU's block graph, with those below it."""
+    """One node of QEMU's block graph, with the nodes below it."""
 
     driver: str
     name: str  # of the file, as QEMU has it
@@ -161,7 +161,7 @@ class _Node:
 
     @property
     def chain(self) -> str:
-        """Formats and sizes from here on; the same for the same content, however it was opened."""
+        """Formats and sizes from here down; equal for equal content, however it was opened."""
         if self.driver in FILTERS and len(self.below) == 1:
             return self.below[0][1].chain
         text = f"{self.driver if self.below else 'raw'} of {self.size} bytes"
@@ -173,7 +173,7 @@ class _Node:
         return text
 
     def leaves(self, writable: bool) -> Iterator[tuple[_Node, bool]]:
-        """What is at the bottom, and whether the guest's writes go there."""
+        """The nodes at the bottom, each with whether the guest's writes go there."""
         if not self.below or self.driver in OF_THIS_HOST:
             yield self, writable
             return
@@ -189,7 +189,7 @@ class _Leaf:
 
 
 async def look(qmp: Qmp, pid: int) -> tuple[list[Disk], list[str]]:
-    """The disks of the guest by name, and a sentence for each reason why they cannot go along."""
+    """The guest's disks by name, and a sentence for each reason why one cannot be moved along."""
     problems = await _jobs(qmp)
     backends = await qmp.ask(list[_Backend], "query-block")
     nodes = await _Nodes.of(qmp)
@@ -204,7 +204,7 @@ async def look(qmp: Qmp, pid: int) -> tuple[list[Disk], list[str]]:
             problems.append(f"Disk '{name}' changed while it was looked at: try again.")
         else:
             chains[name] = top.chain + (", read-only" if inserted.ro else "")
-            # What is in flash memory crosses with the guest, and is written to the file there.
+            # What is in flash memory moves with the guest, and is written to the file there.
             if not await _is_flash(qmp, backend):
                 found = top.leaves(not inserted.ro)
                 leaves += [_Leaf(name, leaf, writable) for leaf, writable in found]
@@ -217,9 +217,9 @@ async def look(qmp: Qmp, pid: int) -> tuple[list[Disk], list[str]]:
 
 
 async def outline(qmp: Qmp) -> str:
-    """What is plugged in, how the block graph hangs together, and what each disk is by file and
-    size: a node may be resized, or made anew with its name. In one piece and within a millisecond,
-    as it is asked for while the guest stands still."""
+    """A digest of the plugged devices, the block graph, and each disk's files and sizes: a node may
+    be resized, or made anew with its name. Asks all at once and takes a millisecond, as the guest
+    may stand still meanwhile."""
     named, nameless, graph, backends = await qmp.ask_all(
         ("qom-list", {"path": "/machine/peripheral"}, list[Property]),
         ("qom-list", {"path": "/machine/peripheral-anon"}, list[Property]),
@@ -235,8 +235,8 @@ async def outline(qmp: Qmp) -> str:
 
 
 async def untaken(qmp: Qmp) -> list[str]:
-    """Disks that QEMU may not write to, as it has given them up or has not taken them: without the
-    lock of an image it goes on so after a load, and says that only in its log."""
+    """Disks that QEMU may not write to, because it gave them up or did not take them. Without an
+    image's lock QEMU goes on like that after a load, and says so only in its log."""
     graph, backends = await qmp.ask_all(
         ("x-debug-query-block-graph", None, _Graph), ("query-block", None, list[_Backend])
     )
@@ -246,14 +246,14 @@ async def untaken(qmp: Qmp) -> list[str]:
     return [
         _device(one)
         for one in backends
-        # A drive may have a medium that could be written to, and not want to.
+        # A drive with removable media may have a writable one and not use it.
         if one.qdev and not one.removable and one.inserted is not None
         if not one.inserted.ro and one.inserted.node_name not in written
     ]
 
 
 def _image(inserted: _Inserted | None) -> Iterator[list[str | int]]:
-    """Files and sizes of what is in a drive, and of all that it is based on."""
+    """Files and sizes of what is in a drive, and of all its backing images."""
     image = inserted.image if inserted is not None else None
     while image is not None:
         yield [image.filename, image.virtual_size]
@@ -274,13 +274,13 @@ class _Nodes:
 
     @classmethod
     async def of(cls, qmp: Qmp) -> Self:
-        """QEMU tells what is below what in this one answer only."""
+        """Asks QEMU: only this one answer tells what is below what."""
         graph = await qmp.ask(_Graph, "x-debug-query-block-graph")
         flat = {"flat": True}
         return cls(graph, await qmp.ask(list[_Described], "query-named-block-nodes", flat))
 
     def tree(self, name: str) -> _Node | None:
-        """A node with all that is below it. None when it has gone meanwhile."""
+        """A node with all that is below it; None if it has gone meanwhile."""
         left = itertools.count(1)
 
         def tree(name: str, depth: int) -> _Node:
@@ -308,7 +308,7 @@ async def _jobs(qmp: Qmp) -> list[str]:
 
 
 async def _fdsets(qmp: Qmp) -> dict[str, int]:
-    """Names of descriptors that QEMU was given, and their numbers in it."""
+    """Names of descriptors that QEMU was given, with their numbers in QEMU."""
     return {
         f"/dev/fdset/{entry.fdset_id}": entry.fds[0].fd
         for entry in await qmp.ask(list[_FdSet], "query-fdsets")
@@ -317,7 +317,7 @@ async def _fdsets(qmp: Qmp) -> dict[str, int]:
 
 
 def _device(backend: _Backend) -> str:
-    """What the guest's device is called, the same in all versions of QEMU."""
+    """The name of the guest's device, the same in all versions of QEMU."""
     path = backend.qdev
     if not path.startswith("/"):
         return path or backend.device
@@ -359,7 +359,7 @@ def _look_at(
 
 
 def _file(opened: _Opened, leaf: _Leaf) -> DiskFile | str:
-    """What is known of a file of a disk, or why it cannot go along. Raises OSError."""
+    """What is known of a file of a disk, or why it cannot be moved along. Raises OSError."""
     node, name = leaf.node, leaf.node.name
     if node.driver not in OF_A_PATH:
         return DiskFile(name, node.driver, node.driver not in OF_THIS_HOST, leaf.writable, {})
@@ -394,7 +394,7 @@ def _file(opened: _Opened, leaf: _Leaf) -> DiskFile | str:
 
 
 def _device_ids(device: Path) -> dict[str, str]:
-    """What a device is called by itself, on every host that has it."""
+    """The name that a device gives itself, the same on every host that has it."""
     part = ""
     if (device / "partition").exists():
         part = f" part {(device / 'partition').read_text().strip()}"
@@ -407,7 +407,7 @@ def _device_ids(device: Path) -> dict[str, str]:
 
 
 def _sample(path: str) -> str:
-    """A digest of some of a file that nobody writes to: images of one name and size differ."""
+    """A digest of samples of a file that nobody writes to: tells images of equal size apart."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
@@ -419,7 +419,7 @@ def _sample(path: str) -> str:
 
 
 class _Opened:
-    """The files that a process has open, by the names that it has for them."""
+    """The files that a process has open, by the names that the process has for them."""
 
     def __init__(self, pid: int, fdsets: dict[str, int]) -> None:
         self.pid, self._fdsets = pid, fdsets
@@ -433,7 +433,7 @@ class _Opened:
         return f"/proc/{self.pid}/fd/{number}"
 
     def number(self, name: str) -> int | None:
-        """The descriptor of the file of this name; None when none of them is. Raises OSError."""
+        """The descriptor of the file of this name; None if it is not open. Raises OSError."""
         if (given := re.fullmatch(r"/(?:proc/self|dev)/fd/(\d+)", name)) is not None:
             return int(given[1])
         if name in self._fdsets:
@@ -445,7 +445,7 @@ class _Opened:
             return next((n for n, link in self.links.items() if link.endswith(gone)), None)
 
     def _inside(self, name: str) -> str:
-        """A path as this process can open it: links from the root are from the root of that one."""
+        """The path as this process can open it: absolute links start at the root of `pid`."""
         root = f"/proc/{self.pid}/root"
         here = root if name.startswith("/") else f"/proc/{self.pid}/cwd"
         left = name.split("/")

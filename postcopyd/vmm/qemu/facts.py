@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must be equal on both hosts for a guest of QEMU, and what forbids moving it.
 
-Owns the questions to QEMU and the sentences; RAM is `ram.py`'s. QEMU's versions may differ:
-the versioned machine type is the promise that matters. Only asks; nothing is changed.
+Owns the questions to QEMU and the sentences; RAM is `ram.py`'s. QEMU's versions may differ: what
+matters is the versioned machine type, which promises the same devices. Only asks; changes nothing.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from postcopyd.vmm.qemu.ram import Backend
 
 T = TypeVar("T")
 
-# Capabilities that may be on beside our own: the others change the stream into one that a plain
-# descriptor or ignored RAM cannot carry.
+# Capabilities that may be on beside the driver's own. Any other changes the stream into one that a
+# plain descriptor or ignored RAM cannot carry.
 HARMLESS = {
     "x-ignore-shared",
     "events",
@@ -47,17 +47,17 @@ HARMLESS = {
     "zero-blocks",
     "release-ram",
 }
-# Bits that follow from the number of vCPUs, which newer versions show among the features and older
-# ones add when the guest asks: HTT and CMP_LEGACY, by (leaf, subleaf or -1, register).
+# Bits that follow from the number of vCPUs: HTT and CMP_LEGACY, by (leaf, subleaf or -1, register).
+# Newer versions show them among the features, older ones add them when the guest asks.
 FROM_TOPOLOGY = {(1, -1, "EDX"): 1 << 28, (0x80000001, -1, "ECX"): 1 << 1}
 
 
-# Properties that say where on its bus a device is: SCSI, IDE, virtio-serial, audio, ISA; of a CPU.
+# Properties that give a device's place on its bus: SCSI, IDE, virtio-serial, audio, ISA; of a CPU.
 POSITION = (
     "channel", "scsi-id", "lun", "unit", "nr", "cad", "iobase",
     "socket-id", "die-id", "core-id", "thread-id",
 )  # fmt: skip
-# Of USB no property tells.
+# USB devices have no such property.
 USB_PORT = re.compile(
     r" *Device \S+, Port (?P<port>[\d.]+), Speed [^,]*, Product (?P<is>.*?)(, ID: (?P<id>\S+))?"
 )
@@ -72,7 +72,7 @@ class Device:
     bus: str  # last part of the bus's path: the same in all versions
     address: int | None  # PCI slot << 3 | function
     path: str
-    position: str = ""  # on that bus, where that is no PCI address
+    position: str = ""  # on that bus, if it has no PCI address
 
     @property
     def place(self) -> str:
@@ -107,7 +107,7 @@ async def devices(qmp: Qmp) -> AsyncIterator[Device]:
 async def _position(qmp: Qmp, path: str) -> str:
     try:
         known = {entry.name for entry in await qmp.ask(list[Property], "qom-list", {"path": path})}
-    except QmpRefused:  # it has gone
+    except QmpRefused:  # the device has gone
         return ""
     found = {key: await _get(qmp, path, key) for key in POSITION if key in known}
     return ",".join(
@@ -116,15 +116,15 @@ async def _position(qmp: Qmp, path: str) -> str:
 
 
 async def places(qmp: Qmp, present: list[Device]) -> dict[str, str]:
-    """Where devices sit that have no PCI address, by names for people. QEMU gives what nobody has
-    said, in the order in which they came; the state of a device is loaded by where it sits."""
+    """The places of devices without a PCI address, by names for people. A device's state is loaded
+    by its place; QEMU numbers devices without one in the order in which they came."""
     ids = {device.id for device in present}
     found: dict[str, str] = {}
     nameless: dict[str, list[str]] = {}
     for line in (await _text(qmp, "x-query-usb")).splitlines():
         if (port := USB_PORT.fullmatch(line)) is not None and port["id"] in ids:
             found[f"device {port['id']}"] = f"port={port['port']}"
-        elif port is not None:  # or a hub that QEMU has put in between
+        elif port is not None:  # also a hub that QEMU has put in between
             nameless.setdefault("USB without a name", []).append(
                 f"port={port['port']} ({port['is']})"
             )
@@ -181,7 +181,7 @@ async def facts(qmp: Qmp, backends: list[Backend], present: list[Device]) -> dic
 async def refusals(
     qmp: Qmp, pid: int, role: str, run_state: str, present: list[Device]
 ) -> list[str]:
-    """Why this guest cannot be migrated now in this role, RAM aside; a sentence each."""
+    """Why this guest cannot be migrated in this role, RAM aside: sentences."""
     migration = await qmp.ask(Migration, "query-migrate")
     under_way = migration.status
     problems = []
@@ -263,7 +263,7 @@ async def _devices(qmp: Qmp, present: list[Device]) -> AsyncIterator[str]:
 
 
 def _incoming(pid: int) -> str | None:
-    """What stands after -incoming on the command line ("defer"), None when it cannot be told."""
+    """The argument of -incoming on the command line ("defer"); None if it cannot be told."""
     words = procfs.arguments(pid)
     for option, value in pairwise(words):
         if option in ("-incoming", "--incoming"):
@@ -272,11 +272,11 @@ def _incoming(pid: int) -> str | None:
 
 
 async def _cpu(qmp: Qmp, path: str) -> str:
-    """The CPU's type, and a digest of all that CPUID shows of it and that is set."""
+    """The CPU's type, and a digest of all CPUID bits that are set."""
     features = []
     for word in await _get(qmp, path, "feature-words", list[CpuWord], []):
         leaf = (word.cpuid_input_eax, word.cpuid_input_ecx, word.cpuid_register)
-        # Later versions know more words; one that is zero says nothing.
+        # Later versions know more words; a word that is zero says nothing.
         if bits := word.features & ~FROM_TOPOLOGY.get(leaf, 0):
             features.append((*leaf, bits))
     features.sort()
@@ -300,7 +300,7 @@ async def _cpu(qmp: Qmp, path: str) -> str:
 async def _get(
     qmp: Qmp, path: str, key: str, kind: type[T] | Any = Any, default: T | Any = None
 ) -> T | Any:
-    """A QOM property, the default when the object has none of this name."""
+    """A QOM property; the default if the object has none of this name."""
     try:
         return await qmp.ask(kind, "qom-get", {"path": path, "property": key})
     except QmpRefused:
@@ -308,7 +308,7 @@ async def _get(
 
 
 async def _text(qmp: Qmp, command: str) -> str:
-    """What a command for people answers, nothing where there is none of it."""
+    """The answer of a command for people; "" if QEMU does not have the command."""
     try:
         return (await qmp.ask(Text, command)).human_readable_text
     except QmpRefused:

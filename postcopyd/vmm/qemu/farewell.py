@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a QEMU says of its own end before it ends, as people would say it.
+"""What a QEMU says of its own end before it ends, in words for people.
 
-Only what makes an end certain and meant is here: the guest has stopped for good, or somebody told
-QEMU to end. An error of QEMU's own (`host-error`) is a crash with a word before it.
+Only ends that are certain and meant are here: the guest has stopped for good, or somebody told QEMU
+to end. An error of QEMU's own (`host-error`) is a crash that is announced.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 EVENTS = ("SHUTDOWN", "RESET", "RESUME")
-"""A QEMU that outlives SHUTDOWN (`-no-shutdown`) may be reset and run again: then it was no end."""
+"""A QEMU that survives SHUTDOWN (`-no-shutdown`) may be reset and run again: that was no end."""
 
 _MEANT = {
     "guest-shutdown": "its guest shut down",
@@ -24,7 +24,7 @@ _MEANT = {
 
 
 def farewell(last: dict[str, Any] | None) -> str | None:
-    """By the last of these events; None: there was none that is an end."""
+    """What the last of these events says; None if it is not an end."""
     data = (last or {}).get("data")
     if not isinstance(data, dict) or (last or {}).get("event") != "SHUTDOWN":
         return None

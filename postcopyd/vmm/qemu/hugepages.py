@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps the kernel from making huge pages of a QEMU's memory while pages of its guest are missing.
 
-For kernels that put zeros where pages lack when they make a huge page (`kernel.fills_holes`). By
-prctl(PR_SET_THP_DISABLE), run in QEMU: it holds for the whole process, whatever the guest's RAM is
-mounted with, and /proc tells whether it is set, so nothing has to be remembered. A daemon that is
-killed leaves it set, which costs the guest huge pages and nothing else, until the next `allow`.
+For kernels that put zeros in place of missing pages when they make a huge page
+(`kernel.fills_holes`). Runs prctl(PR_SET_THP_DISABLE) in QEMU: that covers the whole process,
+however the guest's RAM is mounted, and /proc tells whether it is set, so nothing has to be
+remembered. A daemon that is killed leaves it set until the next `allow`; that costs the guest its
+huge pages and nothing else.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def forbidden(pid: int) -> bool:
 
 
 async def forbid(pid: int) -> bool:
-    """Whether this has done it: not where it is needless, nor where somebody else has. Raises
-    AdoptionError."""
+    """Forbids huge pages if needed; returns whether it did: not if they were forbidden before.
+    Raises AdoptionError."""
     if not kernel.fills_holes() or forbidden(pid):
         return False
     await adoption.prctl(pid, PR_SET_THP_DISABLE, 1)
@@ -30,7 +31,7 @@ async def forbid(pid: int) -> bool:
 
 
 async def allow(pid: int, *, known: bool) -> None:
-    """Undoes `forbid`, `known` to be this daemon's; else it is taken for one of a daemon before it
-    where the kernel gives reason to. Raises AdoptionError."""
+    """Undoes `forbid`. Unless this daemon is `known` to have done it, the previous daemon is taken
+    to have, if this kernel gives a reason for it. Raises AdoptionError."""
     if (known or kernel.fills_holes()) and forbidden(pid):
         await adoption.prctl(pid, PR_SET_THP_DISABLE, 0)

@@ -2,12 +2,12 @@
 """A client for QMP, QEMU's monitor protocol (docs/interop/qmp-spec in QEMU's tree).
 
 Owns one connection to one monitor: greeting, commands and their replies, events, descriptors
-passed with a command. Knows nothing of migration; what a command means is `driver.py`'s business.
+passed with a command. Knows nothing of migration; what a command means is the driver's business.
 
-There is no reader task. Whoever waits for something reads the socket for everybody and wakes the
-others when a message has come, so nothing outlives the calls that use it.
+There is no reader task. One of the tasks that wait for something reads the socket for all, and
+wakes the others when a message has come; so nothing outlives the calls that use it.
 
-By hand, as QEMU's own library for Python, qemu.qmp, is for asyncio.
+QEMU's own library for Python, qemu.qmp, is for asyncio and cannot be used.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from postcopyd.vmm import VmmError, VmmGone, VmmProtocolError, VmmTimeout
 T = TypeVar("T")
 Json = dict[str, Any]
 
-# QEMU greets within a millisecond when its main loop runs. One client at a time is all it serves:
-# the next one is connected by the kernel and then hears nothing.
+# QEMU greets within a millisecond when its main loop runs. It serves one client at a time: the
+# kernel connects the next one, which then hears nothing.
 GREETING_SECONDS = 3.0
 
 # The largest replies known are property lists of a CPU (some 60 KiB).
 MAX_MESSAGE_BYTES = 4 << 20
 RECEIVE_BYTES = 64 << 10
 
-# Of what a subscriber has not taken yet. A migration makes a few dozen events of a hundred bytes.
+# Limits of what a subscriber has not taken. A migration makes a few dozen events of 100 bytes.
 MAX_QUEUED_EVENTS = 1024
 MAX_QUEUED_BYTES = 256 << 10
 
-# Questions and most commands are answered in milliseconds, or QEMU's main loop is stuck.
+# QEMU answers questions and most commands in milliseconds, unless its main loop is stuck.
 ANSWER_SECONDS = 10.0
 
 CREDENTIALS_ROOM = stdlib_socket.CMSG_SPACE(12)
-"""For struct ucred, which comes first: descriptors that come with a message find no room, and the
-kernel drops them."""
+"""Room for struct ucred, which comes first. Descriptors that come with a message find no room, and
+the kernel drops them."""
 
 MAX_REASON = 1000  # characters of a sentence of QEMU's
 
 
 class QmpUnreachable(VmmGone):
-    """Nobody listens at the socket."""
+    """No process listens at the socket."""
 
 
 class QmpBusy(VmmError):
-    """Somebody listens but does not greet: the monitor has another client, or QEMU is stuck."""
+    """A process listens but does not greet: the monitor has another client, or QEMU is stuck."""
 
     name = "Busy"
 
@@ -74,7 +74,7 @@ class QmpClosed(VmmGone):
 
 
 class QmpProtocolError(VmmProtocolError):
-    """What came is not QMP."""
+    """QEMU sent something that is not QMP."""
 
 
 class QmpRefused(VmmError):
@@ -98,7 +98,7 @@ class _Version(msgspec.Struct):
 
 
 class Greeting(msgspec.Struct):
-    """What a monitor says first, as far as it matters."""
+    """The part that matters of a monitor's first message."""
 
     version: _Version
 
@@ -113,7 +113,7 @@ class Events:
         self._bytes = 0  # of what was queued since the queue was empty
 
     def put(self, event: Json, size: int) -> bool:
-        """Whether there was room: who loses an event does not know any more what QEMU does."""
+        """Returns whether there was room. Without an event a driver cannot follow QEMU any more."""
         self._bytes = self._bytes + size if self.queue else size
         if len(self.queue) >= MAX_QUEUED_EVENTS or self._bytes > MAX_QUEUED_BYTES:
             return False
@@ -133,7 +133,7 @@ class Events:
 
 
 class Last(Events):
-    """Of the events of some kinds only the last one, which stays: however many come."""
+    """Keeps only the last event of some kinds, however many come."""
 
     def put(self, event: Json, size: int) -> bool:
         self.queue.clear()
@@ -145,20 +145,20 @@ class Qmp:
     """One monitor. Any number of tasks may use it at once."""
 
     def __init__(self, path: str, pid: int = 0) -> None:
-        """A monitor that is connected at its first use, or by `open`; of process `pid`, if that is
-        known."""
+        """A monitor that is connected at its first use, or by `open`; it is of process `pid`, if
+        that is known."""
         self._path = path
         self._known = pid
         self._socket: trio.socket.SocketType | None = None
         self._buffer = bytearray()
-        self._scanned = 0  # of the buffer: no end of a line in these bytes
-        self._lines = bytearray()  # of a message that has begun with a line of its own
+        self._scanned = 0  # bytes of the buffer in which no line ends
+        self._lines = bytearray()  # of a message that has begun on a line of its own
         self._greeting: Json | None = None
         self._version = (0, 0, 0)
         self._pid = 0
         self._ready = False
         self._numbers = itertools.count(1)
-        self._replies: dict[int, Json | None] = {}  # None until it has come
+        self._replies: dict[int, Json | None] = {}  # None until the reply has come
         self._subscribers: list[Events] = []
         self._opening = trio.Lock()
         self._sending = trio.Lock()
@@ -167,13 +167,13 @@ class Qmp:
         self._failure: QmpClosed | QmpProtocolError | None = None
 
     async def open(self, patience: float = GREETING_SECONDS) -> None:
-        """Connect and negotiate, unless that is done. After a failure it may be tried again.
+        """Connects and negotiates, unless that is done. After a failure it may be tried again.
 
         Raises QmpUnreachable, QmpBusy (after `patience` seconds), QmpProtocolError or QmpRefused.
         """
         try:
             with trio.fail_after(patience):
-                async with self._opening:  # who idles may wait for the greeting for ever in there
+                async with self._opening:  # a task in `drain` may wait in there for ever
                     if not self._ready and self._failure is None:
                         await self._open()
         except trio.TooSlowError:
@@ -227,8 +227,8 @@ class Qmp:
 
     @property
     def pid(self) -> int:
-        """The process that sent the greeting, by the kernel's word; 0 when it has no number here.
-        The one that made the listening socket (SO_PEERCRED) may be another, as libvirt's is."""
+        """The process that sent the greeting, by the kernel's word; 0 if it has no number here. The
+        one that made the listening socket (SO_PEERCRED) may be another, as with libvirt."""
         return self._pid
 
     @contextmanager
@@ -241,13 +241,13 @@ class Qmp:
             self.unsubscribe(events)
 
     def subscribe(self, *kinds: str) -> Events:
-        """The same for longer than a block, until `unsubscribe`."""
+        """Like `events`, until `unsubscribe`."""
         events = Events(self, kinds)
         self._subscribers.append(events)
         return events
 
     def last(self, *kinds: str) -> Last:
-        """The last event of these kinds, for as long as this monitor is there."""
+        """The last event of these kinds, for as long as this monitor is connected."""
         events = Last(self, kinds)
         self._subscribers.append(events)
         return events
@@ -262,7 +262,7 @@ class Qmp:
         fd: int | None = None,
         patience: float = ANSWER_SECONDS,
     ) -> Any:
-        """Run one command and return what it returned; `fd` is passed along (SCM_RIGHTS).
+        """Runs one command and returns what it returned; `fd` is passed along (SCM_RIGHTS).
 
         Waits for `patience` seconds. Raises QmpRefused with QEMU's sentence, VmmTimeout, QmpClosed,
         QmpProtocolError, and what `open` raises.
@@ -273,12 +273,12 @@ class Qmp:
         return answer
 
     async def ask(self, kind: type[T], command: str, arguments: Json | None = None) -> T:
-        """Run one command whose answer has to be of such a kind, or it is a QmpProtocolError."""
+        """Runs one command. Raises QmpProtocolError if its answer is not of this kind."""
         return self.as_kind(kind, await self.execute(command, arguments), f"`{command}`")
 
     async def ask_all(self, *questions: tuple[str, Json | None, Any]) -> list[Any]:
-        """Several questions in one piece: command, arguments, and the kind of the answer. Raises
-        QmpRefused."""
+        """Asks several questions in one piece, each with arguments and the kind of its answer.
+        Raises QmpRefused."""
         answers = await self.execute_all([(command, about) for command, about, _ in questions])
         found = []
         for (command, _, kind), answer in zip(questions, answers, strict=True):
@@ -288,7 +288,7 @@ class Qmp:
         return found
 
     def as_kind(self, kind: type[T], answer: Any, what: str) -> T:
-        """Nothing that a VMM says is indexed into before it has passed here."""
+        """Checks an answer; until then nothing indexes into it. Raises QmpProtocolError."""
         try:
             return msgspec.convert(answer, kind)
         except (msgspec.ValidationError, RecursionError) as error:
@@ -299,7 +299,7 @@ class Qmp:
 
     @contextmanager
     def taking_apart(self) -> Iterator[None]:
-        """For code that indexes into answers by itself: one of another kind is the VMM's fault."""
+        """For code that indexes into answers itself: errors in it become QmpProtocolError."""
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -315,15 +315,15 @@ class Qmp:
         patience: float = ANSWER_SECONDS,
         unheard: Sequence[tuple[str, Json | None]] = (),
     ) -> list[Any]:
-        """Run commands that QEMU gets in one piece, whatever becomes of us; each one's answer, or
-        its QmpRefused. `fd` goes with the first. Another monitor's commands may come between.
-        `unheard` go with them, last, and nobody waits for their answers."""
+        """Sends commands to QEMU in one piece, even if this task is cancelled. Returns the answer
+        or the QmpRefused of each. `fd` goes with the first. Another monitor's commands may come
+        between. `unheard` are sent behind them, and their answers are not waited for."""
         if not self._ready:
             await self.open()
         return await self._exchange(commands, fd, patience, unheard)
 
     async def tell(self, command: str, arguments: Json) -> None:
-        """Run a command without waiting for its answer; whether it is refused is not known."""
+        """Runs a command without waiting for its answer, so a refusal is not noticed."""
         await self._send(self._line(next(self._numbers), command, arguments), command, None)
 
     async def _exchange(
@@ -369,9 +369,9 @@ class Qmp:
         return json.dumps(message).encode() + b"\n"
 
     async def drain(self) -> None:
-        """Read (and drop what nobody asked for) until the connection ends, then raise QmpClosed.
+        """Reads (and drops what nobody asked for) until the connection ends, then raises QmpClosed.
 
-        QEMU keeps in memory what its client does not read: an idle connection needs somebody here.
+        QEMU keeps in memory what its client does not read, so an idle connection needs this.
         """
         await self.open(math.inf)
         await self._until(lambda: None, "idle")
@@ -398,12 +398,12 @@ class Qmp:
                 self._fail(self._ended(error))
                 raise QmpClosed(str(self._failure), unsent=sent == 0) from None
             except BaseException:
-                if sent:  # half a command: whatever follows would be read as its rest
+                if sent:  # half a command: QEMU would take the next one for its rest
                     self._fail(QmpClosed(f"`{command}` was cut off on its way to {self._path}."))
                 raise
 
     async def _until(self, found: Callable[[], T | None], doing: str) -> T:
-        """What `found` returns as soon as it is not None, reading messages meanwhile."""
+        """What `found` returns as soon as it is not None; reads messages meanwhile."""
         while (result := found()) is None:
             if self._failure is not None:
                 raise type(self._failure)(f"While {doing}: {self._failure}")
@@ -419,11 +419,11 @@ class Qmp:
         return result
 
     async def _receive(self) -> None:
-        """Read once and dispatch every whole message."""
+        """Reads once and dispatches every whole message."""
         assert self._socket is not None
         try:
             data, about, _, _ = await self._socket.recvmsg(RECEIVE_BYTES, CREDENTIALS_ROOM)
-        except trio.ClosedResourceError:  # by `close`, which has told everybody
+        except trio.ClosedResourceError:  # `close` has told all tasks
             return
         except OSError as error:
             self._fail(self._ended(error))
@@ -448,8 +448,8 @@ class Qmp:
             )
 
     def _take_line(self, line: bytes) -> None:
-        """A line is a message, unless it is an opening brace: a monitor made by -qmp-pretty then
-        sends more lines, of which only the last begins with the closing one."""
+        """Takes a line, which is a message, unless it is an opening brace: a monitor made by
+        -qmp-pretty then sends more lines; only the last of them begins with the closing brace."""
         if not self._lines and line != b"{":
             if line.strip():
                 self._dispatch(line)
@@ -461,8 +461,8 @@ class Qmp:
             self._dispatch(message)
 
     def _dispatch(self, text: bytes) -> None:
-        """Whatever is in the message: it is dropped, it ends this connection, or somebody waits for
-        it. Nothing is raised, as the task that reads may be anybody's."""
+        """Gives a message to the task that waits for it, drops it, or ends this connection. Never
+        raises, as the task that reads may be any."""
         try:
             message = msgspec.json.decode(text)  # stricter than `json`: no half characters
         except (ValueError, RecursionError):

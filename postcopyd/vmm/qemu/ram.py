@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a QEMU's guest RAM is: from its memory backends to mappings, files and `Region`s.
+"""Finds a QEMU's guest RAM: from its memory backends to mappings, files and `Region`s.
 
-Owns the rules which memory can be moved outside QEMU's own stream, and the sentences for memory
-that cannot. Only asks and reads; the guest and its memory are not touched.
+Owns the rules for which memory can be moved outside QEMU's own stream, and the sentences for memory
+that cannot. Only asks and reads, but for `empty`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from postcopyd.vmm.qemu.qmp import Qmp, QmpRefused
 
 T = TypeVar("T")
 
-# Page sizes the engine places whole. A 1 GiB page would take its vCPU most of a second to arrive.
+# Page sizes that the engine places whole. A 1 GiB page would take most of a second to arrive.
 PAGE_SIZES = (4096, 2 << 20)
 
-# Since this version QEMU leaves out of its stream only shared memory that has a *name*
-# (qemu_ram_is_named_file); before, all that was shared.
+# From this version on QEMU leaves only shared memory with a *name* out of its stream
+# (qemu_ram_is_named_file); older versions leave out all shared memory.
 NAMED_FILES_ONLY = (8, 1)
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{1,16}")
@@ -47,8 +47,8 @@ class Backend:
     size: int  # bytes
     share: bool
     read_only: bool
-    path: str  # mem-path, "" when it has none
-    address: int | None  # in QEMU's address space, where this version tells
+    path: str  # mem-path, "" if it has none
+    address: int | None  # in QEMU's address space, if this version tells
 
     @property
     def mend(self) -> str:
@@ -56,7 +56,7 @@ class Backend:
 
 
 async def backends(qmp: Qmp) -> list[Backend]:
-    """All memory backends by name, so that both hosts count them alike (QEMU's order varies)."""
+    """All memory backends, sorted by name so that both hosts agree (QEMU's order varies)."""
     addresses = _host_addresses((await qmp.ask(Text, "x-query-ramblock")).human_readable_text)
     found = []
     for number, backend in enumerate(await qmp.ask(list[Memdev], "query-memdev")):
@@ -86,8 +86,8 @@ async def backends(qmp: Qmp) -> list[Backend]:
 def regions(
     found: list[Backend], pid: int, version: tuple[int, int, int]
 ) -> tuple[list[Region], list[str]]:
-    """The regions that can be moved (their descriptors are the caller's), and why others cannot.
-    Raises OSError, and keeps no descriptor then."""
+    """The regions that can be moved (the caller owns their descriptors), and sentences on why
+    others cannot. Raises OSError, and then keeps no descriptor."""
     regions: list[Region] = []
     problems: list[str] = []
     mappings = procfs.merged(pid)
@@ -120,9 +120,9 @@ def regions(
 
 
 def sharers(regions: list[Region], pid: int) -> list[str]:
-    """A sentence for each other process that maps guest RAM (may take a while: run it in a thread).
+    """A sentence for each other process that maps guest RAM. May take a while: use a thread.
 
-    Its accesses would not fault through the VMM's userfaultfd and read zeros.
+    Its accesses would not fault through the VMM's userfaultfd, and would read zeros.
     """
     files = [procfs.file_id(region.fd) for region in regions if region.fd is not None]
     return [
@@ -133,11 +133,11 @@ def sharers(regions: list[Region], pid: int) -> list[str]:
 
 
 def empty(regions: list[Region], pid: int) -> None:
-    """Make every page of the regions missing. Raises VmmError when not all could be emptied.
+    """Makes every page of the regions missing. Raises VmmError when not all could be emptied.
 
-    By MADV_REMOVE through a mapping of our own, which is fallocate(PUNCH_HOLE). A hole in a file of
-    huge pages has lost its reservation, and mapping it again without MAP_NORESERVE makes it anew
-    (mm/hugetlb.c, hugetlb_reserve_pages): for a mapping of QEMU's that had one.
+    By MADV_REMOVE, which is fallocate(PUNCH_HOLE), through a mapping of this process. A hole in a
+    file of huge pages loses its reservation. Mapping it again without MAP_NORESERVE restores that
+    (mm/hugetlb.c, hugetlb_reserve_pages); it is done if QEMU's mapping had one.
     """
     for region in regions:
         doing = f"Emptying guest RAM '{region.name}' ({region.size} bytes)"
@@ -158,7 +158,7 @@ def empty(regions: list[Region], pid: int) -> None:
 
 
 def _refusal(backend: Backend, version: tuple[int, int, int]) -> str | None:
-    """Why this backend cannot be moved whatever its mapping is."""
+    """Why this backend cannot be moved, whatever its mapping is."""
     what = f"Guest RAM '{backend.id}' ({backend.kind})"
     if not backend.share:
         return f"{what} is private memory, which QEMU would send itself: {backend.mend}."
@@ -177,7 +177,7 @@ def _refusal(backend: Backend, version: tuple[int, int, int]) -> str | None:
 
 
 def _candidates(backend: Backend, pid: int, mappings: list[procfs.Mapping]) -> list[procfs.Mapping]:
-    """The mappings that may be this backend's: one, if all is well."""
+    """The mappings that may be this backend's: exactly one, if all is well."""
     if backend.address is not None:
         return [m for m in mappings if m.start == backend.address]
     fitting = [m for m in mappings if 0 <= m.length - backend.size < (2 << 20)]
@@ -185,11 +185,11 @@ def _candidates(backend: Backend, pid: int, mappings: list[procfs.Mapping]) -> l
         return [m for m in fitting if m.path.startswith("/memfd:memory-backend-memfd")]
     try:
         file = procfs.file_id(_visible(backend.path, pid))
-    except (OSError, ValueError):  # no such file, or what no path can be
+    except (OSError, ValueError):  # no such file, or not a path at all
         file = (0, 0)
     if exact := [m for m in fitting if m.file == file]:
         return exact
-    # A folder as mem-path: QEMU makes a file in it and unlinks it. A file may be unlinked as well.
+    # A folder as mem-path: QEMU makes a file in it and unlinks it. A file may be unlinked too.
     temporary = re.compile(
         re.escape(backend.path.rstrip("/"))
         + rf"(/qemu_back_mem\.(_objects_)?{re.escape(backend.id)}\.\w{{6}})? \(deleted\)"
@@ -203,7 +203,7 @@ def _candidates(backend: Backend, pid: int, mappings: list[procfs.Mapping]) -> l
 
 
 def _visible(path: str, pid: int) -> str:
-    """A path of the VMM's as this process can open it: its root, its descriptors."""
+    """The VMM's path as this process can open it: by the VMM's root and descriptors."""
     descriptor = re.fullmatch(r"/(?:proc/self|dev)/fd/(\d+)", path)
     if descriptor:
         return f"/proc/{pid}/fd/{descriptor[1]}"
@@ -217,7 +217,7 @@ def _visible(path: str, pid: int) -> str:
 
 
 def _region(backend: Backend, pid: int, mapping: procfs.Mapping) -> Region | str:
-    """The region of a mapping, with a descriptor of its own; or the sentence why not."""
+    """The region of a mapping, with a descriptor of its own; or a sentence on why not."""
     what = f"Guest RAM '{backend.id}' in {mapping.path or 'anonymous memory'}"
     if not (mapping.shared and mapping.writable):
         return f"{what} is mapped private or read-only by QEMU: {backend.mend}."
@@ -258,7 +258,7 @@ def _region(backend: Backend, pid: int, mapping: procfs.Mapping) -> Region | str
 
 
 def _host_addresses(text: str) -> dict[str, int]:
-    """Block name to address in QEMU, from `x-query-ramblock` (the column HVA came with 8.0)."""
+    """Addresses in QEMU by block name, from `x-query-ramblock` (the column HVA came with 8.0)."""
     lines = text.splitlines()
     if not lines or "HVA" not in lines[0]:
         return {}

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The migration settings of a QEMU: ours for the time of a migration, then those found before.
+"""The migration settings of a QEMU: the driver's during a migration, then again those it found.
 
-Owns capabilities, bandwidth, and the guard. They stay in QEMU when the daemon dies, so a daemon
-that did not set them itself puts QEMU's defaults back.
+Owns capabilities, bandwidth, and the guard. They stay in QEMU when the daemon dies; a daemon that
+finds them without having set them puts QEMU's defaults back.
 
-**`x-ignore-shared`** leaves guest RAM out of the stream of whoever moves or saves the guest next.
-So it is on only where QEMU itself refuses that: at the source while our own migration goes on, at
-the destination until all of the stream but its last byte was loaded.
+**`x-ignore-shared`** leaves guest RAM out of the stream of the next migration or save, whoever
+begins it. So it is on only while QEMU itself refuses others: at the source during the driver's own
+migration, at the destination until all of the stream but its last byte was loaded.
 
-**The guard** is `tls-creds` with a name that no credentials have: each migration and save that
-somebody else begins fails at once, in QEMU, with that name in its error. It is set while one must
-not begin, because we hold the guest stopped, or have moved it. And it says so to whoever looks: a
-stopped guest under the guard is one that we have stopped, also when the daemon that did it is dead;
-without the guard it is somebody else's doing.
+**The guard** is `tls-creds` with a name that no credentials have: any migration or save that
+somebody else begins fails at once in QEMU, with that name in its error. It is set while the driver
+holds the guest stopped or has moved it. It also tells whose doing a stop is: a guest that is
+stopped under the guard was stopped by postcopyd, even if that daemon is dead; a guest that is
+stopped without it was stopped by somebody else.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 from postcopyd.vmm.qemu.answers import Capability, Parameters
 from postcopyd.vmm.qemu.qmp import Qmp, QmpRefused
 
-# The stream is 0.3 MB, or 16 MB with a VGA card, and should never be throttled.
+# The stream has 0.3 MB, or 16 MB with a VGA card, and should never be throttled.
 BANDWIDTH = 1 << 40
 QEMU_DEFAULT_BANDWIDTH = 128 << 20
 
 IGNORE = "x-ignore-shared"
 SOURCE = {IGNORE: True, "events": True, "pause-before-switchover": False}
-# late-block-activate: QEMU before 10 takes the disks' locks at load, where `cont` should.
+# late-block-activate: without it QEMU before 10 takes the disks' locks at load, not at `cont`.
 LATE = "late-block-activate"
 DESTINATION = {IGNORE: True, "events": True, LATE: True}
 
@@ -46,14 +46,14 @@ def capabilities(states: dict[str, bool]) -> Command:
 
 
 def parameters(**values: Any) -> Command:
-    """A parameter is written with _ for -."""
+    """Keywords have _ where the parameter has -."""
     names = {name.replace("_", "-"): value for name, value in values.items()}
     return "migrate-set-parameters", names
 
 
 def ours(known: dict[str, bool]) -> list[Command]:
-    """Both settings. The bandwidth first: it tells who finds it that they are ours, and of a
-    daemon that is killed QEMU may take the first command and not the second."""
+    """Commands for both settings. The bandwidth comes first, as it shows whose settings they are:
+    if the daemon is killed, QEMU may take the first command and not the second."""
     return [parameters(max_bandwidth=BANDWIDTH), capabilities(known)]
 
 
@@ -65,7 +65,7 @@ class Settings:
         self._found: tuple[dict[str, bool], int] | None = None
 
     async def note(self, wanted: dict[str, bool]) -> dict[str, bool]:
-        """Remember what is to be put back; of our capabilities those that this QEMU knows."""
+        """Remembers what to put back; returns those of `wanted` that this QEMU knows."""
         now = await self._capabilities()
         known = {name: state for name, state in wanted.items() if name in now}
         if self._found is None:
@@ -73,7 +73,7 @@ class Settings:
         return known
 
     async def apply(self, wanted: dict[str, bool]) -> None:
-        """Set the capabilities that this QEMU knows, and the bandwidth. Raises QmpRefused."""
+        """Sets the capabilities that this QEMU knows, and the bandwidth. Raises QmpRefused."""
         await self._all(ours(await self.note(wanted)))
 
     async def read(self) -> Parameters:
@@ -85,13 +85,13 @@ class Settings:
         return self._found is not None and self._found[0].get(IGNORE, False)
 
     async def restore(self) -> None:
-        """Put back what `note` found, where it is ours still. Idempotent. The guard is the last to
-        go. Raises QmpRefused, when a migration goes on that began while a setting was ours."""
+        """Puts back what `note` found, unless somebody has changed it since; the guard last.
+        Idempotent. Raises QmpRefused during a migration that began under these settings."""
         now, set_now = await self.read(), await self._capabilities()
         both = SOURCE | DESTINATION
         found = self._found
         if found is None and now.max_bandwidth == BANDWIDTH:
-            # We do not remember: set by a daemon before this one.
+            # This driver has not set it: a previous daemon has.
             found = {name: False for name in both if name in set_now}, QEMU_DEFAULT_BANDWIDTH
         if found is not None:
             states = {
@@ -109,11 +109,11 @@ class Settings:
         self._found = None
 
     async def guard(self, name: str) -> None:
-        """Others may not move or save the guest, for the reason that the name says."""
+        """Keeps others from moving or saving the guest; the name says why."""
         await self._all([parameters(tls_creds=name)])
 
     async def unguard(self) -> None:
-        """Others may move and save the guest again."""
+        """Lets others move and save the guest again."""
         await self._all([parameters(tls_creds="")])
 
     async def _all(self, commands: list[Command]) -> None:

@@ -27,9 +27,9 @@ from postcopyd.vmm.qemu.settings import BANDWIDTH, IGNORE, MOVED, STOPPED
 from postcopyd.vmm.qemu.state import PAUSED, Now
 
 FAIL_SECONDS = 2.0  # for a migration whose stream has lost its other end
-FINISH_SECONDS = 10.0  # for one that may have disks to flush
+FINISH_SECONDS = 10.0  # for a QEMU that may have disks to flush
 STOP_SECONDS = 30.0  # for a guest's disks to be drained
-CONT_SECONDS = 10.0  # for a guest that we stopped and whose disks may still be draining
+CONT_SECONDS = 10.0  # for a guest that was stopped, and whose disks may still be draining
 DISK_LOCK_SECONDS = 5.0  # how long a destination that was just killed may still hold a disk
 POLL_SECONDS = 0.005
 
@@ -38,14 +38,14 @@ class Leaving(Qemu):
     """A QEMU whose guest is to leave, or has left."""
 
     async def prepare(self) -> None:
-        """Note what the guest does, and the settings that `save` changes; nothing is changed."""
+        """Notes what the guest does, and the settings that `save` changes; changes nothing."""
         await self._look()
         await self._settings.note(settings.SOURCE)
 
     async def track(self) -> int:
-        """As the interface says: some thread of QEMU makes it, between two of its instructions."""
+        """As the interface says. Some thread of QEMU makes it, between two of its instructions."""
         with looked_at(self.name, self.pid):
-            if (await self._now()).migration.over:  # or they may be QEMU's own
+            if (await self._now()).migration.over:  # otherwise they may be QEMU's own
                 await userfaultfd.close_all(self.pid)
             return await userfaultfd.borrow(self._qmp, self.pid)
 
@@ -71,7 +71,7 @@ class Leaving(Qemu):
             )
 
     async def _hold(self) -> None:
-        """The guard first: a guest that is stopped under it was stopped by us."""
+        """Sets the guard, then stops the guest: so a stop under the guard is this driver's."""
         _, stopped, migration = await self._qmp.execute_all(
             [
                 settings.parameters(tls_creds=STOPPED),
@@ -89,15 +89,15 @@ class Leaving(Qemu):
             )
 
     async def _move_again(self, events: Events) -> bool:
-        """Run the guest after a stop of our own, also in a task that is cancelled. Returns whether
-        somebody else had run it.
+        """Runs the guest after a stop by this driver, even in a cancelled task. Returns whether
+        somebody else had run it. Raises VmmError and VmmTimeout.
 
-        QEMU takes commands in their order: a `stop` that nobody waits for any more comes before.
+        QEMU takes commands in order, so a `stop` that nobody waits for any more comes before.
         """
         try:
             with trio.fail_after(CONT_SECONDS, shield=True):
                 now = await self._quiet(STOPPED)
-                # The answers come behind the event of whoever ran the guest before us.
+                # Had somebody else run the guest, the event would have come before the answers.
                 resumed = now.running or events.take() is not None
                 if now.held(STOPPED):
                     await self._run_again()
@@ -118,12 +118,12 @@ class Leaving(Qemu):
     async def save(
         self, send: Callable[[bytes], Awaitable[None]], stopped: Callable[[], None]
     ) -> None:
-        """Stop the guest and stream its device state; returns with QEMU in postmigrate.
+        """Stops the guest and streams its device state; returns with QEMU in postmigrate.
 
-        `stopped` is called once: at STOP, or at the start for a guest that did not run. RAM is
-        final when this returns and not at STOP, after which QEMU waits for its disks. After a
-        failure or cancellation `rollback` has to be called. Raises VmmError, VmmGone, and
-        whatever `send` raises.
+        `stopped` is called once: at STOP, or at the start if the guest did not run. RAM is final
+        when this returns and not at STOP, after which QEMU waits for its disks. After a failure or
+        cancellation the caller must call `rollback`. Raises VmmError, VmmGone, and whatever `send`
+        raises.
         """
         with self._qmp.events("STOP", "RESUME", "MIGRATION") as events:
             known = await self._settings.note(settings.SOURCE)
@@ -141,11 +141,11 @@ class Leaving(Qemu):
                 self._must_not_resume(event)
 
     async def _begin(self, known: dict[str, bool]) -> None:
-        """Our own migration, in one piece with what has to be so for its time. While it goes on
-        QEMU takes no other, and afterwards the guard is there."""
+        """Starts the driver's migration, in one piece with the settings it needs. QEMU takes no
+        other while it goes on, and afterwards the guard is there."""
         with trio.CancelScope(shield=True):  # or nobody would know whose migration goes on
-            # What comes after `migrate` may be answered only when the device state was read: QEMU
-            # holds its main loop up while it writes that.
+            # A command behind `migrate` may be answered only after the device state was read, as
+            # QEMU's main loop stands still while it writes that.
             _, ignoring, begun = await self._qmp.execute_all(
                 [
                     *settings.ours(known),
@@ -165,8 +165,8 @@ class Leaving(Qemu):
                 )
                 refused = isinstance(put_back, QmpRefused) and not isinstance(ignoring, QmpRefused)
                 if refused and not (await self._now()).migration.over:
-                    # Somebody else's began between two of our commands and leaves guest RAM out:
-                    # what cannot be right has to fail.
+                    # Somebody else's migration began between two commands, and leaves guest RAM
+                    # out. It cannot be right, so it has to fail.
                     await self._qmp.execute("migrate_cancel")
         for refusal in (begun, ignoring):
             if isinstance(refusal, QmpRefused):
@@ -183,7 +183,7 @@ class Leaving(Qemu):
                 stopped()
                 stopped = None
             elif status == "completed":
-                # At once, and nobody waits for it: what others save from now on is to be whole.
+                # At once, and without waiting: what others save from here on must be whole.
                 await self._qmp.tell(
                     *settings.capabilities({IGNORE: self._settings.found_ignoring})
                 )
@@ -211,18 +211,18 @@ class Leaving(Qemu):
             )
 
     def _watch(self, *, on: bool = True) -> None:
-        """For who runs the guest from now on, or no more."""
+        """Starts to watch for anybody running the guest, or with `on` False stops to."""
         if self._resumes is not None:
             self._qmp.unsubscribe(self._resumes)
         self._resumes = self._qmp.subscribe("RESUME") if on else None
 
     async def rollback(self) -> str:
-        """The guest as it was before we stopped it, from whatever state QEMU is in. Idempotent.
+        """Leaves the guest as it was before the driver stopped it, whatever state QEMU is in.
+        Idempotent. Raises VmmError when it cannot be run again.
 
-        A guest that was paused and whose state was saved whole stays in QEMU's run state
-        postmigrate (nothing leads from there to paused but running): `cont` runs it as ever, but it
-        must run before it can be migrated again. Raises VmmError when it cannot be run again.
-        """
+        A guest that was paused, and whose state was saved whole, stays in QEMU's run state
+        postmigrate, as QEMU has no way back to paused but through running. `cont` runs it as ever,
+        but it must run before it can be migrated again."""
         self._watch(on=False)
         before = self.before or self._seen
         now = await self._quiet(STOPPED, MOVED)
@@ -234,7 +234,7 @@ class Leaving(Qemu):
         if moved and now.running:
             await self._announce()
         self._seen, self.before = before, None
-        if now.migration.over:  # or they may be QEMU's own
+        if now.migration.over:  # otherwise they may be QEMU's own
             with suppress(PostcopydError, OSError):  # of no use, and no harm
                 await userfaultfd.close_all(self.pid)
         stands = PAUSED | ({"postmigrate"} if moved else set())
@@ -246,9 +246,9 @@ class Leaving(Qemu):
         return "" if as_it_was else now.words
 
     async def mark(self) -> None:
-        """As the interface says: the guard. Its migration is known by the bandwidth that it has
-        set, and goes on or is over; a pause has no such sign, but to end one makes no second guest.
-        """
+        """As the interface says: sets the guard. The driver's migration, over or not, is known by
+        the bandwidth that it has set. A pause has no such sign, but ending one makes no second
+        guest."""
         now = await self._now()
         guard = None
         if now.run_state in {"finish-migrate", "postmigrate"}:
@@ -260,7 +260,7 @@ class Leaving(Qemu):
             await self._settings.guard(guard)
 
     async def _announce(self) -> None:
-        """Switches may have learnt the destination's port from its announcement."""
+        """Announces the guest here: switches may have learnt the destination's port from it."""
         found = await self._settings.read()
         await self._qmp.execute(
             "announce-self",
@@ -273,15 +273,15 @@ class Leaving(Qemu):
         )
 
     async def _quiet(self, *guards: str) -> Now:
-        """What QEMU is at once no migration goes on that has begun under one of these guards, or
-        that a stop of ours was put upon. Others are left alone, and their end is not waited for.
+        """Waits for the end of a migration that began under one of these guards, or that a stop by
+        this driver came upon; returns what QEMU is at then. Other migrations are left alone, and
+        their end is not waited for.
 
-        Our end of our own migration's stream is closed, so it fails by itself in milliseconds,
-        unless it has been written whole, and then it completes. QEMU takes its disks back after
-        either. After `migrate_cancel` past the stop, 7.2 runs the guest with its disks inactive and
-        aborts at their next use: that is for a migration that neither writes nor stops, and for a
-        pause that somebody else asked for.
-        """
+        The driver's end of its migration's stream is closed. So it fails by itself in milliseconds,
+        or completes if it has been written whole; after either, QEMU takes its disks back.
+        `migrate_cancel` is only for a migration that neither writes nor stops, and for a pause that
+        somebody else asked for: past the stop it has 7.2 run the guest with its disks inactive, and
+        abort at their next use."""
         deadline = trio.current_time() + FAIL_SECONDS
         while True:
             now = await self._now()
@@ -298,7 +298,7 @@ class Leaving(Qemu):
             await trio.sleep(POLL_SECONDS)
 
     async def _run_again(self) -> None:
-        """`cont`, for a guest of which it was just seen that we hold it."""
+        """`cont`, for a guest that was just seen to be stopped by this driver."""
         deadline = trio.current_time() + DISK_LOCK_SECONDS
         while True:
             try:
@@ -315,7 +315,7 @@ class Leaving(Qemu):
             await trio.sleep(POLL_SECONDS * 10)
 
     async def finish(self, keep: bool) -> None:
-        """The guest runs elsewhere: end this QEMU, or leave it stopped. Fine if it has ended."""
+        """The guest runs elsewhere: ends this QEMU, or leaves it stopped. It may have ended."""
         self._watch(on=False)
         if not keep:
             await self._end(FINISH_SECONDS)

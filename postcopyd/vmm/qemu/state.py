@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a QEMU is at: whether its guest runs, whose doing it is when it does not, and in what words.
+"""What a QEMU is doing: whether its guest runs, and who stopped it if not; with words for people.
 
-Only asks. A guest that we have stopped or moved is under a guard of ours (`qemu_settings`), and no
-migration or save of somebody else's can have begun since that was set. So a driver that finds its
-guest stopped, under that guard, with no migration going on, may send `cont`: nobody can come
-between its look and its command. A guest that is stopped without it was stopped by somebody else.
+Only asks. A guest that the driver stopped or moved is under its guard (`settings`): no migration or
+save by somebody else can have begun since that was set. So a driver that finds its guest stopped,
+under that guard, with no migration going on, may send `cont`: nobody can come between its look and
+its command. A guest that is stopped without a guard was stopped by somebody else.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Now:
-    """What a QEMU is at, by one look."""
+    """What a QEMU was doing at one look."""
 
     running: bool
     run_state: str
     migration: Migration
-    guard: str | None  # None: no guard of ours
+    guard: str | None  # None: no guard of this driver
 
     def held(self, guard: str) -> bool:
-        """Whether it stands still by what that guard stands for, and nobody else has a hand on
-        it."""
+        """Whether the guest is stopped for the reason that the guard names, and nobody else is
+        moving or saving it."""
         stands = {settings.STOPPED: PAUSED, settings.MOVED: {"postmigrate"}}[guard]
         return self.guard == guard and self.run_state in stands and self.migration.over
 
@@ -63,8 +63,8 @@ class Now:
 
 
 async def look(qmp: Qmp) -> Now:
-    """The guard is asked for last: it was there when the others were answered, or was not set by
-    anybody but us since."""
+    """Asks for the guard last: if it is there, then it was there at the other answers, or only this
+    driver has set it since."""
     status, migration, parameters = await qmp.ask_all(
         ("query-status", None, Status),
         ("query-migrate", None, Migration),

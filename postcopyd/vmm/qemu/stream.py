@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEMU's device state stream: a socket pair between QEMU and us, and who pumps it.
+"""QEMU's device state stream: a socket pair between QEMU and this process, and its pumps.
 
-Knows how to lend QEMU one end and to move bytes to and from the other. Knows nothing of what the
-bytes mean, nor when the stream is good; the driver learns that from events.
+Knows how to lend QEMU one end and to move bytes to and from the other. Knows neither what the bytes
+mean nor when the stream is good; the driver learns that from events.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from postcopyd.vmm.qemu.qmp import Qmp
 STREAM = "postcopyd"  # the name under which QEMU gets its end
 URI = f"fd:{STREAM}"
 CHUNK = 256 << 10
-# Holds the device state of most guests, so that QEMU never waits for us while its guest is stopped:
-# with the kernel's 208 KiB the save took 2.9 ms and not 1-1.5.
+# Holds the device state of most guests, so that QEMU need not wait while its guest is stopped: with
+# the kernel's 208 KiB the save took 2.9 ms and not 1-1.5.
 BUFFER = 4 << 20
 LOOK_S = 0.001  # between two looks whether QEMU has taken the rest of what it was sent
-SPIN_S = 0.003  # before that it is looked all the time: a look later is a guest that stands longer
+SPIN_S = 0.003  # so long it looks without a pause first, as the guest stands still meanwhile
 SIOCOUTQ = 0x5411  # unix(7)
 SO_SNDBUFFORCE = 32  # socket(7); beyond net.core.wmem_max, for CAP_NET_ADMIN
 
@@ -38,9 +38,9 @@ def _widen(end: socket.socket) -> None:
 
 @asynccontextmanager
 async def opened(qmp: Qmp) -> AsyncIterator[trio.socket.SocketType]:
-    """Lend one end of a socket pair to QEMU, as URI, and give the other, closed at the end.
+    """Lends one end of a socket pair to QEMU, as URI. Yields the other, and closes it at the end.
 
-    Closing makes a QEMU that still writes fail its migration, and one that still reads its load.
+    That makes QEMU fail a migration that it still writes, or a load that it still reads.
     """
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
@@ -52,7 +52,7 @@ async def opened(qmp: Qmp) -> AsyncIterator[trio.socket.SocketType]:
 
 
 async def relay(ours: trio.socket.SocketType, send: Callable[[bytes], Awaitable[None]]) -> None:
-    """Give to `send` what QEMU writes, until it closes its end."""
+    """Passes to `send` what QEMU writes, until QEMU closes its end."""
     while data := await ours.recv(CHUNK):
         await send(data)
 
@@ -62,10 +62,10 @@ async def feed(
     receive: AsyncIterable[bytes],
     before_the_last: Callable[[], Awaitable[None]],
 ) -> None:
-    """Write to QEMU until `receive` ends, then end the stream.
+    """Writes to QEMU until `receive` ends, then ends the stream.
 
-    The last byte is held back until QEMU has taken all others and `before_the_last` has returned.
-    A QEMU that stops reading says why by an event or by its own end; here the rest is dropped.
+    The last byte is held back until QEMU has taken all others and `before_the_last` has returned. A
+    QEMU that stops reading says why by an event or by its own end; the rest is dropped.
     """
     held, broken = b"", False
     async for piece in receive:
@@ -82,7 +82,7 @@ async def feed(
 
 
 async def _send(ours: trio.socket.SocketType, data: bytes) -> bool:
-    """Whether QEMU has its end still."""
+    """Returns whether QEMU still has its end open."""
     view = memoryview(data)
     try:
         while view:
@@ -93,10 +93,10 @@ async def _send(ours: trio.socket.SocketType, data: bytes) -> bool:
 
 
 async def _all_read(ours: trio.socket.SocketType) -> None:
-    """Returns when QEMU has taken what it was sent. The kernel tells: of a socket with the smallest
-    buffer it says that it may be written to once next to nothing is in there. For that rest a timer
-    comes too late at first: the loop's are whole milliseconds, which the guest would stand still
-    for. But QEMU may wait for a page before it takes it."""
+    """Returns when QEMU has taken what it was sent. With the smallest buffer, the kernel calls a
+    socket writable once almost nothing is left in it. For that rest a timer would be too slow at
+    first: the loop's have whole milliseconds, for which the guest would stand still. But QEMU may
+    also wait for a page before it takes the rest."""
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     if _unread(ours):
         await trio.lowlevel.wait_writable(ours)
@@ -109,7 +109,7 @@ async def _all_read(ours: trio.socket.SocketType) -> None:
 
 
 def _unread(ours: trio.socket.SocketType) -> int:
-    """Bytes that QEMU has not taken. It may have ended, and then takes none."""
+    """Bytes that QEMU has not taken. A QEMU that has ended takes none."""
     left = bytearray(4)
     fcntl.ioctl(ours.fileno(), SIOCOUTQ, left)
     return int.from_bytes(left, "little")
@@ -117,7 +117,7 @@ def _unread(ours: trio.socket.SocketType) -> int:
 
 @asynccontextmanager
 async def crew() -> AsyncIterator[trio.Nursery]:
-    """A nursery whose only failure is raised as itself, not as a group of one."""
+    """A nursery that raises a single failure as itself, not as a group of one."""
     try:
         async with trio.open_nursery() as nursery:
             yield nursery

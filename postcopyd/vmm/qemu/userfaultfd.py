@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The userfaultfds that a QEMU holds: making them there, finding them, closing them there.
+"""The userfaultfds that a QEMU holds: makes them there, finds them, closes them there.
 
-Owns the two ways of making one (the system call, and the device lent by QMP to a QEMU that may not
-make the call). How a call is run inside QEMU is `adoption`'s business, what it is good for the
-engine's. QEMU's seccomp filter forbids by list and these calls are not on it: no obstacle.
+Owns the two ways to make one: the system call, or for a QEMU that may not make it the device, lent
+by QMP. How a call is run inside QEMU is `adoption`'s business; what a userfaultfd is used for is
+the engine's. QEMU's seccomp filter is a list of forbidden calls, and these are not on it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ CLEAN_UP_SECONDS = 5.0  # for a QEMU that may be stuck
 
 
 def numbers(pid: int) -> list[int]:
-    """All that QEMU has, in order. With x-ignore-shared it makes none itself: all are ours."""
+    """All that QEMU has, in order. With x-ignore-shared it makes none of its own."""
     return sorted(number for number, link in procfs.descriptors(pid).items() if link == LINK)
 
 
 async def create(qmp: Qmp, pid: int) -> tuple[int, int]:
-    """Make one: our duplicate (the caller's) and its number in QEMU. Raises PostcopydError."""
+    """Makes one. Returns a duplicate, which the caller owns, and its number in QEMU. Raises
+    PostcopydError."""
     with suppress(PermissionError):
         return await adoption.create_userfaultfd(pid, allow_seccomp=True)
     try:
@@ -62,7 +63,8 @@ async def create(qmp: Qmp, pid: int) -> tuple[int, int]:
 
 
 async def borrow(qmp: Qmp, pid: int) -> int:
-    """Make one that QEMU keeps nothing of: our duplicate, the caller's. Raises PostcopydError."""
+    """Makes one that QEMU does not keep: the duplicate, which the caller owns, is all that is left.
+    Raises PostcopydError."""
     ours, number = await create(qmp, pid)
     try:
         with trio.CancelScope(shield=True):
@@ -85,12 +87,12 @@ def duplicates(pid: int) -> list[int]:
 
 
 async def close_all(pid: int) -> None:
-    """Close all of them in QEMU. Raises PostcopydError."""
+    """Closes all of them in QEMU. Raises PostcopydError."""
     await close(pid, numbers(pid))
 
 
 async def close(pid: int, made: list[int]) -> None:
-    """Close these where they are there still: others may be QEMU's own, for a snapshot in the
+    """Closes those of `made` that are still there: others may be QEMU's own, for a snapshot in the
     background. Raises PostcopydError."""
     for number in sorted(set(made) & set(numbers(pid))):
         await adoption.close_in(pid, number, allow_seccomp=True)
