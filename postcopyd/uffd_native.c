@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The destination's engine: where a fault becomes a page. The way of one page:
+/* The destination's engine: turns a fault into a page. The way of one page:
  *
  *   faults_run      reads fault messages from a userfaultfd                here, pc-faults
  *     fault           looks the page up (record_touch); answers it, or       here
@@ -11,32 +11,35 @@
  *     deliver         places them (place: UFFDIO_COPY, which wakes), and     here
  *     confirm         notes that (record_confirm)                            here
  *
- * What each page's byte in the record means and who may change it: native/record.h. By which call a
- * page gets to the guest: native/backing.h, native/place.h. The rest of the engine: native/dest.h.
+ * native/record.h says what each page's byte in the record means and who may change it,
+ * native/backing.h and native/place.h by which call a page gets to the guest, native/dest.h what
+ * else the engine has.
  *
- * Here are the fault threads, one for each userfaultfd, and what threads of any kind do with pages
- * that they have claimed. A fault thread owns its messages and the list of faults to be tried again,
- * and ends by pc_dest_stop alone. It never waits for anything but the next message: a receiving
- * thread may, for memory, and then only its connection waits; so may settle_run's, and then its run.
+ * This file has the fault threads, one for each userfaultfd, and what threads of any kind do with
+ * pages that they have claimed. A fault thread owns its messages and the list of faults to be tried
+ * again; only pc_dest_stop ends it. It waits for nothing but the next message. A receiving thread
+ * may wait for memory, and then only its connection waits; so may settle_run's, and then only its
+ * run.
  *
  * No fault is dropped: one that could not be answered, for whatever reason, is made to come again.
- * A fault before the seal is not looked at: the seal wakes all who wait, and they fault again. A
- * fault on a DONE page is answered with zeros: the page is a hole, or was placed and the guest has
- * discarded it since (or the message is older than the placing: then the kernel says EEXIST and
- * nobody is harmed). Of a file it is answered with what the file has, and with zeros only where that
- * has a hole. The record alone says what is right: the flags of a fault tell of the cache.
+ * A fault before the seal is not looked at: the seal wakes all waiting threads, which fault again.
+ * A fault on a DONE page is answered with zeros: the page is a hole, or was placed and the guest
+ * has discarded it since. If the message is older than the placing, the kernel says EEXIST, which
+ * does no harm. In a file it is answered with what the file has, and with zeros only where that has
+ * a hole. Only the record says what is right: the flags of a fault tell of the page cache.
  *
- * A LOST page is never answered with zeros: for shared memory the kernel lets ZEROPAGE and COPY
- * replace a memory error (seen on Linux 6.18). So the error is there before the record says DONE,
- * and a fault thread whose message is older than the error makes it again, which wakes who waits.
+ * A LOST page is never answered with zeros: in shared memory the kernel lets ZEROPAGE and COPY
+ * replace a memory error (seen on Linux 6.18). So the error is made before the record says DONE. A
+ * fault thread whose message is older than the error makes it again, which wakes the thread that
+ * waits.
  *
- * A page that was there although this engine has just claimed it, where neither an engine before it
- * (BEGUN) nor neighbours in a huge page of a file explain that, is FOREIGN: the kernel has put zeros
- * into registered memory (khugepaged before Linux 6.4 does), and the guest may have read others of
- * them. Nothing is placed from then on, who waits goes on waiting, and no connection mends it. The
- * record says so before anybody is told, so that an engine after this one is FOREIGN too. One that is
- * killed before even that has the page in hand, and the next engine sees it by the others: a huge
- * page of zeros has more of them than one engine has CLAIMED. */
+ * A page that this engine has just claimed may already be in guest memory. Unless an earlier engine
+ * (BEGUN) or neighbours in a huge page of a file explain that, it is FOREIGN: the kernel has put
+ * zeros into registered memory (khugepaged before Linux 6.4 does), and the guest may have read
+ * other such pages. From then on nothing is placed, waiting threads go on waiting, and no
+ * connection mends it. The record says so before anybody is told, so that a later engine is FOREIGN
+ * too. An engine that is killed even before that has the page in hand, and the next engine sees it
+ * by other pages: a huge page of zeros has more of them than one engine has CLAIMED. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
@@ -48,16 +51,16 @@
 
 /* Messages read at a time. */
 enum { FAULTS_AT_ONCE = 64 };
-/* How long it takes until placing is tried again: when the destination has no memory, or when it has
+/* How long until placing is tried again, when the destination has no memory or when it has
  * failed. */
 enum { AGAIN_MS = 10 };
-/* A fault thread with nothing to do goes round as often as this, to show that it can. */
+/* A fault thread with nothing to do goes round this often, to show that it can. */
 enum { TURN_MS = 1000 };
 
 /* --- faults ----------------------------------------------------------------------------------- */
 
-/* One fault: answered from what is known or left to who is placing the page; else the page is to be
- * asked for, or to be tried again later. */
+/* What becomes of a fault: it is answered, or left to the thread that places the page; the page is
+ * to be asked for; or the fault is tried again later. */
 enum answer { ANSWERED, ASK, PUT_OFF };
 
 /* Whatever has failed, the guest's thread is not left behind: it faults again a while later. */
@@ -83,14 +86,14 @@ static enum answer fault_done(struct pc_dest *d, struct region *r, uint64_t page
   return answer_of(d, r, page, is, &p);
 }
 
-/* With the page claimed. */
+/* The caller has claimed the page. */
 static enum answer fault_here(struct pc_dest *d, struct region *r, uint64_t page, bool cached) {
   struct placing p;
   bool zeros;
   enum meaning is = cached ? backing_place(backing_of(d, r), r, page, 1, NULL, &p)
                            : backing_place_zeros(backing_of(d, r), r, page, &zeros, &p);
   if (!explained(d, r, &p))
-    return ANSWERED; /* it waits */
+    return ANSWERED; /* the thread goes on waiting */
   if (is == PLACED)
     confirm_here(d, r, page, 1, cached);
   else if (is != BROKEN || (is = poison_page(d, r, page, &p)) != PLACED)
@@ -100,7 +103,7 @@ static enum answer fault_here(struct pc_dest *d, struct region *r, uint64_t page
 
 static enum answer fault(struct pc_dest *d, struct region *r, uint64_t page, uint64_t now) {
   if (!record_sealed(&d->record) || atomic_load(&d->record.foreign))
-    return ANSWERED; /* by pc_dest_seal; by nobody */
+    return ANSWERED; /* pc_dest_seal does; after FOREIGN nobody does */
   enum touched is = record_touch(&d->record, r->first + page);
   switch (is) {
   case IS_NEW:
@@ -116,10 +119,10 @@ static enum answer fault(struct pc_dest *d, struct region *r, uint64_t page, uin
   }
 }
 
-/* The guest's threads whose faults could not be answered, until they fault again. */
+/* Threads of the guest whose faults could not be answered, until they fault again. */
 struct laters {
   struct wanted of[FAULTS_AT_ONCE];
-  unsigned count; /* more than FAULTS_AT_ONCE: these and others */
+  unsigned count; /* FAULTS_AT_ONCE + 1: those in `of` and others */
   uint64_t at_ns;
 };
 
@@ -191,7 +194,7 @@ void *faults_run(void *argument) {
     if (n < 0 && errno != EAGAIN && errno != EINTR) {
       engine_fail(&d->stats, d->wake, PC_MEMORY, "reading faults from the userfaultfd: %s",
                   strerrordesc_np(errno));
-      poll(NULL, 0, AGAIN_MS); /* and it is tried again, for as long as the engine lives */
+      poll(NULL, 0, AGAIN_MS); /* tries again, as long as the engine lives */
     }
     uint64_t now = pc_monotonic_ns();
     count_set(d->stats.beat_ns, now);
@@ -213,7 +216,7 @@ bool shall_try_again(struct pc_dest *d, enum meaning is) {
   if (is != LATER)
     return is == AGAIN;
   count_add(d->stats.stalls, 1);
-  engine_wake(d->wake); /* so that somebody is told */
+  engine_wake(d->wake); /* so that the session sees the stall */
   return true;
 }
 
@@ -228,14 +231,14 @@ bool patient(struct pc_dest *d, enum meaning is) {
   return true;
 }
 
-/* Puts pages that came into the guest's file. From then on they are right there, before anybody may
- * see them and write to them. False: *failed, an errno. */
+/* Puts pages that came into the guest's file. They are right there before anybody can see them and
+ * write to them. False: it failed, *failed is an errno. */
 static bool put_in_file(struct pc_dest *d, struct region *r, const struct arrived *a, int *failed) {
   struct owed o = {0};
   do {
     *failed = a->from            ? -backing_put(backing_of(d, r), r, a->page, a->count, a->from)
               : a->were & CACHED ? -backing_clear(backing_of(d, r), r, a->page, a->count)
-                                 : 0; /* what is not CACHED is zeros */
+                                 : 0; /* a page that is not CACHED is zeros */
   } while (*failed && patient(d, *failed == ENOMEM || *failed == ENOSPC ? LATER : WRONG));
   if (*failed)
     return false;
@@ -245,7 +248,7 @@ static bool put_in_file(struct pc_dest *d, struct region *r, const struct arrive
   return true;
 }
 
-/* Places as many of the pages as go. False: one is FOREIGN. */
+/* Places as many of the pages as it can. False: one is FOREIGN. */
 static bool place_arrived(struct pc_dest *d, struct region *r, const struct arrived *a,
                           uint64_t *placed, int *failed) {
   const struct backing *b = backing_of(d, r);
@@ -264,7 +267,7 @@ static bool place_arrived(struct pc_dest *d, struct region *r, const struct arri
   return true;
 }
 
-/* Counts pages that have come, for whom. */
+/* Counts pages that have come, and how long threads waited for them. */
 static void count_arrived(struct pc_dest *d, struct region *r, const struct arrived *a,
                           uint64_t count) {
   bool wanted = a->were & WANTED;
@@ -285,10 +288,10 @@ bool deliver(struct pc_dest *d, struct region *r, const struct arrived *a) {
   uint64_t placed = 0;
   int failed = 0;
   if (!in_file || put_in_file(d, r, a, &failed)) {
-    if (in_file && !a->from && !(a->were & (WANTED | LOST))) /* none waits: zeros need no page */
+    if (in_file && !a->from && !(a->were & (WANTED | LOST))) /* nobody waits: zeros stay a hole */
       placed = a->count;
     if (!place_arrived(d, r, a, &placed, &failed))
-      return false; /* what is claimed stays so: never all is here */
+      return false; /* the pages stay claimed: all is never here */
   }
   count_arrived(d, r, a, placed);
   confirm(d, r, a->page, placed, false);
@@ -354,7 +357,7 @@ void look_at_unpoisoned(struct pc_dest *d) {
                 "a guest here waits for ever where it touches one", (unsigned long long)lost);
 }
 
-/* Two words, as no two can be read as one. */
+/* Two counts, one after the other, as they cannot be read together. */
 void count_owed(struct pc_dest *d, const struct owed *o) {
   uint64_t total = d->stats.total_pages, present = d->record.staged ? o->present : 0;
   if (o->confirmed && __atomic_add_fetch(&d->stats.confirmed_pages, o->confirmed,

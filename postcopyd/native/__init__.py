@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C of this package but for `uffd_native.c`, its build, and what Python sees of it."""
+"""The C of this package except `uffd_native.c`, its build, and the parts of it that Python uses."""

@@ -1,30 +1,30 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Adoption: runs one system call inside a process that knows nothing of us, and leaves it as it
- * was. Must not know what the call is for, nor what a VMM is. Here a thread is chosen, and another
- * if that did not do; adopt_thread.c has it make the call, adopt_proc.c knows /proc.
+ * Adoption: runs one system call inside a process that does not cooperate, and leaves the process
+ * as it was. Must not know what the call is for, nor what a VMM is. This file chooses a thread, and
+ * another if that did not do; adopt_thread.c has it make the call, adopt_proc.c knows /proc.
  *
  * The way of one call. One thread is seized and interrupted. A stopped thread stands in the
  * kernel's signal path, on its way out of whatever it was doing. There it is given
  *
  *   - a signal frame on its stack, below the red zone, as if a handler had been called: all its
  *     registers, its extended state and its signal mask;
- *   - registers as if that handler were about to make our call: the instruction pointer at an
+ *   - registers as if that handler were about to make the call: the instruction pointer at an
  *     existing "syscall; ret", the stack pointer at the frame, whose return address is an existing
- *     rt_sigreturn. Putting these in place is one ptrace call, the only one that matters.
+ *     rt_sigreturn. One ptrace call puts these in place, the only one that matters.
  *
- * From there on the thread needs nobody: it makes the call, returns into rt_sigreturn and goes on
- * where it was. That is what happens when this process is killed, at any instant. (So no single
- * stepping: a tracer killed at that leaves a SIGTRAP behind, which kills. A system call stop
- * leaves 0x85 with PTRACE_O_TRACESYSGOOD, which is no signal.)
+ * From there on the thread needs no tracer: it makes the call, returns into rt_sigreturn and goes
+ * on where it was. That is what happens if this process is killed, at any instant. (So there is no
+ * single stepping: a tracer that is killed during it leaves a SIGTRAP behind, which kills. A system
+ * call stop leaves 0x85 with PTRACE_O_TRACESYSGOOD, which is no signal.)
  *
- * When we live, better is possible. The thread is stopped again as it leaves our call, in the
- * signal path as before, and gets its own registers back, the interrupted call's result and number
- * among them: the kernel then restarts that call by itself, exactly, with what is left of its
- * timeout, since our call has touched no restart block. The extended state needs nothing: no
- * instruction but "syscall" was executed.
+ * While this process lives it does better. The thread is stopped again as it leaves the call, in
+ * the signal path as before, and gets its own registers back, with the interrupted call's result
+ * and number among them. The kernel then restarts that call exactly, with what is left of its
+ * timeout, since the inserted call has touched no restart block. The extended state needs nothing:
+ * no instruction but "syscall" was executed.
  *
- * Signals wait while the call runs, blocked, in the kernel's own queues, in their order.
+ * While the call runs signals are blocked: they wait in the kernel's own queues, in their order.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -65,9 +65,9 @@ struct candidate {
 
 enum { RANK_UNFIT = 100, RANK_DEAD };
 
-/* Sleeping in an ordinary wait is best; see arch_rank. Running ones stop at their next interrupt,
- * but may be the guest's processors. Uninterruptible ones do not stop. Workers of the kernel that
- * live in the process (vhost, KVM, io_uring) stop, but have no user mode to make a call from. */
+/* A thread that sleeps in an ordinary wait is best; see arch_rank. Running threads stop at their
+ * next interrupt, but may be the guest's processors. Uninterruptible ones do not stop. Workers of
+ * the kernel that live in the process (vhost, KVM, io_uring) stop, but have no user mode. */
 static int rank_thread(pid_t pid, pid_t tid)
 {
     enum { IO_WORKER = 0x10, USER_WORKER = 0x4000, KTHREAD = 0x200000 }; /* PF_, linux/sched.h */
@@ -86,7 +86,7 @@ static int rank_thread(pid_t pid, pid_t tid)
             *text >= '0' && *text <= '9')
             return arch_rank(atol(text));
         return 3; /* "-1": waits for a page, as behind a userfaultfd */
-    case 'T': /* stopped by SIGSTOP: it makes our call and stops again */
+    case 'T': /* stopped by SIGSTOP: it makes the call and stops again */
     case 'R':
         return 2;
     case 'Z':
@@ -104,7 +104,7 @@ static int by_rank(const void *a, const void *b)
     return left->rank != right->rank ? left->rank - right->rank : (left->tid > right->tid) * 2 - 1;
 }
 
-/* All fit threads, best first; returns their number, or -errno if no thread lives. */
+/* Lists all fit threads, best first; returns their number, or -errno if no thread lives. */
 static int list_threads(pid_t pid, struct candidate **list)
 {
     char path[32];
@@ -142,7 +142,7 @@ static int list_threads(pid_t pid, struct candidate **list)
     return living ? count : -ESRCH;
 }
 
-/* What can be refused by looking. */
+/* Refuses what /proc shows to be unfit. */
 static int examine(pid_t pid, int allow_seccomp, pid_t tid, struct status *status,
                    struct adopt_error *error)
 {
@@ -170,7 +170,7 @@ static int examine(pid_t pid, int allow_seccomp, pid_t tid, struct status *statu
     return 0;
 }
 
-/* Before anything is touched: is it a process that we may and can adopt? */
+/* Before anything is touched, checks that this process may and can adopt the target. */
 static int open_target(struct job *job, int allow_seccomp)
 {
     unsigned char elf[20] = { 0 };
@@ -226,7 +226,7 @@ int adopt_syscall(int pid, long nr, const unsigned long args[6], int timeout_ms,
     if (code)
         return code;
 
-    /* Again and again over all threads: one in uninterruptible sleep may be out of it soon. */
+    /* All threads again and again: one in uninterruptible sleep may soon leave it. */
     do {
         int count = list_threads(pid, &list);
         struct timespec pause = { 0, 2000000 };
@@ -258,7 +258,7 @@ int adopt_syscall(int pid, long nr, const unsigned long args[6], int timeout_ms,
     } while (now_ns() < job.deadline);
 
     if (tried)
-        return -EBUSY; /* with a thread's reason */
+        return -EBUSY; /* with the reason of one thread */
     return fail(error, -EBUSY, "cannot adopt process %d: every thread was in uninterruptible sleep "
                 "for %d ms; see /proc/%d/task/*/stack for what they wait for, and try again", pid,
                 timeout_ms, pid);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What the files of adoption share. adopt.c chooses a process's thread and says how all of it works,
- * adopt_thread.c has that thread make the call, adopt_proc.c reads what /proc tells of either.
+ * What the files of adoption share. adopt.c chooses a thread of the process and explains the whole,
+ * adopt_thread.c has that thread make the call, adopt_proc.c reads what /proc says of both.
  */
 #ifndef POSTCOPYD_ADOPT_PARTS_H
 #define POSTCOPYD_ADOPT_PARTS_H
@@ -14,11 +14,11 @@
 
 #include "adopt.h"
 
-/* A sentence for the caller; returns `code`. */
+/* Formats a sentence for the caller; returns `code`. */
 __attribute__((format(printf, 3, 4)))
 int fail(struct adopt_error *error, int code, const char *format, ...);
 
-#if defined(__x86_64__) /* another architecture wants its own header like this */
+#if defined(__x86_64__) /* another architecture needs its own header like this */
 #include "adopt_x86_64.h"
 
 static inline void close_fd(int *fd)
@@ -42,7 +42,7 @@ static inline void free_pointer(void *pointer)
 
 /* ---- what /proc says ---- */
 
-/* The file's beginning as a string; returns its length or -errno. */
+/* Reads the beginning of the file as a string; returns its length or -errno. */
 __attribute__((format(printf, 3, 4)))
 ssize_t read_text(char *text, size_t size, const char *format, ...);
 
@@ -55,10 +55,10 @@ struct status {
 
 /* Returns 0 or -errno. */
 int read_status(pid_t pid, pid_t tid, struct status *status);
-/* Finds, in text that is mapped and not writable, the instructions that we need. The C library
- * first: it has them and will not be unmapped. Returns 0 or -errno. */
+/* Finds the instructions that adoption needs, in text that is mapped and not writable. Looks in the
+ * C library first: it has them and will not be unmapped. Returns 0 or -errno. */
 int find_code(pid_t pid, int mem, struct arch_code *code);
-/* Whether [start, end), just below a thread's stack pointer, is its to write. /proc/PID/mem would
+/* Whether the thread may write [start, end), just below its stack pointer. /proc/PID/mem would
  * write into a guard page too. The main thread's stack grows when written to, down to its limit. */
 int is_stack(pid_t pid, unsigned long start, unsigned long end);
 
@@ -84,14 +84,14 @@ struct job {
 struct try {
     struct job *job;
     pid_t tid;
-    int filtered;    /* a system call may end in SIGSYS: a seccomp filter, or who knows */
+    int filtered;    /* the call may end in SIGSYS: a seccomp filter, or it cannot be known */
     int64_t stop_by; /* when to give up waiting for it to stop */
     int code;
 };
 enum { TRY_ANOTHER = 1 };
 
-/* Tries one thread, by a tracer thread of our own, and waits for the end of both. Returns 0 with
- * job->result, -errno, or TRY_ANOTHER; with a sentence. */
+/* Tries one thread, by a new tracer thread of this process, and waits for the end of the try.
+ * Returns 0 with job->result, -errno, or TRY_ANOTHER; with a sentence. */
 int run_try(struct try *try);
 int64_t now_ns(void);
 

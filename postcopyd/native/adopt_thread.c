@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Has one thread of another process make one system call; all of ptrace is here. The way of a call
- * is told in adopt.c.
+ * Has one thread of another process make one system call; all of ptrace is here. adopt.c tells the
+ * way of a call.
  *
- * Each try has a tracer thread of our own, which owns the tracing and ends with the try: run_try
- * starts and joins it, and nobody stops it, as each wait in it has a deadline. A target thread that
- * does not stop cannot be detached; it is when its tracer ends.
+ * Each try has a tracer thread in this process, which owns the tracing and ends with the try:
+ * run_try starts and joins it. Nobody stops it, as each wait in it has a deadline. A target thread
+ * that does not stop cannot be detached by a call; the end of its tracer detaches it.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -49,7 +49,7 @@ static void test_death(int when)
 #define test_death(when)
 #endif
 
-/* All of ptrace goes through here. Returns what it returns, or -errno. */
+/* All ptrace calls are made here. Returns what ptrace returns, or -errno. */
 static long trace(long request, pid_t tid, unsigned long address, const void *data)
 {
     long got;
@@ -65,12 +65,12 @@ static long trace(long request, pid_t tid, unsigned long address, const void *da
 enum stop {
     STOP_SIGNAL = 1,  /* about to get a signal */
     STOP_SYSCALL = 2, /* at the beginning or end of a system call */
-    STOP_EVENT = 4,   /* interrupted by us, or stopped with its process; in the signal path */
+    STOP_EVENT = 4,   /* interrupted, or stopped with its process; in the signal path */
     STOP_GONE = 8,
     STOP_LATE = 16,
 };
 
-/* Waits for the next stop of whatever kind; *signal is the one about to be delivered. */
+/* Waits for the next stop of any kind; *signal is the signal about to be delivered. */
 static enum stop next_stop(pid_t tid, int64_t deadline, int *signal)
 {
     struct timespec pause = { 0, 10000 };
@@ -98,8 +98,8 @@ static enum stop next_stop(pid_t tid, int64_t deadline, int *signal)
     return STOP_SIGNAL;
 }
 
-/* Waits for a stop of kind `wanted`. At any other the thread gets what it was stopped for, a
- * signal or nothing, and goes on. */
+/* Waits for a stop of kind `wanted`. At any other stop the thread gets its signal, if there is one,
+ * and goes on. */
 static enum stop await(pid_t tid, enum stop wanted, long request, int64_t deadline)
 {
     int signal;
@@ -133,8 +133,8 @@ static long set_regs(pid_t tid, const arch_regs *regs)
 }
 
 /* Inside a restartable sequence (rseq) the kernel must see the thread's own instruction pointer
- * when it returns to user mode, to abort the sequence; with ours it would forget it. A thread that
- * sleeps in a system call is never there. */
+ * when it returns to user mode, to abort the sequence; with another one it would forget that. A
+ * thread that sleeps in a system call is never in such a sequence. */
 static int in_restartable_sequence(const struct job *job, pid_t tid, unsigned long ip)
 {
     struct {
@@ -155,9 +155,9 @@ static int in_restartable_sequence(const struct job *job, pid_t tid, unsigned lo
            ip - sequence.start < sequence.length;
 }
 
-/* Whether system calls of this thread are turned into SIGSYS, for a handler of its own process (as
- * Wine does, PR_SET_SYSCALL_USER_DISPATCH): our call would be, while its signals are blocked, and
- * that kills. -1: this kernel does not tell. */
+/* Whether system calls of this thread become SIGSYS, for a handler of its own process (as in Wine,
+ * PR_SET_SYSCALL_USER_DISPATCH). The inserted call would too, while signals are blocked, and that
+ * kills. -1: this kernel does not tell. */
 static int dispatches(pid_t tid)
 {
     struct {
@@ -169,7 +169,7 @@ static int dispatches(pid_t tid)
     return setting.mode != 0;
 }
 
-/* What a thread was before we touched it. */
+/* The state of a thread before it was touched. */
 struct before {
     arch_regs regs;
     uint64_t mask;
@@ -178,9 +178,9 @@ struct before {
     unsigned char stack[ARCH_FRAME_MAX]; /* what stood there */
 };
 
-/* Reads what the thread is, writes its frame, and sets it up to make the call; its registers
- * last. Whatever fails before that has changed nothing. Signals are blocked only then: a thread
- * with our registers gets its mask back from the frame, one with its own would keep ours. */
+/* Reads the thread's state, writes its frame, and sets it up to make the call; its registers last.
+ * A failure before that has changed nothing. Signals are blocked only after that: a thread with the
+ * registers of the call gets its mask back from the frame; one with its own registers would not. */
 static int set_up(struct try *try, struct before *before)
 {
     struct job *job = try->job;
@@ -210,7 +210,7 @@ static int set_up(struct try *try, struct before *before)
         return fail(job->error, TRY_ANOTHER, "cannot adopt process %d: its thread %d handles its "
                     "system calls by itself (PR_SET_SYSCALL_USER_DISPATCH), and would handle ours; "
                     "let the VMM hand over its userfaultfd", job->pid, tid);
-    if (dispatched < 0) /* if it does, the signal can be taken back */
+    if (dispatched < 0) /* it may: then take_sigsys takes the signal back */
         try->filtered = 1;
 
     before->frame_size = arch_build_frame(&before->regs, xstate, vector.iov_len, before->mask,
@@ -232,15 +232,15 @@ static int set_up(struct try *try, struct before *before)
     if (set_regs(tid, &call) < 0)
         return fail(job->error, TRY_ANOTHER, "cannot adopt process %d: its thread %d ended; try "
                     "again", job->pid, tid);
-    if (try->filtered) /* a SIGSYS that finds itself blocked takes the process's handler away */
+    if (try->filtered) /* a SIGSYS that is blocked removes the process's handler for it */
         all &= ~(1ull << (SIGSYS - 1));
     trace(PTRACE_SETSIGMASK, tid, sizeof all, &all);
     return 0;
 }
 
-/* Gives the thread, stopped in the signal path, back to itself. The registers come after the mask,
- * for the reason above; the bytes of the stack after the registers, while nothing needs the frame
- * any more. */
+/* Gives the thread, stopped in the signal path, its own state back. The registers come after the
+ * mask, for the reason above; the bytes of the stack after the registers, when nothing needs the
+ * frame any more. */
 static long send_home(const struct try *try, const struct before *before)
 {
     long code = trace(PTRACE_SETSIGMASK, try->tid, sizeof before->mask, &before->mask);
@@ -249,12 +249,12 @@ static long send_home(const struct try *try, const struct before *before)
         code = set_regs(try->tid, &before->regs);
     if (code == 0 && pwrite(try->job->mem, before->stack, before->frame_size,
                             (off_t)before->frame) < 0)
-        code = 0; /* the bytes below a stack are nobody's; putting them back was a courtesy */
+        code = 0; /* nobody owns the bytes below a stack; putting them back was a courtesy */
     trace(PTRACE_DETACH, try->tid, 0, NULL);
     return code;
 }
 
-/* A filter that answers with SIGSYS: the signal is pending for this thread. It is taken out at its
+/* If a filter has answered with SIGSYS, the signal is pending for this thread. Takes it out at its
  * delivery, which is in the signal path as well. */
 static int take_sigsys(const struct try *try)
 {
@@ -295,8 +295,8 @@ static int run(const struct try *try, const struct before *before)
             return fail_gone(job->error, job->pid);
         stop = await(tid, STOP_SYSCALL, PTRACE_SYSCALL, job->deadline);
     }
-    /* To the signal path, before an instruction of the target is executed. If it was late, this
-     * finds out how far it is. */
+    /* Stop in the signal path, before the target executes an instruction. If the thread was late,
+     * this shows how far it is. */
     if (stop != STOP_GONE && trace(PTRACE_INTERRUPT, tid, 0, NULL) == 0) {
         if (stop == STOP_SYSCALL)
             trace(PTRACE_CONT, tid, 0, NULL);
@@ -328,7 +328,7 @@ static int run(const struct try *try, const struct before *before)
                     "cannot adopt process %d: its thread %d got no processor in time (frozen "
                     "cgroup?), nothing was done; thaw it and try again", job->pid, tid);
     }
-    trace(PTRACE_DETACH, tid, 0, NULL); /* not where it should be: it has its frame */
+    trace(PTRACE_DETACH, tid, 0, NULL); /* not where it should be: its frame takes it back */
     return fail(job->error, -EINPROGRESS,
                 "adopting process %d: its thread %d left the system call for another place; look "
                 "in /proc/%d/fd whether the call was made", job->pid, tid, job->pid);
@@ -357,8 +357,8 @@ static void *try_thread(void *argument)
         return NULL;
     }
     if (await(try->tid, STOP_EVENT, PTRACE_CONT, try->stop_by) != STOP_EVENT) {
-        try->code = TRY_ANOTHER; /* the end of this thread detaches it */
-        if (!*job->error->text)  /* a reason of another thread says more */
+        try->code = TRY_ANOTHER; /* the end of this tracer detaches the thread */
+        if (!*job->error->text)  /* the reason of an earlier thread says more */
             fail(job->error, 0, "cannot adopt process %d: its thread %d does not stop; see "
                  "/proc/%d/stack for what it waits for, and try again", job->pid, try->tid,
                  try->tid);
@@ -383,7 +383,7 @@ int run_try(struct try *try)
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, 1024 * 1024);
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old); /* our process's handlers are not its business */
+    pthread_sigmask(SIG_SETMASK, &all, &old); /* handlers of this process must not run in it */
     code = pthread_create(&thread, &attributes, try_thread, try);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     pthread_attr_destroy(&attributes);
@@ -392,7 +392,7 @@ int run_try(struct try *try)
                     "; raise the limit of threads", try->job->pid, strerror(code));
     pthread_join(thread, NULL);
 
-    /* The kernel wakes us a little before it detaches what the thread still traced. */
+    /* pthread_join returns a little before the kernel detaches what the thread still traced. */
     for (int i = 0; try->code && i < 1000; i++) {
         struct timespec pause = { 0, 100000 };
 
@@ -400,7 +400,7 @@ int run_try(struct try *try)
             break;
         char path[64];
         snprintf(path, sizeof path, "/proc/self/task/%d", status.tracer);
-        if (access(path, F_OK)) /* another's, or ended just now */
+        if (access(path, F_OK)) /* another process's tracer, or it has just ended */
             break;
         nanosleep(&pause, NULL);
     }

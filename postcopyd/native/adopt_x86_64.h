@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What adoption must know of x86-64: registers, the signal frame that takes a thread home, the
- * instructions to look for, and what an interrupted system call leaves behind. adopt.c uses
- * nothing of the architecture but these names; another one is a header of the same shape.
+ * What adoption must know of x86-64: registers, the signal frame by which a thread goes on, the
+ * instructions to look for, and what an interrupted system call leaves behind. Of the architecture
+ * adopt.c uses only these names; support for another one is a header of the same shape.
  */
 #ifndef POSTCOPYD_ADOPT_X86_64_H
 #define POSTCOPYD_ADOPT_X86_64_H
@@ -56,11 +56,11 @@ static inline int arch_is_native(const arch_regs *regs)
     return regs->cs == 0x33; /* the 64-bit user code segment */
 }
 
-/* How well a thread asleep in system call `nr` bears being stopped; less is better. 0: the kernel
- * restarts the call exactly, remaining timeout included. 1: it restarts it, mostly. 2: it returns
- * EINTR, which arch_soften turns into a restart that waits its whole timeout again. 3: it is not
- * known, or returns EINTR that we must not hide (KVM_RUN, whose caller expects it), or it is
- * restart_syscall, which see arch_frame_of. */
+/* How well a thread that sleeps in system call `nr` bears being stopped; less is better. 0: the
+ * kernel restarts the call exactly, with its remaining timeout. 1: it restarts it, mostly. 2: the
+ * call returns EINTR, which arch_soften turns into a restart that waits its whole timeout again. 3:
+ * the call is not known, or returns EINTR that must not be hidden (KVM_RUN, whose caller expects
+ * it), or is restart_syscall (see arch_frame_of). */
 static inline int arch_rank(long nr)
 {
     switch (nr) {
@@ -101,7 +101,7 @@ enum { /* kernel-internal results of an interrupted call, include/linux/errno.h 
 };
 
 /* signal(7), "Interruption of system calls by stop signals": these calls return EINTR although no
- * handler ran. With ERESTARTNOHAND in its place the kernel still returns EINTR if one does. */
+ * handler ran. If that is replaced by ERESTARTNOHAND the kernel still returns EINTR if one does. */
 static inline void arch_soften(arch_regs *regs)
 {
     if ((long)regs->orig_rax >= 0 && (long)regs->rax == -4 /* EINTR */ &&
@@ -128,8 +128,8 @@ _Static_assert(offsetof(struct arch_frame, sigmask) == 8 + 296, "layout of the k
 #define ARCH_FRAME_MAX (sizeof(struct arch_frame) + ARCH_XSTATE_MAX + 256)
 
 /* How much of the standard XSAVE layout these features fill. The regset may be longer (AMX that
- * this process has no permission for), and rt_sigreturn takes a longer area than the process may
- * have as x87 and SSE only: AVX would be lost. */
+ * this process has no permission for); but rt_sigreturn takes an area longer than the process may
+ * have as x87 and SSE only, and AVX would be lost. */
 static inline size_t arch_xstate_size(uint64_t features)
 {
     size_t size = 512 + 64;
@@ -146,11 +146,11 @@ static inline size_t arch_xstate_size(uint64_t features)
 
 /* The registers, mask and place of extended state that rt_sigreturn is to restore.
  *
- * rt_sigreturn forgets a restart block. So the frame's thread makes its interrupted call anew, and
- * a relative timeout of nanosleep, poll or futex begins again; and a handler that runs on the way
- * home runs before the call, not in it, so it does not end pause() or select() with EINTR. A wait
- * that had been interrupted before is in restart_syscall, which without its restart block returns
- * EINTR. Only a thread whose tracer died goes this way. */
+ * rt_sigreturn forgets a restart block. So the thread makes its interrupted call anew, and a
+ * relative timeout of nanosleep, poll or futex begins again. A handler that runs before that runs
+ * before the call, not in it, so it does not end pause() or select() with EINTR. A wait that had
+ * been interrupted before is in restart_syscall, which returns EINTR without its restart block. All
+ * this concerns only a thread whose tracer died. */
 static inline struct arch_frame arch_frame_of(const arch_regs *regs, uint64_t mask,
                                               const struct arch_code *code, unsigned long xstate)
 {
@@ -158,7 +158,7 @@ static inline struct arch_frame arch_frame_of(const arch_regs *regs, uint64_t ma
         .return_address = code->home,
         .flags = 1 | 2 | 4, /* UC_FP_XSTATE, UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS */
         /* An invalid mode: the kernel ignores the failure and keeps the thread's own alternate
-         * stack, which no one can ask for from outside. */
+         * stack, which cannot be asked for from outside. */
         .altstack_flags = 4,
         .r8 = regs->r8, .r9 = regs->r9, .r10 = regs->r10, .r11 = regs->r11,
         .r12 = regs->r12, .r13 = regs->r13, .r14 = regs->r14, .r15 = regs->r15,
@@ -184,8 +184,8 @@ static inline struct arch_frame arch_frame_of(const arch_regs *regs, uint64_t ma
     return frame;
 }
 
-/* Lays out in `out` (ARCH_FRAME_MAX bytes, 64-aligned) what stands at *address in the target: a
- * frame that makes rt_sigreturn restore regs, xstate and mask. Returns its length, 0 if the
+/* Lays out in `out` (ARCH_FRAME_MAX bytes, 64-aligned) what is to stand at *address in the target:
+ * a frame that makes rt_sigreturn restore regs, xstate and mask. Returns its length, 0 if the
  * extended state makes no sense. */
 static inline size_t arch_build_frame(const arch_regs *regs, const unsigned char *xstate,
                                       size_t xstate_len, uint64_t mask,
@@ -223,7 +223,7 @@ static inline size_t arch_build_frame(const arch_regs *regs, const unsigned char
     return area - start + size + sizeof magic2;
 }
 
-/* The registers of a thread about to make the call on top of its frame. */
+/* The registers of a thread that is about to make the call on top of its frame. */
 static inline arch_regs arch_call_regs(const arch_regs *regs, unsigned long frame,
                                        const struct arch_code *code, long nr,
                                        const unsigned long args[6])

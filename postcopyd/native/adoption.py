@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adoption of an unmodified VMM: its own userfaultfd, and a duplicate of it for us.
+"""Adoption of an unmodified VMM: makes a userfaultfd of the VMM's own, and duplicates it.
 
-Wraps adopt.c, which runs one system call in the VMM by ptrace and leaves it as it was. Each
-function works in a thread of its own, because ptrace belongs to one, and takes milliseconds.
+Wraps adopt.c, which runs one system call in the VMM by ptrace and leaves the VMM as it was. Each
+function works in a thread of its own, because ptrace belongs to a thread, and takes milliseconds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from postcopyd.errors import PostcopydError, shortage
 from postcopyd.tasks import threads
 
 TIMEOUT_MS = 5000
-"""How long adoption looks for a thread of the VMM that stops; it takes 1 ms when none is stuck."""
+"""How long adoption looks for a thread of the VMM that stops; it takes 1 ms if none is stuck."""
 
 USERFAULTFD_IOC_NEW = 0xAA00
 
 _CALLS = {"x86_64": {"userfaultfd": 323, "ioctl": 16, "close": 3, "prctl": 157}}
-"""System call numbers; adopt.c knows which architectures it can do."""
+"""System call numbers; adopt.c knows which architectures it supports."""
 
 
 class AdoptionError(PostcopydError):
@@ -69,7 +69,7 @@ def _create(pid: int, device_fd: int | None, allow_seccomp: bool) -> tuple[int, 
 async def create_userfaultfd(
     pid: int, *, device_fd: int | None = None, allow_seccomp: bool
 ) -> tuple[int, int]:
-    """Makes a userfaultfd in the VMM: (our duplicate, its number in the VMM).
+    """Makes a userfaultfd in the VMM. Returns (this process's duplicate, its number in the VMM).
 
     `device_fd` is the number *in the VMM* of an open /dev/userfaultfd, for VMMs without the
     privilege. Raises AdoptionError, or PermissionError when the VMM may not make one.
@@ -97,7 +97,7 @@ async def prctl(pid: int, option: int, value: int) -> None:
 
 
 def duplicate(pid: int, number: int) -> int:
-    """A duplicate of a descriptor of the VMM; the caller's. Raises AdoptionError, NoResources."""
+    """A duplicate of a VMM's descriptor; the caller's. Raises AdoptionError, NoResources."""
     ours: int = lib.adopt_getfd(pid, number)
     if ours < 0:
         if short := shortage(OSError(-ours, "")):

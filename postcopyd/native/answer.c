@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Requests of the destination are answered at once: a thread of the guest waits for each.
+/* Answers requests of the destination at once: a thread of the guest waits for each.
  *
- * One thread, pc-urgent, for the urgent connection. It owns its batch and what it has read of
- * requests, and ends with the connection, by a request that is none, or by pc_source_disconnect.
+ * One thread, pc-urgent, serves the urgent connection. It owns its batch and the requests that it
+ * has read. It ends with the connection, at a frame that is no request, or by pc_source_disconnect.
  *
- * A request is always answered, also for a page that was pushed: the destination asks once and only
- * for what has not arrived, so it waits behind others on a push connection. To send it again cost
- * 0.1-0.3 % more bytes and took the guest's p99 from 1.6-4.9 ms to 0.4-2.2 ms (1 GiB QEMU guest
- * writing at random, two cores, loopback). */
+ * A request is always answered, also for a page that was pushed: the destination asks once, and
+ * only for a page that has not arrived, which then waits behind others on a push connection.
+ * Sending it again cost 0.1-0.3 % more bytes and took the guest's p99 from 1.6-4.9 ms to 0.4-2.2 ms
+ * (1 GiB QEMU guest writing at random, two cores, loopback). */
 #define _GNU_SOURCE
 #include <errno.h>
 
 #include "source.h"
 
-/* Gathers the answer to one request. Returns 0, -errno, or 1: not to go on. */
+/* Gathers the answer to one request. Returns 0, -errno, or 1: do not go on. */
 static int answer(struct pc_source *s, struct connection *c, struct batch *b,
                   const struct frame *f) {
   struct region *r = f->region < s->region_count ? &s->regions[f->region] : NULL;
@@ -24,7 +24,7 @@ static int answer(struct pc_source *s, struct connection *c, struct batch *b,
   uint64_t slot = r->first + f->page;
   order_hint(&s->order, slot + 1);
   bit_take(s->sent, slot);
-  if (b->used + r->is.page_size > b->room) { /* pages of several sizes: what there is goes first */
+  if (b->used + r->is.page_size > b->room) { /* pages of several sizes: send those first */
     int failed = batch_write(s, b, c);
     if (failed)
       return failed;

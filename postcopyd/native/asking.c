@@ -5,7 +5,7 @@
 
 #include <sys/socket.h>
 
-/* All WANTED pages are in `waiting`, or were sent. */
+/* `look_again`, when all WANTED pages are in `waiting` or were sent. */
 #define NO_SLOT UINT64_MAX
 
 void asking_init(struct asking *a, const struct record *record, const struct region *regions,
@@ -42,8 +42,8 @@ int asking_waits(struct asking *a) {
   return fd;
 }
 
-/* With the lock: puts a request where ask_flush sends it from. False when there is no room: the
- * record has the page as WANTED, and ask_flush looks again. */
+/* With the lock: queues a request for ask_flush to send. False: there is no room. The record has
+ * the page as WANTED, and ask_flush looks again. */
 static bool ask_page(struct asking *a, const struct region *r, uint64_t page) {
   if (a->waiting_to + FRAME_BYTES > sizeof a->waiting)
     return false;
@@ -56,7 +56,7 @@ static bool ask_page(struct asking *a, const struct region *r, uint64_t page) {
   return true;
 }
 
-/* With the lock: puts requests for the WANTED pages from `look_again` on, as many as fit. */
+/* With the lock: queues requests for the WANTED pages from `look_again` on, as many as fit. */
 static void ask_wanted(struct asking *a) {
   for (const struct region *r = a->regions; r < a->regions + a->region_count; r++) {
     uint64_t slot = a->look_again > r->first ? a->look_again : r->first;
@@ -72,7 +72,7 @@ static void ask_wanted(struct asking *a) {
   a->look_again = NO_SLOT;
 }
 
-/* With the lock: sends what waits, as far as the socket takes it without waiting. */
+/* With the lock: sends queued requests, as far as the socket takes them without waiting. */
 static void ask_flush(struct asking *a) {
   while (a->urgent.fd >= 0) {
     while (a->waiting_from < a->waiting_to) {
@@ -95,7 +95,7 @@ static void ask_flush(struct asking *a) {
 
 void ask(struct asking *a, const struct wanted *pages, unsigned count) {
   pthread_mutex_lock(&a->lock);
-  for (unsigned i = 0; i < count && a->urgent.fd >= 0; i++) { /* or asking_begin sees to it */
+  for (unsigned i = 0; i < count && a->urgent.fd >= 0; i++) { /* later asking_begin finds them */
     uint64_t slot = pages[i].region->first + pages[i].page;
     if (slot < a->look_again && !ask_page(a, pages[i].region, pages[i].page))
       a->look_again = slot;
@@ -104,7 +104,7 @@ void ask(struct asking *a, const struct wanted *pages, unsigned count) {
   pthread_mutex_unlock(&a->lock);
 }
 
-/* --- how long it took ------------------------------------------------------------------------- */
+/* --- how long an answer took ------------------------------------------------------------------ */
 
 static unsigned place_of(uint64_t slot) {
   return (slot * 0x9e3779b97f4a7c15ull >> 32) % ASKED_SLOTS;
@@ -121,7 +121,7 @@ void asked_answered(struct asking *a, uint64_t slot) {
   if (atomic_load_explicit(&a->asked[i].slot_and_one, memory_order_acquire) != slot + 1)
     return;
   uint64_t at = atomic_load(&a->asked[i].at_ns), now = pc_monotonic_ns();
-  if (at < now) /* or another page has just taken the slot */
+  if (at < now) /* otherwise another page has just taken the slot */
     engine_latency(a->stats, now - at);
   atomic_store_explicit(&a->asked[i].slot_and_one, 0, memory_order_relaxed);
 }

@@ -24,7 +24,7 @@ int backing_open(struct backing *b, const struct region *r, bool staged, const u
   }
   if (b->kind != ASIDE && !b->huge)
     return 0;
-  /* The reservation, if there is one, is the VMM's. */
+  /* NORESERVE: a reservation, if there is one, is the VMM's. */
   void *at = mmap(NULL, b->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, b->fd,
                   b->offset);
   if (at == MAP_FAILED)
@@ -44,7 +44,7 @@ static int write_bytes(const struct backing *b, uint64_t to, const uint8_t *from
   for (uint64_t done = 0; done < bytes;) {
     struct iovec here = {(void *)(from + done), bytes - done};
     struct iovec there = {b->huge ? b->at + to + done : NULL, bytes - done};
-    /* To a mapping of our own, but by the kernel: no huge page is EFAULT then, and not SIGBUS. */
+    /* The kernel writes to this process's mapping: without a huge page it is EFAULT, not SIGBUS. */
     ssize_t n = b->huge ? process_vm_writev(getpid(), &here, 1, &there, 1, 0)
                         : pwrite(b->fd, here.iov_base, here.iov_len,
                                  b->offset + (off_t)(to + done));
@@ -87,8 +87,8 @@ enum meaning backing_place(const struct backing *b, const struct region *r, uint
   return place(r, COPY, page, count, from ? from : b->at + (page << r->page_shift), p);
 }
 
-/* Of a file CONTINUE is tried first: it needs no memory for a page that is there, and a full tmpfs or
- * cgroup has none. */
+/* In a file CONTINUE is tried first: it needs no memory for a page that is there, when a full tmpfs
+ * or cgroup has none. */
 enum meaning backing_place_zeros(const struct backing *b, const struct region *r, uint64_t page,
                                  bool *zeros, struct placing *p) {
   *zeros = false;
@@ -99,12 +99,12 @@ enum meaning backing_place_zeros(const struct backing *b, const struct region *r
   }
   enum meaning is = place(r, ZERO, page, 1, b->zeros, p);
   *zeros = is == PLACED && !p->existing;
-  if (b->kind == IN_FILE && is == PLACED && p->existing) /* made by another just now */
+  if (b->kind == IN_FILE && is == PLACED && p->existing) /* another thread has just made it */
     is = place(r, CONTINUE, page, 1, NULL, p);
   return is;
 }
 
 void backing_drop(const struct backing *b, const struct region *r, uint64_t page, uint64_t count) {
-  if (b->kind == ASIDE) /* it is twice there */
+  if (b->kind == ASIDE) /* the page is in memory twice */
     backing_clear(b, r, page, count);
 }

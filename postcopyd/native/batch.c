@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Pages that were read become frames, and as many as go together one write. A batch with its buffer
- * (64 KiB, or one page where that is larger) is its thread's own.
+/* Makes frames of pages that were read, and sends as many as fit by one write. Each thread has its
+ * own batch with a buffer (64 KiB, or one page if that is larger).
  *
- * A page that cannot be read (its memory or its swap is broken, the file was cut short) is lost, and
- * nothing else is: the destination is told (FRAME_LOST) and all others follow. A pass leaves it out;
- * it counts as data that was not found yet, so the next look finds it and the next pass tries it
- * again: until the guest has stopped it may write it anew. A destination that cannot be told is sent
- * all the rest, and then the engine fails. */
+ * A page that cannot be read (its memory or its swap is broken, the file was cut short) is lost,
+ * and only that page: the destination is told (FRAME_LOST) and all others follow. A pass leaves it
+ * out; it counts as data that was not found yet, so the next look finds it and the next pass tries
+ * it again, as a running guest may write the page anew. A destination that cannot be
+ * told of lost pages is sent all the rest, and then the engine fails. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdlib.h>
@@ -106,7 +106,7 @@ void look_at_untold(struct pc_source *s) {
 int batch_doubtful(struct pc_source *s, struct batch *b, struct connection *c, struct region *r,
                    uint64_t page) {
   uint64_t slot = r->first + page;
-  bool pass = !c->urgent && s->pass; /* while urgent pages are read it may change */
+  bool pass = !c->urgent && s->pass; /* while urgent pages are read s->pass may change */
   if (!c->urgent)
     rate_pay(&s->rate, b->bytes);
   int failed = batch_write(s, b, c);
@@ -114,7 +114,7 @@ int batch_doubtful(struct pc_source *s, struct batch *b, struct connection *c, s
     return failed;
   failed = pass ? read_pages(r, page, 1, b->pages) : read_surely(s, r, page, b->pages, &b->doubts);
   if (failed && pass && (is_lost(failed) || failed == -ENOMEM)) {
-    /* For the next look to find; in this order, or it is found by this pass again. */
+    /* For the next look to find. In this order, or this pass finds it again. */
     bit_clear(s->data, slot);
     bit_clear(s->sent, slot);
     return 0;

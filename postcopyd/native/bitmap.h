@@ -7,7 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Sets a bit; true when it was clear. */
+/* Sets a bit; true if it was clear. */
 static inline bool bit_take(_Atomic uint64_t *map, uint64_t slot) {
   uint64_t bit = 1ull << slot % 64;
   return !(atomic_fetch_or(&map[slot / 64], bit) & bit);

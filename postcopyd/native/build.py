@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the C source of `postcopyd._native` (run by cffi-gen-src within the build).
+"""Makes the C source of `postcopyd._native`; the build runs it by cffi-gen-src.
 
-The two headers are the one description of the interface: the C compiler includes them, and cffi
+The two headers are the only description of the interface: the C compiler includes them, and cffi
 reads the same text, without its preprocessor lines and comments.
 """
 

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The life of a destination's engine: it is made, registered, connected, disconnected, stopped and
- * freed. Owns the struct pc_dest with all that is in it, the eventfd `notice`, the page of zeros, the
+/* The life of a destination's engine: makes, registers, connects, disconnects, stops and frees it.
+ * Owns the struct pc_dest with all that is in it, the eventfd `notice`, the page of zeros, the
  * backings, the record's mapping and the connections; borrows the userfaultfds, the RAM files, the
  * record's file and `wake`.
  *
- * Threads are started and joined here alone (and pc-place started by settle.c): pc_dest_disconnect
- * ends those of connections, pc_dest_stop all of them, fault threads last but for pc-place. The
+ * Only this file starts and joins threads (and settle.c starts pc-place): pc_dest_disconnect ends
+ * those of connections, pc_dest_stop all, pc-place last and the fault threads before it. The
  * session calls these, one at a time; no thread of the engine ends another. */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -49,7 +49,7 @@ static int backings_open(struct pc_dest *d, char error[200]) {
   return 0;
 }
 
-/* A fault thread for each userfaultfd. */
+/* Finds the userfaultfds, each with a fault thread of its own. */
 static void name_takers(struct pc_dest *d) {
   for (unsigned i = 0; i < d->region_count; i++) {
     int uffd = d->regions[i].is.uffd;
@@ -155,19 +155,19 @@ int pc_dest_register(struct pc_dest *d, int again) {
     failed = register_region(d, i);
     if (!failed)
       d->registered = i + 1;
-    else if (!again) /* else the guest may wait there already, and must not read zeros */
+    else if (!again) /* with `again` the guest may wait there already, and must not read zeros */
       pc_dest_unregister(d, 1);
   }
   for (unsigned i = 0; i < d->taker_count && !failed; i++)
     failed = start_taker(d, &d->takers[i]);
   for (unsigned i = 0; again && i < d->region_count && !failed; i++)
-    wake_all(&d->regions[i]); /* a message is read once, and was by another engine */
+    wake_all(&d->regions[i]); /* a message is read once; an earlier engine may have read it */
   return failed;
 }
 
 int pc_dest_unregister(struct pc_dest *d, int called_off) {
-  /* Lost pages: huge pages are made of what is not registered, and of a memory error they make
-   * zeros (MADV_COLLAPSE and khugepaged on shared memory, seen on Linux 6.18). */
+  /* With lost pages: huge pages are made of memory that is not registered, and make zeros of a
+   * memory error (MADV_COLLAPSE and khugepaged on shared memory, seen on Linux 6.18). */
   if (!called_off && (count_get(d->stats.confirmed_pages) != d->stats.total_pages ||
                       count_get(d->stats.lost_pages)))
     return -EBUSY;
@@ -175,9 +175,9 @@ int pc_dest_unregister(struct pc_dest *d, int called_off) {
   for (unsigned i = 0; i < d->registered; i++) {
     struct region *r = &d->regions[i];
     struct uffdio_range range = {r->is.address, r->is.pages << r->page_shift};
-    if (d->gone[i]) /* what is mapped there now is none of ours */
+    if (d->gone[i]) /* what is mapped there is not guest RAM any more */
       continue;
-    /* Of a VMM that is gone the kernel says ENOMEM here. */
+    /* For a VMM that is gone the kernel says ENOMEM here. */
     if (ioctl(r->is.uffd, UFFDIO_UNREGISTER, &range) && errno != ENOMEM)
       failed = -errno;
   }

@@ -37,7 +37,7 @@ enum { PAGE_IS_WRITTEN = 1 << 1, PAGE_IS_PRESENT = 1 << 3 };
 _Static_assert(sizeof(struct pm_scan_arg) == 96 && sizeof(struct page_region) == 24,
                "the kernel's layout");
 
-/* One call holds up who faults in the process: a scan takes 0.1 ms for 64 MiB, to unregister 1 ms. */
+/* One call holds up faults in the process: for 64 MiB a scan takes 0.1 ms, unregistering 1 ms. */
 enum { STEP_BYTES = 64 << 20 };
 enum { COST_PAGES = 512 };
 
@@ -76,7 +76,7 @@ int dirty_scan(int pagemap, uint64_t *from, uint64_t to, bool arm, bool absent,
       .end = to - *from > STEP_BYTES ? *from + STEP_BYTES : to,
       .vec = (uintptr_t)regions,
       .vec_len = DIRTY_RANGES,
-      /* The kernel has a faster way for "written" and nothing else. */
+      /* The kernel has a faster way if only "written" is asked for. */
       .category_mask = absent ? 0 : PAGE_IS_WRITTEN,
       .category_inverted = absent ? PAGE_IS_PRESENT : 0,
       .category_anyof_mask = absent ? PAGE_IS_WRITTEN | PAGE_IS_PRESENT : 0,
@@ -130,7 +130,7 @@ static int64_t write_cost(int uffd, int pagemap, uint8_t *at, uint64_t bytes) {
 int64_t pc_track_cost_ns(void) {
   uint64_t bytes = COST_PAGES * 4096;
   int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
-  int file = memfd_create("cost", MFD_CLOEXEC); /* guest RAM is shared memory more often than not */
+  int file = memfd_create("cost", MFD_CLOEXEC); /* guest RAM is mostly shared memory */
   int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   void *at = MAP_FAILED;
   int64_t cost;

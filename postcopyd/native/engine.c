@@ -17,8 +17,8 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Bytes that a push socket may hold without having sent them: an urgent page competes with no more
- * than this for the wire, and the link stays full at any bandwidth that this host can make. */
+/* Bytes that a push socket may hold unsent. An urgent page competes with no more than this for the
+ * wire, and the link stays full at any bandwidth that this host can make. */
 enum { PUSH_UNSENT_BYTES = 256 << 10 };
 
 uint64_t pc_monotonic_ns(void) {
@@ -32,8 +32,8 @@ void engine_wake(int wake) {
 }
 
 void engine_fail(struct pc_stats *stats, int wake, int failure, const char *format, ...) {
-  /* The sentence is written before failure is, so that who sees the one can read the other; -1
-   * marks that somebody is writing it. */
+  /* The sentence is written before `failure`, so that whoever sees that can read the sentence; -1
+   * means that a thread is writing it. */
   int32_t none = PC_OK;
   if (!__atomic_compare_exchange_n(&stats->failure, &none, -1, false, __ATOMIC_ACQ_REL,
                                    __ATOMIC_RELAXED))
@@ -89,22 +89,22 @@ void engine_close(struct stream s) {
 }
 
 void engine_socket(struct stream s, bool urgent) {
-  /* A data connection may also be a unix socket in tests, where these do not apply. */
+  /* In tests a data connection may also be a unix socket, where these do not apply. */
   int fd = s.fd, on = 1, unsent = PUSH_UNSENT_BYTES;
-  fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK); /* an event loop may have made it */
+  fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK); /* an event loop may have set it */
   setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   if (!urgent)
     setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof unsent);
-  /* Before the push in this host's own queue as well: pfifo_fast has bands (tc-prio(8)). At 1 Gbit/s
-   * behind one this took the median from 1.1 ms to 0.12 ms (bench/link.py). */
+  /* Goes before the push in this host's own queue too: pfifo_fast has bands (tc-prio(8)). Behind
+   * one at 1 Gbit/s this took the median from 1.1 ms to 0.12 ms (bench/link.py). */
   int priority = 6;
   if (urgent)
     setsockopt(fd, SOL_SOCKET, SO_PRIORITY, &priority, sizeof priority);
 }
 
 void engine_latency(struct pc_stats *stats, uint64_t ns) {
-  /* Eight steps for each power of two of a microsecond: percentiles are good to an eighth, and
-   * the sum of eight is the plain log2 histogram. Below 8 us the steps are whole microseconds. */
+  /* Eight steps for each power of two of a microsecond: percentiles are good to an eighth, and the
+   * sum of eight is the plain log2 histogram. Below 8 us the steps are whole microseconds. */
   uint64_t us = ns / 1000;
   unsigned bucket = (unsigned)us;
   if (us >= 8) {
@@ -143,8 +143,8 @@ uint64_t engine_regions(struct region *to, const struct pc_region *from, unsigne
   return pages;
 }
 
-/* A receiving buffer goes back to the system with its connection. glibc would keep as many as there
- * ever were at a time: it raises this limit by itself once such a one was freed (mallopt(3)). */
+/* Has a receiving buffer returned to the system with its connection. glibc would keep as many as
+ * ever were in use: it raises this limit by itself once such a buffer was freed (mallopt(3)). */
 __attribute__((constructor)) static void large_buffers_are_mapped(void) {
   mallopt(M_MMAP_THRESHOLD, 1 << 20);
 }
@@ -160,7 +160,7 @@ void frame_reader_free(struct frame_reader *r) {
   free(r->buffer);
 }
 
-/* As recv, but -errno. */
+/* Like recv, but returns -errno. */
 static ssize_t read_some(struct stream s, void *to, size_t bytes) {
   if (s.tls)
     return tls_read(s.tls, to, bytes);
@@ -171,7 +171,7 @@ static ssize_t read_some(struct stream s, void *to, size_t bytes) {
   return n < 0 ? -errno : n;
 }
 
-/* Gets at least `need` bytes of the frame at `from` into the buffer. 0: ended before its first. */
+/* Gets at least `need` bytes of the frame at `from` into the buffer. 0: it ended before that. */
 static int frame_fill(struct frame_reader *r, size_t need) {
   if (r->from && r->from + need > r->to) {
     memmove(r->buffer, r->buffer + r->from, r->to - r->from);

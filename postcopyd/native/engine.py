@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both native engines have in common as Python sees them: life, statistics, failures.
+"""What both native engines have in common for Python: their life, statistics and failures.
 
 Owns the engine's `wake` eventfd and the engine itself; knows nothing of sessions or messages. The
 engine's threads never call Python: they write the eventfd, and `Engine.wait` reads what happened.
@@ -23,7 +23,7 @@ from postcopyd.tasks import threads
 from postcopyd.vmm import Region
 
 EXPLAIN_S = 1.0
-"""How much later than its data connections' end a peer's reason may come."""
+"""How long a peer's reason may come after the end of its data connections."""
 
 
 class Failure(IntEnum):
@@ -38,7 +38,7 @@ class Failure(IntEnum):
 
 
 class EngineError(PostcopydError):
-    """The engine has stopped working on the migration; `failure` says of what kind it was."""
+    """The engine has stopped working on the migration; `failure` is the kind of its failure."""
 
     name = "EngineFailed"
 
@@ -52,13 +52,13 @@ ALIVE: WeakSet[Engine] = WeakSet()
 
 
 def longest_still_s() -> float:
-    """For how many seconds the thread that stands still for longest does, of those that always
-    have to turn; 0.0 when there are none."""
+    """How many seconds ago the slowest thread of all engines last went round, among those that
+    always must; 0.0 if there are none."""
     return max((engine.still_s() for engine in ALIVE), default=0.0)
 
 
 class Engine:
-    """One native engine. Its functions are called by one task of its session, one at a time."""
+    """One native engine. One task of its session calls its functions, one at a time."""
 
     role: str
     _free: Any
@@ -79,12 +79,13 @@ class Engine:
         counts.engines[self.role].began(self.stats)
 
     def still_s(self) -> float:
-        """For how long a thread of it stands still that should not. The threads of connections
-        wait for the peer, and nobody can tell that from being stuck."""
+        """For how long a thread has not gone round that must. Threads of connections do not count:
+        they wait for the peer, and that cannot be told from being stuck."""
         return 0.0
 
     async def aclose(self) -> None:
-        """Stops and joins all threads, closes all connections; milliseconds, and not cancelled."""
+        """Stops and joins all threads, closes all connections; takes milliseconds, and cannot be
+        cancelled."""
         if self.handle is not None:
             handle, self.handle = self.handle, None
             ALIVE.discard(self)
@@ -95,17 +96,17 @@ class Engine:
             os.close(self.wake)
 
     async def wait(self) -> None:
-        """Returns when something happened since the last call; raises EngineError on a failure."""
+        """Returns when something has happened since the last call. Raises EngineError."""
         self.check()
         await trio.lowlevel.wait_readable(self.wake)
         os.eventfd_read(self.wake)
         self.check()
 
     async def watch(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Returns when `until` holds; raises EngineError once the engine has failed.
+        """Returns when `until` holds. Raises EngineError once the engine has failed.
 
-        A peer that ends a migration closes its data connections too. What it says of that on the
-        control connection is the better reason, so it gets the time to arrive.
+        A peer that ends a migration closes its data connections too. Its reason on the control
+        connection says more, so it gets time to arrive.
         """
         try:
             while not until():
@@ -126,11 +127,11 @@ class Engine:
 
     @property
     def sentence(self) -> str:
-        """What has gone wrong first, if anything has."""
+        """What failed first, if anything has."""
         return str(ffi.string(self.stats.sentence).decode())
 
     def must(self, result: int, doing: str) -> None:
-        """Raises for a negative result of a native function."""
+        """Raises EngineError or PostcopydError for a negative result of a native function."""
         if result < 0:
             self.check()
             raise PostcopydError(f"{doing}: {os.strerror(-result)}")

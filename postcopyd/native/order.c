@@ -25,7 +25,7 @@ void order_begin(struct order *o, bool pass, const uint64_t *hot) {
   pthread_mutex_unlock(&o->lock);
 }
 
-/* Of 64 pages, those that are to be sent now. */
+/* Of the 64 pages of a word, those that are to be sent now. */
 static uint64_t unsent(const struct order *o, uint64_t word, enum which which) {
   uint64_t pages = ~bits_at(o->sent, word);
   if (o->data_only)
@@ -33,7 +33,7 @@ static uint64_t unsent(const struct order *o, uint64_t word, enum which which) {
   return which == ANY ? pages : pages & (which == HOT ? o->hot[word] : ~o->hot[word]);
 }
 
-/* The first of them from the cursor on and around, or `slots`. */
+/* The first such page from the cursor on and around, or `slots`. */
 static uint64_t find_unsent(const struct order *o, enum which which) {
   uint64_t words = o->slots / 64, first = o->cursor / 64 % words;
   uint64_t pages = unsent(o, first, which) & ~0ull << o->cursor % 64;
@@ -62,13 +62,13 @@ bool order_next(struct order *o, struct region **region, uint64_t *page, uint64_
       continue;
     }
     struct region *r = o->regions;
-    while (slot >= r->first + r->is.pages) /* a bit beyond it, in its padding, is never clear */
+    while (slot >= r->first + r->is.pages) /* bits of the padding behind it are never clear */
       r++;
     uint64_t most = r->is.page_size > RUN_BYTES ? 1 : RUN_BYTES >> r->page_shift;
     while (run < most && slot + run < r->first + r->is.pages &&
            unsent(o, (slot + run) / 64, which) >> (slot + run) % 64 & 1 &&
            bit_take(o->sent, slot + run))
-      run++; /* none: the urgent thread was faster */
+      run++; /* if it stays 0, the urgent thread was faster */
     o->cursor = slot + run;
     *region = r, *page = slot - r->first, *count = run;
   }

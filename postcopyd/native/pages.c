@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the session asks and decides of pages at the destination: which are there, which are old, that
- * the guest is handed over, that pages are given up or not needed any more. Owns nothing; each is one
- * call by the session's thread. What is given up may be in no receiving thread's hand, so there must
- * be no connections. */
+/* What the session asks and decides about pages at the destination: which are there, which are old,
+ * that the guest is handed over, that pages are given up or not needed any more. Owns nothing; each
+ * is one call by the session's thread. No receiving thread may have a page in hand that is given
+ * up, so there must be no connections. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
@@ -41,7 +41,7 @@ int pc_dest_stale(struct pc_dest *d, unsigned region, uint64_t first, uint64_t c
     }
     if (!(bits[i / 8] >> i % 8 & 1))
       continue;
-    while (!record_stale(&d->record, r->first + first + i, &o)) /* for as long as a write takes */
+    while (!record_stale(&d->record, r->first + first + i, &o)) /* as long as a write takes */
       sched_yield();
   }
   count_owed(d, &o);
@@ -52,13 +52,13 @@ int pc_dest_seal(struct pc_dest *d) {
   if (record_sealed(&d->record))
     return 0;
   record_seal(&d->record);
-  /* Who has faulted faults again, and is answered. */
+  /* Threads that have faulted fault again, and are answered. */
   for (struct region *r = d->regions; r < d->regions + d->registered; r++)
     wake_all(r);
   return 0;
 }
 
-/* Whether pages may be given up. What is FOREIGN stays CLAIMED. */
+/* Whether pages may be given up. FOREIGN pages stay CLAIMED. */
 static bool quiet(struct pc_dest *d) {
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++)
     if (d->connections[i].stream.fd >= 0)
@@ -66,17 +66,17 @@ static bool quiet(struct pc_dest *d) {
   return record_sealed(&d->record) && !atomic_load(&d->record.foreign);
 }
 
-/* Gives up a claimed run of pages that lack, as many as go. Returns 0 or -errno. */
+/* Gives up a claimed run of missing pages, as many as it can. Returns 0 or -errno. */
 static int poison_run(struct pc_dest *d, struct region *r, uint64_t page, uint64_t run,
                       struct placing *p) {
   enum meaning is = place(r, POISON, page, run, NULL, p);
-  /* What is there already may be the error that a killed engine has left, so it is LOST too. */
+  /* A page that is there already may be the error that a killed engine has left: it is LOST too. */
   confirm(d, r, page, p->done, true);
   count_add(d->stats.lost_pages, p->done);
   for (uint64_t i = page + p->done; i < page + run; i++)
     record_unclaim(&d->record, r->first + i);
   if (is == AGAIN) {
-    sched_yield(); /* from the page that did not go */
+    sched_yield(); /* the caller goes on from the page that failed */
   } else if (is == NEVER) {
     engine_fail(&d->stats, d->wake, PC_MEMORY, "giving up the pages that lack: this kernel "
                 "has no UFFDIO_POISON, Linux 6.6 or later is needed");
@@ -95,7 +95,7 @@ int64_t pc_dest_poison(struct pc_dest *d) {
   for (struct region *r = d->regions; r < d->regions + d->region_count; r++)
     for (uint64_t page = 0, run; page < r->is.pages;) {
       struct placing p;
-      /* Claimed, or an engine after a kill takes the errors for FOREIGN. */
+      /* Claimed first: otherwise an engine after a kill would take the errors for FOREIGN. */
       for (run = 0; page + run < r->is.pages &&
                     record_claim_lacking(&d->record, r->first + page + run);)
         run++;
@@ -112,8 +112,8 @@ int64_t pc_dest_poison(struct pc_dest *d) {
   return poisoned;
 }
 
-/* Only the thread that places staged pages may have some in hand: it finds the region gone too, and
- * gives them back. */
+/* Only the thread that places staged pages may have pages in hand: it finds the region gone too,
+ * and gives them back. */
 int pc_dest_gone(struct pc_dest *d, unsigned region) {
   struct region *r = region_of(d, region, 0, 0);
   struct owed o = {0};

@@ -8,8 +8,8 @@
 
 #include "uffd.h"
 
-/* What an errno means depends on what was asked for. THERE, NOTHING and SPLIT are dealt with here,
- * page by page; all others end the run. Seen on Linux 6.18 and read in mm/userfaultfd.c. */
+/* The meaning of an errno depends on the verb. THERE, NOTHING and SPLIT are dealt with here, page
+ * by page; all others end the run. Seen on Linux 6.18 and read in mm/userfaultfd.c. */
 enum { THERE = WRONG + 1, NOTHING, SPLIT };
 
 static const struct {
@@ -25,7 +25,7 @@ static const struct {
     {EAGAIN,    {AGAIN,  AGAIN,  AGAIN,   AGAIN}},
     {ENOMEM,    {LATER,  LATER,  LATER,   LATER}},  /* a page, its cgroup, or a page table */
     {ENOSPC,    {LATER,  LATER,  LATER,   LATER}},  /* the tmpfs is full, or no huge page is free */
-    {EINVAL,    {WRONG,  WRONG,  WRONG,   NEVER}},  /* an ioctl that the kernel has not */
+    {EINVAL,    {WRONG,  WRONG,  WRONG,   NEVER}},  /* an ioctl that the kernel lacks */
     {ENOTTY,    {WRONG,  WRONG,  WRONG,   NEVER}},
     {ESRCH,     {GONE,   GONE,   GONE,    GONE}},
 };
@@ -47,7 +47,7 @@ void wake_all(const struct region *r) {
   ioctl(r->is.uffd, UFFDIO_WAKE, &range);
 }
 
-/* One call for a run. Returns 0, or errno with the number of pages done before it. */
+/* Makes one call for a run. Returns 0, or errno with the number of pages done before it. */
 static int call(const struct region *r, enum verb verb, uint64_t page, uint64_t count,
                 const uint8_t *from, uint64_t *done) {
   uint64_t to = r->is.address + (page << r->page_shift), bytes = count << r->page_shift;
@@ -77,7 +77,7 @@ static int call(const struct region *r, enum verb verb, uint64_t page, uint64_t 
 
 enum meaning place(const struct region *r, enum verb verb, uint64_t page, uint64_t count,
                    const uint8_t *from, struct placing *p) {
-  bool one_by_one = verb == ZERO && r->is.page_size != 4096; /* there is one huge page of zeros */
+  bool one_by_one = verb == ZERO && r->is.page_size != 4096; /* `from` has one huge page of zeros */
   uint64_t span = one_by_one ? 1 : count;
   *p = (struct placing){.done = 0};
   while (p->done < count) {
@@ -87,7 +87,7 @@ enum meaning place(const struct region *r, enum verb verb, uint64_t page, uint64
     p->done += done;
     if (!error)
       span = one_by_one ? 1 : 2 * pages;
-    if (!error || done) /* partly done: the rest tells by itself why it stopped */
+    if (!error || done) /* partly done: the next call says why it stopped */
       continue;
     p->error = error;
     unsigned meaning = meaning_of(verb, error);
@@ -97,7 +97,7 @@ enum meaning place(const struct region *r, enum verb verb, uint64_t page, uint64
     }
     if (meaning != THERE && meaning != NOTHING)
       return meaning == SPLIT ? WRONG : (enum meaning)meaning;
-    wake_page(r, page + p->done); /* it may still sleep */
+    wake_page(r, page + p->done); /* its thread may still sleep */
     if (meaning == THERE && !p->existing++)
       p->first_existing = page + p->done;
     p->holes += meaning == NOTHING;

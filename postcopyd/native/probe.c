@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What this kernel does with memory that a userfaultfd watches, tried on memory of our own. Feature
- * bits say that an interface exists, versions what a kernel was made from; neither says that it is
- * right. Owns nothing between two calls; takes a millisecond each. */
+/* Tries out, on this process's memory, what this kernel does with memory that a userfaultfd
+ * watches. A feature bit says that an interface exists, a version what a kernel was made from;
+ * neither says that it works. Owns nothing between two calls; each takes a millisecond. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -21,14 +21,14 @@
 
 enum { SMALL = 4096, HUGE = 2 << 20 };
 
-/* Shared memory of two huge pages at an address that suits one, and what looks at it. All -1 or NULL
- * when it could not be had. */
+/* Shared memory of two huge pages, at an address that suits a huge page, and descriptors to look at
+ * it. All are -1 or MAP_FAILED until they are made. */
 struct piece {
   int uffd, file, pagemap;
   uint8_t *room, *at;
 };
 
-/* 0 or -errno; piece_end in either case. Registered with nothing; UFFDIO_API is not done. */
+/* 0 or -errno; call piece_end in either case. Nothing is registered; UFFDIO_API is not done. */
 static int piece_make(struct piece *p) {
   *p = (struct piece){-1, -1, -1, MAP_FAILED, MAP_FAILED};
   p->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
@@ -82,9 +82,9 @@ static int arm(const struct piece *p, uint64_t bytes) {
   return n < 0 ? n : 0;
 }
 
-/* Pages of the first huge page's range: QUIET stays as it was armed, WRITTEN is written after that,
- * ZAPPED too and then taken out of the page tables, as when it is swapped out. PAGE_TABLE is in the
- * second range, of which there is not even a page table, as when a huge page was split or swapped
+/* Pages in the first huge page's range: QUIET stays as it was armed, WRITTEN is written after that,
+ * ZAPPED too and is then taken out of the page tables, as when it is swapped out. PAGE_TABLE is in
+ * the second range, which has no page table at all, as when a huge page was split or swapped
  * out. */
 enum { QUIET = 1, WRITTEN = 2, ZAPPED = 3, PAGE_TABLE = HUGE / SMALL + 7 };
 
@@ -92,8 +92,8 @@ static int look_for_written(const struct piece *p) {
   static const uint8_t data[SMALL] = {1};
   if (pwrite(p->file, data, sizeof data, PAGE_TABLE * SMALL) != (ssize_t)sizeof data)
     return -errno;
-  /* Small pages, as guest RAM is when its pages are armed one by one. */
-  if (madvise(p->at, 2 * HUGE, MADV_NOHUGEPAGE) && errno != EINVAL) /* a kernel without huge pages */
+  /* Small pages, like guest RAM when its pages are armed one by one. */
+  if (madvise(p->at, 2 * HUGE, MADV_NOHUGEPAGE) && errno != EINVAL) /* EINVAL: no huge pages */
     return -errno;
   for (uint64_t i = 0; i < HUGE / SMALL; i++)
     p->at[i * SMALL] = 1;
@@ -107,7 +107,7 @@ static int look_for_written(const struct piece *p) {
   if (madvise(p->at + ZAPPED * SMALL, SMALL, MADV_DONTNEED)) /* the file keeps the page */
     return -errno;
   int wrong = 0;
-  for (int absent = 0; absent < 2; absent++) { /* the two forms that a look has */
+  for (int absent = 0; absent < 2; absent++) { /* the two forms of a look */
     static const struct {
       uint64_t page;
       int right, bit;
@@ -137,8 +137,8 @@ int pc_probe_written(void) {
 
 /* --- huge pages ------------------------------------------------------------------------------- */
 
-/* Makes a huge page of a range of which the file has the first page only. 0: made; 1: refused, as
- * for this range; -errno: for another reason. */
+/* Makes a huge page of a range of which the file has only the first page. 0: made; 1: refused for
+ * this range; -errno: failed for another reason. */
 static int collapse(uint8_t *at) {
   at[0] = 1;
   if (!madvise(at, HUGE, MADV_COLLAPSE))
@@ -147,11 +147,11 @@ static int collapse(uint8_t *at) {
 }
 
 /* khugepaged and MADV_COLLAPSE make huge pages by the same function (mm/khugepaged.c,
- * collapse_file), and only one of them comes when it is called. */
+ * collapse_file); only MADV_COLLAPSE does it when it is called. */
 static int look_for_zeros(const struct piece *p) {
   struct uffdio_api api = {UFFD_API, 0, 0};
   struct uffdio_register missing = {{(uintptr_t)p->at, HUGE}, UFFDIO_REGISTER_MODE_MISSING, 0};
-  p->at[0] = 1; /* before it is watched: nobody would answer */
+  p->at[0] = 1; /* before it is watched: nobody would answer the fault */
   if (ioctl(p->uffd, UFFDIO_API, &api) || ioctl(p->uffd, UFFDIO_REGISTER, &missing))
     return -errno;
   int made = collapse(p->at);
@@ -159,7 +159,7 @@ static int look_for_zeros(const struct piece *p) {
     return made;
   if (lseek(p->file, 0, SEEK_HOLE) != SMALL)
     return 1;
-  /* Refused: because it is watched? What is not must be made a huge page by the same call. */
+  /* Was it refused because it is watched? Then the same call works for the range that is not. */
   int other = collapse(p->at + HUGE);
   return other == 0 ? 0 : other < 0 ? other : -EOPNOTSUPP;
 }

@@ -1,23 +1,23 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Everything is pushed that nobody has asked for: the holes first, told and not sent, then pages in
- * the order of order.c.
+/* Pushes everything that nobody has asked for: first it tells of the holes, which are not sent;
+ * then it sends pages in the order of order.c.
  *
- * One thread, pc-push, for each push connection, for one pass or push. It owns its batch, and the
- * pages that it has taken until they are sent. It ends when all is sent, when its connection breaks,
- * or by pc_source_disconnect; the last one tells Python. */
+ * Each push connection has one thread, pc-push, for one pass or push. It owns its batch, and the
+ * pages that it has taken until they are sent. It ends when all is sent, when its connection
+ * breaks, or by pc_source_disconnect; the last one tells Python. */
 #define _GNU_SOURCE
 #include <errno.h>
 
 #include "source.h"
 
-/* Zero frames being gathered: a run that may still grow, and whole ones before it. */
+/* Zero frames that are being gathered: a run that may still grow, and whole ones before it. */
 struct holes {
   struct frame run;
   uint8_t frames[64][FRAME_BYTES];
   unsigned used;
 };
 
-/* Ends the run and, when there are many frames or no more will come, sends them. */
+/* Ends the run; sends the frames if there are many, or (`all`) if no more will come. */
 static int holes_end_run(struct pc_source *s, struct holes *h, struct stream to, bool all) {
   if (h->run.count) {
     frame_encode(h->frames[h->used++], &h->run);
@@ -32,8 +32,8 @@ static int holes_end_run(struct pc_source *s, struct holes *h, struct stream to,
   return write_all(to, &iov, 1);
 }
 
-/* Tells the destination of the holes, one frame for each extent. Takes their pages by words; those
- * that the urgent thread took it has answered. */
+/* Tells the destination of the holes, one frame for each extent. Takes their pages by words; the
+ * urgent thread has answered those that it took. */
 static int send_holes(struct pc_source *s, struct stream to) {
   struct holes h = {.run = {.kind = FRAME_ZERO}};
   int failed = 0;
@@ -59,8 +59,8 @@ static int send_holes(struct pc_source *s, struct stream to) {
   return failed ? failed : holes_end_run(s, &h, to, true);
 }
 
-/* One push thread finds the holes and tells of them; the others wait for it, so that nobody reads
- * what need not be read. */
+/* One push thread finds the holes and tells of them. The others wait for it, so that no thread
+ * reads a page that need not be read. */
 static int holes_first(struct pc_source *s, struct stream to) {
   pthread_mutex_lock(&s->holes.lock);
   while (s->holes.state == HOLES_SENDING)
@@ -70,8 +70,8 @@ static int holes_first(struct pc_source *s, struct stream to) {
   pthread_mutex_unlock(&s->holes.lock);
   if (!mine)
     return 0;
-  /* Of the guest as it is now: what is not found is told to be zeros, what was not looked at is no
-   * hole. */
+  /* Scans the stopped guest to its end first: pages without known data are told to be zeros, and a
+   * page that was not scanned is no hole. */
   int failed = scan_all(s) ? send_holes(s, to) : -ECANCELED;
   pthread_mutex_lock(&s->holes.lock);
   s->holes.state = HOLES_SENT;
@@ -80,8 +80,8 @@ static int holes_first(struct pc_source *s, struct stream to) {
   return failed;
 }
 
-/* Waits until what was sent is paid for. It is waited before pages are taken, never with taken ones
- * in hand: nobody else would answer a fault on those. False: being stopped. */
+/* Waits until what was sent is paid for. Called before pages are taken, so that it never waits with
+ * taken pages in hand. False: stopping. */
 static bool may_push(struct pc_source *s) {
   while (!atomic_load(&s->stopping))
     if (rate_wait(&s->rate, s->stop))

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Reads the guest's RAM. Owns nothing; the caller's thread waits here, for memory and for no lock.
+/* Reads the guest's RAM. Owns nothing; the caller's thread waits here, for memory but for no lock.
  *
- * It is read with pread (or process_vm_readv for anonymous memory) and not through a mapping: a hole
- * reads as zeros without being allocated, a truncated file is an error and not a SIGBUS, and no page
- * tables are built for a guest that is about to leave. */
+ * Reads with pread (or process_vm_readv for anonymous memory) and not through a mapping: a hole
+ * reads as zeros without being allocated, a truncated file is an error and not a SIGBUS, and no
+ * page tables are built for a guest that is about to leave. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -16,7 +16,7 @@
 
 #include "source.h"
 
-/* After how long reading is tried again. */
+/* How long until reading is tried again. */
 enum { DOUBT_MS = 10 };
 
 int read_pages(const struct region *r, uint64_t page, uint64_t count, uint8_t *to) {
@@ -38,13 +38,13 @@ int read_pages(const struct region *r, uint64_t page, uint64_t count, uint8_t *t
   return 0;
 }
 
-/* EFAULT is what anonymous memory has for EIO. */
+/* For anonymous memory EFAULT stands for EIO. */
 bool is_lost(int failed) {
   return failed == -EIO || failed == -EHWPOISON || failed == -EFAULT || failed == -ENODATA;
 }
 
-/* Whether a process has ended or is being killed: its memory may be taken away already, page by page
- * (the OOM killer's reaper), and says EFAULT then. */
+/* Whether a process has ended or is being killed: its memory may then be taken away page by page
+ * (by the OOM killer's reaper), and reading it gives EFAULT. */
 static bool ends(pid_t pid) {
   char path[32], text[4096] = "";
   snprintf(path, sizeof path, "/proc/%d/status", pid);

@@ -6,9 +6,9 @@
 #include <poll.h>
 #include <time.h>
 
-/* How far a push that was held up may catch up above its bandwidth. */
+/* How far a push that was held up may exceed its bandwidth to catch up. */
 enum { BURST_NS = 10000000 };
-/* How long a push that is held up waits before it looks again: the rate may be another one. */
+/* How long a push that is held up waits before it looks again: the rate may have changed. */
 enum { HOLD_NS = 100000000 };
 
 void rate_init(struct rate *rate) {

@@ -1,24 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Frames that come from the source: which pages they bring, and who has those already.
+/* Receives frames from the source: which pages they bring, and whether these are here already.
  *
- * One thread for each connection. It owns its buffer (2 MiB and what it reads ahead: a header; 16
- * pages on the urgent connection), and the pages that it has claimed in the record until they are
- * confirmed or given back. It may wait for memory, and then its connection alone waits. It ends when
- * its connection does, by what the source sends, or by pc_dest_disconnect, which shuts it down and
- * joins. The stream is closed by who joins. */
+ * Each connection has one thread. It owns its buffer (2 MiB and what it reads ahead: a header, or
+ * 16 pages on the urgent connection), and the pages that it has claimed in the record until they
+ * are confirmed or given back. It may wait for memory, and then only its connection waits. It ends
+ * with its connection, at a frame that is wrong, or by pc_dest_disconnect, which shuts the
+ * connection down and joins the thread. The thread that joins it closes the stream. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sched.h>
 
 #include "dest.h"
 
-/* Frames read at a time from the urgent connection: 16 pages of 4 KiB. */
+/* How much is read ahead on the urgent connection: 16 pages of 4 KiB with their headers. */
 enum { URGENT_AHEAD = 16 * (4096 + FRAME_BYTES) };
-/* Pages of one frame between two looks whether its connection is to end: 24 bytes can name all of a
- * guest. */
+/* Pages of one frame between two looks whether its connection is to end: 24 bytes can name all
+ * pages of a guest. */
 enum { STEP_PAGES = 1 << 16 };
 
-/* Places the pages of one frame that nobody has yet, in runs as long as they go; zeros (payload
+/* Places the pages of one frame that are not here yet, in runs as long as possible; zeros (payload
  * NULL) one by one. */
 static bool receive_pages(struct pc_dest *d, struct region *r, const struct frame *f,
                           const uint8_t *payload, bool urgent) {
@@ -43,8 +43,8 @@ static bool receive_pages(struct pc_dest *d, struct region *r, const struct fram
   return true;
 }
 
-/* The source cannot read these pages: who touches one gets a memory error. What is here is not
- * lost, so a page that came before it could not be read any more stays. */
+/* The source cannot read these pages: each becomes a memory error for whatever touches it. Pages
+ * that are here are not lost: one that came before it became unreadable stays. */
 static bool receive_lost(struct pc_dest *d, struct region *r, const struct frame *f, bool urgent) {
   for (uint64_t page = f->page; page < f->page + f->count; page++) {
     struct placing p;
@@ -75,8 +75,8 @@ static bool receive_lost(struct pc_dest *d, struct region *r, const struct frame
   return true;
 }
 
-/* Pages of zeros are noted, not placed: the guest stays as sparse as it was. Only a page that a
- * fault waits for is placed. */
+/* Notes pages of zeros and does not place them: the guest stays as sparse as it was. Only a page
+ * that a fault waits for is placed. */
 static bool receive_zeros(struct pc_dest *d, struct region *r, const struct frame *f, bool urgent) {
   struct owed noted = {0};
   uint64_t twice = 0;
@@ -105,7 +105,7 @@ static bool put_early(struct pc_dest *d, struct region *r, uint64_t page, uint64
   struct owed o = {0};
   int failed = from     ? backing_put(backing_of(d, r), r, page, run, from)
                : cached ? backing_clear(backing_of(d, r), r, page, run)
-                        : 0; /* what is not CACHED is zeros */
+                        : 0; /* a page that is not CACHED is zeros */
   enum put put = failed ? NOTHING_PUT : from ? DATA_PUT : ZEROS_PUT;
   for (uint64_t i = page; i < page + run; i++)
     if (record_early(&d->record, r->first + i, put, &o))
@@ -118,7 +118,7 @@ static bool put_early(struct pc_dest *d, struct region *r, uint64_t page, uint64
   return !failed;
 }
 
-/* Before the seal: a frame goes to the backing in place of what is there. */
+/* Before the seal: puts the pages of a frame into the backing, in place of what is there. */
 static bool receive_early(struct pc_dest *d, struct region *r, const struct frame *f,
                           const uint8_t *payload) {
   for (uint64_t page = f->page, end = f->page + f->count, run; page < end; page += run) {
@@ -132,14 +132,14 @@ static bool receive_early(struct pc_dest *d, struct region *r, const struct fram
     for (run = 0; page + run < end && record_claim_early(&d->record, r->first + page + run,
                                                          !payload, &cached, &o);)
       run++;
-    if (run == 0) { /* another connection has the page: what came last is to stay */
+    if (run == 0) { /* another connection has the page: the copy that came last must stay */
       if (record_done(&d->record, r->first + page)) /* no pass sends after the seal */
         run = 1;
       else
         sched_yield();
       continue;
     }
-    count_owed(d, &o); /* their copies are old, before they are written over */
+    count_owed(d, &o); /* their copies are old before they are written over */
     const uint8_t *from = payload ? payload + ((page - f->page) << r->page_shift) : NULL;
     if (!put_early(d, r, page, run, from, cached))
       return false;
@@ -148,7 +148,7 @@ static bool receive_early(struct pc_dest *d, struct region *r, const struct fram
   return true;
 }
 
-/* Some pages of a frame. */
+/* Receives some pages of a frame. */
 static bool receive_part(struct pc_dest *d, struct region *r, const struct frame *f,
                          const uint8_t *payload, bool urgent) {
   if (!record_sealed(&d->record))
@@ -177,7 +177,7 @@ static bool receive(struct pc_dest *d, const struct frame *f, const uint8_t *pay
   bool good = true;
   struct frame part = *f;
   for (uint64_t done = 0; good && done < f->count; done += part.count) {
-    part.page = f->page + done; /* what has a payload is less than one step */
+    part.page = f->page + done; /* a frame with a payload is less than one step */
     part.count = f->count - done < STEP_PAGES ? f->count - (uint32_t)done : STEP_PAGES;
     good = !called_off(d) && receive_part(d, r, &part, payload, urgent);
   }

@@ -18,7 +18,7 @@ static _Atomic uint8_t *at(const struct record *c, uint64_t slot) {
   return &c->pages[slot];
 }
 
-/* Makes `to` of eight pages that are all 0. *is: what they are or were. */
+/* Turns eight pages to `to` if all are 0. *is: their former bits. */
 static bool eight_from_nothing(struct record *c, uint64_t slot, uint8_t to, uint64_t *is) {
   *is = 0;
   return __atomic_compare_exchange_n((uint64_t *)at(c, slot), is, EIGHT(to), false,
@@ -40,7 +40,7 @@ void record_seal(struct record *c) {
     atomic_store(at(c, c->slots), 1);
 }
 
-/* What of a page's state outlives the engine that wrote it. */
+/* The part of a page's state that outlives the engine that wrote it. */
 static uint8_t kept(const struct record *c, const struct region *r, uint8_t is) {
   if (is & DONE)
     return is & (DONE | LOST);
@@ -69,7 +69,7 @@ int record_open(struct record *c, int file, uint64_t slots, bool staged,
                 char error[200]) {
   struct stat is;
   int failed = fstat(file, &is) ? errno : 0;
-  bool again = !failed && is.st_size; /* another engine has been here */
+  bool again = !failed && is.st_size; /* an earlier engine's record */
   *c = (struct record){.slots = slots, .staged = again ? (uint64_t)is.st_size != slots : staged};
   uint64_t bytes = slots + c->staged;
   if (again && (uint64_t)is.st_size != bytes) {
@@ -77,7 +77,7 @@ int record_open(struct record *c, int file, uint64_t slots, bool staged,
              "guest's", (long long)is.st_size, (unsigned long long)slots);
     return -EINVAL;
   }
-  /* Allocated now: where it did not go later, a thread would get SIGBUS. */
+  /* Allocated at once: if that failed later, a thread would get SIGBUS. */
   while (!failed && (failed = posix_fallocate(file, 0, (off_t)bytes)) == EINTR)
     failed = 0;
   if (failed) {
@@ -175,7 +175,7 @@ bool record_confirm(struct record *c, uint64_t slot, bool lost, struct owed *o) 
 }
 
 void record_give_back(struct record *c, uint64_t slot, struct owed *o) {
-  uint8_t is = atomic_load(at(c, slot)); /* others may add WANTED to it, no more */
+  uint8_t is = atomic_load(at(c, slot)); /* other threads may only add WANTED to it */
   o->present -= (is & HERE) != 0;
   atomic_store(at(c, slot), WANTED | (is & (CACHED | BEGUN)));
 }
@@ -294,7 +294,7 @@ void record_have(const struct record *c, uint64_t slot, uint64_t count, uint8_t 
 bool record_claim_lacking(struct record *c, uint64_t slot) {
   if (has(c, slot))
     return false;
-  atomic_fetch_or(at(c, slot), CLAIMED); /* nobody else claims what is to be given up */
+  atomic_fetch_or(at(c, slot), CLAIMED); /* no other thread claims a page that is to be given up */
   return true;
 }
 

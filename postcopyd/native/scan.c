@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Finds which pages of the guest have data, by asking for the holes. Owns the bits of `data` and how
- * far the scan has come. The session calls it, in steps, while the guest runs, and a push thread does
- * (holes_first) once it is stopped; never both. */
+/* Finds which pages of the guest have data, by asking for the holes. Owns the bits of `data` and
+ * how far the scan has come. The session calls it in steps while the guest runs; a push thread
+ * (holes_first) calls it once the guest is stopped; never both. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -11,13 +11,13 @@
 
 #include "source.h"
 
-/* Calls of the kernel in one step of a scan: some milliseconds for 2 us each. */
+/* Calls of the kernel in one step of a scan: some milliseconds, at 2 us each. */
 enum { SCAN_CALLS = 4096 };
 
-/* Marks the data of a shared file in pages [from, to) of a region, with at most `*calls` calls, which
- * are counted down. Returns the page up to which it has come. Only extents are asked for, so a hole
- * costs nothing for each of its pages. A file system without holes (hugetlbfs) is all data. What the
- * file has not got at all is no hole: it is taken for data, and will be found not to be readable. */
+/* Marks the data of a shared file in pages [from, to) of a region, with at most `*calls` calls,
+ * which are counted down. Returns the page up to which it has come. It asks for extents only, so a
+ * hole costs nothing for each of its pages. A file system without holes (hugetlbfs) is all data.
+ * Pages beyond the file's end are no hole: they count as data, and will be found unreadable. */
 static uint64_t scan_file(struct pc_source *s, struct region *r, uint64_t from, uint64_t to,
                           int *calls) {
   off_t end = r->is.offset + (off_t)(to << r->page_shift);
@@ -30,7 +30,7 @@ static uint64_t scan_file(struct pc_source *s, struct region *r, uint64_t from, 
       data = fstat(r->is.fd, &file) || file.st_size < at ? at : file.st_size;
     } else if (data < 0) {
       data = at;
-    } else if (data < end) { /* else to find where it ends would take 8 ms for each GiB of it */
+    } else if (data < end) { /* otherwise finding its end would take 8 ms for each GiB of it */
       hole = lseek(r->is.fd, data, SEEK_HOLE);
     }
     if (data >= end)
@@ -45,7 +45,7 @@ static uint64_t scan_file(struct pc_source *s, struct region *r, uint64_t from, 
 }
 
 /* The same for anonymous memory: pagemap has 64 bits a page, 63 present, 62 swapped
- * (Documentation/admin-guide/mm/pagemap.rst). What cannot be known is taken for data. */
+ * (Documentation/admin-guide/mm/pagemap.rst). A page that cannot be looked up counts as data. */
 static uint64_t scan_anonymous(struct pc_source *s, struct region *r, uint64_t from, uint64_t to,
                                int *calls) {
   char path[32];
@@ -72,7 +72,7 @@ static uint64_t scan_anonymous(struct pc_source *s, struct region *r, uint64_t f
   return small / each;
 }
 
-/* Looks for data wherever none was known. So the scan after the stop only asks about the holes of
+/* Looks for data only where none was known. So the scan after the stop only asks about the holes of
  * the scan before it. */
 int pc_source_scan(struct pc_source *s) {
   int calls = SCAN_CALLS;

@@ -1,22 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Pages that came before the guest and that no fault asks for are placed, from the first to the last.
+/* Places pages that came before the guest and that no fault asks for, from the first to the last.
  *
- * One thread, pc-place, started by pc_dest_settle once the guest is sealed. It owns the runs that it
- * has claimed, one at a time; a fault on a page of it waits for all of that run. It ends when nothing
- * is left to place, when placing fails, or by pc_dest_stop; connections are no matter of its. */
+ * One thread, pc-place, which pc_dest_settle starts after the seal. It owns the runs that it has
+ * claimed, one at a time; a fault on a page of the run waits for all of it. It ends when nothing is
+ * left to place, when placing fails, or by pc_dest_stop; it does not depend on connections. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
 
 #include "dest.h"
 
-/* Bytes that settle_run places at a time; a fault on one of them waits for all. CONTINUE takes
- * 0.2 us a page of 4 KiB in runs from 64 KiB on, so 100 ms/GiB and 50 us for 512 KiB; page by page
- * it is 160 ms/GiB. Of hugetlbfs it takes 0.1 to 0.3 ms/GiB, 8 us for 64 MiB. A fault on a page
- * that is HERE takes one call of 0.6 us (0.5 us of hugetlbfs) beside what any fault takes. */
+/* Bytes that settle_run places at a time; a fault on one of them waits for all. CONTINUE takes 0.2
+ * us for a page of 4 KiB in runs from 64 KiB on, which is 100 ms/GiB and 50 us for 512 KiB; page by
+ * page it takes 160 ms/GiB. For hugetlbfs it takes 0.1 to 0.3 ms/GiB, 8 us for 64 MiB. A fault on a
+ * page that is HERE takes one call of 0.6 us (0.5 us for hugetlbfs) beside what any fault takes. */
 enum { SETTLE_BYTES = 512 << 10, SETTLE_HUGE_BYTES = 64 << 20 };
 
-/* Places a claimed run as far as it goes; `*placed` of it are dealt with. False: it did not go. */
+/* Places a claimed run as far as it can; `*placed` pages of it are dealt with. False: it failed. */
 static bool settle(struct pc_dest *d, struct region *r, uint64_t page, uint64_t run, bool cached,
                    uint64_t *placed) {
   *placed = cached ? 0 : run; /* zeros stay holes */
@@ -41,8 +41,8 @@ static bool settle(struct pc_dest *d, struct region *r, uint64_t page, uint64_t 
   return true;
 }
 
-/* All of a region that is HERE. *passed_by: a page that a fault thread has in hand, and may have to
- * give back unplaced. False: it did not go. */
+/* Settles all of a region that is HERE. *passed_by: a fault thread has a page in hand, and may have
+ * to give it back unplaced. False: it failed. */
 static bool settle_region(struct pc_dest *d, struct region *r, bool *passed_by) {
   const struct record *c = &d->record;
   uint64_t most = (backing_of(d, r)->huge ? SETTLE_HUGE_BYTES : SETTLE_BYTES) >> r->page_shift;

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The life of a source's engine: it is made, connected, set to serve and to push, disconnected and
- * freed. Owns the struct pc_source with all that is in it, the bitmaps, the eventfd `stop` and the
- * connections; borrows the RAM files, the userfaultfd that tracks and `wake`.
+/* The life of a source's engine: makes and connects it, has it serve and push, disconnects and
+ * frees it. Owns the struct pc_source with all that is in it, the bitmaps, the eventfd `stop` and
+ * the connections; borrows the RAM files, the userfaultfd that tracks, and `wake`.
  *
- * Threads of connections are started and joined here alone: by pc_source_disconnect, and those of a
- * pass or push that is over by the next one. The session calls these, one at a time; no thread of the
- * engine ends another. */
+ * Only this file starts and joins threads of connections: pc_source_disconnect joins them, and the
+ * next pass or push joins those of one that is over. The session calls these, one at a time; no
+ * thread of the engine ends another. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdio.h>
@@ -15,7 +15,7 @@
 
 #include "source.h"
 
-/* Nothing was sent yet, save the slots between regions: nobody ever finds one of these. */
+/* No page was sent yet. The slots between regions count as sent, so that none is ever found. */
 static void forget_sent(struct pc_source *s) {
   for (uint64_t i = 0; i < s->slots / 64; i++)
     atomic_store_explicit(&s->sent[i], 0, memory_order_relaxed);
@@ -49,7 +49,7 @@ struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count,
   if (s->slots) {
     s->data = calloc(s->slots / 64, sizeof *s->data);
     s->sent = calloc(s->slots / 64, sizeof *s->sent);
-    if (s->data && s->sent) /* else there is nothing that pc_source_free could end */
+    if (s->data && s->sent) /* without both, pc_source_free has nothing to end */
       s->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (s->stop < 0)
       snprintf(error, 200, "making bitmaps of %llu pages: %s", (unsigned long long)s->slots,
@@ -120,7 +120,7 @@ int pc_source_have(struct pc_source *s, unsigned region, uint64_t first, uint64_
   return 0;
 }
 
-/* The threads of a pass (or push) that is over end, so that their connections are free again. */
+/* Joins the threads of a pass (or push) that is over, so that their connections are free again. */
 static int join_pushes(struct pc_source *s) {
   if (__atomic_load_n(&s->stats.pushing, __ATOMIC_ACQUIRE))
     return -EBUSY;
@@ -160,7 +160,7 @@ void pc_source_disconnect(struct pc_source *s) {
   atomic_store(&s->stopping, true);
   eventfd_write(s->stop, 1);
   engine_end_connections(s->connections);
-  forget_sent(s); /* what was on its way may be lost; the destination drops what it has */
+  forget_sent(s); /* pages on their way may be lost; the destination drops those that it has */
   eventfd_t taken;
   eventfd_read(s->stop, &taken);
   atomic_store(&s->stopping, false);

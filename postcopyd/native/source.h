@@ -14,21 +14,21 @@
  *
  * Bitmaps, one bit for each page. Two are changed by atomic operations:
  *   data   found by a scan; a clear bit means hole, after the last scan
- *   sent   who sets it first sends the page; so each is pushed at most once. Cleared when the
- *          connections end, as what was on its way may be lost; pc_source_have then sets it for
- *          what the destination says it has, and by pc_source_look for what was written since
- * The others come with pc_source_track and are changed by pc_source_look only, when no push thread is
+ *   sent   the thread that sets a bit sends the page, so each page is pushed at most once. Cleared
+ *          when the connections end, as pages on their way may be lost; pc_source_have then sets it
+ *          for pages that the destination has. pc_source_look clears it for pages written since
+ * The others come with pc_source_track. Only pc_source_look changes them, while no push thread is
  * at work; each of its threads has words of its own:
  *   hot    written in both of the last two looks: a pass sends these last, since they will be
  *          written again, and the push sends them first, since the guest will want them
- *   warm   written in the last look (written again: `found` gathers them while it lasts)
+ *   warm   written in the last look (during a look `found` gathers those written again)
  *   empty  data that was found discarded: zeros, unless it is found written
  *
- * A pass copies what the last look armed, so whatever is written after it was read is found by the
- * next look. No look while a pass is on: the page might be sent again on another connection and
+ * A pass copies what the last look armed, so the next look finds whatever is written after it was
+ * read. There is no look during a pass: the page might be sent again on another connection and
  * arrive there first.
  *
- * Locks: those of `order`, `rate` and `holes`, never one within another. */
+ * Locks: those of `order`, `rate` and `holes`; none is taken within another. */
 #ifndef POSTCOPYD_SOURCE_H
 #define POSTCOPYD_SOURCE_H
 
@@ -37,7 +37,7 @@
 #include "order.h"
 #include "rate.h"
 
-/* Answers to requests that came together leave together, at most this many. */
+/* Answers to requests that came together are sent together, at most this many. */
 enum { URGENT_PAGES = 16 };
 
 struct pc_source {
@@ -52,10 +52,10 @@ struct pc_source {
   atomic_bool stopping;
   struct connection connections[PC_MAX_CONNECTIONS];
 
-  uint64_t scanned; /* slot up to which the scan that is under way has come */
+  uint64_t scanned; /* slot up to which the present scan has come */
   bool losses;      /* the destination understands FRAME_LOST; changed when no thread is at work */
   bool pass;        /* else the push; changed when no push thread is at work */
-  _Atomic uint64_t untold; /* slot + 1 of a page that it could not be told of; 0: none */
+  _Atomic uint64_t untold; /* slot + 1 of a lost page that the peer cannot be told of; 0: none */
   struct order order;
   struct rate rate;
   struct {
@@ -74,31 +74,32 @@ void *push_run(void *connection);
 
 /* Returns 0 or -errno; -ENODATA: the RAM file is shorter than the guest's RAM. */
 int read_pages(const struct region *r, uint64_t page, uint64_t count, uint8_t *to);
-/* How often reading is tried again, where the kernel does not say whether a page is lost or there was
- * no memory to read it with. */
+/* How often reading is tried again, when the kernel does not say whether a page is lost or there
+ * was no memory to read it with. */
 enum { DOUBTS = 50 };
-/* Reads one page, for as long as it may yet be read: a page that is swapped out takes memory, which
- * is waited for. Anonymous memory says the same (EFAULT) of that and of a page that is lost; so it
- * is tried `*doubts` times, which pages that follow each other share. -ECANCELED: being stopped. */
+/* Reads one page, as long as it may still be read: reading a page that is swapped out takes memory,
+ * which is waited for. For anonymous memory the kernel says EFAULT both for that and for a lost
+ * page; so it is tried `*doubts` times, shared by pages that follow each other. -ECANCELED:
+ * stopping. */
 int read_surely(struct pc_source *s, const struct region *r, uint64_t page, uint8_t *to,
                 unsigned *doubts);
-/* Whether this page is lost, and no other need be. */
+/* Whether this error means that the page is lost, and others need not be. */
 bool is_lost(int failed);
 void read_failed(struct pc_source *s, const struct region *r, uint64_t page, int failed);
 uint32_t largest_page(const struct pc_source *s);
 
 /* --- scan.c ----------------------------------------------------------------------------------- */
 
-/* From the beginning to the end. False: being stopped. */
+/* Scans from beginning to end. False: stopping. */
 bool scan_all(struct pc_source *s);
 
 /* --- batch.c ---------------------------------------------------------------------------------- */
 
-/* Frames being gathered for one write; a thread's own. */
+/* Frames that are gathered for one write; each thread has its own. */
 struct batch {
   uint8_t *pages;
-  size_t room, used; /* bytes of `pages`, those of zero pages among them */
-  uint64_t bytes;    /* to be sent of these */
+  size_t room, used; /* bytes of `pages`, including zero pages */
+  uint64_t bytes;    /* of these, to be sent */
   struct frame frames[RUN_PAGES];
   uint8_t headers[RUN_PAGES][FRAME_BYTES];
   struct iovec iov[2 * RUN_PAGES];
@@ -106,22 +107,22 @@ struct batch {
   unsigned doubts; /* see read_surely */
 };
 
-/* Room for one page, however large, and at least for `bytes`. Returns 0 or -ENOMEM. */
+/* Room for one page, however large, and for at least `bytes`. Returns 0 or -ENOMEM. */
 int batch_init(struct batch *b, const struct pc_source *s, size_t bytes);
 void batch_free(struct batch *b);
-/* Adds the page that stands in batch->pages at `used`, or is `lost`, to the last frame where it
- * follows it. */
+/* Adds the page at `used` in batch->pages, or one that is `lost`; to the last frame if it follows
+ * that. */
 void batch_add(struct batch *b, const struct pc_source *s, const struct region *r, uint64_t page,
                bool lost);
 /* Sends all that was gathered. Returns 0 or -errno of the connection. */
 int batch_write(struct pc_source *s, struct batch *b, struct connection *c);
-/* Puts one page into a batch that could not be read with others, or says that it is lost. What was
- * gathered goes first: nobody waits for this page but who wants it. Returns 0, -errno of the
- * connection, or 1: not to go on. */
+/* Puts one page into a batch that could not be read with others, or says that it is lost. Sends
+ * first what was gathered, so that only this page's reader waits for it. Returns 0, -errno of the
+ * connection, or 1: do not go on. */
 int batch_doubtful(struct pc_source *s, struct batch *b, struct connection *c, struct region *r,
                    uint64_t page);
-/* Fails once all else was sent, if there are pages that the destination could not be told of. Whoever
- * is the last to see it says so: the push that ends, or a request answered after that. */
+/* Fails once all else was sent, if the destination could not be told of some lost pages. The last
+ * thread to see it reports it: the push that ends, or a request that is answered after that. */
 void look_at_untold(struct pc_source *s);
 void connection_failed(struct pc_source *s, struct connection *c, int failed);
 

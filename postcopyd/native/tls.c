@@ -3,8 +3,8 @@
  *
  * The key is an SSL_SESSION that nobody has negotiated (RFC 8446, external PSK; SSL_CTX_set_psk_
  * use_session_callback(3)): TLS_AES_128_GCM_SHA256, always with a fresh Diffie-Hellman exchange, so
- * a key that becomes known later opens nothing. There are no certificates: who does not have the
- * key of that identity fails the handshake. No tickets and no early data: a connection that is made
+ * a key that becomes known later opens nothing. There are no certificates: a side without the key
+ * of that identity fails the handshake. No tickets and no early data: a connection that is made
  * again has a new key. */
 #define _GNU_SOURCE
 #include "tls.h"
@@ -23,11 +23,11 @@
 
 enum { KEY_BYTES = 32 };
 static const unsigned char TLS_AES_128_GCM_SHA256[] = {0x13, 0x01};
-/* Plain bytes of one record at most, and what it has besides: header, kind, tag (RFC 8446, 5.2). */
+/* The most plain bytes of one record, and its other bytes: header, kind, tag (RFC 8446, 5.2). */
 enum { RECORD_BYTES = SSL3_RT_MAX_PLAIN_LENGTH, RECORD_MORE = 5 + 1 + 16 };
-/* Bytes that one send takes: a push frame of 64 KiB with its header; and one recv. */
+/* Bytes that one send takes: a push frame of 64 KiB with its header; and bytes of one recv. */
 enum { SEND_BYTES = 4 * RECORD_BYTES, OUT_RECORDS = 4 + 1, IN_BYTES = 64 << 10 };
-/* Alerts and key updates that libssl makes by itself. */
+/* Room for alerts and key updates that libssl makes by itself. */
 enum { OUT_MORE = 256 };
 /* Records after which a key is replaced, 256 GiB: up to 2^24.5 are safe (RFC 8446, 5.5). */
 #ifndef TLS_KEY_RECORDS
@@ -39,7 +39,7 @@ struct pc_tls {
   SSL *ssl;
   SSL_SESSION *key; /* until the handshake is over */
   char *identity;
-  const char *refused; /* why the handshake was made to fail here */
+  const char *refused; /* why this side made the handshake fail */
   pthread_mutex_t one;
   char why[160];
   unsigned records; /* written with this key */
@@ -52,7 +52,7 @@ struct pc_tls {
 
 /* --- what went wrong -------------------------------------------------------------------------- */
 
-/* Before each call, or SSL_get_error(3) may speak of an older one. To clear takes 0.3 us. */
+/* Called before each call, or SSL_get_error(3) may report an older error. Clearing takes 0.3 us. */
 static void no_errors(void) {
   if (ERR_peek_error())
     ERR_clear_error();
@@ -64,7 +64,7 @@ static const char *words_for(int reason) {
     return "a TLS record was changed on its way";
   case SSL_R_BINDER_DOES_NOT_VERIFY:
     return "the two sides have different TLS keys for it";
-  case SSL_R_NO_SUITABLE_SIGNATURE_ALGORITHM: /* to prove who one is without a key */
+  case SSL_R_NO_SUITABLE_SIGNATURE_ALGORITHM: /* for a certificate, in place of the key */
     return "the other side came without a TLS key";
   case SSL_R_CERTIFICATE_VERIFY_FAILED:
     return "the other side did not use the TLS key";
@@ -80,13 +80,13 @@ static const char *words_for(int reason) {
   }
 }
 
-/* With `one` held: the first words stay. */
+/* With `one` held: keeps the first words. */
 static void say(struct pc_tls *t, const char *before, const char *words) {
   if (!t->why[0])
     snprintf(t->why, sizeof t->why, "%s%s", before, words ? words : "for no known reason");
 }
 
-/* With `one` held, after a call of libssl that did not succeed: 1 if it wants more to read, 0 for
+/* With `one` held, after a call of libssl that did not succeed: 1 if it wants to read more, 0 for
  * the end that the other side has announced, else -errno with `why`. */
 static int outcome(struct pc_tls *t, int returned) {
   int kind = SSL_get_error(t->ssl, returned);
@@ -131,7 +131,7 @@ static int bio_write(BIO *bio, const char *from, int bytes) {
   struct pc_tls *t = BIO_get_data(bio);
   BIO_clear_retry_flags(bio);
   if ((size_t)bytes > sizeof t->out - t->out_to)
-    return -1; /* cannot be but for a peer that makes us say more than it lets go */
+    return -1; /* only a peer that causes answers and reads none of them gets here */
   memcpy(t->out + t->out_to, from, (size_t)bytes);
   t->out_to += (size_t)bytes;
   return bytes;
@@ -142,7 +142,7 @@ static long bio_ctrl(BIO *bio, int what, long number, void *at) {
   return what == BIO_CTRL_FLUSH;
 }
 
-/* With `one` held: sends what goes without waiting. 0: all of it; POLLOUT; -errno with `why`. */
+/* With `one` held: sends what it can without waiting. 0: all of it; POLLOUT; -errno with `why`. */
 static int flush(struct pc_tls *t) {
   while (t->out_from < t->out_to) {
     ssize_t n = send(t->fd, t->out + t->out_from, t->out_to - t->out_from,
@@ -277,7 +277,7 @@ int pc_tls_handshake(struct pc_tls *t, char error[200]) {
   } while (now == 1);
   if (now == -EAGAIN)
     return 1;
-  if (done == 1 && !SSL_session_reused(t->ssl)) { /* cannot be, as nobody has a certificate */
+  if (done == 1 && !SSL_session_reused(t->ssl)) { /* cannot be, as neither has a certificate */
     say(t, "", "the other side did not use the TLS key");
     now = -EBADMSG;
   } else if (done != 1 && now == 0) {
@@ -307,7 +307,7 @@ ssize_t tls_read(struct pc_tls *t, void *to, size_t bytes) {
     pthread_mutex_lock(&t->one);
     no_errors();
     int done = SSL_read_ex(t->ssl, to, bytes, &n), now = done ? 0 : outcome(t, done);
-    flush(t); /* what libssl had to say to that */
+    flush(t); /* what libssl had to answer */
     pthread_mutex_unlock(&t->one);
     if (done || now <= 0)
       return done ? (ssize_t)n : now;
@@ -317,7 +317,7 @@ ssize_t tls_read(struct pc_tls *t, void *to, size_t bytes) {
   }
 }
 
-/* With `one` held: to `out`, which has the room. */
+/* With `one` held: encrypts into `out`, which has the room. */
 static int encrypt(struct pc_tls *t, const void *from, size_t bytes) {
   size_t n;
   no_errors();
@@ -327,7 +327,7 @@ static int encrypt(struct pc_tls *t, const void *from, size_t bytes) {
   if (SSL_write_ex(t->ssl, from, bytes, &n))
     return 0;
   int now = outcome(t, 0);
-  return now < 0 ? now : -EBADMSG; /* there is room, so nothing else can be */
+  return now < 0 ? now : -EBADMSG; /* `out` has room, so it can be nothing else */
 }
 
 static int flush_all(struct pc_tls *t) {
@@ -341,7 +341,7 @@ static int flush_all(struct pc_tls *t) {
   }
 }
 
-/* All of these bytes to `out`, and on from there as it gets full. */
+/* Encrypts all of these bytes into `out`, and flushes it when it is full. */
 static int write_piece(struct pc_tls *t, const uint8_t *from, size_t bytes) {
   int failed = 0;
   while (bytes && !failed) {

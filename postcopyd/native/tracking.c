@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Finds what the guest has written since it was sent, or discarded. Owns the bitmaps hot, warm, found
- * and empty, and the pagemap's descriptor; borrows the userfaultfd. The session calls it when no push
- * thread is at work. A look in a blackout has threads of its own, pc-look, which are joined before it
- * returns: nobody else can or need stop them. How the kernel is asked: dirty.h. */
+/* Finds what the guest has written since it was sent, or discarded. Owns the bitmaps hot, warm,
+ * found and empty, and the pagemap's descriptor; borrows the userfaultfd. The session calls it when
+ * no push thread is at work. A look in a blackout has threads of its own, pc-look, and joins them
+ * before it returns: no other thread can stop them, or need to. dirty.h says how the kernel is
+ * asked. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -14,15 +15,16 @@
 #include "dirty.h"
 #include "source.h"
 
-/* Extents of a file that are less apart than this are looked at together: arming the holes between
- * them takes no more page tables than the extents do. Not of anonymous memory, where an armed hole
- * looks like a page that was swapped out. */
+/* Extents of a file that are closer together than this are looked at together: arming the holes
+ * between them takes no more page tables than the extents do. Not in anonymous memory, where an
+ * armed hole looks like a page that was swapped out. */
 enum { GAP_BYTES = 2 << 20 };
-/* A slice of a look, in slots: whole words of the bitmaps, so that no two threads change one. */
+/* Slots of one slice of a look: whole words of the bitmaps, so that no two threads change one. */
 enum { SLICE = (64 << 20) / 4096, LOOK_THREADS = 7 };
 
-/* Pages [from, to) of a region are to be sent again: they were written, or (`discarded`) have become
- * zeros, which counts once. What is not known as data is not noted; it will be found as such. */
+/* Pages [from, to) of a region are to be sent again: they were written, or (`discarded`) have
+ * become zeros, which counts once. Pages that are not known as data are not noted; the scan finds
+ * them. */
 static void note(struct pc_source *s, struct region *r, uint64_t from, uint64_t to,
                  bool discarded) {
   for (uint64_t slot = r->first + from, end = r->first + to, n; slot < end; slot += n) {
@@ -38,8 +40,8 @@ static void note(struct pc_source *s, struct region *r, uint64_t from, uint64_t 
   }
 }
 
-/* Pages [from, to) are armed, but not in the VMM's page tables: the holes among them were data once.
- * hugetlbfs does not say where its holes are, but never swaps: all of them are sent once. */
+/* Pages [from, to) are armed, but not in the VMM's page tables: the holes among them were data
+ * once. hugetlbfs does not say where its holes are, but never swaps: all of them are sent once. */
 static void note_absent(struct pc_source *s, struct region *r, uint64_t from, uint64_t to) {
   off_t end = r->is.offset + (off_t)(to << r->page_shift);
   off_t at = r->is.offset + (off_t)(from << r->page_shift);
@@ -59,7 +61,7 @@ static void note_absent(struct pc_source *s, struct region *r, uint64_t from, ui
   }
 }
 
-/* What was discarded is not looked for at the stop: that takes five times as long, and a guest may
+/* At the stop it does not look for discarded pages: that takes five times as long, and a guest may
  * not rely on what it has just given back. */
 static int look_at(struct pc_source *s, struct region *r, uint64_t from, uint64_t to,
                    enum pc_look how) {
@@ -83,7 +85,7 @@ static int look_at(struct pc_source *s, struct region *r, uint64_t from, uint64_
   return 0;
 }
 
-/* Extent by extent: to arm a hole would take page tables for it. */
+/* Looks extent by extent: arming a hole would take page tables for it. */
 static int look_between(struct pc_source *s, struct region *r, uint64_t from, uint64_t end,
                         enum pc_look how) {
   uint64_t gap = r->is.fd >= 0 ? GAP_BYTES >> r->page_shift : 0;
@@ -127,8 +129,8 @@ static void *look_run(void *argument) {
   return NULL;
 }
 
-/* In a blackout all CPUs look: a scan is 1 ms for each GiB. Else only this one, as the guest runs
- * on the others. */
+/* In a blackout all CPUs look, as a scan takes 1 ms for each GiB. Otherwise only this one does, as
+ * the guest runs on the others. */
 static void look_everywhere(struct pc_source *s, struct look *l) {
   pthread_t threads[LOOK_THREADS];
   uint64_t most = (s->slots - 1) / SLICE;
@@ -185,7 +187,7 @@ int pc_source_track(struct pc_source *s, int uffd) {
     struct pc_region *r = &s->regions[i].is;
     uint64_t at = r->address;
     failed = dirty_register(uffd, at, r->pages * r->page_size);
-    if (!failed) /* can it be looked at? */
+    if (!failed) /* whether it can be looked at */
       failed = dirty_scan(s->pagemap, &at, at + r->page_size, false, false, found);
     failed = failed > 0 ? 0 : failed;
   }
@@ -209,7 +211,7 @@ int64_t pc_source_look(struct pc_source *s, int how) {
   scan_all(s);
   struct look l = {.source = s, .how = (enum pc_look)how};
   look_everywhere(s, &l);
-  /* Asked last: what is found in an address space that ends meanwhile is too little. */
+  /* Asked last: a look at an address space that ends meanwhile finds too little. */
   int failed = track_failed(s, "looking for what the guest has written", l.region, l.failed);
   if (failed)
     return failed;

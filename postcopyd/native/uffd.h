@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The kernel's userfaultfd interface as of Linux 6.18 (Documentation/admin-guide/mm/userfaultfd.rst),
- * as far as it is used here: a distribution's headers are often older than its kernel. POISON is
- * there since Linux 6.6 (include/uapi/linux/userfaultfd.h); before, the ioctl is EINVAL. */
+/* The parts of the kernel's userfaultfd interface that are used here, as of Linux 6.18
+ * (Documentation/admin-guide/mm/userfaultfd.rst): a distribution's headers are often older than its
+ * kernel. POISON exists since Linux 6.6 (include/uapi/linux/userfaultfd.h); before, it is
+ * EINVAL. */
 #ifndef POSTCOPYD_UFFD_H
 #define POSTCOPYD_UFFD_H
 

@@ -14,7 +14,7 @@
  *   19  0xc6 u32    bytes of payload: count * page size for pages, 0 otherwise
  *   24              payload
  *
- * postcopyd/protocol.py has the same in Python, and tests hold the two to each other. */
+ * postcopyd/protocol.py has the same in Python; tests compare the two. */
 #ifndef POSTCOPYD_WIRE_H
 #define POSTCOPYD_WIRE_H
 
@@ -41,8 +41,8 @@ static inline void frame_encode(uint8_t out[FRAME_BYTES], const struct frame *f)
   memcpy(out + 15, &count, 4), memcpy(out + 20, &payload, 4);
 }
 
-/* Returns 0, or -1 when the bytes are not a frame at all. Says nothing about region, page and count
- * fitting the guest: frame_fits() does, with what the receiver knows. */
+/* Returns 0, or -1 when the bytes are not a frame at all. Does not check whether region, page and
+ * count fit the guest: frame_fits() does, with what the receiver knows. */
 static inline int frame_decode(const uint8_t in[FRAME_BYTES], struct frame *f) {
   uint16_t region;
   uint64_t page;
@@ -58,7 +58,7 @@ static inline int frame_decode(const uint8_t in[FRAME_BYTES], struct frame *f) {
   return 0;
 }
 
-/* Whether a frame lies within a region of `pages` pages and its payload has the length it must. */
+/* Whether a frame lies within a region of `pages` pages and its payload has the right length. */
 static inline int frame_fits(const struct frame *f, uint64_t pages, uint32_t page_size) {
   if (f->count == 0 || f->page >= pages || f->count > pages - f->page)
     return 0;
