@@ -373,7 +373,7 @@ def _stays_here(status: Mapping[str, Any]) -> bool:
     match status["role"], status["phase"]:
         case _, "idle":  # with a migration: one is being prepared
             return not status.get("migration")
-        case "source", "failed":  # a migration that a person resolved fails too, without these
+        case "source", "failed":  # resolving a migration fails it too, with none of these
             return result.get("event") in ("failed", "cancelled", "ended")
         case "destination", "drained" | "failed":
             return True

@@ -89,7 +89,7 @@ def is_journal(fd: int) -> bool:
 
 
 class Stream:
-    """Writes entries to a descriptor: one line each, or in colour to a terminal."""
+    """Writes entries to a descriptor: one line each, or as suits a terminal."""
 
     def __init__(self, fd: int = 2) -> None:
         self._fd = fd

@@ -82,7 +82,7 @@ def file_id(path: str | int) -> FileId:
 
 
 def descriptors(pid: int) -> dict[int, str]:
-    """Number and link text of each descriptor of a process. Raises OSError for the folder."""
+    """Number and link text of each descriptor of a process. Raises OSError if it may not look."""
     links: dict[int, str] = {}
     for number in os.listdir(f"/proc/{pid}/fd"):
         try:

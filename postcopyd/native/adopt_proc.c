@@ -123,7 +123,7 @@ static FILE *open_maps(pid_t pid)
     snprintf(path, sizeof path, "/proc/%d/maps", pid);
     maps = fopen(path, "re");
     if (maps)
-        setvbuf(maps, NULL, _IOFBF, 65536); /* a thread is stopped while we read */
+        setvbuf(maps, NULL, _IOFBF, 65536); /* a thread is stopped while this reads */
     return maps;
 }
 

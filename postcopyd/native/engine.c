@@ -32,7 +32,7 @@ void engine_wake(int wake) {
 }
 
 void engine_fail(struct pc_stats *stats, int wake, int failure, const char *format, ...) {
-  /* The sentence is written before `failure`, so that whoever sees that can read the sentence; -1
+  /* The sentence is written before `failure`, so that a reader of that can read the sentence; -1
    * means that a thread is writing it. */
   int32_t none = PC_OK;
   if (!__atomic_compare_exchange_n(&stats->failure, &none, -1, false, __ATOMIC_ACQ_REL,

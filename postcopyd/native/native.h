@@ -114,7 +114,7 @@ int pc_dest_have(struct pc_dest *d, unsigned region, uint64_t first, uint64_t co
 /* A person has decided that the missing pages are lost: they become memory errors (SIGBUS) and
  * count as confirmed. Returns how many; -EBUSY while there are connections, when not sealed, and
  * after PC_FOREIGN. Only the VMM's page tables know of the errors; the memory file has holes or old
- * copies there. Whoever reads the file gets those, so no source's engine may read it; and a huge
+ * copies there. A reader of the file gets those, so no source's engine may read it; and a huge
  * page made of memory that is not registered turns them into guest memory. */
 int64_t pc_dest_poison(struct pc_dest *d);
 /* The VMM has unmapped this region for good: its pages are not needed any more, and count as

@@ -18,7 +18,7 @@ static const struct {
 } MEANINGS[] = {
     /* errno     COPY    ZERO    CONTINUE POISON */
     {EEXIST,    {THERE,  THERE,  THERE,   THERE}},  /* COPY and ZERO look into the file as well */
-    {EFAULT,    {WRONG,  WRONG,  NOTHING, WRONG}},  /* CONTINUE: a hole. COPY: our own buffer */
+    {EFAULT,    {WRONG,  WRONG,  NOTHING, WRONG}},  /* CONTINUE: a hole. COPY: own buffer */
     {EIO,       {WRONG,  WRONG,  BROKEN,  WRONG}},  /* PG_hwpoison, or reading from swap failed */
     {EHWPOISON, {WRONG,  WRONG,  BROKEN,  WRONG}},  /* the same, of hugetlbfs */
     {ENOENT,    {SPLIT,  SPLIT,  SPLIT,   SPLIT}},  /* a run across two mappings, or none */

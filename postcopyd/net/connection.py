@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every connection between two daemons is made here: dialled, taken in, given away.
+"""Makes the connections between two daemons: dials, accepts, and hands them on.
 
-Owns sockets until they are closed, a `Channel` has them (channel.py), or for data connections a
+Owns a socket until it is closed, or a `Channel` (channel.py) owns it, or for a data connection a
 native engine, by `detach`. Knows the first bytes of a connection; knows nothing of migrations. TLS
-(tls.py) goes between the kind of a connection and its first message, or its first frame.
+(tls.py) begins before a control connection's first message, or a data connection's first frame.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Limits:
     hello: float = 5.0  # to connect and get the first answer
     answer: float = 30.0  # each later answer
     called_off: float = 2.0  # the answer to a stop that nobody wants any more
-    save: float = 30.0  # all waiting for pieces of the device state together
+    save: float = 30.0  # waiting for pieces of the device state, added up
     load: float = 120.0  # taking the device state and loading it: faults may wait for the source
     quit: float = 5.0  # before SIGKILL
     state_bytes: int = 1 << 30  # of device state
@@ -68,7 +68,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 class Asked(Vmm):
-    """A VMM that is asked, and answers."""
+    """A VMM that answers requests."""
 
     def __init__(self, name: str, socket: str, limits: Limits) -> None:
         self.name = name
@@ -80,7 +80,7 @@ class Asked(Vmm):
         self._writes = "seen"  # how tracking sees what is written to guest RAM
         self._link: Link | None = None
         self._turn = trio.Lock()  # one request at a time
-        self._ended: str | None = None  # why its guest has, if that is the last it has said
+        self._ended: str | None = None  # why its guest has, if it has said nothing since
         self._ending = False  # by this driver
         self._stopping = False  # it was told to stop its guest, and has not answered
 

@@ -464,7 +464,7 @@ class Qmp:
         """Gives a message to the task that waits for it, drops it, or ends this connection. Never
         raises, as the task that reads may be any."""
         try:
-            message = msgspec.json.decode(text)  # stricter than `json`: no half characters
+            message = msgspec.json.decode(text)  # `json` would take lone surrogates
         except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
