@@ -29,6 +29,8 @@ from postcopyd.records import locks
 from postcopyd.sessions import hugepages, losses
 from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import DAEMON, Vm
+from postcopyd.source.drain import UNWRITTEN
+from postcopyd.source.restart import let_go
 from postcopyd.source.session import SourceSession
 from postcopyd.tasks import guard
 from postcopyd.vmm.process.driver import ProcessVmm
@@ -345,11 +347,9 @@ class Registry:
         finally:
             self._owing.discard(vm)
         vm.log.info("record written")
-        if vm.claimed_by is None and vm.ownership in ("held", "declined"):
-            vm.remove_pages()
-            if vm.status.phase == "drained" and vm.driver is not None:
-                with vm.claim(DAEMON):
-                    await vm.driver.release()
+        if vm.claimed_by is None:
+            with vm.claim(DAEMON):
+                await _written(vm)
 
     def arrived(self, vm: Vm, session: DestinationSession) -> None:
         """Called when the session of an arrival has given the VM back."""
@@ -360,6 +360,19 @@ class Registry:
     # Last, because inside the class it hides the builtin from annotations.
     def list(self) -> list[Status]:
         return [self.vms[name].status for name in sorted(self.vms)]
+
+
+async def _written(vm: Vm) -> None:
+    """Lets go of what had to stay with the record from before."""
+    drained = vm.status.phase == "drained"
+    if vm.ownership in ("held", "declined"):
+        vm.remove_pages()
+        if drained and vm.driver is not None:
+            await vm.driver.release()
+    elif vm.ownership == "granted" and drained and vm.driver is not None:
+        await let_go(vm)
+        vm.show(message=vm.status.message.removesuffix(UNWRITTEN))
+        vm.record_soon("granted")
 
 
 def patience() -> Iterator[float]:

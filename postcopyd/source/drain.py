@@ -77,10 +77,11 @@ class Drain:
         if drained.lost:
             migration.log.error("memory lost", pages=drained.lost)
         vm.conclude(phase="drained", remaining=0, message=sentence, result=None)
-        # If this cannot be written, the previous record stands: the next daemon asks again.
-        vm.record_soon("granted")
+        # If this cannot be written, the previous record stands: by it the next daemon asks again,
+        # for which it needs the VMM.
+        written = vm.record_soon("granted")
         await self._acknowledge()
-        trouble = await let_go(migration)
+        trouble = await let_go(migration) if written else UNWRITTEN
         # The result is shown last: a client that waits for it then finds the VMM in its last state.
         vm.show(result=msgspec.to_builtins(result), message=sentence + trouble)
         vm.record_soon("granted")
@@ -113,6 +114,10 @@ class Drain:
             recoveries=self._figures.recoveries,
             phases=", ".join(f"{one.phase} {one.ms:.1f} ms" for one in result.phases or []),
         )
+
+
+UNWRITTEN = "; its VMM here stays, stopped, until that is on record"
+"""Told of a guest that has left for good, while the state folder is full."""
 
 
 async def let_go(migration: Migration) -> str:

@@ -55,11 +55,13 @@ BUGS: list[Fault] = []
 
 
 class Instead(NamedTuple):
-    """What a fault at a message has the network do: another message, only some bytes, an end."""
+    """What a fault at a message has the network do: another message, only some bytes, an end; or
+    the message only once `when` is so."""
 
     message: p.Message | None = None
     bytes: int | None = None
     then_cut: bool = False
+    when: Callable[[], bool] = lambda: True
 
 
 class FullStore(Store):
@@ -381,6 +383,8 @@ class World:
             instead: Instead = self.reach(f"{way} {tag}") or Instead()
             data = pack(instead.message) if instead.message else data[: instead.bytes]
             then_cut = instead.then_cut
+            while not instead.when():
+                await trio.sleep(0.01)
         if not self.silent:
             async with self._sending:
                 await to.send_all(data)
@@ -477,7 +481,8 @@ class World:
         if "drained" in phases:
             assert phases == ("drained", "drained")
             assert self.destination.vmm.memory() == self.source.vmm.memory()
-            assert self.source.vmm.state in ("ended", "kept") or self.may("source.finish")
+            stays = self.source.vm.unwritten or self.may("source.finish")
+            assert stays or self.source.vmm.state in ("ended", "kept")
         if not any(".record " in fault for fault in self.faults):  # that one is not written
             records = (self.source.recorded(), self.destination.recorded())
             ends = [("held", "held"), ("held", "declined")]

@@ -312,6 +312,28 @@ async def test_what_the_guest_did_is_not_forgotten(tmp_path: Path, clock: Clock)
 # --- a disk that is full -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("killed", [False, True])
+async def test_source_is_full_at_drained(killed: bool, tmp_path: Path, clock: Clock) -> None:
+    """By the record from before the VMM here is needed still: it goes once that it is not is on
+    record, and a daemon that is started meanwhile finds out by it, without a person."""
+    async with world(tmp_path, {"source.record granted#3": full}) as made, made.migrating():
+        await trio.sleep(SELDOM_S)
+        assert (made.source.phase, made.source.vmm.state) == ("drained", "stopped")
+        assert "until that is on record" in made.source.vm.status.message
+        assert made.source.vm.status.result["event"] == "completed"
+        if killed:
+            made.source.kill()
+            await trio.sleep(SELDOM_S)
+        made.source.store.full = False
+        with trio.fail_after(10 * SELDOM_S):
+            while made.source.vmm.state != "ended" or made.source.vm.unwritten:
+                await trio.sleep(1)
+        assert made.source.phase == "drained"
+        assert made.source.recorded() == "granted"
+        assert "until that is on record" not in made.source.vm.status.message
+        assert made.guest.broken == []
+
+
 async def test_full_at_drained(tmp_path: Path, clock: Clock) -> None:
     """A record that cannot be written at drained is written when it can be; until then nothing
     goes that a daemon that is started needs to see that the guest is whole."""
