@@ -313,8 +313,12 @@ class Registry:
     # --- tasks ---------------------------------------------------------------------------------
 
     def spawn(self, vm: Vm, task: Callable[..., Awaitable[None]], *args: Any) -> None:
-        """Starts a task for one VM. An error that the task does not expect affects that VM only."""
-        self._nursery.start_soon(guard.outlived, partial(self._failed, vm), task, *args)
+        """Starts a task for one VM. An error that the task does not expect affects that VM only.
+
+        In a daemon that ends, nothing begins: sessions of arrivals may outlive this nursery, and
+        what they could not record is for the next daemon to find out."""
+        with suppress(RuntimeError):  # trio's word for a nursery that is closed
+            self._nursery.start_soon(guard.outlived, partial(self._failed, vm), task, *args)
 
     def _failed(self, vm: Vm, error: Exception) -> None:
         going_on = vm.status.phase in ("precopy", "handover", "postcopy")

@@ -334,6 +334,14 @@ async def test_source_is_full_at_drained(killed: bool, tmp_path: Path, clock: Cl
         assert made.guest.broken == []
 
 
+async def test_full_while_the_daemon_ends(tmp_path: Path, clock: Clock) -> None:
+    """A session that ends last of all, and cannot write its record, leaves that to the next
+    daemon."""
+    async with world(tmp_path, {}) as made:
+        vm = made.destination.vm
+    vm.owing()
+
+
 async def test_full_at_drained(tmp_path: Path, clock: Clock) -> None:
     """A record that cannot be written at drained is written when it can be; until then nothing
     goes that a daemon that is started needs to see that the guest is whole."""
