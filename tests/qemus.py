@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The versions of QEMU to test with: the installed one and the newest that `make test` has
-unpacked, where $POSTCOPYD_QEMU names none."""
+"""The versions of QEMU to test with: the installed one and the newer ones that `make test` has
+unpacked (tools/newest-qemu), where $POSTCOPYD_QEMU names none."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,23 @@ import pytest
 from postcopyd.demo.initramfs import MissingPartError
 from postcopyd.demo.qemu_guest import QemuBinary, find_qemus
 
-NEWEST = Path(__file__).parent.parent / ".build/qemu/root"
+BUILD = Path(__file__).parent.parent / ".build"
 
 
-def both_qemus() -> None:
-    newest = NEWEST / "usr/bin/qemu-system-x86_64"
-    if newest.exists() and "POSTCOPYD_QEMU" not in os.environ:
-        firmware = [
-            NEWEST / "usr/share/qemu",
-            Path("/usr/share/seabios"),
-            Path("/usr/lib/ipxe/qemu"),
-        ]
-        options = ",".join(f"-L,{folder}" for folder in firmware)
-        os.environ["POSTCOPYD_QEMU"] = f"/usr/bin/qemu-system-x86_64:{newest},{options}"
+def name_qemus() -> None:
+    """In $POSTCOPYD_QEMU, for all who look there."""
+    if "POSTCOPYD_QEMU" in os.environ:
+        return
+    named = [shutil.which("qemu-system-x86_64") or ""]
+    root = BUILD / "qemu/root"  # which has no firmware of its own
+    firmware = [f"{root}/usr/share/qemu", "/usr/share/seabios", "/usr/lib/ipxe/qemu"]
+    options = ",".join(f"-L,{folder}" for folder in firmware)
+    named.append(f"{root}/usr/bin/qemu-system-x86_64,{options}")
+    named.append(f"{BUILD}/sid/qemu-system-x86_64")
+    os.environ["POSTCOPYD_QEMU"] = ":".join(filter(None, named))
 
 
-both_qemus()
+name_qemus()
 QEMUS: list[QemuBinary] = []
 with suppress(MissingPartError):
     QEMUS = find_qemus()

@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real QEMUs for tests of the driver: small TCG machines that run their firmware and no more.
-
-`POSTCOPYD_QEMU` names the QEMUs to try, separated by ":"; each is a path, or a path and its first
-options separated by commas.
-"""
+"""Real QEMUs for tests of the driver: small TCG machines that run their firmware and no more."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
@@ -16,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import qemus
 import trio
-from qemus import both_qemus
 
 from postcopyd.vmm import Role, Shape, VmmGone
 from postcopyd.vmm.qemu.driver import QemuVmm
@@ -27,16 +22,7 @@ MIB = 1 << 20
 RAM = 128 * MIB
 MACHINE = "pc-q35-7.2"  # every version tried here knows it
 
-
-def find_qemus() -> list[list[str]]:
-    both_qemus()
-    named = os.environ.get("POSTCOPYD_QEMU", "")
-    if named:
-        return [entry.split(",") for entry in named.split(os.pathsep)]
-    return [["qemu-system-x86_64"]]
-
-
-QEMUS = find_qemus()
+QEMUS = [[str(qemu.path), *qemu.options] for qemu in qemus.QEMUS] or [["qemu-system-x86_64"]]
 # `make test` has the first with itself, `make test-long` all others.
 PAIRS = [
     pytest.param(a, b, marks=[pytest.mark.long] if a or b else [])
