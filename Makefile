@@ -49,7 +49,7 @@ demo: build
 	$(BIN)/postcopyd demo
 	$(BIN)/postcopyd demo --guest qemu
 
-# What has to take long: a second version of QEMU under every guest, two hosts with systemd, chaos.
+# What has to take long: two more versions of QEMU under every guest, two hosts with systemd, chaos.
 # All else is `test`. TESTS names folders, files or tests.
 test: WHICH := "not long" --dist=worksteal
 test-long: WHICH := long --dist=loadfile

@@ -39,7 +39,7 @@ DEVICE = "/dev/userfaultfd"
 QEMU_PLACES = (Path("/usr/libexec"), Path("/usr/local/bin"), Path("/usr/bin"))
 QEMU_NAMES = ("qemu-system-x86_64", "qemu-kvm", "kvm")
 QEMU_OLDEST = (7, 2)
-QEMU_TRIED = ("7.2", "10.0")
+QEMU_TRIED = ("7.2", "10.0", "11.1")
 KERNEL_OLDEST = (6, 1)
 NOFILE = 4096
 """Descriptors that a daemon with some hundred guests may need; each guest needs a dozen."""
@@ -386,7 +386,8 @@ def _qemu() -> Iterator[Check]:
         elif version.startswith(QEMU_TRIED):
             yield Check("QEMU", OK, f"{text}, a version that was tried")
         else:
-            yield Check("QEMU", OK, f"{text} (tried were {' and '.join(QEMU_TRIED)})")
+            *tried, last = QEMU_TRIED
+            yield Check("QEMU", OK, f"{text} (tried were {', '.join(tried)} and {last})")
 
 
 def _kvm() -> Iterator[Check]:

@@ -202,7 +202,8 @@ def test_other_architecture_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("QEMU emulator version 7.2.22 (Debian 1:7.2)", "ok", "was tried"),
         ("QEMU emulator version 10.0.2", "ok", "was tried"),
-        ("QEMU emulator version 9.1.0", "ok", "tried were 7.2 and 10.0"),
+        ("QEMU emulator version 11.1.3", "ok", "was tried"),
+        ("QEMU emulator version 9.1.0", "ok", "tried were 7.2, 10.0 and 11.1"),
         ("QEMU emulator version 6.2.0", "note", "6.2.0"),
         ("no version at all", "note", "of no known version"),
     ],
