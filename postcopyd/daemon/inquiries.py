@@ -37,7 +37,7 @@ class Inquiries:
         self,
         shared: Shared,
         vms: Mapping[str, Vm],
-        spawn: Callable[[Vm, Callable[..., Awaitable[None]], Vm, Inquiry], None],
+        spawn: Callable[[Vm, Callable[..., Awaitable[None]], Vm, Inquiry], bool],
     ) -> None:
         self._shared = shared
         self._vms = vms

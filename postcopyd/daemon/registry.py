@@ -312,13 +312,17 @@ class Registry:
 
     # --- tasks ---------------------------------------------------------------------------------
 
-    def spawn(self, vm: Vm, task: Callable[..., Awaitable[None]], *args: Any) -> None:
+    def spawn(self, vm: Vm, task: Callable[..., Awaitable[None]], *args: Any) -> bool:
         """Starts a task for one VM. An error that the task does not expect affects that VM only.
 
         In a daemon that ends, nothing begins: sessions of arrivals may outlive this nursery, and
-        what they could not record is for the next daemon to find out."""
-        with suppress(RuntimeError):  # trio's word for a nursery that is closed
+        what they could not record is for the next daemon to find out. Returns whether the task
+        begins."""
+        try:
             self._nursery.start_soon(guard.outlived, partial(self._failed, vm), task, *args)
+        except RuntimeError:  # trio's word for a nursery that is closed
+            return False
+        return True
 
     def _failed(self, vm: Vm, error: Exception) -> None:
         going_on = vm.status.phase in ("precopy", "handover", "postcopy")
@@ -329,6 +333,7 @@ class Registry:
         """A VM of this daemon, in its registry or about to be."""
         vm = Vm(name, self.shared.store, None)
         vm.owing = partial(self._owes, vm)
+        vm.spawn = partial(self.spawn, vm)
         return vm
 
     def _owes(self, vm: Vm) -> None:

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from enum import IntEnum
 from typing import Any
 
+import trio
 from msgspec import structs, to_builtins
 
 from postcopyd import protocol as p
@@ -66,6 +67,8 @@ class Migration:
         self.ram: list[RecordedRegion] = []
         self.userfaultfds = 0
         self.huge: hugepages.Ram | None = None
+        self._hooks_over = trio.Event()  # those that `begin_hooks` has begun
+        self._hooks_over.set()
 
     @property
     def log(self) -> Any:
@@ -120,7 +123,25 @@ class Migration:
             return not procfs.started(self.vm.attached().pid)
         return False
 
+    def begin_hooks(self, phase: str) -> None:
+        """Runs the hooks of a phase in a task of the daemon: they may take minutes, and neither the
+        guest, which may lack pages, nor a pause waits for them."""
+        over = trio.Event()
+        if self.vm.spawn(self._run_begun, phase, over):
+            self._hooks_over = over
+
+    async def _run_begun(self, phase: str, over: trio.Event) -> None:
+        try:
+            await self._run_hooks(phase)
+        finally:
+            over.set()
+
     async def hooks(self, phase: str, **about: Any) -> None:
+        """Runs the hooks of a phase, once those of the phase before have ended."""
+        await self._hooks_over.wait()
+        await self._run_hooks(phase, **about)
+
+    async def _run_hooks(self, phase: str, **about: Any) -> None:
         await run_hooks(
             self.shared.hooks,
             self.vm.name,

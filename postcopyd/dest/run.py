@@ -62,7 +62,7 @@ async def say_ran(m: Migration, memory: Memory) -> None:
     )
     if not m.told:
         m.told = True
-        await m.hooks("running")
+        m.begin_hooks("running")
 
 
 async def _decline(m: Migration, reason: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol
 
@@ -44,6 +44,13 @@ class Waiting(Protocol):
 
     async def vmm_ended(self, farewell: str | None) -> None:
         """Ends the arrival, as the VMM has ended; `farewell` is what the VMM has said of that."""
+
+
+class Spawn(Protocol):
+    """Starts a task of the daemon for one VM, which goes on when the session that asked for it
+    pauses. Returns whether it begins: not in a daemon that ends."""
+
+    def __call__(self, task: Callable[..., Awaitable[None]], /, *args: Any) -> bool: ...
 
 
 class Claim:
@@ -82,6 +89,7 @@ class Vm:
         self.void = False
         self.unwritten = False
         self.owing: Callable[[], None] = lambda: None  # the daemon's: has the record written later
+        self.spawn: Spawn = lambda task, *args: False  # the daemon's: starts a task for this VM
         self._lock = -1
         self._store = store
         self.status = Status(

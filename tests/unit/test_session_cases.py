@@ -36,6 +36,7 @@ from session_faults import (
 from session_world import Fault, Instead, World
 
 from postcopyd import protocol as p
+from postcopyd.dest import migration as arriving
 from postcopyd.dest.engine import DestinationEngine
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Destination, Machine, Source
@@ -43,6 +44,7 @@ from postcopyd.model import MigrateRequest
 from postcopyd.net.channel import Channel, ConnectionLost, PeerError
 from postcopyd.net.codec import pack
 from postcopyd.net.connection import dial, receive_object
+from postcopyd.sessions.hooks import HOOK_S
 from postcopyd.sessions.vm import ENDING_S
 from postcopyd.source.retry import PATIENCE_S
 from postcopyd.vmm import Declined, Role, State, VmmError
@@ -564,6 +566,30 @@ async def test_no_veto_after_the_grant(
     hook(tmp_path, role, phase)
     made = await migrated(tmp_path, {})
     assert (made.source.phase, made.destination.phase) == ("drained", "drained")
+
+
+async def test_a_long_hook_holds_nothing_up(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the hooks take their time that are told that the guest runs here, a connection that is
+    lost is seen, the source's first question is answered, and the memory follows. They run once and
+    to their end, and those of the next phase after them."""
+    ran: list[str] = []
+
+    async def slow(folder: object, vm: str, role: str, phase: str, **about: object) -> None:
+        ran.append(phase)
+        if phase == "running":
+            cut(made, "")
+            await trio.sleep(HOOK_S)
+            ran.append(f"then it is {made.destination.phase}")
+
+    monkeypatch.setattr(arriving, "run_hooks", slow)
+    async with world(tmp_path, {}) as made:
+        await made.migrate()
+        await made.check()
+        made.check_over()
+    assert ran == ["running", "then it is drained", "drained"]
+    assert made.went["-> resume"] == 1
 
 
 # --- checking beforehand -------------------------------------------------------------------------
