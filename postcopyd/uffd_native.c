@@ -2,14 +2,16 @@
 /* The destination's engine: turns a fault into a page. The way of one page:
  *
  *   faults_run      reads fault messages from a userfaultfd                here, pc-faults
- *     fault           looks the page up (record_touch); answers it, or       here
+ *     fault           looks the page up (record_touch)                       here
+ *       fault_here      places what came in a pass                           here
  *     ask             sends a request on the urgent connection               native/asking.c
  *   urgent_run      the source reads the page and sends it,                native/answer.c
  *   push_run        or has sent it on a push connection already            native/push.c
  *   receive_run     reads frames                                           native/receive.c
- *     receive         claims their pages (record_claim)
- *     deliver         places them (place: UFFDIO_COPY, which wakes), and     here
- *     confirm         notes that (record_confirm)                            here
+ *     receive_pages   claims their pages (record_claim)                      native/receive.c
+ *       deliver         after passes writes them to the RAM file; places     here
+ *         place_arrived   them (COPY, or CONTINUE of the file), which wakes  here
+ *         confirm         and notes that (record_confirm)                    here
  *
  * native/record.h says what each page's byte in the record means and who may change it,
  * native/backing.h and native/place.h by which call a page gets to the guest, native/dest.h what
@@ -17,7 +19,7 @@
  *
  * This file has the fault threads, one for each userfaultfd, and what threads of any kind do with
  * pages that they have claimed. A fault thread owns its messages and the list of faults to be tried
- * again; only pc_dest_stop ends it. It waits for nothing but the next message. A receiving thread
+ * again; only pc_dest_free ends it, by pc_dest_stop. It waits for nothing but the next message. A receiving thread
  * may wait for memory, and then only its connection waits; so may settle_run's, and then only its
  * run.
  *
@@ -38,8 +40,9 @@
  * zeros into registered memory (khugepaged before Linux 6.4 does), and the guest may have read
  * other such pages. From then on nothing is placed, waiting threads go on waiting, and no
  * connection mends it. The record says so before anybody is told, so that a later engine is FOREIGN
- * too. An engine that is killed even before that has the page in hand, and the next engine sees it
- * by other pages: a huge page of zeros has more of them than one engine has CLAIMED. */
+ * too. An engine that is killed before it wrote FOREIGN leaves that page CLAIMED, which explains it
+ * to the next engine. That one finds FOREIGN by other pages of the same huge page: they are more
+ * than one engine has CLAIMED. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
@@ -59,21 +62,21 @@ enum { TURN_MS = 1000 };
 
 /* --- faults ----------------------------------------------------------------------------------- */
 
-/* What becomes of a fault: it is answered, or left to the thread that places the page; the page is
- * to be asked for; or the fault is tried again later. */
-enum answer { ANSWERED, ASK, PUT_OFF };
+/* What a fault thread has to do after a look at a fault: nothing, as the fault is answered, or
+ * another thread sees to it; ask for the page; or try again later. */
+enum due { NOTHING_DUE, ASK, PUT_OFF };
 
 /* Whatever has failed, the guest's thread is not left behind: it faults again a while later. */
-static enum answer answer_of(struct pc_dest *d, struct region *r, uint64_t page, enum meaning is,
-                             const struct placing *p) {
+static enum due due_after(struct pc_dest *d, struct region *r, uint64_t page, enum meaning is,
+                          const struct placing *p) {
   if (is == PLACED)
-    return ANSWERED;
+    return NOTHING_DUE;
   if (!shall_try_again(d, is))
     place_failed(d, r, page, p->error);
   return PUT_OFF;
 }
 
-static enum answer fault_done(struct pc_dest *d, struct region *r, uint64_t page, bool lost) {
+static enum due fault_done(struct pc_dest *d, struct region *r, uint64_t page, bool lost) {
   struct placing p;
   bool zeros = false;
   enum meaning is = lost ? BROKEN : backing_place_zeros(backing_of(d, r), r, page, &zeros, &p);
@@ -83,34 +86,34 @@ static enum answer fault_done(struct pc_dest *d, struct region *r, uint64_t page
     if (is == PLACED && record_lost_since(&d->record, r->first + page))
       count_add(d->stats.lost_pages, 1);
   }
-  return answer_of(d, r, page, is, &p);
+  return due_after(d, r, page, is, &p);
 }
 
 /* The caller has claimed the page. */
-static enum answer fault_here(struct pc_dest *d, struct region *r, uint64_t page, bool cached) {
+static enum due fault_here(struct pc_dest *d, struct region *r, uint64_t page, bool cached) {
   struct placing p;
   bool zeros;
   enum meaning is = cached ? backing_place(backing_of(d, r), r, page, 1, NULL, &p)
                            : backing_place_zeros(backing_of(d, r), r, page, &zeros, &p);
   if (!explained(d, r, &p))
-    return ANSWERED; /* the thread goes on waiting */
+    return NOTHING_DUE; /* the thread goes on waiting */
   if (is == PLACED)
     confirm_here(d, r, page, 1, cached);
   else if (is != BROKEN || (is = poison_page(d, r, page, &p)) != PLACED)
     give_back_here(d, r, page, 1);
-  return answer_of(d, r, page, is, &p);
+  return due_after(d, r, page, is, &p);
 }
 
-static enum answer fault(struct pc_dest *d, struct region *r, uint64_t page, uint64_t now) {
+static enum due fault(struct pc_dest *d, struct region *r, uint64_t page, uint64_t now) {
   if (!record_sealed(&d->record) || atomic_load(&d->record.foreign))
-    return ANSWERED; /* pc_dest_seal does; after FOREIGN nobody does */
+    return NOTHING_DUE; /* pc_dest_seal wakes the thread; after FOREIGN it waits */
   enum touched is = record_touch(&d->record, r->first + page);
   switch (is) {
   case IS_NEW:
     asked_at(&d->asking, r->first + page, now);
     return ASK;
   case IS_BUSY:
-    return ANSWERED;
+    return NOTHING_DUE;
   case IS_ZEROS:
   case IS_HERE:
     return fault_here(d, r, page, is == IS_HERE);
@@ -166,10 +169,10 @@ static unsigned take(struct fault_thread *taker, const struct uffd_msg *messages
       continue;
     count_add(d->stats.faults, 1);
     uint64_t page = (address - r->is.address) >> r->page_shift;
-    enum answer answer = fault(d, r, page, now);
-    if (answer == ASK)
+    enum due due = fault(d, r, page, now);
+    if (due == ASK)
       wanted[asks++] = (struct wanted){r, page};
-    else if (answer == PUT_OFF)
+    else if (due == PUT_OFF)
       put_off(later, r, page, now);
   }
   return asks;
@@ -225,7 +228,7 @@ void wait_to_try(enum meaning is) {
 }
 
 bool patient(struct pc_dest *d, enum meaning is) {
-  if (!shall_try_again(d, is) || called_off(d))
+  if (!shall_try_again(d, is) || shall_stop(d))
     return false;
   wait_to_try(is);
   return true;
@@ -298,7 +301,7 @@ bool deliver(struct pc_dest *d, struct region *r, const struct arrived *a) {
   if (placed == a->count)
     return true;
   give_back(d, r, a->page + placed, a->count - placed);
-  if (!called_off(d))
+  if (!shall_stop(d))
     place_failed(d, r, a->page + placed, failed);
   return false;
 }

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from msgspec import to_builtins
 
 from postcopyd import protocol as p
+from postcopyd._native import lib
 from postcopyd.dest.memory import Memory, owned
 from postcopyd.dest.migration import Migration
 from postcopyd.errors import PostcopydError, shortage
@@ -23,7 +24,9 @@ from postcopyd.sessions.patience import END_S, RELEASE_S, within
 from postcopyd.sessions.vm import Vm
 from postcopyd.vmm import Region, Shape, Vmm
 
-WHOLE = bytes(state for state in range(256) if state & 12 == 4)
+_DONE_OR_LOST = lib.PC_PAGE_DONE | lib.PC_PAGE_LOST
+
+WHOLE = bytes(byte for byte in range(256) if byte & _DONE_OR_LOST == lib.PC_PAGE_DONE)
 """The bytes in the page record of a page that is here and not lost: DONE without LOST, see
 record.h."""
 

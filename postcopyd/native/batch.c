@@ -131,11 +131,3 @@ int batch_doubtful(struct pc_source *s, struct batch *b, struct connection *c, s
   }
   return 0;
 }
-
-void connection_failed(struct pc_source *s, struct connection *c, int failed) {
-  if (atomic_load(&s->stopping))
-    return;
-  engine_fail(&s->stats, s->wake, PC_CONNECTION, "the %s connection %s%s",
-              c->urgent ? "urgent" : "push", failed ? "broke: " : "was closed by the destination",
-              failed ? stream_why(c->stream, failed) : "");
-}

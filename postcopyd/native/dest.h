@@ -6,7 +6,7 @@
  *   receive.c      frames from the source: threads pc-urgent and pc-receive
  *   settle.c       places pages that came before the guest: thread pc-place
  *   pages.c        what the session asks and decides about pages
- *   dest.c         life: owns all of the below, starts and joins all threads
+ *   dest.c         life: owns all of the below, starts all threads but pc-place, joins all
  *   record.c, backing.c, place.c   know none of these
  *
  * The only lock is that of `asking`. All else that several threads change is the record's bytes,
@@ -59,8 +59,8 @@ static inline const struct backing *backing_of(const struct pc_dest *d, const st
   return &d->backings[r - d->regions];
 }
 
-/* Whether a receiving thread is to stop waiting for memory. */
-static inline bool called_off(struct pc_dest *d) {
+/* Whether a receiving thread is to end, and so to stop waiting for memory. */
+static inline bool shall_stop(struct pc_dest *d) {
   return atomic_load(&d->stopping) || atomic_load(&d->ending) || atomic_load(&d->record.foreign);
 }
 

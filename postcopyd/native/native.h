@@ -66,6 +66,10 @@ struct pc_stats {
   char sentence[200];         /* what went wrong; valid once failure is set */
 };
 
+/* Two bits of a page's byte in the page record (record.h has all): the page is confirmed; it is a
+ * memory error. */
+enum { PC_PAGE_DONE = 4, PC_PAGE_LOST = 8 };
+
 struct pc_dest;
 struct pc_source;
 struct pc_tls; /* TLS 1.3 with a pre-shared key on one data connection */

@@ -11,14 +11,14 @@
 #include "source.h"
 
 /* Zero frames that are being gathered: a run that may still grow, and whole ones before it. */
-struct holes {
+struct hole_frames {
   struct frame run;
   uint8_t frames[64][FRAME_BYTES];
   unsigned used;
 };
 
 /* Ends the run; sends the frames if there are many, or (`all`) if no more will come. */
-static int holes_end_run(struct pc_source *s, struct holes *h, struct stream to, bool all) {
+static int holes_end_run(struct pc_source *s, struct hole_frames *h, struct stream to, bool all) {
   if (h->run.count) {
     frame_encode(h->frames[h->used++], &h->run);
     count_add(s->stats.zero_pages, h->run.count);
@@ -35,7 +35,7 @@ static int holes_end_run(struct pc_source *s, struct holes *h, struct stream to,
 /* Tells the destination of the holes, one frame for each extent. Takes their pages by words; the
  * urgent thread has answered those that it took. */
 static int send_holes(struct pc_source *s, struct stream to) {
-  struct holes h = {.run = {.kind = FRAME_ZERO}};
+  struct hole_frames h = {.run = {.kind = FRAME_ZERO}};
   int failed = 0;
   for (unsigned i = 0; i < s->region_count; i++) {
     struct region *r = &s->regions[i];

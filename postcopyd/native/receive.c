@@ -67,7 +67,7 @@ static bool receive_lost(struct pc_dest *d, struct region *r, const struct frame
       look_at_unpoisoned(d);
     } else {
       give_back(d, r, page, 1);
-      if (!called_off(d))
+      if (!shall_stop(d))
         place_failed(d, r, page, p.error);
       return false;
     }
@@ -179,7 +179,7 @@ static bool receive(struct pc_dest *d, const struct frame *f, const uint8_t *pay
   for (uint64_t done = 0; good && done < f->count; done += part.count) {
     part.page = f->page + done; /* a frame with a payload is less than one step */
     part.count = f->count - done < STEP_PAGES ? f->count - (uint32_t)done : STEP_PAGES;
-    good = !called_off(d) && receive_part(d, r, &part, payload, urgent);
+    good = !shall_stop(d) && receive_part(d, r, &part, payload, urgent);
   }
   return good;
 }
@@ -199,7 +199,7 @@ void *receive_run(void *argument) {
   }
   if (got == -EPROTO)
     engine_fail(&d->stats, d->wake, PC_BAD_FRAME, "the source sent what is not a frame");
-  else if (got <= 0 && !called_off(d))
+  else if (got <= 0 && !shall_stop(d))
     engine_fail(&d->stats, d->wake, PC_CONNECTION, "the %s connection %s%s",
                 c->urgent ? "urgent" : "push", got ? "broke: " : "was closed by the source",
                 got ? stream_why(c->stream, got) : "");

@@ -66,6 +66,14 @@ struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count,
   return s;
 }
 
+void connection_failed(struct pc_source *s, struct connection *c, int failed) {
+  if (atomic_load(&s->stopping))
+    return;
+  engine_fail(&s->stats, s->wake, PC_CONNECTION, "the %s connection %s%s",
+              c->urgent ? "urgent" : "push", failed ? "broke: " : "was closed by the destination",
+              failed ? stream_why(c->stream, failed) : "");
+}
+
 int pc_source_connect(struct pc_source *s, int fd, struct pc_tls *tls, int urgent) {
   struct stream stream = {.fd = fd, .tls = tls};
   for (unsigned i = 0; i < PC_MAX_CONNECTIONS; i++) {

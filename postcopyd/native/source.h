@@ -70,6 +70,11 @@ struct pc_source {
 void *urgent_run(void *connection); /* pc_source_disconnect ends both */
 void *push_run(void *connection);
 
+/* --- source.c --------------------------------------------------------------------------------- */
+
+/* Fails for a connection that has ended (`failed` is 0) or broken, unless it was to end. */
+void connection_failed(struct pc_source *s, struct connection *c, int failed);
+
 /* --- ram.c ------------------------------------------------------------------------------------ */
 
 /* Returns 0 or -errno; -ENODATA: the RAM file is shorter than the guest's RAM. */
@@ -124,6 +129,5 @@ int batch_doubtful(struct pc_source *s, struct batch *b, struct connection *c, s
 /* Fails once all else was sent, if the destination could not be told of some lost pages. The last
  * thread to see it reports it: the push that ends, or a request that is answered after that. */
 void look_at_untold(struct pc_source *s);
-void connection_failed(struct pc_source *s, struct connection *c, int failed);
 
 #endif

@@ -336,7 +336,7 @@ static void model_here(struct counts *c, unsigned page, bool touched) {
 static void model_fault(struct counts *c, unsigned page) {
   uint8_t *state = &shadow[page].state;
   struct region *r = &staged->regions[page >= FIRST];
-  enum answer expected = is_sealed && !(*state & (DONE | HERE | WANTED)) ? ASK : ANSWERED;
+  enum due expected = is_sealed && !(*state & (DONE | HERE | WANTED)) ? ASK : NOTHING_DUE;
   must(fault(staged, r, page < FIRST ? page : page - FIRST, pc_monotonic_ns()) == expected);
   if (!is_sealed)
     return;
