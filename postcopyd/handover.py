@@ -42,7 +42,7 @@ class Source(Enum):
     SERVING = "serving"
     PASSING = "passing"
     SAVING = "saving"
-    OFFERED = "offered"
+    SAVED = "saved"
     LOADED = "loaded"
     GRANTED = "granted"
     RAN = "ran"
@@ -145,11 +145,11 @@ SOURCE: Mapping[Source, Mapping[Event, Source]] = {
     Source.SAVING: {
         Sent(p.Device): Source.SAVING,
         Sent(p.Stale): Source.SAVING,
-        Sent(p.DeviceEnd): Source.OFFERED,
+        Sent(p.DeviceEnd): Source.SAVED,
         **_SOURCE_GIVES_UP,
     },
-    Source.OFFERED: {
-        Received(p.Serving): Source.OFFERED,
+    Source.SAVED: {
+        Received(p.Serving): Source.SAVED,
         Received(p.Loaded): Source.LOADED,
         **_SOURCE_GIVES_UP,
     },

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
+DriverName = Literal["qemu", "process"]
+"""Those of `Attach` in io.postcopyd.varlink."""
 Decision = Literal["wait", "poison", "kill", "take_back"]
 
 

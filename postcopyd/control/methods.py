@@ -14,7 +14,7 @@ import socket
 from collections.abc import AsyncIterator, Container, Mapping
 from contextlib import AbstractAsyncContextManager
 from importlib import resources
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import trio
 from msgspec import to_builtins
@@ -22,7 +22,7 @@ from msgspec import to_builtins
 from postcopyd import __version__, names
 from postcopyd.config.options import parse_address
 from postcopyd.errors import PostcopydError, shortage
-from postcopyd.model import Decision, MigrateRequest, Status
+from postcopyd.model import Decision, DriverName, MigrateRequest, Status
 from postcopyd.varlink import server
 from postcopyd.varlink.idl import Interface, parse_interface
 
@@ -37,9 +37,7 @@ class Daemon(Protocol):
     which misses the states between. It ends when the VM is let go, if at all.
     """
 
-    async def attach(
-        self, name: str, driver: Literal["qemu", "process"], socket: str
-    ) -> Status: ...
+    async def attach(self, name: str, driver: DriverName, socket: str) -> Status: ...
     async def detach(self, name: str) -> None: ...
     async def check(self, name: str, to: str, unsafe: bool) -> tuple[list[str], list[str]]: ...
     async def migrate(self, name: str, request: MigrateRequest) -> str: ...

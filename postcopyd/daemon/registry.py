@@ -16,7 +16,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 import trio
@@ -24,13 +24,13 @@ import trio
 from postcopyd import vmm
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
-from postcopyd.model import MigrateRequest, Status
+from postcopyd.model import DriverName, MigrateRequest, Status
 from postcopyd.records import locks
 from postcopyd.sessions import hugepages, losses
 from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import DAEMON, Vm
 from postcopyd.source.drain import UNWRITTEN
-from postcopyd.source.restart import let_go
+from postcopyd.source.restart import finish_drained
 from postcopyd.source.session import SourceSession
 from postcopyd.tasks import guard
 from postcopyd.vmm.process.driver import ProcessVmm
@@ -58,7 +58,7 @@ class Registry:
 
     # --- VMs -----------------------------------------------------------------------------------
 
-    async def attach(self, name: str, driver: Literal["qemu", "process"], socket: str) -> Status:
+    async def attach(self, name: str, driver: DriverName, socket: str) -> Status:
         """A VM whose VMM has ended may be attached again. Raises PostcopydError for a VM whose VMM
         is attached: it has to be detached first."""
         if (known := self.vms.get(name)) is not None:
@@ -157,7 +157,7 @@ class Registry:
         self.shared.store.remove(name)
         # Before the first await: another call may attach the VM anew.
         del self.vms[name]
-        vm.let_go()
+        vm.end_watches()
         vm.following.cancel()
         await vm.leave()
         log.info("detached", vm=name)
@@ -289,7 +289,7 @@ class Registry:
                     log.exception("bug in a session", vm=name, migration=migration)
             tidy()
 
-        vm.conclude(role="source", phase="idle", migration=migration, peer=request.to, result=None)
+        session.begin()
         self.spawn(vm, run)
         return migration
 
@@ -379,7 +379,7 @@ async def _written(vm: Vm) -> None:
         if drained and vm.driver is not None:
             await vm.driver.release()
     elif vm.ownership == "granted" and drained and vm.driver is not None:
-        await let_go(vm)
+        await finish_drained(vm)
         vm.show(message=vm.status.message.removesuffix(UNWRITTEN))
         vm.record_soon("granted")
 

@@ -25,7 +25,7 @@ from postcopyd.model import Status
 from postcopyd.net.channel import Channel, Nobody
 from postcopyd.records.schema import Ownership
 from postcopyd.sessions.vm import DAEMON, Claim, Vm
-from postcopyd.source.restart import let_go, roll_back
+from postcopyd.source.restart import finish_drained, roll_back
 from postcopyd.source.rollback import untouched
 from postcopyd.source.session import SourceSession
 
@@ -55,7 +55,7 @@ async def dial_again(registry: Registry, vm: Vm, told: Status) -> None:
 
 async def end_vmm(registry: Registry, vm: Vm, told: Status) -> None:
     """The guest has gone, with all of its memory."""
-    await let_go(vm)
+    await finish_drained(vm)
 
 
 async def decline(registry: Registry, vm: Vm, told: Status) -> None:

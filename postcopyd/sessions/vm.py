@@ -150,7 +150,7 @@ class Vm:
         spent = self._spent | {phase: last}
         return [{"phase": phase, "ms": round(s * 1e3, 2)} for phase, s in spent.items()]
 
-    def let_go(self) -> None:
+    def end_watches(self) -> None:
         """Ends all watches: the VM is not this daemon's any more."""
         self._gone = True
         self._changed.set()

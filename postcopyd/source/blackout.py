@@ -149,7 +149,7 @@ class Blackout:
                 raise RemoteProtocolError(
                     f"{self._migration.peer.to} sent {type(answer).__name__} where Loaded was due"
                 )
-            self._engine.push(self._guest.rate())
+            self._engine.push(self._migration.rate(self._engine))
         self._figures.loaded_at = time.monotonic()
 
     def _commit(self) -> None:

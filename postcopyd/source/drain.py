@@ -42,7 +42,7 @@ class Drain:
             message=f"{vm.name} runs at {self._migration.peer.to}, its memory follows",
         )
         if not figures.recoveries and self._migration.request.mode != "precopy":
-            self._engine.push(self._guest.rate())
+            self._engine.push(self._migration.rate(self._engine))
         self._guest.note()
         vm.record_soon(None)
         async with open_nursery() as nursery:
@@ -56,7 +56,7 @@ class Drain:
                 elif isinstance(message, p.Have):
                     self._engine.have(message.region, message.first, message.count, message.bits)
                 else:
-                    self._engine.push(self._guest.rate())
+                    self._engine.push(self._migration.rate(self._engine))
             nursery.cancel_scope.cancel()
         await self.over(message)
 
@@ -81,7 +81,7 @@ class Drain:
         # for which it needs the VMM.
         written = vm.record_soon("granted")
         await self._acknowledge()
-        trouble = await let_go(migration) if written else UNWRITTEN
+        trouble = await finish_vmm(migration) if written else UNWRITTEN
         # The result is shown last: a client that waits for it then finds the VMM in its last state.
         vm.show(result=msgspec.to_builtins(result), message=sentence + trouble)
         vm.record_soon("granted")
@@ -120,7 +120,7 @@ UNWRITTEN = "; its VMM here stays, stopped, until that is on record"
 """Told of a guest that has left for good, while the state folder is full."""
 
 
-async def let_go(migration: Migration) -> str:
+async def finish_vmm(migration: Migration) -> str:
     """Ends the VMM here, or leaves it stopped for `keep_source`. Returns a clause for the operator
     if that failed, else an empty string."""
     vm, keep = migration.vm, migration.request.keep_source

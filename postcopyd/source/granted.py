@@ -32,7 +32,7 @@ class Granted(msgspec.Struct, frozen=True):
         return cls(at, hello.host, hello.daemon)
 
     @classmethod
-    def known_again(cls, about: Any) -> Granted:
+    def of_record(cls, about: Any) -> Granted:
         """The inverse of `recorded`."""
         return msgspec.convert(about, cls)
 

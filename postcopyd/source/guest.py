@@ -34,7 +34,7 @@ class Guest:
         migration.figures.stats = self.engine.stats
 
     @classmethod
-    def known_again(cls, migration: Migration, shape: Shape, about: schema.Departure) -> Guest:
+    def restored(cls, migration: Migration, shape: Shape, about: schema.Departure) -> Guest:
         """A guest that the previous daemon granted, from its VMM as it is now and its record.
         Raises PostcopydError if the VMM has other RAM than the record."""
         regions = [(r.name, r.pages, r.page_size) for r in shape.regions]
@@ -47,10 +47,6 @@ class Guest:
         guest = cls(migration, replace(shape, state=before))
         guest.touched = True
         return guest
-
-    def rate(self) -> int:
-        """How many bytes a second its engine may send from now on; 0: no limit."""
-        return self._migration.rate(self.engine)
 
     def note(self) -> None:
         """Notes for the next record what a restarted daemon needs of the guest."""

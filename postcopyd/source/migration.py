@@ -99,7 +99,7 @@ class Migration:
     # --- what a restarted daemon needs -----------------------------------------------------------
 
     def note(self, shape: Shape) -> None:
-        """Notes for the next record what `know_again` and `Guest.known_again` need."""
+        """Notes for the next record what `know_again` and `Guest.restored` need."""
         figures = self.figures
         about: schema.Departure = {
             "migration": self.name,
@@ -121,7 +121,7 @@ class Migration:
         self.committed = True
         self.peer.identity = tuple(about.get("identity", ()))
         if "granted" in about:
-            self.peer.granted = Granted.known_again(about["granted"])
+            self.peer.granted = Granted.of_record(about["granted"])
         figures = self.figures
         figures.downtime_ms, figures.downtime_parts = about["downtime"]
         figures.recoveries = about["recoveries"]

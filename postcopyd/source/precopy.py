@@ -111,7 +111,7 @@ class Precopy:
 
     async def _send(self) -> None:
         engine = self._engine
-        engine.copy(self._guest.rate())
+        engine.copy(self._migration.rate(self._engine))
         await engine.watch(lambda: engine.stats.pushing == 0)
         engine.check()  # nothing is pushing after a failure either
         await self._channel.send(p.Pass(engine.stats.passed_pages))

@@ -20,10 +20,10 @@ from postcopyd.errors import PostcopydError
 from postcopyd.handover import Happened, Source
 from postcopyd.net.channel import Channel
 from postcopyd.protocol import RemoteProtocolError
-from postcopyd.source.drain import Drain, let_go
+from postcopyd.source.drain import Drain, finish_vmm
 from postcopyd.source.guest import Guest
 from postcopyd.source.migration import Migration
-from postcopyd.source.resolve import kill, refuse, take_back
+from postcopyd.source.resolve import kill, refuse_decision, take_back
 from postcopyd.source.retry import AGAIN_S, PATIENCE_S, Retry
 from postcopyd.source.rollback import Rollback
 
@@ -69,7 +69,7 @@ class Recovery:
         """Gives the destination another address, and refuses a decision that is pending: the
         destination must be asked there before anybody calls it dead."""
         self._migration.peer.to = to
-        refuse(self._migration, "it is to be asked there first, as was said just now")
+        refuse_decision(self._migration, "it is to be asked there first, as was said just now")
         self._guest.note()
         self._vm.show(peer=to)
         self._vm.record_soon(None)
@@ -132,7 +132,7 @@ class Recovery:
             await channel.send(p.Resume(migration.name, vm.name, vm.epoch))
             answer = await migration.peer.told(channel)
             if not isinstance(answer, p.Declined):
-                refuse(migration, "it has the guest, and goes on with it")
+                refuse_decision(migration, "it has the guest, and goes on with it")
             if isinstance(answer, p.Ready):
                 await migration.peer.connect(channel, self._engine, migration.name, answer.token)
                 self._engine.serve()  # the guest may wait for any page
@@ -174,7 +174,7 @@ class Recovery:
         """Ends a migration whose guest was ended on purpose at the destination: nobody needs the
         copy here, and the guest may be started again on any host."""
         migration, vm = self._migration, self._vm
-        trouble = await let_go(migration)
+        trouble = await finish_vmm(migration)
         ended = (
             f"{vm.name} ran at {migration.peer.to} and was ended there before all of its memory "
             f"had come: {said}"

@@ -18,7 +18,7 @@ from postcopyd.source.migration import Migration
 from postcopyd.source.rollback import Rollback, own_again
 
 
-def refuse(migration: Migration, said: str) -> None:
+def refuse_decision(migration: Migration, said: str) -> None:
     """Refuses what a person has decided, if anything: the destination is alive, as `said` tells."""
     person = migration.person
     decision, person.decision = person.decision, None
@@ -74,12 +74,12 @@ async def take_back(
     peer = migration.peer
     if trouble.name not in GIVEN_UP:
         if heard or trouble.name not in SILENT:
-            refuse(migration, str(trouble))
+            refuse_decision(migration, str(trouble))
             return False
         if trio.current_time() < decision.until:
             return False
     if not peer.granted.has_told(trouble.name) and (said := await peer.where_granted()):
-        refuse(migration, said)
+        refuse_decision(migration, said)
     if migration.person.decision is not decision:
         return False  # refused: just now, or while the destination was asked
     migration.person.decision = None

@@ -19,14 +19,14 @@ from postcopyd.net.tls import same_peer
 from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
 from postcopyd.source.granted import Granted, unknowing
-from postcopyd.source.rollback import ROLLBACK_S, known_again, undone_as
+from postcopyd.source.rollback import ROLLBACK_S, tell_driver, undone_as
 
 
 async def ask_destination(vm: str, intent: Mapping[str, Any], shared: Shared) -> str:
     """Asks the destination what became of a handover that this host cannot continue. Returns the
     answer; nothing else changes by it. Raises PostcopydError."""
     peer = intent["peer"]
-    granted = Granted.known_again(intent.get("granted", {"at": peer}))
+    granted = Granted.of_record(intent.get("granted", {"at": peer}))
     async with await dial_control(peer, Machine(Source.GREETING), shared) as channel:
         same_peer(intent.get("identity", ()), channel.names, vm)
         answers = Granted.greeted(peer, await channel.greet())
@@ -37,7 +37,7 @@ async def ask_destination(vm: str, intent: Mapping[str, Any], shared: Shared) ->
     return f"{said} (and {unknowing(vm, granted, answers)})"
 
 
-async def let_go(vm: Vm) -> None:
+async def finish_drained(vm: Vm) -> None:
     """Ends the VMM of a guest that was drained, if the previous daemon has not; for `keep_source`
     leaves it stopped and attached. Raises PostcopydError."""
     if vm.driver is None:
@@ -53,7 +53,7 @@ async def roll_back(vm: Vm, shared: Shared) -> None:
     ended. Raises PostcopydError."""
     try:
         with trio.fail_after(ROLLBACK_S):
-            await known_again(vm)
+            await tell_driver(vm)
             left = await vm.attached().rollback()
     except trio.TooSlowError:
         raise PostcopydError(f"its VMM did not run it again within {ROLLBACK_S:.0f} s") from None

@@ -94,7 +94,7 @@ def own_again(vm: Vm) -> None:
     vm.record("intent", vm.epoch + 1)
 
 
-async def known_again(vm: Vm) -> None:
+async def tell_driver(vm: Vm) -> None:
     """Tells the driver, from the record, what the previous daemon has done to the guest. Raises
     PostcopydError."""
     driver, about = vm.attached(), vm.about

@@ -33,12 +33,13 @@ from postcopyd.source.guest import Guest
 from postcopyd.source.migration import Migration
 from postcopyd.source.precopy import Precopy
 from postcopyd.source.recovery import Recovery
-from postcopyd.source.rollback import Rollback, known_again
+from postcopyd.source.rollback import Rollback, tell_driver
 from postcopyd.vmm import Shape
 
 
 class SourceSession:
-    """Made and run by the daemon: by `run` or `check`, or, made by `restored`, by `resume`."""
+    """Made and run by the daemon: by `begin` and `run`, or `check`, or, made by `restored`, by
+    `resume`."""
 
     def __init__(
         self,
@@ -57,8 +58,8 @@ class SourceSession:
     def machine(self) -> Machine:
         return self.migration.machine
 
-    async def run(self) -> None:
-        """Runs the whole migration. Failures are shown in the VM's status, and not raised."""
+    def begin(self) -> None:
+        """Shows that this is the VM's migration from here on."""
         migration, vm, asked = self.migration, self.migration.vm, self.migration.request
         vm.conclude(
             role="source",
@@ -69,6 +70,11 @@ class SourceSession:
             result=None,
             message=f"preparing to move {vm.name} to {asked.to}",
         )
+
+    async def run(self) -> None:
+        """Runs the whole migration, after `begin`. Failures are shown in the VM's status, and not
+        raised."""
+        migration, asked = self.migration, self.migration.request
         migration.log.info("migration started", mode=asked.mode, bandwidth=migration.bandwidth)
         if (asked.bandwidth or 0) > migration.bandwidth:
             migration.figures.warnings.append(
@@ -130,10 +136,10 @@ class SourceSession:
         request = msgspec.convert(about["request"], MigrateRequest)
         session = cls(vm, request, shared, about["migration"], Source.GRANTED_LOST)
         session.migration.know_again(about)
-        await known_again(vm)
+        await tell_driver(vm)
         try:
             shape = await session._inspected()
-            session._leaving(Guest.known_again(session.migration, shape, about))
+            session._leaving(Guest.restored(session.migration, shape, about))
         except BaseException:
             await session._held.aclose()
             raise

@@ -106,7 +106,7 @@ async def test_messages_come_in_order_in_any_pieces() -> None:
 
 async def test_message_out_of_turn_is_not_sent() -> None:
     """What the state does not allow never reaches the peer."""
-    channel, peer = alone(Source.OFFERED)
+    channel, peer = alone(Source.SAVED)
     with pytest.raises(LocalProtocolError):
         await channel.send(p.Grant(1))
     await channel.aclose()
@@ -115,11 +115,11 @@ async def test_message_out_of_turn_is_not_sent() -> None:
 
 async def test_message_out_of_turn_is_refused() -> None:
     """What the peer must not say now is its error, and changes no state."""
-    channel, peer = alone(Source.OFFERED)
+    channel, peer = alone(Source.SAVED)
     await peer.send_all(pack(p.Ran()))
     with pytest.raises(RemoteProtocolError):
         await channel.receive()
-    assert channel.machine.state is Source.OFFERED
+    assert channel.machine.state is Source.SAVED
 
 
 async def test_expect_refuses_another_message() -> None:
@@ -308,7 +308,7 @@ async def test_sending_to_nobody_is_a_loss() -> None:
 
 async def test_silent_peer_is_dead_after_its_time(autojump_clock: trio.testing.MockClock) -> None:
     """A peer that says nothing for DEAD_S is lost then, not before and not much later."""
-    channel, _peer = alone(Source.OFFERED)
+    channel, _peer = alone(Source.SAVED)
     with pytest.raises(ConnectionLost, match="has said nothing for 10 s"):
         await channel.receive()
     assert p.DEAD_S <= trio.current_time() < p.DEAD_S + 0.1
@@ -316,7 +316,7 @@ async def test_silent_peer_is_dead_after_its_time(autojump_clock: trio.testing.M
 
 async def test_two_idle_sides_stay_connected(autojump_clock: trio.testing.MockClock) -> None:
     """Keepalives hold a connection on which nothing is said for an hour."""
-    source, destination = pair(Source.OFFERED, Destination.LOADING)
+    source, destination = pair(Source.SAVED, Destination.LOADING)
     async with source.alive(), destination.alive(), trio.open_nursery() as nursery:
         nursery.start_soon(destination.receive)
         with trio.move_on_after(3600) as hour:
@@ -344,7 +344,7 @@ async def test_keepalives_come_only_when_nothing_else_does(
 
 async def test_keepalives_end_with_their_context(autojump_clock: trio.testing.MockClock) -> None:
     """After `alive` nothing is sent any more, and an error in it comes out as it is."""
-    channel, peer = alone(Source.OFFERED)
+    channel, peer = alone(Source.SAVED)
     with pytest.raises(ConnectionLost, match="broken"):
         async with channel.alive():
             raise ConnectionLost("broken")
@@ -357,7 +357,7 @@ async def test_keepalive_to_a_dead_peer_is_no_error_of_its_own(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     """When the peer goes, whoever receives says so; the keepalive just ends."""
-    channel, peer = alone(Source.OFFERED)
+    channel, peer = alone(Source.SAVED)
     async with channel.alive():
         await peer.aclose()
         await trio.sleep(5)

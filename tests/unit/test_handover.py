@@ -361,12 +361,12 @@ def test_ends_are_ends(state: State) -> None:
 
 def test_machine_refuses_by_whose_fault_it_is() -> None:
     """What this side must not send is a bug here; what the peer must not send is the peer's."""
-    source = Machine(Source.OFFERED)
-    with pytest.raises(LocalProtocolError, match=r"would send 'Grant'.*while it is 'offered'"):
+    source = Machine(Source.SAVED)
+    with pytest.raises(LocalProtocolError, match=r"would send 'Grant'.*while it is 'saved'"):
         source.sending(p.Grant(1))
     with pytest.raises(RemoteProtocolError, match="source received 'Ran'"):
         source.received(p.Ran())
-    assert source.state is Source.OFFERED
+    assert source.state is Source.SAVED
     with pytest.raises(RemoteProtocolError, match="destination received 'Offer'"):
         Machine(Destination.GREETING).received(
             p.Offer("m", "web1", "qemu", [p.RegionOffer("ram", 1, 4096)], {}, 1, 1)
