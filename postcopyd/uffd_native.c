@@ -19,9 +19,9 @@
  *
  * This file has the fault threads, one for each userfaultfd, and what threads of any kind do with
  * pages that they have claimed. A fault thread owns its messages and the list of faults to be tried
- * again; only pc_dest_free ends it, by pc_dest_stop. It waits for nothing but the next message. A receiving thread
- * may wait for memory, and then only its connection waits; so may settle_run's, and then only its
- * run.
+ * again; only pc_dest_free ends it, by pc_dest_stop. It waits for nothing but the next message. A
+ * receiving thread may wait for memory, and then only its connection waits; so may the thread that
+ * settles, and then only its run.
  *
  * No fault is dropped: one that could not be answered, for whatever reason, is made to come again.
  * A fault before the seal is not looked at: the seal wakes all waiting threads, which fault again.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second phase of an arrival, from `ready` to `handover`: empties guest RAM and gives it an
-engine (`adopt`), gets the data connections (invitation.py), and in the modes hybrid and precopy
-takes pages in passes while the guest runs on at the source (`passes`).
+"""The second phase of an arrival, from its admission to `handover`: empties guest RAM and gives it
+an engine (`adopt`), says `ready` and gets the data connections (invitation.py), and in the modes
+hybrid and precopy takes pages in passes while the guest runs on at the source (`passes`).
 
 The session's stack owns what `adopt` opens. The tasks that count passes end with `passes`.
 """

@@ -55,7 +55,7 @@ class DestinationEngine(Engine):
         await trio.to_thread.run_sync(lib.pc_dest_disconnect, self.handle, limiter=threads.ENGINE)
 
     def have(self, region: int, first: int, count: int) -> bytes:
-        """Which of `count` pages from `first` on are confirmed: bit i % 8 of byte i / 8.
+        """Which of `count` pages from `first` on are here (DONE or HERE): bit i % 8 of byte i / 8.
 
         Raises PostcopydError outside the region.
         """

@@ -4,9 +4,10 @@
  * backings, the record's mapping and the connections; borrows the userfaultfds, the RAM files, the
  * record's file and `wake`.
  *
- * Only this file starts and joins threads (and settle.c starts pc-place): pc_dest_disconnect ends
- * those of connections, pc_dest_stop all, pc-place last and the fault threads before it. The
- * session calls these, one at a time; no thread of the engine ends another. */
+ * Only this file starts and joins threads, but for pc-place: settle.c starts it, and joins one that
+ * has ended before it starts another. pc_dest_disconnect ends the threads of connections.
+ * pc_dest_stop ends all, pc-place last and the fault threads before it; pc_dest_free calls it. The
+ * session makes these calls, one at a time; no thread of the engine ends another. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>

@@ -2,8 +2,9 @@
 /* The page record: one byte for each page of the guest, in a file that outlives the process. It
  * says which thread has a page in hand and what is known of it. Only record.c writes these bytes,
  * and only it reads them while the engine lives; records/store.py reads the record of an engine
- * that has ended, see native.h. Each change is one atomic operation with a name; its function returns what is left
- * to be done (a thread to be woken, a page to be counted). Nothing here waits, places or asks.
+ * that has ended, see native.h. Each change is one atomic operation with a name; its function
+ * returns what is left to be done (a thread to be woken, a page to be counted). Nothing here waits,
+ * places or asks.
  *
  *   0                nothing is known of the page yet
  *   WANTED           a fault waits and the page was asked for
@@ -17,8 +18,8 @@
  *
  * A fault thread sets WANTED. A thread that takes a page in hand claims it (from 0, WANTED or
  * LOST), and only the claimer makes it DONE. pc_dest_poison and pc_dest_gone give up pages that no
- * thread has claimed. DONE is never taken back; a memory error that is found later makes it DONE and
- * LOST. So a page is placed once; a duplicate finds CLAIMED, DONE or HERE and is dropped.
+ * thread has claimed. DONE is never taken back; a memory error that is found later makes it DONE
+ * and LOST. So a page is placed once; a duplicate finds CLAIMED, DONE or HERE and is dropped.
  *
  * A staged engine gets most pages while the guest still runs at the source. It puts them into its
  * backing (backing.h), where the guest does not see them. Two more bits:
@@ -37,20 +38,21 @@
  * been mapped, and such a page is never written. The order is: write, HERE, CONTINUE, DONE. HERE
  * without CACHED is zeros.
  *
- * An engine that goes on with the record of a killed one keeps what is DONE (LOST or not) and what is
- * FOREIGN; of files also CACHED, and HERE if that engine was sealed; of other memory, if it was
+ * An engine that goes on with the record of a killed one keeps what is DONE (LOST or not) and what
+ * is FOREIGN; of files also CACHED, and HERE if that engine was sealed; of other memory, if it was
  * sealed, BEGUN, which CLAIMED becomes there. It forgets the rest: threads that waited fault again.
- * A page that was placed and not yet confirmed is BEGUN or HERE then; EEXIST tells that it is there.
- * In a file a page CLAIMED without HERE was never mapped and may be written again. The byte behind
- * the last page of a staged engine's record is the seal: without it the guest has not run here. */
+ * A page that was placed and not yet confirmed is BEGUN or HERE then; EEXIST tells that it is
+ * there. In a file a page CLAIMED without HERE was never mapped and may be written again. The byte
+ * behind the last page of a staged engine's record is the seal: without it the guest has not run
+ * here. */
 #ifndef POSTCOPYD_RECORD_H
 #define POSTCOPYD_RECORD_H
 
 #include "engine.h"
 
 enum {
-  WANTED = 1, CLAIMED = 2, DONE = PC_PAGE_DONE, LOST = PC_PAGE_LOST, HERE = 16, CACHED = 32, FOREIGN = 64,
-  BEGUN = 128
+  WANTED = 1, CLAIMED = 2, DONE = PC_PAGE_DONE, LOST = PC_PAGE_LOST, HERE = 16, CACHED = 32,
+  FOREIGN = 64, BEGUN = 128
 };
 
 struct record {

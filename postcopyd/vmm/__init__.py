@@ -4,11 +4,12 @@
 This package owns the conversation with a VMM: finding its guest RAM, stopping and running the
 guest, moving its device state. It must not know of pages, peers, ownership or migrations. A driver
 does what a session tells it, once, and says truthfully how that ended. A driver author reads this
-file and nothing else.
+file; writers.py, which finds for any VMM what writes to guest RAM unseen; and tasks/threads.py, as
+every slow call belongs into a thread of one of its pools.
 
 The order of calls. Source: `connect`, `inspect`, `prepare`, `save`, then `finish`; or `rollback`
-from any point before `finish`. `track` and `still` come between `inspect` and `save`, if at all.
-Destination: `connect`, `inspect`, `adopt`, `load`, `run`, `release`; or `release` and `end` from
+at any point before the grant, and also after a grant that was declined or taken back. `track` and
+`still` come between `inspect` and `save`, if at all. Destination: `connect`, `inspect`, `adopt`, `load`, `run`, `release`; or `release` and `end` from
 any point before `run`. Descriptors of guest RAM and userfaultfds belong to the caller as soon as
 they are returned.
 """
@@ -190,7 +191,9 @@ class Vmm(abc.ABC):
         """Describe the VMM; touches nothing in it.
 
         Puts what stands in the way of the role into `Shape.problems`, and raises only if the VMM
-        cannot be asked. The caller calls `close()` on what it gets.
+        cannot be asked. At the destination that includes a VMM whose RAM may get huge pages that
+        `adopt` could not forbid. Sets `Shape.direct_io` and `untracked` at the source: writers.py
+        finds most of it. The caller calls `close()` on what it gets.
         """
 
     async def outline(self) -> str:
@@ -256,8 +259,8 @@ class Vmm(abc.ABC):
         """Undo what this driver, or one of a previous daemon, has done to the guest, and only that:
         run it if it ran and was stopped by `still` or `save`. Idempotent.
 
-        May be called at any point before the grant, also after another method was cancelled
-        half-way. Other people and programs may use the guest too: they may have paused, moved,
+        May be called at any point before the grant, after a grant that was declined or taken back,
+        and after another method was cancelled half-way. Other people and programs may use the guest too: they may have paused, moved,
         saved, reset or shut it down by the VMM's own means since it was looked at, in the middle of
         our work, or while no daemon ran. Leave what they did as it is. If a driver finds the VMM
         stopped, it has to know who stopped it. If it cannot know, it leaves the guest stopped: one
@@ -287,6 +290,11 @@ class Vmm(abc.ABC):
         They are the caller's; UFFDIO_API has not been done and nothing is registered. The VMM
         keeps copies of its own until `release`, so that its threads go on waiting for pages if the
         caller dies. After `adopt` every page of every region is missing. A second call starts anew.
+
+        Some kernels put zeros into files with missing pages when they make huge pages of them
+        (`kernel.fills_holes`), and the guest would read those zeros. There a driver forbids huge
+        pages of guest RAM before it empties it, until `release`, or `inspect` has named it a
+        problem.
         """
 
     @abc.abstractmethod
