@@ -9,9 +9,9 @@ every slow call belongs into a thread of one of its pools.
 
 The order of calls. Source: `connect`, `inspect`, `prepare`, `save`, then `finish`; or `rollback`
 at any point before the grant, and also after a grant that was declined or taken back. `track` and
-`still` come between `inspect` and `save`, if at all. Destination: `connect`, `inspect`, `adopt`, `load`, `run`, `release`; or `release` and `end` from
-any point before `run`. Descriptors of guest RAM and userfaultfds belong to the caller as soon as
-they are returned.
+`still` come between `inspect` and `save`, if at all. Destination: `connect`, `inspect`, `adopt`,
+`load`, `run`, `release`; or `release` and `end` from any point before `run`. Descriptors of guest
+RAM and userfaultfds belong to the caller as soon as they are returned.
 """
 
 from __future__ import annotations
@@ -260,12 +260,12 @@ class Vmm(abc.ABC):
         run it if it ran and was stopped by `still` or `save`. Idempotent.
 
         May be called at any point before the grant, after a grant that was declined or taken back,
-        and after another method was cancelled half-way. Other people and programs may use the guest too: they may have paused, moved,
-        saved, reset or shut it down by the VMM's own means since it was looked at, in the middle of
-        our work, or while no daemon ran. Leave what they did as it is. If a driver finds the VMM
-        stopped, it has to know who stopped it. If it cannot know, it leaves the guest stopped: one
-        guest that waits for a person is better than two that run. And a job of others that goes on
-        is neither ended nor waited for.
+        and after another method was cancelled half-way. Other people and programs may use the guest
+        too: they may have paused, moved, saved, reset or shut it down by the VMM's own means since
+        it was looked at, in the middle of our work, or while no daemon ran. Leave what they did as
+        it is. If a driver finds the VMM stopped, it has to know who stopped it. If it cannot know,
+        it leaves the guest stopped: one guest that waits for a person is better than two that run.
+        And a job of others that goes on is neither ended nor waited for.
 
         Returns "" if the guest is as it was, else a clause that tells how it was found and left
         ("it is paused, ..."). Raises PostcopydError if it should run here and does not; the
