@@ -319,9 +319,13 @@ class World:
         try:
             there = await trio.open_tcp_stream("127.0.0.1", self.destination.port)
         except OSError:  # that daemon was stopped
-            await trio.aclose_forcefully(source)
+            await self._drop(source)
             return
-        await there.send_all(first + kind.encode())
+        try:
+            await there.send_all(first + kind.encode())
+        except trio.BrokenResourceError:  # just then
+            await self._drop(source, there)
+            return
         self._streams |= {source: kind, there: kind}
         if kind == p.CONTROL:
             self._ends = {"source": source, "destination": there}
