@@ -146,7 +146,7 @@ def regions_again(
                         f"process {pid} does not map the file of guest RAM {recorded['name']} "
                         f"at {start:#x} any more: its guest cannot go on, end it"
                     )
-                fd = procfs.open_file(pid, at[0].file)
+                fd = procfs.open_mapped(pid, at[0])
             name, pages, size = recorded["name"], recorded["pages"], recorded["page_size"]
             regions.append(Region(name, pages, size, start, fd, recorded["offset"]))
     except (PostcopydError, OSError) as error:

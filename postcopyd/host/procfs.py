@@ -21,7 +21,7 @@ FileId = tuple[int, int]  # st_dev, st_ino
 
 @dataclass(frozen=True)
 class Mapping:
-    """One line of /proc/PID/maps, or several that continue each other (see `merged`)."""
+    """One line of /proc/PID/maps."""
 
     start: int
     end: int
@@ -54,27 +54,6 @@ def mappings(pid: int) -> Iterator[Mapping]:
             )
 
 
-def merged(pid: int) -> list[Mapping]:
-    """Mappings of files; parts that the kernel split (madvise, NUMA policies) are joined."""
-    whole: list[Mapping] = []
-    for part in mappings(pid):
-        if part.file == (0, 0):
-            continue
-        last = whole[-1] if whole else None
-        if (
-            last is not None
-            and (last.end, last.file, last.shared) == (part.start, part.file, part.shared)
-            and last.offset + last.length == part.offset
-        ):
-            writable = last.writable and part.writable
-            whole[-1] = Mapping(
-                last.start, part.end, last.shared, writable, last.offset, last.file, last.path
-            )
-        else:
-            whole.append(part)
-    return whole
-
-
 def file_id(path: str | int) -> FileId:
     """Device and inode of a path (followed) or descriptor. Raises OSError."""
     found = os.stat(path)
@@ -92,21 +71,27 @@ def descriptors(pid: int) -> dict[int, str]:
     return links
 
 
-def open_file(pid: int, file: FileId) -> int:
-    """A new open file description (read, write) of a file that a process has open.
+def open_mapped(pid: int, mapping: Mapping) -> int:
+    """A new open file description (read, write) of a file that a process has mapped.
 
-    Opened by its descriptor, as its path may be deleted or belong to another mount namespace.
-    Raises FileNotFoundError when the process does not have it open, or another OSError.
+    By a descriptor of the process, because the path may be deleted or belong to another mount
+    namespace; or by the mapping, when it has closed its descriptors, which takes root. Raises
+    OSError.
     """
     for number in descriptors(pid):
         path = f"/proc/{pid}/fd/{number}"
         try:
-            if file_id(path) != file:
+            if file_id(path) != mapping.file:
                 continue
         except OSError:
             continue
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    raise FileNotFoundError(f"process {pid} holds no descriptor of the file")
+    return os.open(mapped_path(pid, mapping), os.O_RDWR | os.O_CLOEXEC)
+
+
+def mapped_path(pid: int, mapping: Mapping) -> str:
+    """Of the file that is mapped there, whatever has become of its name. Only root may open it."""
+    return f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
 
 
 def file_system(pid: int, file: FileId) -> str | None:

@@ -22,7 +22,7 @@ TIMEOUT_MS = 5000
 
 USERFAULTFD_IOC_NEW = 0xAA00
 
-_CALLS = {"x86_64": {"userfaultfd": 323, "ioctl": 16, "close": 3, "prctl": 157}}
+_CALLS = {"x86_64": {"userfaultfd": 323, "ioctl": 16, "close": 3, "madvise": 28, "prctl": 157}}
 """System call numbers; adopt.c knows which architectures it supports."""
 
 
@@ -91,6 +91,16 @@ async def prctl(pid: int, option: int, value: int) -> None:
     try:
         await trio.to_thread.run_sync(
             _call, pid, "prctl", (option, value, 0, 0, 0), True, limiter=threads.VMM
+        )
+    except PermissionError as error:
+        raise AdoptionError(str(error)) from None
+
+
+async def madvise(pid: int, address: int, size: int, advice: int) -> None:
+    """madvise(address, size, advice) in the VMM. Raises AdoptionError."""
+    try:
+        await trio.to_thread.run_sync(
+            _call, pid, "madvise", (address, size, advice), True, limiter=threads.VMM
         )
     except PermissionError as error:
         raise AdoptionError(str(error)) from None

@@ -34,6 +34,7 @@ NEWER = [
 ]
 
 
+@pytest.mark.long
 async def test_a_guest_of_1_gib_moves_there_and_back_ten_times(
     folder: Path, boot: tuple[Path, Path], record_property: Any
 ) -> None:

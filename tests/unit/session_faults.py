@@ -46,7 +46,7 @@ def made_clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(registry, "DRIVERS", {"process": FakeDriver})
     monkeypatch.setattr(procfs, "started", FakeVmm.started)
     monkeypatch.setattr(locks, "process", FakeVmm.locked)
-    for name in ("mappings", "open_file"):  # guest RAM of a FakeVmm is mapped here
+    for name in ("mappings", "open_mapped"):  # guest RAM of a FakeVmm is mapped here
         monkeypatch.setattr(procfs, name, partial(_of_this_process, getattr(procfs, name)))
     monkeypatch.setattr(memory, "DestinationEngine", ToldEngine)
     monkeypatch.setattr(drain, "PROGRESS_S", 1.0)

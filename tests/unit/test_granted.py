@@ -15,7 +15,9 @@ from test_decisions import deciding
 from test_guest_ends import FAREWELL, shuts_down
 
 from postcopyd import protocol as p
+from postcopyd.native.engine import EngineError, Failure
 from postcopyd.source.decision import TAKE_BACK_S
+from postcopyd.source.engine import SourceEngine
 from postcopyd.source.migration import Migration
 from postcopyd.vmm import VmmError
 
@@ -146,3 +148,32 @@ async def test_stopped_after_a_long_pause(tmp_path: Path, clock: Clock) -> None:
 async def stops_and_waits(made: World, point: str) -> None:
     stop_here(made, point)
     await trio.sleep_forever()
+
+
+# --- memory that is gone -------------------------------------------------------------------------
+
+
+async def test_memory_that_went_with_its_vmm(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of private memory nothing is left once the VMM here has ended. Nobody asks again and again
+    for what cannot come; a person is told what to decide, and can."""
+    gone = EngineError(Failure.VMM_GONE, "the VMM has ended while its memory was read")
+    async with world(tmp_path, {"<- progress": goes_down}) as made, made.migrating():
+        await made.paused_there()
+
+        def check(engine: SourceEngine) -> None:
+            raise gone
+
+        monkeypatch.setattr(SourceEngine, "check", check)
+        made.down = False
+        await trio.sleep(100)
+        asked = made.went["-> resume"]
+        await trio.sleep(100)
+        assert made.went["-> resume"] == asked
+        status = made.source.vm.status
+        assert (status.phase, status.result["event"]) == ("paused", "paused")
+        assert "`postcopyd resolve web1 --kill`" in status.message
+        assert "`--poison`" in status.result["error"]
+        await made.source.daemon.resolve("web1", "kill")
+        assert made.source.recorded() == "declined"

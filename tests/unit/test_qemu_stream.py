@@ -17,11 +17,15 @@ from postcopyd.vmm.qemu import stream
 async def test_the_last_byte_waits_until_all_others_were_taken(pieces: list[bytes]) -> None:
     ours, theirs = socket.socketpair()
     everything, taken = b"".join(pieces), bytearray()
+    at_the_first: list[int] = []
     at_the_last: list[int] = []
 
     async def receive() -> AsyncIterator[bytes]:
         for piece in pieces:
             yield piece
+
+    async def begun() -> None:
+        at_the_first.append(len(taken))
 
     async def before_the_last() -> None:
         at_the_last.append(len(taken))
@@ -36,23 +40,32 @@ async def test_the_last_byte_waits_until_all_others_were_taken(pieces: list[byte
     with trio.fail_after(30), theirs, trio.socket.from_stdlib_socket(ours) as mine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(qemu)
-            await stream.feed(mine, receive(), before_the_last)
+            await stream.feed(mine, receive(), begun, before_the_last)
     assert bytes(taken) == everything
     assert at_the_last == [max(len(everything) - 1, 0)]
+    assert at_the_first == [len(pieces[0]) - 1 for _ in pieces[:1]]
 
 
 async def test_a_qemu_that_has_ended_takes_the_rest() -> None:
     """It goes on then: what has become of that QEMU is said by others."""
     ours, theirs = socket.socketpair()
-    called: list[bool] = []
+    called: list[str] = []
 
     async def receive() -> AsyncIterator[bytes]:
         yield b"x" * 50_000
+
+    async def qemu() -> None:
+        await trio.lowlevel.wait_readable(theirs)
         theirs.close()
 
+    async def begun() -> None:
+        called.append("begun")
+
     async def before_the_last() -> None:
-        called.append(True)
+        called.append("the last")
 
     with trio.fail_after(30), trio.socket.from_stdlib_socket(ours) as mine:
-        await stream.feed(mine, receive(), before_the_last)
-    assert called == [True]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(qemu)
+            await stream.feed(mine, receive(), begun, before_the_last)
+    assert called == ["begun", "the last"]

@@ -58,6 +58,19 @@ class Capability(Struct):
     state: bool
 
 
+class FdSet(Struct, rename="kebab"):
+    """One of query-fdsets, or what add-fd answers."""
+
+    fdset_id: int
+    fds: list[FdSetEntry] = []
+
+
+class FdSetEntry(Struct):
+    """One descriptor of an fdset."""
+
+    opaque: str = ""
+
+
 class Cpu(Struct, rename="kebab"):
     """One of query-cpus-fast."""
 

@@ -30,13 +30,14 @@ from postcopyd.vmm import (
     process_ended,
     writers,
 )
+from postcopyd.vmm.qemu import blocks as ram_blocks
 from postcopyd.vmm.qemu import disks as qemu_disks
 from postcopyd.vmm.qemu import facts as qemu_facts
 from postcopyd.vmm.qemu import farewell, ram, settings
 from postcopyd.vmm.qemu import state as qemu_state
 from postcopyd.vmm.qemu.answers import Cpu, Migration, Status
 from postcopyd.vmm.qemu.qmp import ANSWER_SECONDS, Events, Qmp
-from postcopyd.vmm.qemu.state import PAUSED, Now
+from postcopyd.vmm.qemu.state import PAUSED, SLEEPS, STOPPED_BY_ITSELF, Now
 
 LOOKS = trio.CapacityLimiter(4)
 """How many QEMUs are inspected at a time; others wait. Each takes hundreds of questions, which keep
@@ -69,6 +70,13 @@ class Qemu(Vmm):
         self._resumes: Events | None = None  # since `save`
         self._last_words = qmp.last(*farewell.EVENTS)
         self._made: list[int] | None = None  # userfaultfds in QEMU, by `adopt`
+        # At the source, by `prepare`: the file that QEMU saves into, which this owns; the fdset in
+        # QEMU by which it has it; the machine's type; all RAM blocks, and which are guest RAM.
+        self._file: int | None = None
+        self._fdset = -1
+        self._machine = ""
+        self._addresses: dict[str, int | None] = {}
+        self._guest_ram: set[str] = set()
         self._ending = False  # by this driver
 
     @classmethod
@@ -112,15 +120,17 @@ class Qemu(Vmm):
         with qmp.taking_apart():
             outline = await qemu_disks.outline(qmp)  # first: a later change then shows
         run_state = (await qmp.ask(Status, "query-status")).status
-        backends = await ram.backends(qmp)
+        present = await ram_blocks.blocks(qmp)
+        backends = await ram.backends(qmp, present)
         devices = [device async for device in qemu_facts.devices(qmp)]
         facts = await qemu_facts.facts(qmp, backends, devices)
+        facts |= ram_blocks.facts(present, {backend.block.name for backend in backends})
         places = await qemu_facts.places(qmp, devices)
         problems = await qemu_facts.refusals(qmp, self.pid, role, run_state, devices)
         with qmp.taking_apart():
             disks, unmovable = await qemu_disks.look(qmp, self.pid)
         problems += unmovable
-        regions, unfit = ram.regions(backends, self.pid, qmp.version)
+        regions, unfit = ram.regions(backends, self.pid)
         try:
             facts |= {f"pages of {r.name}": f"{r.page_size} bytes each" for r in regions}
             problems += unfit
@@ -138,7 +148,7 @@ class Qemu(Vmm):
             close_each(region.fd for region in regions)
             raise
         state: State = "paused"
-        if run_state == "running":
+        if run_state == "running" or (run_state == "suspended" and qmp.version >= SLEEPS):
             state = "running"
         elif run_state == "inmigrate":
             state = "incoming"
@@ -182,6 +192,9 @@ class Qemu(Vmm):
     async def aclose(self) -> None:
         """Leaves QEMU as it is and lets go of its monitor."""
         self._qmp.close()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
@@ -190,18 +203,19 @@ class Qemu(Vmm):
     async def _now(self) -> Now:
         return await qemu_state.look(self._qmp)
 
-    async def _look(self) -> Literal["running", "paused"]:
-        """Notes what the guest does before the driver changes it. Raises VmmError when somebody
-        else moves or saves it, or when it neither runs nor is paused."""
+    async def _look(self) -> str:
+        """Notes what the guest does before the driver changes it, and returns QEMU's word for that.
+        Raises VmmError when somebody else moves or saves it, or when it does neither."""
         now = await self._now()
-        if not now.migration.over or not (now.running or now.run_state in PAUSED):
+        stands = now.run_state in PAUSED | STOPPED_BY_ITSELF
+        if not now.migration.over or not (now.live(self._qmp.version) or stands):
             raise VmmError(f"The guest {self.name} cannot be moved now: {now.words}.")
         self._moved = False
-        self.before = self._seen = "running" if now.running else "paused"
-        return self.before
+        self.before = self._seen = "paused" if stands else "running"
+        return now.run_state
 
     async def _runs(self) -> bool:
-        return (await self._qmp.ask(Status, "query-status")).running
+        return (await self._now()).live(self._qmp.version)
 
     async def _why(self, status: str) -> str:
         """QEMU's reason for the end of a migration, or where to look for it."""

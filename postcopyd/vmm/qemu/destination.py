@@ -15,6 +15,7 @@ import trio
 
 from postcopyd.errors import PostcopydError
 from postcopyd.tasks import threads
+from postcopyd.tasks.nursery import open_nursery
 from postcopyd.vmm import (
     Declined,
     Shape,
@@ -26,7 +27,7 @@ from postcopyd.vmm.qemu import hugepages, ram, settings, stream, userfaultfd
 from postcopyd.vmm.qemu.answers import Status
 from postcopyd.vmm.qemu.common import Qemu, close_each
 from postcopyd.vmm.qemu.qmp import Events, QmpClosed, QmpRefused
-from postcopyd.vmm.qemu.settings import ARRIVING, IGNORE, LATE
+from postcopyd.vmm.qemu.settings import ARRIVING, LATE
 
 # One thread reads the faults of one userfaultfd: several serve several vCPUs better, but each
 # costs a thread. Region i belongs to descriptor i % number.
@@ -56,7 +57,7 @@ class Arriving(Qemu):
         if sharers:
             raise VmmError(sharers[0])
         await userfaultfd.close_all(self.pid)
-        await self._settings.apply(settings.DESTINATION)
+        await self._settings.apply()
         # Whatever QEMU's options are, the guest must not run before it is told to.
         await self._qmp.execute("stop")
         descriptors: dict[int, int] = {}
@@ -77,9 +78,7 @@ class Arriving(Qemu):
 
     async def discard(self, shape: Shape) -> None:
         """Empties the RAM. Raises VmmError when not all of it could be emptied."""
-        await trio.to_thread.run_sync(
-            ram.empty, list(shape.regions), self.pid, limiter=threads.WALKS
-        )
+        await ram.empty(list(shape.regions), self.pid)
 
     async def adopted(self) -> list[int]:
         """Duplicates of the userfaultfds in QEMU, in the order that `adopt` returned them."""
@@ -96,9 +95,9 @@ class Arriving(Qemu):
         if self._qmp.version >= (9, 1):
             arguments["exit-on-error"] = False
         with self._qmp.events("RESUME", "MIGRATION") as events:
-            async with stream.opened(self._qmp) as ours, stream.crew() as crew:
+            async with stream.opened(self._qmp) as ours, open_nursery() as crew:
                 await self._qmp.execute("migrate-incoming", arguments)
-                crew.start_soon(stream.feed, ours, receive, self._nearly_loaded)
+                crew.start_soon(stream.feed, ours, receive, self._begun, self._nearly_loaded)
                 await self._loaded(events)
         if self._takes_disks and (disks := await qemu_disks.untaken(self._qmp)):
             raise VmmError(
@@ -113,22 +112,19 @@ class Arriving(Qemu):
         aborts when it gives away disks that it has not taken, and a paused guest gets no `cont`."""
         return self.before == "paused" and self._qmp.version < (10, 0)
 
+    async def _begun(self) -> None:
+        """QEMU has begun to load, so the guard is not for this stream any more: until the guest
+        runs, nobody else's save or move of it may begin."""
+        await self._tell(settings.parameters(tls_creds=ARRIVING))
+
     async def _nearly_loaded(self) -> None:
-        """QEMU waits for the last byte, and has read all that x-ignore-shared is about. Were that
-        left on, somebody else's later save would leave out guest RAM; with it off such a save reads
-        all RAM, and waits for pages as the guest does. None may begin until the guest runs.
-        """
-        states = {IGNORE: False}
+        """QEMU waits for the last byte."""
         if self._takes_disks:
-            states[LATE] = False
-        commands = [
-            settings.capabilities(states),
-            settings.parameters(tls_creds=ARRIVING),
-        ]
-        with suppress(QmpClosed):  # `_loaded` hears of it too, and raises it
-            for answer in await self._qmp.execute_all(commands, patience=math.inf):
-                if isinstance(answer, QmpRefused):
-                    raise answer
+            await self._tell(settings.capabilities({LATE: False}))
+
+    async def _tell(self, command: settings.Command) -> None:
+        with suppress(QmpClosed):  # `_loaded` hears of it too, and says so
+            await self._qmp.execute(*command, patience=math.inf)
 
     async def _loaded(self, events: Events) -> None:
         ran = False

@@ -3,7 +3,7 @@
 
 Owns the questions to QEMU about its block layer, the way from a name there to an open file, and the
 facts about that file that another host can compare. Whether the other host has the same file is for
-`alike.py` to judge. Only asks and reads.
+`alike.py` to judge. Only asks and reads, but for `take`.
 
 A disk is known by its device in the guest, and by its chain of formats and sizes. Names of block
 nodes differ between two QEMUs. Files are those that QEMU has open, found by their path as QEMU sees
@@ -33,7 +33,7 @@ from postcopyd.host import procfs
 from postcopyd.tasks import threads
 from postcopyd.vmm import Disk, DiskFile
 from postcopyd.vmm.qemu.answers import Property
-from postcopyd.vmm.qemu.qmp import Qmp, QmpProtocolError
+from postcopyd.vmm.qemu.qmp import Qmp, QmpProtocolError, QmpRefused
 
 # File systems that other hosts mount too, as libvirt knows them (virFileIsSharedFS), by the name
 # that the kernel has for them. The value names the family if a file has the same inode number on
@@ -55,6 +55,7 @@ FILTERS = {"throttle", "copy-on-read", "preallocate", "compress"}
 LOCAL_BLOCK = re.compile(r"(loop|ram|zram|pmem|brd)\d")
 
 SAMPLES, SAMPLE_BYTES = 16, 4096
+EXPORT = "postcopyd-takes-it-back"
 MAX_LINKS = 40  # as in the kernel
 MAX_DEPTH = 250  # of a backing chain; QEMU itself allows fewer
 
@@ -234,6 +235,12 @@ async def outline(qmp: Qmp) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+async def are_taken(qmp: Qmp) -> bool:
+    """Whether QEMU may write to any disk or flash: it has them, and has not given them up."""
+    graph = await qmp.ask(_Graph, "x-debug-query-block-graph")
+    return any("write" in edge.perm for edge in graph.edges if edge.name == "root")
+
+
 async def untaken(qmp: Qmp) -> list[str]:
     """Disks that QEMU may not write to, because it gave them up or did not take them. Without an
     image's lock QEMU goes on like that after a load, and says so only in its log."""
@@ -250,6 +257,25 @@ async def untaken(qmp: Qmp) -> list[str]:
         if one.qdev and not one.removable and one.inserted is not None
         if not one.inserted.ro and one.inserted.node_name not in written
     ]
+
+
+async def take(qmp: Qmp) -> None:
+    """Has QEMU take all images back that it gave up, where the guest stays stopped: otherwise
+    `cont` does so. One that is locked elsewhere stays given up."""
+    if qmp.version >= (10, 0):
+        with suppress(QmpRefused):
+            await qmp.execute("blockdev-set-active", {"active": True})
+        return
+    # An older one aborts when it is told to resize, move or give up what it gave up. For an export
+    # it takes an image, and that before it sees that there is no server to export it.
+    graph = await qmp.ask(_Graph, "x-debug-query-block-graph")
+    nodes = {node.id: node.name for node in graph.nodes if node.type == "block-driver"}
+    below = {edge.child for edge in graph.edges if edge.parent in nodes}
+    for number in nodes.keys() - below:
+        export = {"type": "nbd", "id": EXPORT, "node-name": nodes[number]}
+        with suppress(QmpRefused):
+            await qmp.execute("block-export-add", export)
+            await qmp.execute("block-export-del", {"id": EXPORT, "mode": "hard"})
 
 
 def _image(inserted: _Inserted | None) -> Iterator[list[str | int]]:

@@ -34,8 +34,7 @@ from postcopyd.vmm.qemu.ram import Backend
 
 T = TypeVar("T")
 
-# Capabilities that may be on beside the driver's own. Any other changes the stream into one that a
-# plain descriptor or ignored RAM cannot carry.
+# Capabilities that may be on where a guest arrives: the others want another stream than ours.
 HARMLESS = {
     "x-ignore-shared",
     "events",
@@ -193,7 +192,12 @@ async def refusals(
                 "The guest was stopped by an earlier migration (run state postmigrate): if it runs "
                 "nowhere else, send QMP `cont` and try again."
             )
-        elif run_state not in state.PAUSED | {"running"}:
+        elif run_state == "suspended" and qmp.version < state.SLEEPS:
+            problems.append(
+                "The guest sleeps (S3), and would not sleep on where it arrives, with QEMU before "
+                "9.0: wake it by QMP `system_wakeup`, then try again."
+            )
+        elif run_state not in _MOVABLE:
             problems.append(
                 f"The guest is neither running nor paused (run state {run_state}): "
                 f"{state.WORDS.get(run_state, 'look at it')}; then try again."
@@ -217,26 +221,35 @@ async def refusals(
         problems.append(
             f"QEMU says that this guest cannot be migrated: {plain(reason).rstrip('.')}."
         )
-    problems += [problem async for problem in _settings(qmp)]
+    problems += [problem async for problem in _settings(qmp, role, run_state)]
     problems += [problem async for problem in _devices(qmp, present)]
     return problems
 
 
-async def _settings(qmp: Qmp) -> AsyncIterator[str]:
-    capabilities = await qmp.ask(list[Capability], "query-migrate-capabilities")
-    on = {c.capability for c in capabilities if c.state}
-    if "x-ignore-shared" not in {c.capability for c in capabilities}:
-        yield "This QEMU cannot leave RAM out of its stream: use QEMU 4.0 or later."
-    for name in sorted(on - HARMLESS):
-        yield (
-            f"QEMU's migration capability {name} is on: switch it off with "
-            f"QMP `migrate-set-capabilities`."
-        )
+_MOVABLE = state.PAUSED | state.STOPPED_BY_ITSELF | {"running", "suspended"}
+
+
+async def _settings(qmp: Qmp, role: str, run_state: str) -> AsyncIterator[str]:
     parameters = await qmp.ask(Parameters, "query-migrate-parameters")
     if parameters.tls_creds and parameters.tls_creds not in settings.GUARDS:
         yield "QEMU's migration parameter tls-creds is set: set it to an empty string."
+    if role == "source":
+        if parameters.tls_creds == settings.MOVED and run_state in state.PAUSED:
+            yield (
+                "postcopyd has moved this guest, and this is what it left behind (--keep-source): "
+                "end it, or if the guest runs nowhere else send QMP `cont`."
+            )
+        return
     if parameters.mode != "normal":
         yield f"QEMU's migration mode is {parameters.mode}: set it to normal."
+    for one in sorted(
+        await qmp.ask(list[Capability], "query-migrate-capabilities"), key=lambda c: c.capability
+    ):
+        if one.state and one.capability not in HARMLESS:
+            yield (
+                f"QEMU's migration capability {one.capability} is on: switch it off with QMP "
+                f"`migrate-set-capabilities`."
+            )
 
 
 async def _devices(qmp: Qmp, present: list[Device]) -> AsyncIterator[str]:
@@ -249,6 +262,11 @@ async def _devices(qmp: Qmp, present: list[Device]) -> AsyncIterator[str]:
                 f"{name} lets another process read guest RAM, which would find zeros in pages that "
                 f"have not arrived: unplug it, or use a device that QEMU emulates."
             )
+        elif await _get(qmp, device.path, "failover") is True:
+            yield (
+                f"{name} has a stand-in for a failover, of which it would not be told: unplug it, "
+                f"or start both QEMUs with failover=off."
+            )
         elif await _get(qmp, device.path, "free-page-reporting") is True:
             yield (
                 f"{name} reports free pages, which come and go unseen: start both QEMUs with "
@@ -258,7 +276,7 @@ async def _devices(qmp: Qmp, present: list[Device]) -> AsyncIterator[str]:
         if plugged.type != "dimm":
             yield (
                 f"Memory device '{plugged.data.id}' ({plugged.type}) discards or "
-                f"persists pages unseen: unplug it, or use a pc-dimm with a memory-backend-file."
+                f"persists pages unseen: unplug it, or use a pc-dimm."
             )
 
 

@@ -4,10 +4,6 @@
 Owns capabilities, bandwidth, and the guard. They stay in QEMU when the daemon dies; a daemon that
 finds them without having set them puts QEMU's defaults back.
 
-**`x-ignore-shared`** leaves guest RAM out of the stream of the next migration or save, whoever
-begins it. So it is on only while QEMU itself refuses others: at the source during the driver's own
-migration, at the destination until all of the stream but its last byte was loaded.
-
 **The guard** is `tls-creds` with a name that no credentials have: any migration or save that
 somebody else begins fails at once in QEMU, with that name in its error. It is set while the driver
 holds the guest stopped or has moved it. It also tells whose doing a stop is: a guest that is
@@ -26,11 +22,11 @@ from postcopyd.vmm.qemu.qmp import Qmp, QmpRefused
 BANDWIDTH = 1 << 40
 QEMU_DEFAULT_BANDWIDTH = 128 << 20
 
-IGNORE = "x-ignore-shared"
-SOURCE = {IGNORE: True, "events": True, "pause-before-switchover": False}
+# x-ignore-shared changes the stream. It may have been on at hosts with an older version of this
+# driver, which set it on both sides, as somebody else may.
 # late-block-activate: without it QEMU before 10 takes the disks' locks at load, not at `cont`.
-LATE = "late-block-activate"
-DESTINATION = {IGNORE: True, "events": True, LATE: True}
+IGNORE, LATE = "x-ignore-shared", "late-block-activate"
+DESTINATION = {IGNORE: False, "events": True, LATE: True}
 
 STOPPED = "postcopyd-holds-this-guest-stopped"
 MOVED = "postcopyd-moves-this-guest"
@@ -51,12 +47,6 @@ def parameters(**values: Any) -> Command:
     return "migrate-set-parameters", names
 
 
-def ours(known: dict[str, bool]) -> list[Command]:
-    """Commands for both settings. The bandwidth comes first, as it shows whose settings they are:
-    if the daemon is killed, QEMU may take the first command and not the second."""
-    return [parameters(max_bandwidth=BANDWIDTH), capabilities(known)]
-
-
 class Settings:
     """The settings of one QEMU."""
 
@@ -64,46 +54,38 @@ class Settings:
         self._qmp = qmp
         self._found: tuple[dict[str, bool], int] | None = None
 
-    async def note(self, wanted: dict[str, bool]) -> dict[str, bool]:
-        """Remembers what to put back; returns those of `wanted` that this QEMU knows."""
+    async def apply(self) -> None:
+        """Sets those of `DESTINATION` that this QEMU knows, and the bandwidth, which comes first as
+        it shows whose settings they are: if the daemon is killed, QEMU may take the first command
+        and not the second. Raises QmpRefused."""
         now = await self._capabilities()
-        known = {name: state for name, state in wanted.items() if name in now}
+        known = {name: state for name, state in DESTINATION.items() if name in now}
         if self._found is None:
             self._found = ({name: now[name] for name in known}, (await self.read()).max_bandwidth)
-        return known
-
-    async def apply(self, wanted: dict[str, bool]) -> None:
-        """Sets the capabilities that this QEMU knows, and the bandwidth. Raises QmpRefused."""
-        await self._all(ours(await self.note(wanted)))
+        await self._all([parameters(max_bandwidth=BANDWIDTH), capabilities(known)])
 
     async def read(self) -> Parameters:
         return await self._qmp.ask(Parameters, "query-migrate-parameters")
 
-    @property
-    def found_ignoring(self) -> bool:
-        """Whether somebody else had switched x-ignore-shared on."""
-        return self._found is not None and self._found[0].get(IGNORE, False)
-
     async def restore(self) -> None:
-        """Puts back what `note` found, unless somebody has changed it since; the guard last.
+        """Puts back what `apply` found, unless somebody has changed it since; the guard last.
         Idempotent. Raises QmpRefused during a migration that began under these settings."""
         now, set_now = await self.read(), await self._capabilities()
-        both = SOURCE | DESTINATION
-        found = self._found
-        if found is None and now.max_bandwidth == BANDWIDTH:
-            # This driver has not set it: a previous daemon has.
-            found = {name: False for name in both if name in set_now}, QEMU_DEFAULT_BANDWIDTH
-        if found is not None:
+        states: dict[str, bool] = {}
+        bandwidth = QEMU_DEFAULT_BANDWIDTH
+        if self._found is not None:
+            found, bandwidth = self._found
             states = {
                 name: state
-                for name, state in found[0].items()
-                if set_now.get(name) == both[name] != state
+                for name, state in found.items()
+                if set_now.get(name) == DESTINATION[name] != state
             }
-            bandwidth = [parameters(max_bandwidth=found[1])]
-            await self._all(
-                ([capabilities(states)] if states else [])
-                + (bandwidth if now.max_bandwidth == BANDWIDTH else [])
-            )
+        elif now.max_bandwidth == BANDWIDTH:  # set by a previous daemon
+            states = {name: False for name in DESTINATION if set_now.get(name)}
+        await self._all(
+            ([capabilities(states)] if states else [])
+            + ([parameters(max_bandwidth=bandwidth)] if now.max_bandwidth == BANDWIDTH else [])
+        )
         if now.tls_creds in GUARDS:
             await self.unguard()
         self._found = None

@@ -7,24 +7,31 @@ Owns what it has changed in QEMU (settings, the guard), until `rollback` or `fin
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import trio
 
 from postcopyd.errors import PostcopydError
+from postcopyd.names import plain
+from postcopyd.tasks.nursery import open_nursery
 from postcopyd.vmm import (
     VmmError,
     VmmTimeout,
     looked_at,
 )
-from postcopyd.vmm.qemu import settings, stream, userfaultfd
-from postcopyd.vmm.qemu.answers import Migration
+from postcopyd.vmm.qemu import blocks as ram_blocks
+from postcopyd.vmm.qemu import disks as qemu_disks
+from postcopyd.vmm.qemu import ram, savevm, settings, userfaultfd
+from postcopyd.vmm.qemu.answers import FdSet, Migration, Text
+from postcopyd.vmm.qemu.blocks import Block
 from postcopyd.vmm.qemu.common import Qemu
-from postcopyd.vmm.qemu.qmp import Events, QmpClosed, QmpRefused
-from postcopyd.vmm.qemu.settings import BANDWIDTH, IGNORE, MOVED, STOPPED
-from postcopyd.vmm.qemu.state import PAUSED, Now
+from postcopyd.vmm.qemu.qmp import Events, QmpRefused
+from postcopyd.vmm.qemu.settings import BANDWIDTH, MOVED, STOPPED
+from postcopyd.vmm.qemu.state import PAUSED, STOPPED_BY_ITSELF, Now
 
 FAIL_SECONDS = 2.0  # for a migration whose stream has lost its other end
 FINISH_SECONDS = 10.0  # for a QEMU that may have disks to flush
@@ -32,15 +39,24 @@ STOP_SECONDS = 30.0  # for a guest's disks to be drained
 CONT_SECONDS = 10.0  # for a guest that was stopped, and whose disks may still be draining
 DISK_LOCK_SECONDS = 5.0  # how long a destination that was just killed may still hold a disk
 POLL_SECONDS = 0.005
+SMALL_BLOCKS = 1 << 30  # bytes of all together; displays have most of it
+LENT = "postcopyd-device-state"  # by this QEMU and whoever asks it know what was lent
 
 
 class Leaving(Qemu):
     """A QEMU whose guest is to leave, or has left."""
 
     async def prepare(self) -> None:
-        """Notes what the guest does, and the settings that `save` changes; changes nothing."""
+        """Notes what the guest does and where its memory is; changes nothing that anybody sees."""
         await self._look()
-        await self._settings.note(settings.SOURCE)
+        present = await ram_blocks.blocks(self._qmp)
+        guest_ram = {backend.block.name for backend in await ram.backends(self._qmp, present)}
+        self._addresses = {block.name: block.address for block in present}
+        self._guest_ram = guest_ram
+        self._machine = await self._qmp.ask(
+            str, "qom-get", {"path": "/machine", "property": "type"}
+        )
+        await self._lend_file()
 
     async def track(self) -> int:
         """As the interface says. Some thread of QEMU makes it, between two of its instructions."""
@@ -53,7 +69,8 @@ class Leaving(Qemu):
     async def still(self) -> AsyncIterator[None]:
         """Between QMP `stop`, which is answered when the disks are drained, and `cont`."""
         before = self.before
-        if await self._look() != "running":
+        await self._look()
+        if self.before != "running":
             self.before = before
             yield
             return
@@ -70,7 +87,7 @@ class Leaving(Qemu):
                 f"looked at: leave it alone and migrate again."
             )
 
-    async def _hold(self) -> None:
+    async def _hold(self) -> Migration:
         """Sets the guard, then stops the guest: so a stop under the guard is this driver's."""
         _, stopped, migration = await self._qmp.execute_all(
             [
@@ -82,11 +99,13 @@ class Leaving(Qemu):
         )
         if isinstance(stopped, QmpRefused):
             raise stopped
-        if not self._qmp.as_kind(Migration, migration, "`query-migrate`").over:
+        found = self._qmp.as_kind(Migration, migration, "`query-migrate`")
+        if not found.over:
             raise VmmError(
                 f"Somebody else began to move or save the guest {self.name} just now: wait for "
                 f"the end of that and migrate again."
             )
+        return found
 
     async def _move_again(self, events: Events) -> bool:
         """Runs the guest after a stop by this driver, even in a cancelled task. Returns whether
@@ -98,10 +117,10 @@ class Leaving(Qemu):
             with trio.fail_after(CONT_SECONDS, shield=True):
                 now = await self._quiet(STOPPED)
                 # Had somebody else run the guest, the event would have come before the answers.
-                resumed = now.running or events.take() is not None
+                resumed = now.live(self._qmp.version) or events.take() is not None
                 if now.held(STOPPED):
                     await self._run_again()
-                elif not now.running:
+                elif not now.live(self._qmp.version):
                     raise VmmError(
                         f"The guest {self.name} was stopped for a moment and was not run again, as "
                         f"somebody else has changed its state meanwhile: {now.words}."
@@ -118,83 +137,120 @@ class Leaving(Qemu):
     async def save(
         self, send: Callable[[bytes], Awaitable[None]], stopped: Callable[[], None]
     ) -> None:
-        """Stops the guest and streams its device state; returns with QEMU in postmigrate.
+        """Stops the guest and streams its device state; returns with QEMU paused, under the guard.
 
         `stopped` is called once: at STOP, or at the start if the guest did not run. RAM is final
         when this returns and not at STOP, after which QEMU waits for its disks. After a failure or
         cancellation the caller must call `rollback`. Raises VmmError, VmmGone, and whatever `send`
         raises.
         """
-        with self._qmp.events("STOP", "RESUME", "MIGRATION") as events:
-            known = await self._settings.note(settings.SOURCE)
-            if await self._look() == "paused":
+        if self._file is None:
+            await self.prepare()
+        with self._qmp.events("STOP", "RESUME") as events:
+            run_state = await self._look()
+            if self.before == "paused":
                 stopped()
             self._watch()
-            async with (
-                stream.opened(self._qmp) as ours,
-                stream.crew() as crew,  # until the relay has seen the end of the stream
-            ):
-                crew.start_soon(stream.relay, ours, send)
-                await self._begin(known)
-                await self._saved(events, stopped if self.before == "running" else None)
-            while (event := events.take()) is not None:
+            await send(savevm.BEGIN)
+            told = self.before == "paused"
+
+            def hear(event: dict[str, Any]) -> None:
+                nonlocal told
                 self._must_not_resume(event)
+                if not told:
+                    stopped()
+                told = True
 
-    async def _begin(self, known: dict[str, bool]) -> None:
-        """Starts the driver's migration, in one piece with the settings it needs. QEMU takes no
-        other while it goes on, and afterwards the guard is there."""
-        with trio.CancelScope(shield=True):  # or nobody would know whose migration goes on
-            # A command behind `migrate` may be answered only after the device state was read, as
-            # QEMU's main loop stands still while it writes that.
-            _, ignoring, begun = await self._qmp.execute_all(
-                [
-                    *settings.ours(known),
-                    ("migrate", {"uri": stream.URI}),
-                ],
-                unheard=[settings.parameters(tls_creds=MOVED)],
+            async def listen() -> None:
+                while True:
+                    hear(await events.next())
+
+            async with open_nursery() as crew:
+                crew.start_soon(listen)
+                migration = await self._hold()
+                crew.cancel_scope.cancel()
+            if migration.blocked_reasons:  # QEMU itself would end
+                raise VmmError(
+                    f"The guest {self.name} cannot be moved any more, says its QEMU: "
+                    f"{plain(migration.blocked_reasons[0]).rstrip('.')}."
+                )
+            saved, present = await self._saved()
+            while (event := events.take()) is not None:
+                hear(event)
+        if not told:
+            self.before = self._seen = "paused"  # and rollback leaves it so
+            raise VmmError(
+                f"Somebody else stopped the guest {self.name} just before it was handed over: "
+                f"migrate again."
             )
-            if not isinstance(begun, QmpRefused):
-                self._moved = True
-            else:
-                # In this order: without the guard nobody's save may leave guest RAM out.
-                put_back, _ = await self._qmp.execute_all(
-                    [
-                        settings.capabilities({IGNORE: self._settings.found_ignoring}),
-                        settings.parameters(tls_creds=""),
-                    ]
-                )
-                refused = isinstance(put_back, QmpRefused) and not isinstance(ignoring, QmpRefused)
-                if refused and not (await self._now()).migration.over:
-                    # Somebody else's migration began between two commands, and leaves guest RAM
-                    # out. It cannot be right, so it has to fail.
-                    await self._qmp.execute("migrate_cancel")
-        for refusal in (begun, ignoring):
-            if isinstance(refusal, QmpRefused):
-                raise VmmError(
-                    f"QEMU would not save the device state of {self.name}: {refusal.reason}."
-                )
+        if run_state != "running":
+            saved = savevm.with_run_state(saved, run_state)
+        small = [block for block in present if block.name not in self._guest_ram]
+        sizes = [(block.name, block.used) for block in present]
+        machine = self._machine.removesuffix("-machine")
+        if sum(block.used for block in small) > SMALL_BLOCKS:
+            raise VmmError(
+                f"The QEMU of {self.name} has more memory beside guest RAM than any needs."
+            )
+        with looked_at(self.name, self.pid):
+            pages = ram_blocks.pages(self.pid, small)
+            whole = b"".join(savevm.stream(machine, sizes, pages, saved))
+        await send(whole)
 
-    async def _saved(self, events: Events, stopped: Callable[[], None] | None) -> None:
-        while True:
-            event = await events.next()
-            self._must_not_resume(event)
-            status = event["data"].get("status")
-            if event["event"] == "STOP" and stopped is not None:
-                stopped()
-                stopped = None
-            elif status == "completed":
-                # At once, and without waiting: what others save from here on must be whole.
-                await self._qmp.tell(
-                    *settings.capabilities({IGNORE: self._settings.found_ignoring})
-                )
-                if stopped is not None:
-                    raise VmmError(f"QEMU saved the guest of {self.name} without stopping it.")
-                return
-            elif status in ("failed", "cancelled"):
+    async def _saved(self) -> tuple[bytes, list[Block]]:
+        """What QEMU has saved, and its RAM blocks as they are now that nothing changes any more."""
+        # Of a guest that runs QEMU has taken the disks. One before 10 ends when it gives up disks
+        # that it has given up, or has not taken.
+        sure = self.before == "running" or self._qmp.version >= (10, 0)
+        has_disks = sure or await qemu_disks.are_taken(self._qmp)
+        filename = f"/dev/fdset/{self._fdset}"
+        self._moved = True
+        done, table, _ = await self._qmp.execute_all(
+            [
+                ("xen-save-devices-state", {"filename": filename, "live": has_disks}),
+                ("x-query-ramblock", None),
+                settings.parameters(tls_creds=MOVED),
+            ],
+            patience=STOP_SECONDS,
+            unheard=[("remove-fd", {"fdset-id": self._fdset})],
+        )
+        if isinstance(done, QmpRefused):
+            raise VmmError(f"QEMU would not save the device state of {self.name}: {done.reason}.")
+        if isinstance(table, QmpRefused):
+            raise table
+        text = self._qmp.as_kind(Text, table, "`x-query-ramblock`").human_readable_text
+        present = []
+        for block in ram_blocks.table(text):
+            if block.name not in self._addresses:
                 raise VmmError(
-                    f"QEMU gave up saving the device state of {self.name}: "
-                    f"{await self._why(status)}."
+                    f"The guest {self.name} has got more memory ({block.name}) just before it was "
+                    f"handed over: migrate again."
                 )
+            present.append(replace(block, address=self._addresses[block.name]))
+        assert self._file is not None
+        return os.pread(self._file, os.fstat(self._file).st_size, 0), present
+
+    async def _lend_file(self) -> None:
+        """A file in memory for QEMU to save into, by a descriptor that can only write: QEMU takes
+        no other."""
+        await self._take_back_file()
+        self._file = os.memfd_create("postcopyd-device-state", os.MFD_CLOEXEC)
+        lent = os.open(f"/proc/self/fd/{self._file}", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            answer = await self._qmp.execute("add-fd", {"opaque": LENT}, fd=lent)
+        finally:
+            os.close(lent)
+        self._fdset = self._qmp.as_kind(FdSet, answer, "`add-fd`").fdset_id
+
+    async def _take_back_file(self) -> None:
+        """Also one that was lent by a previous daemon. Raises PostcopydError."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        for fdset in await self._qmp.ask(list[FdSet], "query-fdsets"):
+            if any(entry.opaque == LENT for entry in fdset.fds):
+                with suppress(QmpRefused):  # it went meanwhile
+                    await self._qmp.execute("remove-fd", {"fdset-id": fdset.fdset_id})
 
     def _must_not_resume(self, event: dict[str, Any]) -> None:
         if event["event"] == "RESUME":
@@ -218,11 +274,8 @@ class Leaving(Qemu):
 
     async def rollback(self) -> str:
         """Leaves the guest as it was before the driver stopped it, whatever state QEMU is in.
-        Idempotent. Raises VmmError when it cannot be run again.
-
-        A guest that was paused, and whose state was saved whole, stays in QEMU's run state
-        postmigrate, as QEMU has no way back to paused but through running. `cont` runs it as ever,
-        but it must run before it can be migrated again."""
+        Idempotent. Raises VmmError when it cannot be run again. An older version's migration leaves
+        a guest that was paused in postmigrate, as QEMU has no way back from there but running."""
         self._watch(on=False)
         before = self.before or self._seen
         now = await self._quiet(STOPPED, MOVED)
@@ -230,18 +283,22 @@ class Leaving(Qemu):
         if before == "running" and (now.held(STOPPED) or now.held(MOVED)):
             await self._run_again()
             now = await self._now()
+        elif moved and now.migration.over and now.run_state in PAUSED | STOPPED_BY_ITSELF:
+            await qemu_disks.take(self._qmp)
         await self._settings.restore()
-        if moved and now.running:
+        await self._take_back_file()
+        live = now.live(self._qmp.version)
+        if moved and live:
             await self._announce()
         self._seen, self.before = before, None
         if now.migration.over:  # otherwise they may be QEMU's own
             with suppress(PostcopydError, OSError):  # of no use, and no harm
                 await userfaultfd.close_all(self.pid)
-        stands = PAUSED | ({"postmigrate"} if moved else set())
+        stands = PAUSED | STOPPED_BY_ITSELF | ({"postmigrate"} if moved else set())
         if not now.migration.over or before is None:
             return "" if now.migration.over else now.words
-        as_it_was = now.running if before == "running" else now.run_state in stands
-        if not as_it_was and now.running:
+        as_it_was = live if before == "running" else now.run_state in stands
+        if not as_it_was and live:
             return "it was paused, and somebody else has run it meanwhile"
         return "" if as_it_was else now.words
 
@@ -315,10 +372,8 @@ class Leaving(Qemu):
             await trio.sleep(POLL_SECONDS * 10)
 
     async def finish(self, keep: bool) -> None:
-        """The guest runs elsewhere: ends this QEMU, or leaves it stopped. It may have ended."""
+        """The guest runs elsewhere: ends this QEMU, or leaves it stopped, under the guard: by that
+        nobody takes it for a guest that is merely paused. Fine if it has ended."""
         self._watch(on=False)
         if not keep:
             await self._end(FINISH_SECONDS)
-        else:
-            with suppress(QmpClosed):
-                await self._settings.restore()

@@ -16,6 +16,10 @@ from postcopyd.vmm.qemu.answers import Migration, Parameters, Status
 from postcopyd.vmm.qemu.qmp import Qmp
 
 PAUSED = {"paused", "prelaunch"}
+STOPPED_BY_ITSELF = {"guest-panicked", "io-error", "watchdog"}
+"""What the guest did is no reason to leave it where it is: it arrives as it was."""
+SLEEPS = (9, 0)
+"""Since this version a guest that sleeps (S3) can be stopped and goes on sleeping afterwards."""
 
 WORDS = {
     "running": "it runs",
@@ -49,8 +53,12 @@ class Now:
     def held(self, guard: str) -> bool:
         """Whether the guest is stopped for the reason that the guard names, and nobody else is
         moving or saving it."""
-        stands = {settings.STOPPED: PAUSED, settings.MOVED: {"postmigrate"}}[guard]
+        stands = PAUSED | ({"postmigrate"} if guard == settings.MOVED else set())
         return self.guard == guard and self.run_state in stands and self.migration.over
+
+    def live(self, version: tuple[int, int, int]) -> bool:
+        """Whether the guest does what it does by itself: it runs, or sleeps and can be stopped."""
+        return self.running or (self.run_state == "suspended" and version >= SLEEPS)
 
     @property
     def words(self) -> str:

@@ -51,27 +51,27 @@ async def opened(qmp: Qmp) -> AsyncIterator[trio.socket.SocketType]:
         yield mine
 
 
-async def relay(ours: trio.socket.SocketType, send: Callable[[bytes], Awaitable[None]]) -> None:
-    """Passes to `send` what QEMU writes, until QEMU closes its end."""
-    while data := await ours.recv(CHUNK):
-        await send(data)
-
-
 async def feed(
     ours: trio.socket.SocketType,
     receive: AsyncIterable[bytes],
+    begun: Callable[[], Awaitable[None]],
     before_the_last: Callable[[], Awaitable[None]],
 ) -> None:
     """Writes to QEMU until `receive` ends, then ends the stream.
 
-    The last byte is held back until QEMU has taken all others and `before_the_last` has returned. A
-    QEMU that stops reading says why by an event or by its own end; the rest is dropped.
+    `begun` is awaited once QEMU has taken the first piece, and before it gets the next. The last
+    byte is held back until QEMU has taken all others and `before_the_last` has returned. A QEMU
+    that stops reading says why by an event or by its own end; here the rest is dropped.
     """
-    held, broken = b"", False
+    held, broken, first = b"", False, True
     async for piece in receive:
         data = held + piece
         broken = broken or not await _send(ours, data[:-1])
         held = data[-1:]
+        if first and not broken:
+            await _taken(ours)
+            await begun()
+        first = False
     if broken:
         return
     await _all_read(ours)
@@ -100,6 +100,10 @@ async def _all_read(ours: trio.socket.SocketType) -> None:
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     if _unread(ours):
         await trio.lowlevel.wait_writable(ours)
+    await _taken(ours)
+
+
+async def _taken(ours: trio.socket.SocketType) -> None:
     spinning = time.monotonic() + SPIN_S
     while _unread(ours):
         if time.monotonic() < spinning:
@@ -113,16 +117,3 @@ def _unread(ours: trio.socket.SocketType) -> int:
     left = bytearray(4)
     fcntl.ioctl(ours.fileno(), SIOCOUTQ, left)
     return int.from_bytes(left, "little")
-
-
-@asynccontextmanager
-async def crew() -> AsyncIterator[trio.Nursery]:
-    """A nursery that raises a single failure as itself, not as a group of one."""
-    try:
-        async with trio.open_nursery() as nursery:
-            yield nursery
-    except BaseExceptionGroup as group:
-        only: BaseException = group
-        while isinstance(only, BaseExceptionGroup) and len(only.exceptions) == 1:
-            only = only.exceptions[0]
-        raise only from only.__cause__

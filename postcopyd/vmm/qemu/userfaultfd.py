@@ -26,7 +26,7 @@ CLEAN_UP_SECONDS = 5.0  # for a QEMU that may be stuck
 
 
 def numbers(pid: int) -> list[int]:
-    """All that QEMU has, in order. With x-ignore-shared it makes none of its own."""
+    """All that QEMU has, in order. Its own are for snapshots in the background."""
     return sorted(number for number, link in procfs.descriptors(pid).items() if link == LINK)
 
 

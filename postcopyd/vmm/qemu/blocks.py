@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMU's RAM blocks: all memory that a guest of it has, by name, and where each is.
+
+Guest RAM is some of them. The others are small (firmware, option ROMs, ACPI tables, the memory of a
+display) and cross with the device state (savevm.py). Only asks.
+
+From 8.0 on QEMU tells the address of each block. An older one tells where it has mapped which
+block for the guest, and the address of what the guest has at a place: so blocks that the guest
+has not mapped have no address here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from postcopyd.vmm.qemu.answers import Text
+from postcopyd.vmm.qemu.qmp import Qmp, QmpRefused
+
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]{1,16}")
+_MAPPED = re.compile(
+    r" +(?P<at>[0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, (?:nv-)?(?:ram|rom|romd)\): "
+    r"(?P<name>.+?)(?: @(?P<offset>[0-9a-f]{16}))?(?: KVM)?"
+)
+_HOST = re.compile(r"Host virtual address for \S+ \((?P<name>.+)\) is (?P<address>0x[0-9a-f]+)")
+
+
+PAGE = 4096
+SPARSE = 1 << 20
+"""Of a larger block only what QEMU has ever touched is read: the memory of a display is 16 MiB of
+next to nothing. A QEMU that waits has touched no more of its own, as it began in the same way."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of them; sizes in bytes."""
+
+    name: str
+    used: int
+    total: int
+    address: int | None  # in QEMU's address space; None: it could not be learned
+
+
+async def blocks(qmp: Qmp) -> list[Block]:
+    """All that have a name: others are not in use."""
+    found = table((await qmp.ask(Text, "x-query-ramblock")).human_readable_text)
+    if found and all(block.address is None for block in found):
+        addresses = await _mapped(qmp)
+        found = [
+            Block(block.name, block.used, block.total, _only(block.name, found, addresses))
+            for block in found
+        ]
+    return found
+
+
+def table(text: str) -> list[Block]:
+    """The rows of `x-query-ramblock`. The column HVA came with 8.0, RO with 8.1."""
+    head, *lines = text.splitlines() or [""]
+    titles = head.partition("PSize")[2].split()
+    found = []
+    for line in lines:
+        name, *row = line.rsplit(None, len(titles) + 2) or [""]
+        values = dict(zip(titles, row[2:], strict=False))  # a page size is two words
+        used, total, address = (values.get(title, "") for title in ("Used", "Total", "HVA"))
+        if _ADDRESS.fullmatch(used) and _ADDRESS.fullmatch(total) and len(row) == len(titles) + 2:
+            at = int(address, 16) if _ADDRESS.fullmatch(address) else None
+            found.append(Block(name.strip(), int(used, 16), int(total, 16), at))
+    return found
+
+
+def _only(name: str, found: list[Block], addresses: dict[str, int]) -> int | None:
+    """The address of what the guest has mapped under this name, which lacks the path of its device.
+    None also where another block may be meant."""
+    short = name.rpartition("/")[2] if not name.startswith("/") else name
+    alike = [block for block in found if block.name == short or block.name.endswith("/" + short)]
+    return addresses.get(name, addresses.get(short)) if len(alike) == 1 else None
+
+
+async def _mapped(qmp: Qmp) -> dict[str, int]:
+    """Memory by its name, to the address of its first byte in QEMU."""
+    try:
+        views = await _human(qmp, "info mtree -f")
+    except QmpRefused:
+        return {}
+    places: dict[str, tuple[int, int]] = {}
+    seen: dict[str, int] = {}
+    ours = False
+    for line in views.splitlines():
+        if line.startswith("FlatView"):
+            ours = False
+        elif line.startswith(' AS "memory"'):
+            ours = True
+        elif ours and (row := _MAPPED.fullmatch(line)) is not None:
+            places.setdefault(row["name"], (int(row["at"], 16), int(row["offset"] or "0", 16)))
+    for name, (at, offset) in places.items():
+        said = _HOST.search(await _human(qmp, f"gpa2hva {at:#x}"))
+        if said is None or said["name"] != name:
+            continue  # other memory is there now
+        seen[name] = int(said["address"], 16) - offset
+    return seen
+
+
+async def _human(qmp: Qmp, line: str) -> str:
+    return await qmp.ask(str, "human-monitor-command", {"command-line": line})
+
+
+def facts(present: list[Block], guest_ram: set[str]) -> dict[str, str]:
+    """What both hosts must have alike of the small blocks. Those that QEMU makes of files for the
+    guest's firmware (ACPI tables and the like) may differ in size: QEMU takes the guest's."""
+    small = (block for block in present if block.name not in guest_ram)
+    return {"device state": "saved by xen-save-devices-state"} | {
+        f"memory '{block.name}'": f"{block.used} bytes"
+        for block in small
+        if not block.name.startswith("/rom@")
+    }
+
+
+def pages(pid: int, small: list[Block]) -> Iterator[tuple[str, int, bytes]]:
+    """What is in these blocks, page by page: the block's name, the offset, the page, which is empty
+    where it has zeros. Raises OSError."""
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for block in small:
+            if block.address is None:
+                continue
+            for first, count in _touched(pagemap, block):
+                data = os.pread(memory, count * PAGE, block.address + first * PAGE)
+                if len(data) < count * PAGE:
+                    raise OSError(errno.EFAULT, f"{block.name} is not all there")
+                for at in range(0, len(data), PAGE):
+                    page = data[at : at + PAGE]
+                    yield block.name, first * PAGE + at, b"" if page == _ZEROS else page
+    finally:
+        os.close(memory)
+        os.close(pagemap)
+
+
+_ZEROS = bytes(PAGE)
+
+
+def _touched(pagemap: int, block: Block) -> Iterator[tuple[int, int]]:
+    """Runs of pages that are there, swapped ones too: the first, and how many."""
+    count = -(-block.used // PAGE)
+    assert block.address is not None
+    if block.used <= SPARSE:
+        yield 0, count
+        return
+    entries = array("Q", os.pread(pagemap, count * 8, block.address // PAGE * 8))
+    for there, run in groupby(range(len(entries)), lambda page: bool(entries[page] >> 62)):
+        numbers = list(run)
+        if there:
+            yield numbers[0], len(numbers)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is made of QEMU's saved device state, and of its table of RAM blocks: by bytes and text
+alone. That QEMU loads it is for the system tests."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from postcopyd.vmm import VmmError
+from postcopyd.vmm.qemu import blocks, savevm
+from postcopyd.vmm.qemu.blocks import Block
+
+STATE = savevm.GLOBALSTATE + struct.pack(">I", 8) + b"running\0".ljust(32, b"\0") + b"!"
+SAVED = savevm.BEGIN + b"\x04\0\0\0\x01" + STATE + b"\x7e\0\0\0\x01\0"
+
+
+def whole(saved: bytes = SAVED) -> bytes:
+    page = b"p" * savevm.PAGE
+    pages = [("bios", 0x1000, page), ("bios", 0x2000, b"")]
+    sizes = [("ram0", 1 << 33), ("bios", 0x3000)]
+    return b"".join(savevm.stream("pc-q35-7.2", sizes, pages, saved))
+
+
+def test_stream() -> None:
+    """Byte by byte, as QEMU's migration/savevm.c and migration/ram.c read it."""
+    ram = "40000000"
+    assert whole() == b"".join(
+        [
+            bytes.fromhex("07 0000000a") + b"pc-q35-7.2",
+            bytes.fromhex(f"01 {ram} 03") + b"ram" + bytes.fromhex("00000000 00000004"),
+            bytes.fromhex("0000000200003004"),
+            b"\x04ram0" + bytes.fromhex("0000000200000000"),
+            b"\x04bios" + bytes.fromhex("0000000000003000"),
+            bytes.fromhex(f"0000000000000010 7e {ram}"),
+            bytes.fromhex(f"03 {ram}"),
+            bytes.fromhex("0000000000001008") + b"\x04bios" + b"p" * 4096,
+            bytes.fromhex("0000000000002002") + b"\x04bios\0",
+            bytes.fromhex(f"0000000000000010 7e {ram}"),
+            SAVED[8:],
+            bytes.fromhex("06 00000000"),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        b"",
+        savevm.BEGIN,
+        SAVED[:-1],
+        SAVED[1:],
+        b"QEVM\0\0\0\x02" + SAVED[8:],
+        b"\0" * 4096,
+    ],
+    ids=["nothing", "its beginning", "no end", "no beginning", "another version", "zeros"],
+)
+def test_what_is_no_device_state(saved: bytes) -> None:
+    """As a QEMU that its guest has taken over may leave it, or one that was cut off."""
+    with pytest.raises(VmmError):
+        whole(saved)
+
+
+@pytest.mark.parametrize(
+    "block", [("x" * 256, 4096), ("\u00e9" * 128, 4096), ("a", 1 << 63), ("a", (1 << 64) - 1)]
+)
+def test_blocks_that_cannot_be(block: tuple[str, int]) -> None:
+    with pytest.raises(VmmError, match="RAM"):
+        b"".join(savevm.stream("pc", [("ram0", 1 << 30), block], [], SAVED))
+
+
+def test_a_name_is_counted_in_bytes() -> None:
+    made = b"".join(savevm.stream("pc", [("\u00e9" * 127, 4096)], [], SAVED))
+    assert b"\xfe" + "\u00e9".encode() * 127 + (4096).to_bytes(8, "big") in made
+
+
+@pytest.mark.parametrize(
+    "run_state", ["paused", "prelaunch", "guest-panicked", "io-error", "watchdog", "suspended"]
+)
+def test_run_state(run_state: str) -> None:
+    """Nothing else changes, as what follows says whether the guest slept."""
+    made = savevm.with_run_state(SAVED, run_state)
+    at = SAVED.index(b"running") - 4
+    name = run_state.encode()
+    assert made[:at] == SAVED[:at]
+    assert made[at : at + 36] == struct.pack(">I", len(name) + 1) + name.ljust(32, b"\0")
+    assert made[at + 36 :] == SAVED[at + 36 :]
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        b"",
+        SAVED.replace(b"globalstate", b"globalstatf"),
+        SAVED.replace(STATE, STATE + STATE),
+        SAVED.replace(b"running", b"paused\0"),
+        SAVED.replace(struct.pack(">I", 8) + b"running", struct.pack(">I", 9) + b"running"),
+        SAVED.replace(savevm.GLOBALSTATE, savevm.GLOBALSTATE[:-1] + b"\x02"),
+        SAVED[: SAVED.index(b"running") + 3],
+        SAVED[: SAVED.index(b"running")],
+    ],
+    ids=["nothing", "none", "two", "paused", "length", "another version", "cut", "cut before it"],
+)
+def test_run_state_that_is_not_known(saved: bytes) -> None:
+    with pytest.raises(VmmError, match="a way that is not known"):
+        savevm.with_run_state(saved, "paused")
+
+
+V7 = """\
+              Block Name    PSize              Offset               Used              Total
+                    ram0    4 KiB  0x0000000000000000 0x0000000008000000 0x0000000008000000
+    0000:00:02.0/vga.vram    4 KiB  0x0000000008000000 0x0000000001000000 0x0000000001000000
+    /rom@etc/acpi/tables    4 KiB  0x0000000009000000 0x0000000000020000 0x0000000000200000
+"""
+V8 = """\
+  Block Name    PSize              Offset               Used              Total                HVA
+  huge    2 MiB  0x0000000000000000 0x0000000008000000 0x0000000008000000 0x00007f48dbe00000
+  /objects/b 1    4 KiB  0x0000000008000000 0x0000000001000000 0x0000000001000000 0x00007f48dbc00000
+"""
+V10 = """\
+              Block Name    PSize              Offset               Used              Total                HVA  RO
+             microvm.ram    4 KiB  0x0000000000000000 0x0000000008000000 0x0000000008000000 0x00007f48dbe00000  rw
+                            4 KiB  0x0000000008000000 0x0000000001000000 0x0000000001000000 0x00007f48dae00000  rw
+                 4 KiB    4 KiB  0x0000000008000000 0x0000000001000000 0x0000000001000000 0x00007f48d9e00000  rw
+                 pc.bios    4 KiB  0x0000000008000000 0x0000000000020000 0x0000000000020000 0x00007f4931c00000  ro
+
+"""  # noqa: E501
+MIB = 1 << 20
+TABLES = {
+    "7.2": (
+        V7,
+        [
+            Block("ram0", 128 * MIB, 128 * MIB, None),
+            Block("0000:00:02.0/vga.vram", 16 * MIB, 16 * MIB, None),
+            Block("/rom@etc/acpi/tables", 128 << 10, 2 * MIB, None),
+        ],
+    ),
+    "8.0": (
+        V8,
+        [
+            Block("huge", 128 * MIB, 128 * MIB, 0x7F48DBE00000),
+            Block("/objects/b 1", 16 * MIB, 16 * MIB, 0x7F48DBC00000),
+        ],
+    ),
+    "10.0": (
+        V10,
+        [
+            Block("microvm.ram", 128 * MIB, 128 * MIB, 0x7F48DBE00000),
+            Block("4 KiB", 16 * MIB, 16 * MIB, 0x7F48D9E00000),
+            Block("pc.bios", 128 << 10, 128 << 10, 0x7F4931C00000),
+        ],
+    ),
+    "nothing": ("", []),
+    "no table": ("Block Name\n", []),
+    "no numbers": (V7.replace("0x0000000008000000", "a lot"), []),
+    "another form": ("Name Size Where\nram0 4 0x0\n", []),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_table(case: str) -> None:
+    """Names may have spaces, and those that are not in use have none."""
+    text, expected = TABLES[case]
+    found = blocks.table(text)
+    if case == "no numbers":
+        assert "ram0" not in [block.name for block in found]
+    else:
+        assert found == expected
