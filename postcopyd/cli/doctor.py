@@ -405,7 +405,7 @@ def _memory() -> Iterator[Check]:
     try:
         shm = os.statvfs("/dev/shm")
     except OSError:
-        mend = "mount a tmpfs there, or give QEMU another mem-path"
+        mend = "mount a tmpfs there, if guest RAM shall be in files there"
         yield Check("/dev/shm", NOTE, "not there", mend)
     else:
         whole, free = shm.f_blocks * shm.f_frsize, shm.f_bavail * shm.f_frsize

@@ -210,8 +210,9 @@ def migrate(args: argparse.Namespace) -> int:
         return DONE if args.json else say(result["error"], DONE)
     sentence = result.get("error") or f"the migration of {args.name} ended: {result['event']}"
     if result["event"] == "paused":
-        again = f"it goes on by itself: {_again(args, 'watch')}; {_again(args, 'recover')} tries"
-        return say(f"{sentence}; {again} at once", WAITS)
+        watch, recover = _again(args, "watch"), _again(args, "recover")
+        again = f"once it can it goes on by itself: {watch}; {recover} tries at once"
+        return say(f"{sentence}; {again}", WAITS)
     return say(sentence, FAILED)  # the guest is at the source, whatever phase was seen before
 
 

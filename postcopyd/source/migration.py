@@ -19,6 +19,7 @@ from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Machine
 from postcopyd.model import MigrateRequest, PhaseTime, Result
+from postcopyd.native.engine import EngineError, Failure
 from postcopyd.records import schema
 from postcopyd.sessions.hooks import run_hooks
 from postcopyd.sessions.shared import Shared
@@ -29,6 +30,7 @@ from postcopyd.source.figures import Figures
 from postcopyd.source.granted import Granted
 from postcopyd.source.passes import Pass
 from postcopyd.source.peer import Peer
+from postcopyd.source.retry import GONE
 from postcopyd.vmm import Shape
 
 SHOW_S = 0.1
@@ -62,6 +64,12 @@ class Migration:
 
     def ours(self, error: Exception) -> PostcopydError:
         """The error that an operator is told for whatever a step has raised."""
+        if isinstance(error, EngineError) and error.failure is Failure.VMM_GONE:
+            return PostcopydError(
+                f"{error}, and what had not crossed of its memory is lost; end it here by "
+                f"`postcopyd resolve {self.vm.name} --kill`, then there by `--poison` or `--kill`",
+                GONE,
+            )
         if isinstance(error, PostcopydError):
             return error
         if short := shortage(error):

@@ -24,7 +24,7 @@ from postcopyd.source.drain import Drain, finish_vmm
 from postcopyd.source.guest import Guest
 from postcopyd.source.migration import Migration
 from postcopyd.source.resolve import kill, refuse_decision, take_back
-from postcopyd.source.retry import AGAIN_S, PATIENCE_S, Retry
+from postcopyd.source.retry import AGAIN_S, GONE, PATIENCE_S, Retry
 from postcopyd.source.rollback import Rollback
 
 
@@ -47,6 +47,8 @@ def pause(migration: Migration, error: PostcopydError) -> None:
         f"{vm.name} {'runs at' if ran else 'was granted to'} {to} and part of its memory is still "
         f"here: {error}; it is tried again, keep this VMM as it is"
     )
+    if error.name == GONE:
+        message = f"{vm.name} {'runs at' if ran else 'was granted to'} {to}: {error}"
     if error.name in (p.LOST, p.POISONED):
         message = f"{to} needs the memory of {vm.name} no more: {error}"
     if (vm.status.message, vm.status.phase) != (message, "paused"):

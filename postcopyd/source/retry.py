@@ -24,6 +24,9 @@ SELDOM_S = 5.0
 PATIENCE_S = 10.0
 """How long a pause lasts before clients that wait for the migration are told of it."""
 
+GONE = "SourceVmmGone"
+"""Name of the error that the memory here went with its VMM. A person has to decide."""
+
 MENDS = frozenset({"ConnectionLost", "PeerUnreachable", "EngineFailed", "NoResources", "Paused"})
 """Names of errors that time alone, or a restart of the destination's daemon, may mend."""
 
@@ -46,7 +49,7 @@ class Retry:
             self.since, self.told, self.pages, self.vain = now, now + PATIENCE_S, pages, 0
         elif went_on:
             self.vain += 1
-        if name in (LOST, POISONED):
+        if name in (LOST, POISONED, GONE):
             self.told = min(self.told, now)
             return math.inf
         if name not in MENDS or now - self.since >= RESTLESS_S:
