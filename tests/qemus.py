@@ -37,6 +37,12 @@ with suppress(MissingPartError):
     QEMUS = find_qemus()
 
 
+def module_folder(qemu: Path | str) -> str:
+    """$QEMU_MODULE_DIR for one that is unpacked: what it loads for devices like virtio-vga. Those
+    of another build it does not take."""
+    return str(Path(qemu).parent.parent / "lib/x86_64-linux-gnu/qemu")
+
+
 def newest() -> QemuBinary:
     """Raises MissingPartError where there is none."""
     return max(QEMUS or find_qemus(), key=lambda qemu: qemu.version)

@@ -114,15 +114,11 @@ class GuestConfig:
 
     def ram_files(self) -> tuple[str, ...]:
         """Files of guest RAM that are made for this QEMU, and removed at its end."""
-        return (f"/dev/shm/postcopyd-{os.getpid()}-{self.name}-ram0",)
+        return ()
 
     def ram(self) -> list[str]:
-        """Options for guest RAM, which others have to be able to map."""
-        (file,) = self.ram_files()
-        return [
-            *("-object", backend(0, self.memory, file)),
-            *("-machine", f"{self.machine},memory-backend=ram0"),
-        ]
+        """Options for the machine and for guest RAM, beside -m: none are needed."""
+        return ["-machine", self.machine]
 
     def more(self) -> list[str]:
         """Options for what a guest of another kind has besides."""
@@ -153,11 +149,6 @@ class GuestConfig:
 
 def monitor(path: Path) -> list[str]:
     return ["-qmp", f"unix:{path},server=on,wait=off"]
-
-
-def backend(number: int, size: int, file: str) -> str:
-    """A part of guest RAM."""
-    return f"memory-backend-file,mem-path={file},id=ram{number},size={size},share=on"
 
 
 @dataclass(frozen=True)

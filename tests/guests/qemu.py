@@ -69,6 +69,11 @@ class GuestConfig(demo.GuestConfig):
     """All RAM is shared equally by them, each a region and a NUMA node."""
     backing: Path = Path("/dev/shm")
     """A folder on tmpfs or hugetlbfs."""
+    ram_kind: str = "file"
+    """What the RAM is: "file", "memfd" or "ram", which QEMU calls memory backends, or "plain": what
+    QEMU does with -m alone."""
+    ram_options: str = ""
+    """More of each backend, with a comma before it."""
     mem_paths: tuple[str, ...] = ()
     """Files named outright, one for each backend, instead of `backing`; not removed at the end."""
     disk: Path | None = None
@@ -82,15 +87,22 @@ class GuestConfig(demo.GuestConfig):
     workload: Workload = field(default_factory=Workload)
 
     def ram_files(self) -> tuple[str, ...]:
-        if self.mem_paths:
+        if self.mem_paths or self.ram_kind != "file":
             return ()
         names = (f"postcopyd-{os.getpid()}-{self.name}-ram{i}" for i in range(self.backends))
         return tuple(str(self.backing / name) for name in names)
 
     def ram(self) -> list[str]:
+        if self.ram_kind == "plain":
+            return super().ram()
         options = []
-        for i, file in enumerate(self.mem_paths or self.ram_files()):
-            options += ["-object", demo.backend(i, self.memory // self.backends, file)]
+        size = self.memory // self.backends
+        files = self.mem_paths or self.ram_files()
+        for i in range(self.backends):
+            backend = f"memory-backend-{self.ram_kind},id=ram{i},size={size}"
+            if self.ram_kind == "file":
+                backend += f",mem-path={files[i]},share=on"
+            options += ["-object", backend + self.ram_options]
             if self.backends > 1:
                 options += ["-numa", f"node,nodeid={i},memdev=ram{i}"]
         single = ",memory-backend=ram0" if self.backends == 1 else ""
@@ -226,6 +238,10 @@ class Guest(demo.Guest):
 
         self._nursery.start_soon(answer)
         return echo
+
+    def boots_again(self) -> None:
+        """It is reset: `ready` waits anew."""
+        self._ready = None
 
     async def report(self, after: Report | None = None, seconds: float = 60.0) -> Report:
         """The first report that arrives from now on; or, given one, the next after it."""

@@ -38,7 +38,8 @@ async def move(it: QemuPair, **options: Any) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("vcpus", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("vcpus", [1, 2])
 async def test_ten_moves_at_every_write_rate(
     folder: Path, boot: tuple[Path, Path], vcpus: int, record_property: Any
 ) -> None:

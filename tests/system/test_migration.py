@@ -320,6 +320,7 @@ def footprint(host: Host) -> tuple[int, int, int]:
     return len(list((proc / "fd").iterdir())), len(threads), int(resident)
 
 
+@pytest.mark.long
 async def test_nothing_leaks(new_pair: Pair) -> None:
     """After a hundred migrations the daemons have the descriptors, threads and memory of before."""
     options = ("--memory", "1M", "--threads", "1", "--rate", "2000")

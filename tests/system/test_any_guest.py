@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests as they were started: RAM of every kind, nothing of ours on the command line but a
+monitor."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from guests import qemu as q
+from needs import missing
+from pair import MIB
+from qemu_pair import own_monitor, qemu_pair
+from qemus import EACH_QEMU, module_folder
+
+from postcopyd.vmm.qemu.qmp import Qmp
+
+pytestmark = pytest.mark.trio
+
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "ram": {"ram_kind": "ram", "backends": 2},
+    "memfd": {"ram_kind": "memfd"},
+    "shared": {"ram_kind": "ram", "ram_options": ",share=on"},
+    "prealloc": {"ram_kind": "ram", "ram_options": ",prealloc=on"},
+    # Locked is what QEMU itself has too, most of all a gigabyte for translated code.
+    "locked": {"options": ("-overcommit", "mem-lock=on"), "accel": "tcg,thread=multi,tb-size=32"},
+    "nodes of a file": {"backends": 2},
+    "hugetlbfs": {
+        "ram_kind": "memfd",
+        "ram_options": ",hugetlb=on,hugetlbsize=2M,share=off",
+        "memory": 128 * MIB,
+    },
+    "VGA": {"options": ("-device", "VGA")},
+    "virtio-vga": {"options": ("-device", "virtio-vga")},
+    "i440FX": {"machine": "pc"},
+}
+IN_TEST = {"ram", "hugetlbfs"}
+KINDS = [
+    pytest.param(kind, id=kind, marks=[] if kind in IN_TEST else [pytest.mark.long])
+    for kind in PARAMETERS
+]
+
+
+def chosen(qemu: q.QemuBinary, **changes: Any) -> dict[str, Any]:
+    """What a guest is started with."""
+    options = changes.pop("options", ())
+    qemu = dataclasses.replace(qemu, options=(*qemu.options, *options))
+    base = {"ram_kind": "plain", "memory": 192 * MIB, "vcpus": 1, "qemu": qemu}
+    return {**base, "workload": q.Workload(test_mb=24), **changes}
+
+
+@EACH_QEMU
+@pytest.mark.parametrize("mode", ["postcopy", "hybrid", "precopy"])
+async def test_plain(qemu: q.QemuBinary, mode: str, folder: Path, boot: tuple[Path, Path]) -> None:
+    """-m and no more: there and back."""
+    async with qemu_pair(folder, boot, **chosen(qemu, workload=q.Workload())) as it:
+        await it.boot()
+        for _ in range(2):
+            await it.wait_for_it()
+            result = await it.move(mode=mode, maxDowntimeMs=5000)
+            print(mode, result["downtimeMs"], result["downtimePartsMs"])
+
+
+@EACH_QEMU
+@pytest.mark.parametrize("kind", KINDS)
+async def test_kinds(
+    qemu: q.QemuBinary,
+    kind: str,
+    folder: Path,
+    boot: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each kind of guest RAM and of memory beside it, there and back."""
+    monkeypatch.setenv("QEMU_MODULE_DIR", module_folder(qemu.path))
+    async with qemu_pair(folder, boot, **chosen(qemu, **PARAMETERS[kind])) as it:
+        await it.boot()
+        for mode in ("hybrid", "postcopy"):
+            await it.wait_for_it()
+            await it.move(mode=mode)
+
+
+@EACH_QEMU
+@pytest.mark.long
+async def test_with_ksm(qemu: q.QemuBinary, folder: Path, boot: tuple[Path, Path]) -> None:
+    """Pages that the kernel merges meanwhile, zeros and others, arrive as they are."""
+    with ksm():
+        async with qemu_pair(folder, boot, **chosen(qemu)) as it:
+            await it.boot()
+            with trio.fail_after(60):
+                while int((KSM / "pages_sharing").read_text()) < 1000:
+                    await trio.sleep(0.1)
+            for mode in ("hybrid", "precopy", "postcopy"):
+                await it.wait_for_it()
+                await it.move(mode=mode, maxDowntimeMs=5000)
+
+
+KSM = Path("/sys/kernel/mm/ksm")
+
+
+@contextmanager
+def ksm() -> Iterator[None]:
+    """At full speed, and afterwards as before."""
+    if not os.access(KSM / "run", os.W_OK):
+        missing("a kernel that merges pages, and root")
+    wanted = {"run": "1", "pages_to_scan": "2000", "sleep_millisecs": "20"}
+    before = {name: (KSM / name).read_text() for name in wanted}
+    try:
+        for name, value in wanted.items():
+            (KSM / name).write_text(value)
+        yield
+    finally:
+        for name, value in before.items():
+            (KSM / name).write_text(value)
+
+
+DIMM_AT = 4 << 30  # where q35 has it in the guest
+
+
+@EACH_QEMU
+async def test_a_dimm_that_was_plugged(
+    qemu: q.QemuBinary, folder: Path, boot: tuple[Path, Path]
+) -> None:
+    """While the guest ran; at the destination it is on the command line. Its content crosses."""
+    room = ("-m", "slots=2,maxmem=1G")
+    dimm = ("-object", f"memory-backend-ram,id=mem1,size={128 * MIB}")
+    dimm += ("-device", "pc-dimm,id=dimm1,memdev=mem1")
+    monitor = folder / "own"
+    config = chosen(qemu, options=room, second_qmp=monitor)
+    async with qemu_pair(folder, boot, **config) as it:
+        here = await it.boot()
+        async with own_monitor(monitor) as qmp:
+            backend = {"qom-type": "memory-backend-ram", "id": "mem1", "size": 128 * MIB}
+            await qmp.execute("object-add", backend)
+            await qmp.execute("device_add", {"driver": "pc-dimm", "id": "dimm1", "memdev": "mem1"})
+            write(here.pid, await address(qmp), b"here" * 1024)
+        monitor = folder / "other"
+        more = dataclasses.replace(it.config.qemu, options=(*it.config.qemu.options, *dimm))
+        there = await it.wait_for_it(qemu=more, second_qmp=monitor)
+        await it.move()
+        async with own_monitor(monitor) as qmp:
+            with open(f"/proc/{there.pid}/mem", "rb") as memory:
+                memory.seek(await address(qmp))
+                assert memory.read(8192) == b"here" * 1024 + bytes(4096)
+
+
+async def address(qmp: Qmp) -> int:
+    """Of the module's first byte in QEMU."""
+    line = {"command-line": f"gpa2hva {DIMM_AT:#x}"}
+    said = str(await qmp.execute("human-monitor-command", line))
+    assert "mem1" in said
+    return int(said.rpartition(" ")[2], 16)
+
+
+def write(pid: int, at: int, data: bytes) -> None:
+    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        memory.seek(at)
+        memory.write(data)
+
+
+@EACH_QEMU
+async def test_a_reset_after_a_move(
+    qemu: q.QemuBinary, folder: Path, boot: tuple[Path, Path]
+) -> None:
+    """The firmware and all that the guest boots from have crossed too: it boots again, and is moved
+    again."""
+    monitor = folder / "own"
+    async with qemu_pair(folder, boot, **chosen(qemu)) as it:
+        await it.boot()
+        await it.wait_for_it(second_qmp=monitor)
+        await it.move()
+        it.guest.boots_again()
+        async with own_monitor(monitor) as qmp:
+            await qmp.execute("set-action", {"reboot": "reset"})  # and not -no-reboot
+            await qmp.execute("system_reset")
+        await it.guest.ready()
+        await it.wait_for_it()
+        await it.move()
