@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import trio
 from guests import qemu as q
 from needs import missing
 from pair import MIB
-from qemu_pair import own_monitor, qemu_pair
+from qemu_pair import VM, own_monitor, qemu_pair
 from qemus import EACH_QEMU, module_folder
 
 from postcopyd.vmm.qemu.qmp import Qmp
@@ -181,3 +181,74 @@ async def test_a_reset_after_a_move(
         await it.guest.ready()
         await it.wait_for_it()
         await it.move()
+
+
+async def pause(qmp: Qmp) -> None:
+    await qmp.execute("stop")
+
+
+async def panic(qmp: Qmp) -> None:
+    await human(qmp, "o /b 0x505 1")  # pvpanic
+
+
+async def sleep(qmp: Qmp) -> None:
+    await human(qmp, f"o /h 0x604 {1 << 13 | 1 << 10:#x}")  # S3 to PM1a_CNT of q35
+
+
+async def human(qmp: Qmp, line: str) -> None:
+    await qmp.execute("human-monitor-command", {"command-line": line})
+
+
+async def becomes(qmp: Qmp, state: str) -> None:
+    with trio.fail_after(10):
+        while (await qmp.execute("query-status"))["status"] != state:
+            await trio.sleep(0.02)
+
+
+@EACH_QEMU
+@pytest.mark.parametrize(
+    ("halt", "state"),
+    [
+        (pause, "paused"),
+        pytest.param(panic, "guest-panicked", marks=pytest.mark.long),
+        pytest.param(sleep, "suspended", marks=pytest.mark.long),
+    ],
+)
+async def test_a_guest_that_does_not_run(
+    qemu: q.QemuBinary,
+    halt: Callable[[Qmp], Awaitable[None]],
+    state: str,
+    folder: Path,
+    boot: tuple[Path, Path],
+) -> None:
+    """It arrives as it was, and again; a paused one with its disk goes on where it is then."""
+    image = folder / "disk"
+    image.write_bytes(bytes(16 * MIB))
+    options = ("-device", "pvpanic", "-action", "panic=pause")
+    config = chosen(qemu, options=options, second_qmp=folder / "own0", disk=image)
+    async with qemu_pair(folder, boot, **config) as it:
+        await it.boot()
+        async with own_monitor(folder / "own0") as qmp:
+            await halt(qmp)
+            await becomes(qmp, state)
+        for mode in ("hybrid", "postcopy"):
+            monitor = folder / f"own{it.moves + 1}"
+            await it.wait_for_it(second_qmp=monitor)
+            result = await it.here.migrate(VM, it.there, mode=mode)
+            if state == "suspended" and qemu.version < (9, 0):
+                assert "wake it by QMP `system_wakeup`" in result["error"]
+                return
+            assert result["event"] == "completed", result
+            it.moves += 1
+            async with own_monitor(monitor) as qmp:
+                assert (await qmp.execute("query-status"))["status"] == state
+        async with own_monitor(monitor) as qmp:
+            if state == "suspended":
+                await qmp.execute("system_wakeup")
+                await becomes(qmp, "running")
+            if state == "paused":
+                await qmp.execute("cont")
+                before = await it.guest.report()
+                while before.disk_ops >= (await it.guest.report()).disk_ops:
+                    pass
+                await it.check()

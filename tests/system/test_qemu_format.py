@@ -14,7 +14,7 @@ import trio
 from qemu_lab import MIB, QEMUS, Lab, Machine
 from qemus import module_folder
 
-from postcopyd.vmm.qemu import disks, savevm
+from postcopyd.vmm.qemu import savevm
 from postcopyd.vmm.qemu.driver import QemuVmm
 
 COMMAND, SWITCHOVER_START = 8, 11
@@ -207,12 +207,6 @@ async def test_as_qemu_itself_sends(
     driver = await lab.drive(it)
     await trio.sleep(0.5)  # of its firmware
     await it.ask("stop")
-    # QEMU before 10 would end by `migrate` after a save that gives away disks.
-    monkeypatch.setattr(disks, "untaken", lambda qmp: said())
-
-    async def said() -> list[str]:
-        return ["all"]
-
     ours = await of_driver(driver)
     assert await driver.rollback() == ""
     theirs = await of_qemu(it, lab.folder)

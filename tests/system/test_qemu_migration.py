@@ -151,25 +151,6 @@ async def test_a_disk_locked_at_the_destination_leaves_the_guest_at_the_source(
         await it.move()
 
 
-async def test_a_paused_guest_stays_paused(folder: Path, boot: tuple[Path, Path]) -> None:
-    """What was paused by its operator is not run by a migration."""
-    monitor = folder / "second"
-    async with qemu_pair(folder, boot, qemu=QEMUS[-1], memory=256 * MIB) as it:
-        it.config = dataclasses.replace(it.config, second_qmp=monitor)
-        await it.boot()
-        async with own_monitor(monitor) as qmp:
-            await qmp.execute("stop")
-        monitor = folder / "third"
-        await it.wait_for_it(second_qmp=monitor)
-        result = await it.here.migrate(VM, it.there, mode="postcopy")
-        assert result["event"] == "completed", result
-        async with own_monitor(monitor) as qmp:
-            assert (await qmp.execute("query-status"))["status"] == "paused"
-            await qmp.execute("cont")
-        it.moves += 1
-        await it.check()
-
-
 async def test_check_names_what_differs_and_touches_nothing(
     folder: Path, boot: tuple[Path, Path]
 ) -> None:
