@@ -238,6 +238,17 @@ async def test_ram_of_each_kind_is_found(lab: Lab, qemu: int, kind: str) -> None
         assert (region.fd is not None) == file
 
 
+async def test_ram_in_two_places_of_the_guest_is_found(lab: Lab, qemu: int) -> None:
+    """As all that goes beyond 4 GiB is: one region, none of which is there yet."""
+    machine = lab.start_bare(qemu, "-machine", "q35,accel=tcg", "-m", "6G", "-S")
+    driver = await lab.drive(machine)
+    async with inspected(driver, "source") as shape:
+        assert shape.problems == ()
+        ((name, size, address),) = [(r.name, r.size, r.address) for r in shape.regions]
+    assert (name, size) == ("pc.ram", 6 << 30)
+    assert f"{address:x}-{address + size:x} rw-p" in Path(f"/proc/{machine.pid}/maps").read_text()
+
+
 async def test_ram_in_a_folder_and_in_a_descriptor_is_found(lab: Lab, qemu: int) -> None:
     """A mem-path that is a folder, and one that is a descriptor of a memfd, lead to the mapping."""
     folder = await lab.drive(lab.start(qemu, memory=FILE.replace("RAMFILE", "/dev/shm")))
