@@ -18,7 +18,7 @@ BUILD_PACKAGES := gcc libc6-dev libssl-dev make pkg-config python3-venv
 GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
 DEB_PACKAGES := debhelper dh-python
 TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev systemd-container iproute2 \
-  busybox-static ovmf
+  busybox-static ovmf swtpm
 
 .PHONY: all build demo test test-long chaos fuzz bench bench-quick wheel sdist man deb check gen fmt clean
 all: build
