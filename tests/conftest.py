@@ -17,7 +17,7 @@ from postcopyd._native import lib
 from postcopyd.host import kernel
 
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
-HUGE_PAGES_WANTED = 192
+HUGE_PAGES_WANTED = 256
 LOCK = "/run/lock/postcopyd-tests"
 
 
