@@ -23,6 +23,7 @@
  *   pc.net=N       datagrams per second to pc.peer=A.B.C.D:PORT from pc.ip=A.B.C.D (default 0)
  *
  * Out, on the serial line, one line each, fields as key=value:
+ *   pc hello
  *   pc ready   pages= workers= fill_ms=
  *   pc report  t= (guest monotonic ms) ops=N,N.. (of each worker) bad= gap= (us) laps= disk=ops,bad
  *              net=sent,received,bad
@@ -871,6 +872,7 @@ int main(void)
     mount("sysfs", "/sys", "sysfs", 0, NULL);
     mount("devtmpfs", "/dev", "devtmpfs", 0, NULL);
     open_serial();
+    say("%s", "pc hello\n");
     int fd = open("/proc/cmdline", O_RDONLY | O_CLOEXEC);
     if (fd < 0 || read(fd, command_line, sizeof command_line - 1) < 1)
         say("pc error text=cannot read /proc/cmdline: %s\n", strerror(errno));
