@@ -58,7 +58,7 @@ async def say_ran(m: Migration, memory: Memory) -> None:
     m.vm.show(
         phase="postcopy",
         message=f"{m.vm.name} runs here, its memory follows",
-        remaining=None,
+        remaining=memory.remaining,
     )
     if not m.told:
         m.told = True
