@@ -221,10 +221,11 @@ def _serve(args: argparse.Namespace) -> int:
 
     # structlog would import rich for coloured tracebacks: a third of the time to start, while
     # guests may wait for a daemon that restarts.
-    sys.modules["rich"] = None  # type: ignore[assignment]  # so that its import fails
+    modules: dict[str, Any] = sys.modules
+    modules["rich"] = None  # so that its import fails
     from postcopyd.daemon import service
 
-    del sys.modules["rich"]
+    del modules["rich"]
 
     try:
         trio.run(service.serve, options)

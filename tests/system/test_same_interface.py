@@ -15,6 +15,7 @@ from qemu_lab import Lab
 
 from postcopyd.control.methods import interface
 from postcopyd.varlink.idl import Enum, Maybe, Struct, Type, parse_interface
+from postcopyd.vmm.qemu.blocks import DEVICE_STATE
 
 pytestmark = pytest.mark.long
 
@@ -151,7 +152,7 @@ async def test_facts_of_a_qemu(lab: Lab, qemu: int) -> None:
     script = FACTS.replace("SOCKET", machine.socket)
     before = told(OLD, script.replace("MODULE", "postcopyd.vmm.qemu"))
     now = told(NEW, script.replace("MODULE", "postcopyd.vmm.qemu.driver"))
-    new = {key for key in now if key == "device state" or key.startswith("memory '")}
+    new = {key for key in now if key == DEVICE_STATE or key.startswith("memory '")}
     assert len(before) > 12
     assert before == {key: value for key, value in now.items() if key not in new}
-    assert "device state" in new
+    assert DEVICE_STATE in new

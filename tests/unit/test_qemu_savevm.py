@@ -4,12 +4,17 @@ alone. That QEMU loads it is for the system tests."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import struct
+from collections.abc import Iterator
 
 import pytest
 
+from postcopyd.host import procfs
 from postcopyd.vmm import VmmError
-from postcopyd.vmm.qemu import blocks, savevm
+from postcopyd.vmm.qemu import blocks, ram, savevm
 from postcopyd.vmm.qemu.blocks import Block
 
 STATE = savevm.GLOBALSTATE + struct.pack(">I", 8) + b"running\0".ljust(32, b"\0") + b"!"
@@ -167,3 +172,50 @@ def test_table(case: str) -> None:
         assert "ram0" not in [block.name for block in found]
     else:
         assert found == expected
+
+
+LARGE = 4 << 20
+
+
+@pytest.fixture
+def two_blocks() -> Iterator[tuple[Block, Block]]:
+    """Large ones of this process, private and shared, with something on the third page."""
+    made = []
+    for name, flags in (("own", mmap.MAP_PRIVATE), ("shared", mmap.MAP_SHARED)):
+        memory = mmap.mmap(-1, LARGE, flags | mmap.MAP_ANONYMOUS)
+        memory[2 * 4096] = 1
+        made.append((name, memory))
+    at = [ctypes.addressof(ctypes.c_char.from_buffer(memory)) for _, memory in made]
+    yield (Block("own", LARGE, LARGE, at[0]), Block("shared", LARGE, LARGE, at[1]))
+    made.clear()  # until here they are mapped
+
+
+def test_pages_of_large_blocks(two_blocks: tuple[Block, Block]) -> None:
+    """Only for private memory the page map is taken to tell what is there."""
+    sparse = blocks.sparse(os.getpid(), list(two_blocks))
+    assert sparse == {"own"}
+    found = list(blocks.pages(os.getpid(), list(two_blocks), sparse))
+    own = {offset: page for name, offset, page in found if name == "own"}
+    shared = {offset: page for name, offset, page in found if name == "shared"}
+    assert own[2 * 4096] == shared[2 * 4096] == b"\1" + bytes(4095)
+    assert len(own) < LARGE // 4096 == len(shared)
+
+
+def test_page_map_that_ends_early() -> None:
+    """What it does not tell of is not taken for zeros."""
+    block = Block("far", LARGE, LARGE, (1 << 47) - (2 << 12))
+    with pytest.raises(OSError, match="not all in the page map"):
+        list(blocks.pages(os.getpid(), [block], {"far"}))
+
+
+def test_private_mapping_of_a_file_with_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is none of hugetlbfs: the guest's memory is mixed with the file's."""
+    mapping = procfs.Mapping(1 << 30, 2 << 30, False, True, 0, (7, 1), "/mnt/ram")
+    of_a_server = type("", (), {"f_bsize": 2 << 20})()
+    monkeypatch.setattr(procfs, "file_system", lambda pid, file: "nfs4")
+    monkeypatch.setattr(os, "statvfs", lambda path: of_a_server)
+    block = Block("ram0", 1 << 30, 1 << 30, 1 << 30)
+    backend = ram.Backend("ram0", "memory-backend-file", 1 << 30, False, block)
+    said = ram._region(backend, os.getpid(), [mapping])
+    assert isinstance(said, str)
+    assert "private mapping of a file" in said

@@ -238,18 +238,24 @@ async def test_again_after_a_failure(tmp_path: Path, clock: Clock) -> None:
             assert made.destination.phase == phase
 
 
+@asynccontextmanager
+async def invited(made: World) -> AsyncIterator[tuple[Channel, p.Ready]]:
+    """A source that has offered its guest, and is to make its data connections."""
+    stream = await dial("127.0.0.1", made.destination.port, p.CONTROL)
+    regions = [p.RegionOffer("ram0", 24, 4096), p.RegionOffer("ram1", 8, 4096)]
+    offer = p.Offer("m1", "web1", "process", regions, {"version": "1"}, 1, 1)
+    async with Channel(stream, Machine(Source.GREETING), "there") as channel, channel.alive():
+        await channel.greet()
+        await channel.send(offer)
+        yield channel, await channel.expect(p.Ready)
+
+
 async def test_no_data_connections(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A source that never makes its data connections is refused, and the VMM here waits again."""
     async with world(tmp_path, {}) as made:
-        stream = await dial("127.0.0.1", made.destination.port, p.CONTROL)
-        regions = [p.RegionOffer("ram0", 24, 4096), p.RegionOffer("ram1", 8, 4096)]
-        offer = p.Offer("m1", "web1", "process", regions, {"version": "1"}, 1, 1)
-        async with Channel(stream, Machine(Source.GREETING), "there") as channel, channel.alive():
-            await channel.greet()
-            await channel.send(offer)
-            await channel.expect(p.Ready)
+        async with invited(made) as (channel, _):
             began = trio.current_time()
             with pytest.raises(PeerError, match="made no data connections within 30 s"):
                 await channel.receive()
@@ -262,13 +268,7 @@ async def test_no_data_connections(
 async def test_a_data_connection_is_lost_before_the_rest_come(tmp_path: Path, clock: Clock) -> None:
     """That is what is told, at once, and not that the others were not made."""
     async with world(tmp_path, {}) as made:
-        stream = await dial("127.0.0.1", made.destination.port, p.CONTROL)
-        regions = [p.RegionOffer("ram0", 24, 4096), p.RegionOffer("ram1", 8, 4096)]
-        offer = p.Offer("m1", "web1", "process", regions, {"version": "1"}, 1, 1)
-        async with Channel(stream, Machine(Source.GREETING), "there") as channel, channel.alive():
-            await channel.greet()
-            await channel.send(offer)
-            ready = await channel.expect(p.Ready)
+        async with invited(made) as (channel, ready):
             data = await dial("127.0.0.1", made.destination.port, p.DATA)
             await data.send_all(pack(p.DataHello("m1", ready.token, False)))
             await receive_object(data, p.DataWelcome)

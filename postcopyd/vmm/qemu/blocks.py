@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from postcopyd.host import procfs
 from postcopyd.vmm.qemu.answers import Text
 from postcopyd.vmm.qemu.qmp import Qmp, QmpRefused
 
@@ -30,10 +31,14 @@ _MAPPED = re.compile(
 _HOST = re.compile(r"Host virtual address for \S+ \((?P<name>.+)\) is (?P<address>0x[0-9a-f]+)")
 
 
+DEVICE_STATE = "device state (one version of postcopyd on both hosts has it alike)"
+"""The fact by which an older version, which has another way, is refused."""
+
 PAGE = 4096
 SPARSE = 1 << 20
-"""Of a larger block only what QEMU has ever touched is read: the memory of a display is 16 MiB of
-next to nothing. A QEMU that waits has touched no more of its own, as it began in the same way."""
+"""Of a larger block of QEMU's own only what QEMU has ever touched is read: the memory of a display
+is 16 MiB of next to nothing. A QEMU that waits has touched no more of its own, as it began in the
+same way."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +118,26 @@ def facts(present: list[Block], guest_ram: set[str]) -> dict[str, str]:
     """What both hosts must have alike of the small blocks. Those that QEMU makes of files for the
     guest's firmware (ACPI tables and the like) may differ in size: QEMU takes the guest's."""
     small = (block for block in present if block.name not in guest_ram)
-    return {"device state": "saved by xen-save-devices-state"} | {
+    return {DEVICE_STATE: "saved by xen-save-devices-state"} | {
         f"memory '{block.name}'": f"{block.used} bytes"
         for block in small
         if not block.name.startswith("/rom@")
     }
 
 
-def pages(pid: int, small: list[Block]) -> Iterator[tuple[str, int, bytes]]:
+def sparse(pid: int, present: list[Block]) -> set[str]:
+    """Names of the large blocks whose pages the kernel's page map shows, all of them: private
+    memory. Shared memory may have a page that was swapped out and is not there. Raises OSError."""
+    own = [m for m in procfs.mappings(pid) if m.file == (0, 0) and not m.shared]
+    return {
+        block.name
+        for block in present
+        if block.address is not None and block.used > SPARSE
+        if any(m.start <= block.address and block.address + block.used <= m.end for m in own)
+    }
+
+
+def pages(pid: int, small: list[Block], sparse: set[str]) -> Iterator[tuple[str, int, bytes]]:
     """What is in these blocks, page by page: the block's name, the offset, the page, which is empty
     where it has zeros. Raises OSError."""
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
@@ -129,7 +146,8 @@ def pages(pid: int, small: list[Block]) -> Iterator[tuple[str, int, bytes]]:
         for block in small:
             if block.address is None:
                 continue
-            for first, count in _touched(pagemap, block):
+            whole = [(0, -(-block.used // PAGE))]
+            for first, count in _touched(pagemap, block) if block.name in sparse else whole:
                 data = os.pread(memory, count * PAGE, block.address + first * PAGE)
                 if len(data) < count * PAGE:
                     raise OSError(errno.EFAULT, f"{block.name} is not all there")
@@ -148,10 +166,9 @@ def _touched(pagemap: int, block: Block) -> Iterator[tuple[int, int]]:
     """Runs of pages that are there, swapped ones too: the first, and how many."""
     count = -(-block.used // PAGE)
     assert block.address is not None
-    if block.used <= SPARSE:
-        yield 0, count
-        return
     entries = array("Q", os.pread(pagemap, count * 8, block.address // PAGE * 8))
+    if len(entries) < count:  # or what is not told of would be taken for zeros
+        raise OSError(errno.EFAULT, f"{block.name} is not all in the page map")
     for there, run in groupby(range(len(entries)), lambda page: bool(entries[page] >> 62)):
         numbers = list(run)
         if there:

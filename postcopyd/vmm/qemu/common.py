@@ -71,12 +71,14 @@ class Qemu(Vmm):
         self._last_words = qmp.last(*farewell.EVENTS)
         self._made: list[int] | None = None  # userfaultfds in QEMU, by `adopt`
         # At the source, by `prepare`: the file that QEMU saves into, which this owns; the fdset in
-        # QEMU by which it has it; the machine's type; all RAM blocks, and which are guest RAM.
+        # QEMU by which it has it; the machine's type; all RAM blocks, which of them are guest RAM,
+        # and of which the page map tells what was touched.
         self._file: int | None = None
         self._fdset = -1
         self._machine = ""
         self._addresses: dict[str, int | None] = {}
         self._guest_ram: set[str] = set()
+        self._sparse: set[str] = set()
         self._ending = False  # by this driver
 
     @classmethod

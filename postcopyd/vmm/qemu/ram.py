@@ -164,8 +164,10 @@ def _region(backend: Backend, pid: int, mappings: list[procfs.Mapping]) -> Regio
     if first.file == (0, 0):
         return Region(backend.id, size // SMALL, SMALL, address, None, 0)
     if not first.shared:
+        # Of hugetlbfs the page size is the file system's block; others have large blocks as well.
+        kind = procfs.file_system(pid, first.file) or "hugetlbfs"  # mounted nowhere: a memfd
         page_size = os.statvfs(procfs.mapped_path(pid, first)).f_bsize
-        if page_size == SMALL:
+        if kind != "hugetlbfs" or page_size == SMALL:
             return (
                 f"{what} is a private mapping of a file, with which the guest's memory is mixed: "
                 f"start QEMU with share=on for it, or with no file."

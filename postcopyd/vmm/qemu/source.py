@@ -53,6 +53,8 @@ class Leaving(Qemu):
         guest_ram = {backend.block.name for backend in await ram.backends(self._qmp, present)}
         self._addresses = {block.name: block.address for block in present}
         self._guest_ram = guest_ram
+        with looked_at(self.name, self.pid):
+            self._sparse = ram_blocks.sparse(self.pid, present)
         self._machine = await self._qmp.ask(
             str, "qom-get", {"path": "/machine", "property": "type"}
         )
@@ -172,7 +174,8 @@ class Leaving(Qemu):
             if migration.blocked_reasons:  # QEMU itself would end
                 raise VmmError(
                     f"The guest {self.name} cannot be moved any more, says its QEMU: "
-                    f"{plain(migration.blocked_reasons[0]).rstrip('.')}."
+                    f"{plain(migration.blocked_reasons[0]).rstrip('.')}. See that it can, and "
+                    f"migrate again."
                 )
             saved, present = await self._saved()
             while (event := events.take()) is not None:
@@ -190,10 +193,12 @@ class Leaving(Qemu):
         machine = self._machine.removesuffix("-machine")
         if sum(block.used for block in small) > SMALL_BLOCKS:
             raise VmmError(
-                f"The QEMU of {self.name} has more memory beside guest RAM than any needs."
+                f"The QEMU of {self.name} has more than {SMALL_BLOCKS >> 20} MiB of memory beside "
+                f"guest RAM, which would keep the guest stopped for long: take the device that "
+                f"has it (info ramblock) from the guest."
             )
         with looked_at(self.name, self.pid):
-            pages = ram_blocks.pages(self.pid, small)
+            pages = ram_blocks.pages(self.pid, small, self._sparse)
             whole = b"".join(savevm.stream(machine, sizes, pages, saved))
         await send(whole)
 
