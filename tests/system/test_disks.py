@@ -284,13 +284,16 @@ async def other_medium(machine: Machine, at: Path) -> None:
 
 
 async def medium_of_the_same_name(machine: Machine, at: Path) -> None:
-    """Put in by nodes that have the names of those before."""
+    """Put in by nodes that have the names of those before. The machine stands meanwhile: its
+    firmware resets the drive as it looks for something to boot, and that closes the tray."""
+    await machine.ask("stop")
     await machine.ask("blockdev-open-tray", id="cd1", force=True)
     await machine.ask("blockdev-remove-medium", id="cd1")
     await machine.ask("blockdev-del", **{"node-name": "medium"})
     await machine.ask("blockdev-add", **medium(raw(at / "other", b"x")))
     await machine.ask("blockdev-insert-medium", **{"id": "cd1", "node-name": "medium"})
     await machine.ask("blockdev-close-tray", id="cd1")
+    await machine.ask("cont")
 
 
 async def resize(machine: Machine, at: Path) -> None:
