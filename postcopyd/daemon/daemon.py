@@ -22,7 +22,7 @@ class Daemon(Registry):
         inquiries = Inquiries(shared, self.vms, self.spawn)
         restart = Restart(self, inquiries)
         decisions = Decisions(self, restart, inquiries)
-        self.acceptor = Acceptor(shared, self.vms, self.arrived, inquiries)
+        self.acceptor = Acceptor(shared, self.vms, self.give_back, inquiries)
         self.restore = restart.begin
         self.serve_peer = self.acceptor.serve_peer
         self.recover, self.resolve = decisions.recover, decisions.resolve

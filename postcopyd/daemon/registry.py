@@ -287,6 +287,7 @@ class Registry:
                     await session.run()
                 except Exception:  # a bug in one migration must not end the others
                     log.exception("bug in a session", vm=name, migration=migration)
+            self.give_back(vm, session)
             tidy()
 
         session.begin()
@@ -360,10 +361,11 @@ class Registry:
             with vm.claim(DAEMON):
                 await _written(vm)
 
-    def arrived(self, vm: Vm, session: DestinationSession) -> None:
-        """Called when the session of an arrival has given the VM back."""
+    def give_back(self, vm: Vm, session: DestinationSession | SourceSession) -> None:
+        """Has a guest that stays here its huge pages again. Called when a session has given the VM
+        back."""
         ending = self._nursery.cancel_scope.cancel_called
-        if session.huge is not None and not ending:  # drained, and the VM is free again
+        if session.huge is not None and not ending:
             self.spawn(vm, hugepages.give_back, vm, session.huge)
 
     # Last, because inside the class it hides the builtin from annotations.

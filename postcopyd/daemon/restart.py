@@ -72,7 +72,7 @@ async def take_faults(registry: Registry, vm: Vm, told: Status) -> None:
     session = await DestinationSession.restored(vm, vm.about, channel, registry.shared)
     if session.complete and session.ran and not session.over:
         await session.finish()
-        registry.arrived(vm, session)
+        registry.give_back(vm, session)
     else:
         vm.waiting = session
         if session.poisoned or session.over:

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives a guest that has arrived its transparent huge pages back.
+"""Gives a guest that has arrived, or was not moved, its transparent huge pages back.
 
-Pages arrive one by one and are placed one by one. So a guest whose RAM was in huge pages runs on
-small ones afterwards, and slower, until khugepaged comes, after minutes or never. `give_back` asks
-the kernel for huge pages at once, by process_madvise(MADV_COLLAPSE) on the VMM's mappings.
+Pages arrive one by one and are placed one by one, and where writes are tracked the kernel splits
+the huge page of each page that is written. So a guest whose RAM was in huge pages runs on small
+ones afterwards, and slower, until khugepaged comes, after minutes or never. `give_back` asks the
+kernel for huge pages at once, by process_madvise(MADV_COLLAPSE) on the VMM's mappings.
 
-Each arrival has one such task, in the daemon's nursery. It starts after drained, once the session
-has given back its claim. It owns what it opens, and nothing waits for it. It steps aside as soon as
-anybody claims the VM, ends when the VM is detached, given away or gone, and is cancelled when the
-daemon stops. Each time it first finishes the huge page in work, about a millisecond (before the
-first one it finishes reading smaps, where the kernel looks at each page: tens of ms for each GiB).
-It may stop half-way: the guest sees the same bytes throughout. A failure is a line in the log.
+Each arrival has one such task, in the daemon's nursery, and each departure that was tracked and has
+failed. It starts when the session has given back its claim: after drained, or after the rollback.
+It owns what it opens, and nothing waits for it. It steps aside as soon as anybody claims the VM,
+ends when the VM is detached, given away or gone, and is cancelled when the daemon stops. Each time
+it first finishes the huge page in work, about a millisecond (before the first one it finishes
+reading smaps, where the kernel looks at each page: tens of ms for each GiB). It may stop half-way:
+the guest sees the same bytes throughout. A failure is a line in the log.
 
 A VMM that has a guest never waits for a guest again (docs/VMM-PROTOCOL.md), so no session empties
 these mappings while a huge page is made of one.

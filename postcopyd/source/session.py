@@ -23,6 +23,7 @@ import trio
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
 from postcopyd.model import MigrateRequest
+from postcopyd.sessions import hugepages
 from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
 from postcopyd.source import offer, precopy, recovery
@@ -57,6 +58,14 @@ class SourceSession:
     @property
     def machine(self) -> Machine:
         return self.migration.machine
+
+    @property
+    def huge(self) -> hugepages.Ram | None:
+        """The RAM whose huge pages tracking has split, once that is over."""
+        guest = self._rollback.guest
+        if guest is None or not self.migration.figures.tracked:
+            return None
+        return hugepages.Ram.of(guest.shape.pid, guest.shape.regions)
 
     def begin(self) -> None:
         """Shows that this is the VM's migration from here on."""

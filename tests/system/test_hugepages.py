@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guests that have transparent huge pages have them again after a migration, and no more memory."""
+"""Guests that have transparent huge pages have them again after a migration, whether they went or
+stayed, and no more memory."""
 
 from __future__ import annotations
 
@@ -11,17 +12,19 @@ from pathlib import Path
 
 import pytest
 import trio
+from guests.process import ProcessGuest
+from guests.qemu import QemuBinary, Workload
 from needs import missing
 from pair import MIB, Host, Pair, completed, ended, filled, open_pair, until, verified, worked
 from postcopyd._native import ffi, lib
 from qemu_pair import VM, qemu_pair
-from qemus import QEMUS
+from qemus import EACH_QEMU, QEMUS
 
 from postcopyd.host.procfs import smaps_entries
 from postcopyd.sessions.hugepages import chosen
 
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-MADVISE, MADV_HUGEPAGE = 28, 14  # x86-64
+MADVISE, MADV_HUGEPAGE, MADV_COLLAPSE = 28, 14, 25  # x86-64
 MEMORY = 32 * MIB
 GUEST = ("--memory", str(MEMORY), "--threads", "2")
 
@@ -60,17 +63,17 @@ def backing(path: Path) -> tuple[str, ...]:
 
 
 class Memory:
-    """Guest RAM of a VMM as its smaps shows it: of a file, or else the anonymous mapping that is
-    MEMORY bytes long."""
+    """Guest RAM of a VMM as its smaps shows it: of a file, or else the anonymous mapping of a
+    size."""
 
-    def __init__(self, pid: int, path: Path | None = None) -> None:
+    def __init__(self, pid: int, path: Path | None = None, size: int = MEMORY) -> None:
         with open(f"/proc/{pid}/smaps", encoding="utf-8") as smaps:
             found = list(smaps_entries(smaps))
         self.huge, self.flags = 0, set[str]()
         self.span = (0, 0)
         for header, fields in found:
             start, end = (int(address, 16) for address in header[0].split("-"))
-            anonymous = len(header) == 5 and end - start == MEMORY
+            anonymous = len(header) == 5 and end - start == size
             if header[-1] == str(path) if path else anonymous:
                 self.span = (start, end)
                 self.flags |= set(fields["VmFlags"])
@@ -108,21 +111,27 @@ async def test_huge_again(pair: Pair, mount: Callable[[str], Path], huge: str) -
     await ended(source)
 
 
-async def test_anonymous_memory(pair: Pair) -> None:
-    """Anonymous memory that its VMM wants in huge pages is in huge pages again."""
+def advise(guest: ProcessGuest, *advice: int) -> None:
+    """madvise of the anonymous RAM of a VMM, within it."""
     if platform.machine() != "x86_64":
         missing("a processor whose system call numbers this knows")
     if chosen(SETTINGS / "enabled") not in ("always", "madvise"):
         missing("transparent huge pages for who asks for them")
+    pid = guest.process.pid
+    start, end = Memory(pid).span
+    for word in advice:
+        arguments = ffi.new("unsigned long[6]", [start, end - start, word])
+        result, error = ffi.new("long *"), ffi.new("struct adopt_error *")
+        assert lib.adopt_syscall(pid, MADVISE, arguments, 5000, 0, result, error) == result[0] == 0
+
+
+async def test_anonymous_memory(pair: Pair) -> None:
+    """Anonymous memory that its VMM wants in huge pages is in huge pages again."""
     options = (*GUEST, "--backing", "anonymous")
     name, source, destination = await pair.place(*options)
     a, b = pair
     await filled(source)
-    start, end = Memory(destination.process.pid).span
-    arguments = ffi.new("unsigned long[6]", [start, end - start, MADV_HUGEPAGE])
-    result, error = ffi.new("long *"), ffi.new("struct adopt_error *")
-    pid = destination.process.pid
-    assert lib.adopt_syscall(pid, MADVISE, arguments, 5000, 0, result, error) == result[0] == 0
+    advise(destination, MADV_HUGEPAGE)
     completed(await a.migrate(name, b), MEMORY)
     await until(lambda: Memory(destination.process.pid).huge == MEMORY, "huge pages")
     await until(lambda: said(b, name), "the end of it")
@@ -130,6 +139,24 @@ async def test_anonymous_memory(pair: Pair) -> None:
     assert not Memory(destination.process.pid).flags & {"um", "uw", "ui"}
     await verified(destination, MEMORY // 4096)
     await ended(source)
+
+
+async def test_a_guest_that_stays(pair: Pair) -> None:
+    """What tracking has split at the source is huge again after a cancel."""
+    name, source, _ = await pair.place(*GUEST, "--backing", "anonymous")
+    a, b = pair
+    pid = source.process.pid
+    await filled(source)
+    advise(source, MADV_HUGEPAGE, MADV_COLLAPSE)
+    assert Memory(pid).huge == MEMORY
+    await a.call("Migrate", name=name, to=b.address, mode="hybrid", bandwidth=4 * MIB)
+    await until(lambda: Memory(pid).huge < MEMORY // 2, "huge pages to be split")
+    await a.call("Cancel", name=name)
+    await until(lambda: Memory(pid).huge == MEMORY, "huge pages")
+    await until(lambda: said(a, name), "the end of it")
+    assert "pages=0" not in said(a, name)[0]
+    assert not Memory(pid).flags & {"um", "uw", "ui"}
+    await verified(source, MEMORY // 4096)
 
 
 async def test_sparse_stays_sparse(pair: Pair, mount: Callable[[str], Path]) -> None:
@@ -216,4 +243,33 @@ async def test_qemu(mount: Callable[[str], Path], folder: Path, boot: tuple[Path
         assert after.huge >= carried * 4096 * 3 // 4
         assert not after.flags & {"um", "uw", "ui"}
         assert allocated(there) < carried * 4096 * 2
+        await it.check()
+
+
+@EACH_QEMU
+@pytest.mark.long
+async def test_private_memory_of_qemu(
+    qemu: QemuBinary, folder: Path, boot: tuple[Path, Path]
+) -> None:
+    """A guest as it was started has them at the source, after a cancel, and at the destination."""
+    if chosen(SETTINGS / "enabled") not in ("always", "madvise"):
+        missing("transparent huge pages for who asks for them")
+    size, work = 256 * MIB, Workload(test_mb=128)
+    config = {"qemu": qemu, "memory": size, "ram_kind": "plain", "workload": work}
+
+    def huge(pid: int) -> int:
+        return Memory(pid, size=size).huge
+
+    async with qemu_pair(folder, boot, **config) as it:
+        pid = (await it.boot()).pid
+        before = huge(pid)
+        assert before > 128 * MIB
+        there = await it.wait_for_it()
+        await it.begin("precopy", 4 * MIB)
+        await until(lambda: huge(pid) < before // 2, "huge pages to be split")
+        await it.here.call("Cancel", name=VM)
+        await until(lambda: huge(pid) >= before * 9 // 10, "huge pages")
+        result = await it.move(mode="hybrid")
+        carried = (result["memory"]["pages"] - result["memory"]["zeroPages"]) * 4096
+        await until(lambda: huge(there.pid) >= carried * 3 // 4, "huge pages")
         await it.check()
