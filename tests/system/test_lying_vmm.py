@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Never
 
 import pytest
 import trio
@@ -335,3 +336,59 @@ async def test_a_stop_that_comes_after_who_has_to_undo_it(
             assert "" == await vmm.rollback()
     assert said == ["run"]
     assert turned_away == [2]
+
+
+@pytest.mark.parametrize("how", ["not delivered", "refused"])
+async def test_a_stop_that_is_not_ours_stays(
+    how: str, lie: Callable[[dict[str, object]], str]
+) -> None:
+    """Our stop did not come through, and then somebody else has paused the guest."""
+    state, said = ["running"], []
+
+    def hello(client: socket.socket, fds: list[int]) -> bytes:
+        return b"ok vmm=liar state=%s\n" % state[0].encode()
+
+    def run(client: socket.socket, fds: list[int]) -> bytes:
+        said.append("run")
+        return b"ok\n"
+
+    answers: dict[str, object] = {"hello": hello, "stop": b"error it waits\n", "run": run}
+    async with driver(lie(answers)) as vmm:
+        if how == "not delivered":
+
+            async def dial() -> Never:
+                raise VmmGone("the socket is gone")
+
+            async def stop() -> None:
+                vmm._drop()
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(vmm, "_dial", dial)
+                    await ProcessVmm._stop(vmm)
+
+            vmm._stop = stop  # type: ignore[method-assign]
+        for hold in (save_all, held):
+            state[0] = "running"
+            with pytest.raises((VmmError, VmmGone)):
+                await hold(vmm)
+            state[0] = "paused"
+            left = await vmm.rollback()
+            assert left == ("it is paused, by somebody else" if hold is save_all else "")
+    assert said == []
+
+
+async def held(vmm: ProcessVmm) -> None:
+    async with vmm.still():
+        pass
+
+
+async def test_a_guest_that_others_run_while_it_is_held_still(
+    lie: Callable[[dict[str, object]], str],
+) -> None:
+    """What was done meanwhile is worth nothing, and the caller is told so."""
+
+    def hello(client: socket.socket, fds: list[int]) -> bytes:
+        return b"ok vmm=liar state=running\n"
+
+    async with driver(lie({"hello": hello})) as vmm:
+        with pytest.raises(VmmError, match="was run by someone else"):
+            await held(vmm)

@@ -234,15 +234,17 @@ class ProcessVmm(Asked):
     async def _stop(self) -> None:
         """Stops the guest. If cancelled it still waits a moment for the answer, as the rollback
         must find the guest stopped."""
-        self._stopping = True
+        self._spared = True
         async with open_nursery() as nursery:
             with trio.CancelScope(shield=True) as answer:
                 nursery.start_soon(self._bound_when_cancelled, answer)
-                try:
-                    await self._do("stop")
-                except VmmError:
-                    self._stopping = False
-                    raise
+                async with self._exchange("stop") as link:
+                    self._stopping, self._spared = True, False
+                    try:
+                        await self._ask_for_ok(link, "stop")
+                    except VmmError:
+                        self._stopping, self._spared = False, True
+                        raise
                 self._stopping = False
                 nursery.cancel_scope.cancel()
 
@@ -269,27 +271,38 @@ class ProcessVmm(Asked):
         self._stopping = False
 
     async def _move_again(self) -> None:
+        if self._spared:
+            return
         try:
             with trio.CancelScope(shield=True):
-                await self._stop_over()
-                await self._run_again()
+                state = await self._stop_over()
+                if state != "running" or self._stopping:
+                    await self._run_again()
+                    return
         except PostcopydError as error:
             raise type(error)(
                 f"the guest {self.name} was stopped for a moment and was not run again: {error}"
             ) from None
+        raise VmmError(
+            f"the guest {self.name} was run by someone else while its written pages were looked "
+            f"at: leave it alone and migrate again"
+        )
 
     async def rollback(self) -> str:
         """Such a VMM does not tell who has stopped its guest. So the guest is run if it ran when
-        `save` or `still` stopped it, and it is never stopped: somebody else may have run it."""
-        state, before = await self._stop_over(), self.before
+        `save` or `still` stopped it, and a stop of theirs may have reached the VMM. It is never
+        stopped: somebody else may have run it."""
+        state, before, spared = await self._stop_over(), self.before, self._spared
         # A VMM that has not answered to its stop may stop yet, whatever it says.
-        if before == "running" and (state == "paused" or self._stopping):
+        if before == "running" and not spared and (state == "paused" or self._stopping):
             await self._run_again()
-        self.before = None
+        self.before, self._spared = None, False
         with contextlib.suppress(PostcopydError):
             await self._do("release")
         if state == "running" and before == "paused":
             return "it was paused, and somebody else has run it meanwhile"
+        if state == "paused" and before == "running" and spared:
+            return "it is paused, by somebody else"
         return "its VMM waits for an incoming migration" if state == "incoming" else ""
 
     async def finish(self, keep: bool) -> None:

@@ -83,6 +83,8 @@ class Asked(Vmm):
         self._ended: str | None = None  # why its guest has, if it has said nothing since
         self._ending = False  # by this driver
         self._stopping = False  # it was told to stop its guest, and has not answered
+        # The last stop by this driver did not reach it, or was refused: no stop is ours to undo.
+        self._spared = False
 
     @classmethod
     async def connect(cls, name: str, socket: str, limits: Limits | None = None) -> Self:
@@ -202,10 +204,13 @@ class Asked(Vmm):
     async def _do(self, request: str) -> None:
         """Makes a request whose answer is a single `ok` or `error`."""
         async with self._exchange(request.partition(" ")[0]) as link:
-            _, lines = await self._ask(link, request)
-            link.take(0)
-            if lines:
-                raise VmmProtocolError("it answered with lines that do not belong there")
+            await self._ask_for_ok(link, request)
+
+    async def _ask_for_ok(self, link: Link, request: str) -> None:
+        _, lines = await self._ask(link, request)
+        link.take(0)
+        if lines:
+            raise VmmProtocolError("it answered with lines that do not belong there")
 
     async def _hello(self) -> State:
         async with self._exchange("hello") as link:
