@@ -65,11 +65,11 @@ class CallingOff:
             m.log.warning("migration failed", error=str(self._error))
 
     async def leave(self) -> None:
-        """Lets go of a VMM that was ended, and runs the operator's hooks."""
+        """Lets go of a VMM that was ended, and has the operator's hooks run."""
         if self._loading and self._driver is not None and self._clean:  # else it may live
             with suppress(VmmTimeout), within(RELEASE_S, "closing its socket"):
                 await self._m.vm.leave()
-        await self._m.hooks("failed", message=str(self._error))
+        self._m.begin_hooks("failed", message=str(self._error))
 
     @property
     def _cancelled(self) -> bool:
@@ -91,7 +91,7 @@ class CallingOff:
         self._m.vm.record_soon("declined" if declined else None)
 
 
-async def vmm_ended(m: Migration, farewell: str | None) -> None:
+def vmm_ended(m: Migration, farewell: str | None) -> None:
     """The VMM of a guest that was this host's has ended, so the guest can go on nowhere. If that
     was meant (`farewell`), the migration is over, and a source that asks is told so. Else a person
     decides, as the guest may have changed its disks."""
@@ -110,7 +110,7 @@ async def vmm_ended(m: Migration, farewell: str | None) -> None:
         vm.conclude(phase="failed", remaining=0, message=message)
         vm.record_soon("declined")
         m.log.warning("migration failed", error=message)
-        await m.hooks("failed", message=message)
+        m.begin_hooks("failed", message=message)
     elif farewell is None:
         vm.show(
             phase="paused",
@@ -120,10 +120,10 @@ async def vmm_ended(m: Migration, farewell: str | None) -> None:
         vm.record_soon(None)
         m.log.error("migration paused", error="the VMM here has ended")
     else:
-        await _ended_by_itself(m, farewell)
+        _ended_by_itself(m, farewell)
 
 
-async def _ended_by_itself(m: Migration, farewell: str) -> None:
+def _ended_by_itself(m: Migration, farewell: str) -> None:
     vm = m.vm
     said = f"{vm.name} has ended there before all of its memory had come: {farewell}"
     m.note(p.Error(name=p.ENDED, message=p.sentence(said)))
@@ -137,4 +137,4 @@ async def _ended_by_itself(m: Migration, farewell: str) -> None:
     vm.home()
     vm.record_soon("held")
     m.log.warning("guest ended while its memory followed", why=farewell)
-    await m.hooks("ended", message=farewell)
+    m.begin_hooks("ended", message=farewell)

@@ -123,16 +123,23 @@ class Migration:
             return not procfs.started(self.vm.attached().pid)
         return False
 
-    def begin_hooks(self, phase: str) -> None:
-        """Runs the hooks of a phase in a task of the daemon: they may take minutes, and neither the
-        guest, which may lack pages, nor a pause waits for them."""
-        over = trio.Event()
-        if self.vm.spawn(self._run_begun, phase, over):
+    def begin_hooks(self, phase: str, **about: Any) -> None:
+        """Runs the hooks of a phase in a task of the daemon, once those of the phase before have
+        ended: they may take minutes. Neither the guest, which may lack pages, nor a pause, nor a
+        source that asks waits for them."""
+        before, over = self._hooks_over, trio.Event()
+        if self.vm.spawn(self._run_begun, phase, about, before, over):
             self._hooks_over = over
 
-    async def _run_begun(self, phase: str, over: trio.Event) -> None:
+    async def _run_begun(
+        self, phase: str, about: dict[str, Any], before: trio.Event, over: trio.Event
+    ) -> None:
+        """A daemon that ends waits for the last hooks, and ends those that only tell of progress,
+        as the next daemon goes on with that migration."""
         try:
-            await self._run_hooks(phase)
+            with trio.CancelScope(shield=phase != "running"):
+                await before.wait()
+                await self._run_hooks(phase, **about)
         finally:
             over.set()
 

@@ -217,7 +217,7 @@ class DestinationSession:
     async def vmm_ended(self, farewell: str | None) -> None:
         """Ends the arrival of a guest that was this host's, as its VMM has ended."""
         await self.close()
-        await farewells.vmm_ended(self._migration, farewell)
+        farewells.vmm_ended(self._migration, farewell)
 
     @classmethod
     async def restored(

@@ -592,6 +592,24 @@ async def test_a_long_hook_holds_nothing_up(
     assert made.went["-> resume"] == 1
 
 
+async def test_a_long_hook_holds_up_no_answer(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A grant is lost. While the destination's hooks are told that the arrival has failed, the
+    source asks, hears *declined*, and runs its guest again."""
+    seen = []
+
+    async def slow(folder: object, vm: str, role: str, phase: str, **about: object) -> None:
+        await trio.sleep(HOOK_S)
+        seen.append((phase, made.source.vmm.state))
+
+    monkeypatch.setattr(arriving, "run_hooks", slow)
+    async with world(tmp_path, {"-> grant": cut}) as made:
+        await made.migrate()
+        await trio.sleep(HOOK_S)
+    assert seen == [("failed", "running")]
+
+
 # --- checking beforehand -------------------------------------------------------------------------
 
 
