@@ -37,8 +37,7 @@ DEVICE_STATE = "device state (one version of postcopyd on both hosts has it alik
 PAGE = 4096
 SPARSE = 1 << 20
 """Of a larger block of QEMU's own only what QEMU has ever touched is read: the memory of a display
-is 16 MiB of next to nothing. A QEMU that waits has touched no more of its own, as it began in the
-same way."""
+is 16 MiB of next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -137,23 +136,26 @@ def sparse(pid: int, present: list[Block]) -> set[str]:
     }
 
 
-def pages(pid: int, small: list[Block], sparse: set[str]) -> Iterator[tuple[str, int, bytes]]:
-    """What is in these blocks, page by page: the block's name, the offset, the page, which is empty
-    where it has zeros. Raises OSError."""
+def pages(pid: int, small: list[Block], sparse: set[str]) -> Iterator[tuple[str, int, bytes | int]]:
+    """What is in these blocks, all of it: the block's name, the offset, and the page, or how many
+    pages of zeros begin there. Raises OSError."""
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for block in small:
             if block.address is None:
                 continue
-            whole = [(0, -(-block.used // PAGE))]
-            for first, count in _touched(pagemap, block) if block.name in sparse else whole:
+            whole = [(True, 0, -(-block.used // PAGE))]
+            for touched, first, count in _runs(pagemap, block) if block.name in sparse else whole:
+                if not touched:
+                    yield block.name, first * PAGE, count
+                    continue
                 data = os.pread(memory, count * PAGE, block.address + first * PAGE)
                 if len(data) < count * PAGE:
                     raise OSError(errno.EFAULT, f"{block.name} is not all there")
                 for at in range(0, len(data), PAGE):
                     page = data[at : at + PAGE]
-                    yield block.name, first * PAGE + at, b"" if page == _ZEROS else page
+                    yield block.name, first * PAGE + at, 1 if page == _ZEROS else page
     finally:
         os.close(memory)
         os.close(pagemap)
@@ -162,8 +164,9 @@ def pages(pid: int, small: list[Block], sparse: set[str]) -> Iterator[tuple[str,
 _ZEROS = bytes(PAGE)
 
 
-def _touched(pagemap: int, block: Block) -> Iterator[tuple[int, int]]:
-    """Runs of pages that are there, swapped ones too: the first, and how many."""
+def _runs(pagemap: int, block: Block) -> Iterator[tuple[bool, int, int]]:
+    """Runs of pages: whether they are there, swapped ones too; the first, and how many. Private
+    memory that is not there has zeros."""
     count = -(-block.used // PAGE)
     assert block.address is not None
     entries = array("Q", os.pread(pagemap, count * 8, block.address // PAGE * 8))
@@ -171,5 +174,4 @@ def _touched(pagemap: int, block: Block) -> Iterator[tuple[int, int]]:
         raise OSError(errno.EFAULT, f"{block.name} is not all in the page map")
     for there, run in groupby(range(len(entries)), lambda page: bool(entries[page] >> 62)):
         numbers = list(run)
-        if there:
-            yield numbers[0], len(numbers)
+        yield there, numbers[0], len(numbers)

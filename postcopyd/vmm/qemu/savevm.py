@@ -14,6 +14,8 @@ looked at for two marks, and otherwise passed on as it is.
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
 from collections.abc import Iterable, Iterator
 
 from postcopyd.vmm import VmmError
@@ -22,7 +24,8 @@ PAGE = 4096
 BEGIN = b"QEVM" + (3).to_bytes(4, "big")
 EOF, SECTION_START, SECTION_END, FULL, DESCRIPTION, CONFIGURATION = 0, 1, 3, 4, 6, 7
 FOOTER = 0x7E
-ZERO, SIZES, WHOLE, END = 0x02, 0x04, 0x08, 0x10  # what a record of RAM is, in its lowest bits
+# What a record of RAM is, in its lowest bits; CONTINUE: of the same block as the record before.
+ZERO, SIZES, WHOLE, END, CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
 RAM_VERSION = 4
 RAM = 1 << 30  # the section's number: no other section's, and not 0, which those have before theirs
 
@@ -35,11 +38,12 @@ RUN_STATE = struct.Struct(">I32s")
 def stream(
     machine: str,
     sizes: Iterable[tuple[str, int]],
-    pages: Iterable[tuple[str, int, bytes]],
+    pages: Iterable[tuple[str, int, bytes | int]],
     saved: bytes,
 ) -> Iterator[bytes]:
     """The rest of the stream, after `BEGIN`: `sizes` of all blocks by name, in bytes; `pages` of
-    some, each with its offset. Raises VmmError for what is no device state."""
+    some, each with its offset, or how many pages of zeros begin there. Raises VmmError for what is
+    no device state."""
     if not saved.startswith(BEGIN) or not saved.endswith(bytes([EOF])):
         raise VmmError("QEMU has saved something else than the state of its devices")
     kind = machine.encode()
@@ -60,13 +64,25 @@ def stream(
         ]
     )
     for name, offset, page in pages:
-        if page:
+        if isinstance(page, bytes):
             yield struct.pack(">Q", offset | WHOLE) + _counted(name) + page
         else:
             yield struct.pack(">Q", offset | ZERO) + _counted(name) + b"\0"
+            yield _zeros(offset + PAGE, page - 1)
     yield struct.pack(">Q", END) + struct.pack(">BI", FOOTER, RAM)
     yield saved[len(BEGIN) :]
     yield struct.pack(">BI", DESCRIPTION, 0)
+
+
+def _zeros(offset: int, count: int) -> bytes:
+    """Records of so many pages. A display has thousands, and the guest stands still meanwhile."""
+    words = array("Q", range(offset | ZERO | CONTINUE, offset + count * PAGE, PAGE))
+    if sys.byteorder == "little":
+        words.byteswap()
+    raw, records = words.tobytes(), bytearray(count * 9)
+    for byte in range(8):
+        records[byte::9] = raw[byte::8]
+    return bytes(records)
 
 
 def with_run_state(saved: bytes, run_state: str) -> bytes:
