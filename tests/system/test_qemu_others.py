@@ -17,6 +17,7 @@ from test_qemu_driver import Tape, adopt
 from postcopyd.vmm import VmmError
 from postcopyd.vmm.qemu.driver import QemuVmm
 from postcopyd.vmm.qemu.qmp import QmpRefused
+from postcopyd.vmm.qemu.settings import MOVED
 
 SLOW = 1 << 20  # bytes a second, of a save that shall not end by itself
 
@@ -242,6 +243,32 @@ async def test_a_daemon_that_died_in_a_save_leaves_no_save_without_ram(
     else:
         assert "somebody else has moved or saved it" in await again.rollback()
         assert await machine.state() == "postmigrate"
+
+
+@pytest.mark.parametrize("daemon", ["lives", "again"])
+async def test_a_guest_that_left_and_is_run_again(lab: Lab, qemu: int, daemon: str) -> None:
+    """Its QEMU was kept. Others may save it once somebody has run it, not before."""
+    machine = lab.start(qemu)
+    driver = await lab.drive(machine)
+    await driver.prepare()
+    with trio.fail_after(20):
+        await driver.save(Tape().send, lambda: None)
+        await driver.finish(keep=True)
+    if daemon == "again":
+        await driver.aclose()
+        await machine.ask("cont")
+        driver = await lab.drive(machine)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(driver.gone)
+        if daemon == "lives":
+            await trio.sleep(0.1)
+            assert (await settings(machine))[2] == MOVED
+            await machine.ask("cont")
+        with trio.fail_after(10):
+            while (await settings(machine))[2]:
+                await trio.sleep(0.02)
+        nursery.cancel_scope.cancel()
+    assert await machine.state() == "running"
 
 
 async def test_somebody_who_runs_it_after_its_save_is_seen(lab: Lab, qemu: int) -> None:

@@ -412,6 +412,22 @@ async def test_order_of_a_save(tmp_path: Path) -> None:
     assert "xen-save-devices-state" not in monitor.heard
 
 
+async def test_what_forbids_a_move_as_the_guest_is_saved(tmp_path: Path) -> None:
+    """It came between the look and the save, which QEMU has survived: the guest goes on here."""
+    async with lying(tmp_path) as (monitor, path):
+        vmm = await QemuVmm.connect("web1", path)
+
+        def save(asked: object) -> object:
+            monitor.answers["query-migrate"] = {"blocked-reasons": ["a folder is mounted"]}
+            return {}
+
+        monitor.answers["xen-save-devices-state"] = save
+        monitor.aside = monitor.line({"event": "STOP"})
+        with pytest.raises(VmmError, match="a folder is mounted"):
+            await saved(vmm)
+        await vmm.aclose()
+
+
 async def test_who_waits_for_a_greeting_keeps_nobody_waiting(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -67,6 +67,7 @@ class Qemu(Vmm):
         # What the guest did when it was last looked at.
         self._seen: Literal["running", "paused"] | None = None
         self._moved = False  # by this driver's migration, at its last stop
+        self._kept = False  # whether the guest has left, and no migration of this driver has begun
         self._resumes: Events | None = None  # since `save`
         self._last_words = qmp.last(*farewell.EVENTS)
         self._made: list[int] | None = None  # userfaultfds in QEMU, by `adopt`
@@ -100,7 +101,9 @@ class Qemu(Vmm):
                         f"not the QEMU of {name}, whose vCPU it says is thread {cpu.thread_id}: "
                         f"name a monitor of QEMU's own, with nothing in between."
                     )
-            return cls(name, socket, qmp, qmp.pid, pidfd)
+            made = cls(name, socket, qmp, qmp.pid, pidfd)
+            made._kept = True  # if a previous daemon had moved it
+            return made
         except BaseException:
             qmp.close()
             raise
@@ -208,6 +211,7 @@ class Qemu(Vmm):
     async def _look(self) -> str:
         """Notes what the guest does before the driver changes it, and returns QEMU's word for that.
         Raises VmmError when somebody else moves or saves it, or when it does neither."""
+        self._kept = False
         now = await self._now()
         stands = now.run_state in PAUSED | STOPPED_BY_ITSELF
         if not now.migration.over or not (now.live(self._qmp.version) or stands):

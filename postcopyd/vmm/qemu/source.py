@@ -171,12 +171,7 @@ class Leaving(Qemu):
                 crew.start_soon(listen)
                 migration = await self._hold()
                 crew.cancel_scope.cancel()
-            if migration.blocked_reasons:  # QEMU itself would end
-                raise VmmError(
-                    f"The guest {self.name} cannot be moved any more, says its QEMU: "
-                    f"{plain(migration.blocked_reasons[0]).rstrip('.')}. See that it can, and "
-                    f"migrate again."
-                )
+            self._must_be_movable(migration)  # of others QEMU ends in the save
             saved, present = await self._saved()
             while (event := events.take()) is not None:
                 hear(event)
@@ -202,6 +197,14 @@ class Leaving(Qemu):
             whole = b"".join(savevm.stream(machine, sizes, pages, saved))
         await send(whole)
 
+    def _must_be_movable(self, migration: Migration) -> None:
+        if migration.blocked_reasons:
+            raise VmmError(
+                f"The guest {self.name} cannot be moved any more, says its QEMU: "
+                f"{plain(migration.blocked_reasons[0]).rstrip('.')}. See that it can, and "
+                f"migrate again."
+            )
+
     async def _saved(self) -> tuple[bytes, list[Block]]:
         """What QEMU has saved, and its RAM blocks as they are now that nothing changes any more."""
         # Of a guest that runs QEMU has taken the disks. One before 10 ends when it gives up disks
@@ -210,10 +213,11 @@ class Leaving(Qemu):
         has_disks = sure or await qemu_disks.are_taken(self._qmp)
         filename = f"/dev/fdset/{self._fdset}"
         self._moved = True
-        done, table, _ = await self._qmp.execute_all(
+        done, table, migration, _ = await self._qmp.execute_all(
             [
                 ("xen-save-devices-state", {"filename": filename, "live": has_disks}),
                 ("x-query-ramblock", None),
+                ("query-migrate", None),
                 settings.parameters(tls_creds=MOVED),
             ],
             patience=STOP_SECONDS,
@@ -221,6 +225,8 @@ class Leaving(Qemu):
         )
         if isinstance(done, QmpRefused):
             raise VmmError(f"QEMU would not save the device state of {self.name}: {done.reason}.")
+        # What has been plugged or mounted since the last look may not be in what was saved.
+        self._must_be_movable(self._qmp.as_kind(Migration, migration, "`query-migrate`"))
         if isinstance(table, QmpRefused):
             raise table
         text = self._qmp.as_kind(Text, table, "`x-query-ramblock`").human_readable_text
@@ -378,7 +384,30 @@ class Leaving(Qemu):
 
     async def finish(self, keep: bool) -> None:
         """The guest runs elsewhere: ends this QEMU, or leaves it stopped, under the guard: by that
-        nobody takes it for a guest that is merely paused. Fine if it has ended."""
+        nobody takes it for a guest that is merely paused. Fine if it has ended. The guard goes when
+        somebody runs the guest again, as far as a daemon has it attached then, or later."""
         self._watch(on=False)
         if not keep:
             await self._end(FINISH_SECONDS)
+            return
+        self._kept = True
+        with suppress(PostcopydError):
+            await self._let_go()
+
+    async def _idle(self) -> None:
+        """As it reads, also waits until somebody runs a guest that has left and was kept."""
+        with suppress(PostcopydError):
+            await self._qmp.open(math.inf)
+            with self._qmp.events("RESUME") as resumed:
+                while True:
+                    if self._kept:
+                        await self._let_go()
+                    await resumed.next()
+
+    async def _let_go(self) -> None:
+        """Takes the guard from a guest that somebody has run since it left: it would keep others
+        from moving and saving it. Not from one of a migration that has begun meanwhile, as
+        `unguard` sends before it waits."""
+        now = await self._now()
+        if self._kept and now.guard == MOVED and now.live(self._qmp.version):
+            await self._settings.unguard()
