@@ -102,6 +102,32 @@ class Faults(msgspec.Struct, frozen=True, rename="camel"):
     histogram_us: dict[str, int]
 
 
+class Ram(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """One region of guest RAM as its VMM has it."""
+
+    name: str
+    kind: str  # a word of vmm.Kind
+    bytes: int
+    page_size: int  # bytes
+    path: str | None = None  # of a file
+
+
+class Found(msgspec.Struct, frozen=True, rename="camel"):
+    """A VMM as it was found, by what decides how its guest is moved."""
+
+    ram: tuple[Ram, ...]
+    device_state: str
+    """How it goes, in words of the driver."""
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """What a check has found: sentences, and the VMM here."""
+
+    problems: list[str]
+    warnings: list[str]
+    found: Found
+
+
 class Pass(msgspec.Struct, frozen=True, rename="camel"):
     """One pass: `dirty_pages` are those that the guest has written meanwhile."""
 

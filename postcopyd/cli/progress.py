@@ -125,6 +125,17 @@ def line(status: Object) -> str:
     return f"{status.get('vm', '')}: " + ", ".join(part for part in what if part)
 
 
+def found(what: Object) -> list[str]:
+    """What a VMM was found to be, as clauses."""
+    kinds = {"private": "private memory", "shared": "shared memory", "memfd": "a memfd"}
+    lines = []
+    for ram in what.get("ram", ()):
+        kind = ram.get("path") or kinds.get(ram["kind"], ram["kind"])
+        pages = f"{size(ram['bytes'])} in pages of {size(ram['pageSize'])}"
+        lines.append(f"guest RAM {ram['name']}, {pages}, {kind}")
+    return lines + [f"device state, {state}" for state in [what.get("deviceState")] if state]
+
+
 class View(Protocol):
     """Shows the states of a migration as they come; used with `with`."""
 

@@ -151,9 +151,11 @@ def attach(args: argparse.Namespace) -> int:
     driver = "qemu" if args.qemu else "process"
     # Absolute, as the daemon has another working directory.
     path = os.path.abspath(args.qemu or args.process)
-    status = _ask(args, "Attach", name=args.name, driver=driver, socket=path)["status"]
+    reply = _ask(args, "Attach", name=args.name, driver=driver, socket=path)
+    status = reply["status"]
     if args.json:
-        progress.emit(status)
+        found = {"found": reply["found"]} if "found" in reply else {}
+        progress.emit({**status, **found})
     else:
         print(progress.line(status), flush=True)
     return DONE
@@ -168,10 +170,9 @@ def check(args: argparse.Namespace) -> int:
     reply = _ask(args, "Check", name=args.name, to=str(args.to), unsafe=args.unsafe)
     problems, warnings = reply["problems"], reply.get("warnings", [])
     if args.json:
-        said = {"problems": problems, "warnings": warnings}
-        progress.emit({"event": "checked", "vm": args.name, "to": str(args.to), **said})
+        progress.emit({"event": "checked", "vm": args.name, "to": str(args.to), **reply})
         return FAILED if problems else DONE
-    for sentence in (*problems, *warnings):
+    for sentence in (*progress.found(reply.get("found", {})), *problems, *warnings):
         print(f"{args.name}: {sentence}", flush=True)
     if not problems:
         print(f"{args.name}: nothing stands in the way of a migration to {args.to}", flush=True)

@@ -22,7 +22,7 @@ from msgspec import to_builtins
 from postcopyd import __version__, names
 from postcopyd.config.options import parse_address
 from postcopyd.errors import PostcopydError, shortage
-from postcopyd.model import Decision, DriverName, MigrateRequest, Status
+from postcopyd.model import Checked, Decision, DriverName, Found, MigrateRequest, Status
 from postcopyd.varlink import server
 from postcopyd.varlink.idl import Interface, parse_interface
 
@@ -37,9 +37,11 @@ class Daemon(Protocol):
     which misses the states between. It ends when the VM is let go, if at all.
     """
 
-    async def attach(self, name: str, driver: DriverName, socket: str) -> Status: ...
+    async def attach(
+        self, name: str, driver: DriverName, socket: str
+    ) -> tuple[Status, Found | None]: ...
     async def detach(self, name: str) -> None: ...
-    async def check(self, name: str, to: str, unsafe: bool) -> tuple[list[str], list[str]]: ...
+    async def check(self, name: str, to: str, unsafe: bool) -> Checked: ...
     async def migrate(self, name: str, request: MigrateRequest) -> str: ...
     async def cancel(self, name: str) -> None: ...
     async def recover(self, name: str, to: str | None) -> None: ...
@@ -70,8 +72,8 @@ class Control:
             raise _invalid(f"cannot attach a VM as {name!r:.80}: {why}")
         if not os.path.isabs(path) or "\0" in path:
             raise _invalid(f"cannot attach {name}: {path!r} has to be an absolute path")
-        status = await self._daemon.attach(name, call.parameters["driver"], path)
-        return {"status": to_builtins(status)}
+        status, found = await self._daemon.attach(name, call.parameters["driver"], path)
+        return {"status": to_builtins(status), **({"found": to_builtins(found)} if found else {})}
 
     async def detach(self, call: server.Call) -> None:
         await self._daemon.detach(call.parameters["name"])
@@ -79,8 +81,8 @@ class Control:
     async def check(self, call: server.Call) -> Mapping[str, Any]:
         to = str(parse_address(call.parameters["to"]))
         name, unsafe = call.parameters["name"], call.parameters.get("unsafe", False)
-        problems, warnings = await self._daemon.check(name, to, unsafe)
-        return {"problems": problems, "warnings": warnings}
+        checked: Mapping[str, Any] = to_builtins(await self._daemon.check(name, to, unsafe))
+        return checked
 
     async def migrate(self, call: server.Call) -> Mapping[str, Any]:
         given = call.parameters

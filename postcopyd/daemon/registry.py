@@ -14,7 +14,7 @@ import gc
 import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager, closing, suppress
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,10 @@ import trio
 from postcopyd import vmm
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
-from postcopyd.model import DriverName, MigrateRequest, Status
+from postcopyd.model import Checked, DriverName, Found, MigrateRequest, Status
 from postcopyd.records import locks
 from postcopyd.sessions import hugepages, losses
+from postcopyd.sessions.found import found
 from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import DAEMON, Vm
 from postcopyd.source.drain import UNWRITTEN
@@ -58,9 +59,12 @@ class Registry:
 
     # --- VMs -----------------------------------------------------------------------------------
 
-    async def attach(self, name: str, driver: DriverName, socket: str) -> Status:
-        """A VM whose VMM has ended may be attached again. Raises PostcopydError for a VM whose VMM
-        is attached: it has to be detached first."""
+    async def attach(
+        self, name: str, driver: DriverName, socket: str
+    ) -> tuple[Status, Found | None]:
+        """A VM whose VMM has ended may be attached again. What was found is None for a VMM that
+        could not be looked at. Raises PostcopydError for a VM whose VMM is attached: it has to be
+        detached first."""
         if (known := self.vms.get(name)) is not None:
             await known.ended()
         self._attachable(name, socket)
@@ -88,8 +92,8 @@ class Registry:
         self.spawn(vm, self._follow, vm, connected)
         vm.show(**({"message": "attached, no migration"} if vm.status.phase == "idle" else {}))
         log.info("attached", vm=name, driver=driver, socket=socket)
-        await self._say_whether_fit(vm, connected)
-        return vm.status
+        seen = await self._say_whether_fit(vm, connected)
+        return vm.status, seen
 
     def _attachable(self, name: str, socket: str) -> Vm | None:
         """The VM of this name, if it is known here and may be attached. Raises PostcopydError."""
@@ -120,23 +124,24 @@ class Registry:
                 )
         return known
 
-    async def _say_whether_fit(self, vm: Vm, driver: vmm.Vmm) -> None:
-        """Warns of what stands in the way of a migration of a VM that was just attached. That is no
-        error: it may change before the migration."""
+    async def _say_whether_fit(self, vm: Vm, driver: vmm.Vmm) -> Found | None:
+        """Warns of what stands in the way of a migration of a VM that was just attached, and
+        returns what was found. That is no error: it may change before the migration."""
         try:
-            shape = await driver.inspect("source")
-            shape.close()
+            with closing(await driver.inspect("source")) as shape:
+                seen = found(driver, shape)
             if shape.state == "incoming":
                 shape = await driver.inspect("destination")
                 shape.close()
         except PostcopydError as error:
             log.warning("not looked at", vm=vm.name, error=str(error))
-            return
+            return None
         if shape.problems:
             why = "; ".join(shape.problems)
             log.warning("not fit to be migrated", vm=vm.name, why=why)
             if vm.status.phase == "idle" and vm.claimed_by is None:
                 vm.show(message=f"attached, and cannot be migrated as it is now: {why}")
+        return seen
 
     async def detach(self, name: str) -> None:
         vm = self.vm(name)
@@ -253,7 +258,7 @@ class Registry:
 
     # --- leaving -------------------------------------------------------------------------------
 
-    async def check(self, name: str, to: str, unsafe: bool = False) -> tuple[list[str], list[str]]:
+    async def check(self, name: str, to: str, unsafe: bool = False) -> Checked:
         vm = self.vm(name)
         await vm.ended()
         self._must_be_whole(vm)

@@ -22,8 +22,9 @@ import trio
 
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
-from postcopyd.model import MigrateRequest
+from postcopyd.model import Checked, MigrateRequest
 from postcopyd.sessions import hugepages
+from postcopyd.sessions.found import found
 from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
 from postcopyd.source import offer, precopy, recovery
@@ -122,14 +123,17 @@ class SourceSession:
         self._recovery = Recovery(self.migration, guest, self._rollback)
         return guest
 
-    async def check(self) -> tuple[list[str], list[str]]:
-        """What would prevent the migration, on both hosts, and what would make it another one than
-        was asked for. Touches nothing. Raises PostcopydError, also when it was cancelled."""
+    async def check(self) -> Checked:
+        """What would prevent the migration, on both hosts, what would make it another one than was
+        asked for, and what is to be moved. Touches nothing. Raises PostcopydError, also when it was
+        cancelled."""
         migration = self.migration
         with migration.cancelling:
             try:
-                problems = await offer.problems(migration, await self._inspected())
-                return problems, migration.figures.warnings
+                shape = await self._inspected()
+                here = found(migration.vm.attached(), shape)
+                problems = await offer.problems(migration, shape)
+                return Checked(problems, migration.figures.warnings, here)
             finally:
                 with trio.CancelScope(shield=True):
                     await self._close()

@@ -33,6 +33,10 @@ from postcopyd.names import plain
 State = Literal["running", "paused", "incoming"]
 Role = Literal["source", "destination"]
 
+Kind = Literal["private", "shared", "memfd", "file"]
+"""Of guest RAM: memory of the VMM's own, or a private mapping of hugetlbfs; shared anonymous
+memory; a memfd; a file with a name."""
+
 
 class VmmError(PostcopydError):
     """The VMM refused what was asked, or failed at it; the connection to it still works."""
@@ -79,6 +83,18 @@ class Region:
     def size(self) -> int:
         """Bytes."""
         return self.pages * self.page_size
+
+    @property
+    def backing(self) -> tuple[Kind, str]:
+        """Its kind, and the path of a file that has one. Raises OSError."""
+        if self.fd is None:
+            return "private", ""
+        path = os.readlink(f"/proc/self/fd/{self.fd}")
+        if path.startswith("/memfd:"):
+            return "memfd", ""
+        if path.startswith(("/dev/zero", "/SYSV")):
+            return "shared", ""
+        return "file", path
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,7 @@ class Vmm(abc.ABC):
 
     name: str  # the VM's, as on the command line
     kind: str  # "qemu" or "process"
+    device_state: str  # how it goes, for people: "saved by ..."
     socket: str
     pid: int  # of the VMM's process
 

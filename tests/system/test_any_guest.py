@@ -30,7 +30,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "prealloc": {"ram_kind": "ram", "ram_options": ",prealloc=on"},
     # Locked is what QEMU itself has too, most of all a gigabyte for translated code.
     "locked": {"options": ("-overcommit", "mem-lock=on"), "accel": "tcg,thread=multi,tb-size=32"},
-    "nodes of a file": {"backends": 2},
+    "nodes of a file": {"ram_kind": "file", "backends": 2},
     "hugetlbfs": {
         "ram_kind": "memfd",
         "ram_options": ",hugetlb=on,hugetlbsize=2M,share=off",
@@ -39,6 +39,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "VGA": {"options": ("-device", "VGA")},
     "virtio-vga": {"options": ("-device", "virtio-vga")},
     "i440FX": {"machine": "pc"},
+}
+FOUND = {
+    "memfd": ("memfd", 4096),
+    "shared": ("shared", 4096),
+    "nodes of a file": ("file", 4096),
+    "hugetlbfs": ("private", 2 * MIB),
 }
 IN_TEST = {"ram", "hugetlbfs"}
 KINDS = [
@@ -82,6 +88,9 @@ async def test_kinds(
         await it.boot()
         for mode in ("hybrid", "postcopy"):
             await it.wait_for_it()
+            found = (await it.here.call("Check", name=VM, to=it.there.address))["found"]
+            here = FOUND.get(kind, ("private", 4096))
+            assert {(ram["kind"], ram["pageSize"]) for ram in found["ram"]} == {here}, found
             await it.move(mode=mode)
 
 

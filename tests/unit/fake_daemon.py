@@ -7,10 +7,11 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
+import msgspec
 import trio
 
 from postcopyd.errors import PostcopydError
-from postcopyd.model import MigrateRequest
+from postcopyd.model import Checked, Found, MigrateRequest, Ram
 
 Status = dict[str, Any]
 """As clients see it, which may be what no daemon of this version says."""
@@ -41,6 +42,12 @@ RESULT = {
     "bytesPerSecond": 907000000,
     "recoveries": 0,
 }
+
+FOUND = Found(
+    (Ram("pc.ram", "private", 1 << 30, 4096), Ram("dimm", "file", 4 << 20, 2 << 20, "/dev/huge/a")),
+    "by hand",
+)
+FOUND_JSON = msgspec.json.decode(msgspec.json.encode(FOUND))
 
 
 class FakeDaemon:
@@ -78,12 +85,12 @@ class FakeDaemon:
             raise PostcopydError(f"no VM {name} is attached here", "NoSuchVm")
         return self.vms[name]
 
-    async def attach(self, name: str, driver: str, socket: str) -> Status:
+    async def attach(self, name: str, driver: str, socket: str) -> tuple[Status, Found]:
         if self.hold is not None:
             await self.hold.wait()
         self.asked.append(("attach", name, driver, socket))
         self.put(name, driver=driver)
-        return self._find(name)
+        return self._find(name), FOUND
 
     async def detach(self, name: str) -> None:
         self._find(name)
@@ -91,10 +98,10 @@ class FakeDaemon:
         del self.vms[name]
         self._tell()
 
-    async def check(self, name: str, to: str, unsafe: bool) -> tuple[list[str], list[str]]:
+    async def check(self, name: str, to: str, unsafe: bool) -> Checked:
         self._find(name)
         self.asked.append(("check", name, to, *(["unsafe"] if unsafe else [])))
-        return self.problems, self.warnings
+        return Checked(self.problems, self.warnings, FOUND)
 
     async def migrate(self, name: str, request: MigrateRequest) -> str:
         self._find(name)

@@ -231,6 +231,7 @@ class FakeDriver(Vmm):
     """One daemon's connection to a FakeVmm."""
 
     kind = "process"
+    device_state = "as a fake one"
 
     def __init__(self, name: str, vmm: FakeVmm) -> None:
         self.name, self.socket, self.pid = name, vmm.socket, vmm.pid

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from fake_daemon import FAULTS, RESULT, FakeDaemon
+from fake_daemon import FAULTS, FOUND_JSON, RESULT, FakeDaemon
 
 import postcopyd.daemon
 from postcopyd import units
@@ -294,20 +294,29 @@ async def test_the_short_verbs(tmp_path: Path) -> None:
         ran = await h.run("attach", "web1", "--qemu", "qmp.sock")
         assert (ran.status, ran.out) == (0, "web1: idle, web1 runs here\n")
         ran = await h.run("attach", "db", "--process", "/s", "--json")
-        assert ran.objects[0]["vm"] == "db"
+        assert (ran.objects[0]["vm"], ran.objects[0]["found"]) == ("db", FOUND_JSON)
         ran = await h.run("check", "web1", "--to", "host2")
+        found = (
+            "web1: guest RAM pc.ram, 1.0 GiB in pages of 4.0 KiB, private memory\n"
+            "web1: guest RAM dimm, 4.0 MiB in pages of 2.0 MiB, /dev/huge/a\n"
+            "web1: device state, by hand\n"
+        )
         assert (ran.status, ran.out) == (
             0,
-            "web1: nothing stands in the way of a migration to host2:16525\n",
+            f"{found}web1: nothing stands in the way of a migration to host2:16525\n",
         )
         h.daemon.problems = ["host2 has too little memory: free some"]
         ran = await h.run("check", "web1", "--to", "host2")
-        assert (ran.status, ran.out) == (1, "web1: host2 has too little memory: free some\n")
+        assert (ran.status, ran.out) == (
+            1,
+            f"{found}web1: host2 has too little memory: free some\n",
+        )
         ran = await h.run("check", "web1", "--to", "host2", "--json")
         assert (ran.status, ran.objects[-1]["problems"]) == (1, h.daemon.problems)
+        assert ran.objects[-1]["found"] == FOUND_JSON
         h.daemon.problems, h.daemon.warnings = [], ["postcopy alone"]
         ran = await h.run("check", "web1", "--to", "host2")
-        assert (ran.status, ran.out.splitlines()[0]) == (0, "web1: postcopy alone")
+        assert (ran.status, ran.out.splitlines()[-2]) == (0, "web1: postcopy alone")
         ran = await h.run("check", "web1", "--to", "host2", "--json")
         assert (ran.status, ran.objects[-1]["warnings"]) == (0, h.daemon.warnings)
         assert "NAME" not in (await h.run("status")).out

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from fake_daemon import FAULTS, RESULT, FakeDaemon
+from fake_daemon import FAULTS, FOUND_JSON, RESULT, FakeDaemon
 from needs import package
 
 from postcopyd.control import methods
@@ -91,7 +91,10 @@ def test_the_documented_objects_match_the_interface() -> None:
     daemon = FakeDaemon("web1")
     daemon.put("web1", result=RESULT, faults=FAULTS, mode="postcopy", elapsedMs=1.5)
     for name in ("Status", "Watch", "Attach"):
-        shipped.check(shipped.methods[name].output, {"status": daemon.vms["web1"]})
+        more = {"found": FOUND_JSON} if name == "Attach" else {}
+        shipped.check(shipped.methods[name].output, {"status": daemon.vms["web1"], **more})
+    checked = {"problems": [], "warnings": [], "found": FOUND_JSON}
+    shipped.check(shipped.methods["Check"].output, checked)
 
 
 def test_another_parser_reads_the_interface() -> None:
@@ -115,6 +118,7 @@ async def test_each_method_reaches_the_daemon(tmp_path: Path) -> None:
         assert await ask(path, "Check", name="db", to="host2") == {
             "problems": [],
             "warnings": [],
+            "found": FOUND_JSON,
         }
         assert await ask(path, "Migrate", name="db", to="[::1]:7") == {"migration": "m1"}
         more = {"mode": "postcopy", "bandwidth": 5, "precopyPasses": 0, "maxDowntimeMs": 30}
@@ -321,7 +325,7 @@ async def test_the_asyncvarlink_package_drives_it(tmp_path: Path) -> None:
             check = call("io.postcopyd.Check", {"name": "web1", "to": "host2"})
             status = call("io.postcopyd.Status", {"name": "web1"})
             replies = await asyncio.gather(protocol.call(check), protocol.call(status))
-            assert replies[0][0].parameters == {"problems": [], "warnings": []}
+            assert replies[0][0].parameters["problems"] == []
             assert replies[1][0].parameters["status"]["vm"] == "web1"
             watch = call("io.postcopyd.Watch", {"name": "web1"}, more=True)
             follow = protocol.call_more(watch)

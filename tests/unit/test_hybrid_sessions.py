@@ -383,11 +383,12 @@ async def test_check_says_that_there_would_be_no_passes(
     """It is no problem, and an operator may want to know."""
     kernel_says(written=written)
     async with world(tmp_path, {}) as made, made.network() as port:
-        problems, warnings = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
+        said = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
         await trio.sleep(1)
-    assert problems == []
-    assert len(warnings) == bool(written)
-    assert all("postcopy alone" in one and "huge page that was split" in one for one in warnings)
+    assert said.problems == []
+    assert len(said.warnings) == bool(written)
+    for one in said.warnings:
+        assert "postcopy alone" in one and "huge page that was split" in one
 
 
 async def test_precopy_without_tracking(tmp_path: Path, clock: Clock) -> None:

@@ -619,7 +619,8 @@ async def test_check_touches_nothing(tmp_path: Path, clock: Clock) -> None:
         made.destination.vmm.problems = ("it has no shared memory",)
         before = [host.vm.status for host in made.hosts.values()]
         async with made.network() as port:
-            problems, _ = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
-        assert problems == ["it has no shared memory"]
+            said = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
+        assert said.problems == ["it has no shared memory"]
+        assert [(ram.kind, ram.page_size) for ram in said.found.ram] == [("memfd", 4096)] * 2
         assert [host.vm.status for host in made.hosts.values()] == before
         assert (made.source.vmm.state, made.destination.vmm.state) == ("running", "incoming")

@@ -48,6 +48,7 @@ class ProcessVmm(Asked):
     """A cooperating VMM; see `Vmm` for what each method promises."""
 
     kind = "process"
+    device_state = "saved and loaded by the VMM itself"
 
     # --- both sides
 
