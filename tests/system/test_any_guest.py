@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from guests import qemu as q
 from needs import missing
 from pair import MIB
 from qemu_pair import VM, own_monitor, qemu_pair
-from qemus import EACH_QEMU, module_folder
+from qemus import EACH_QEMU, QEMUS, module_folder
 
+from postcopyd.host import procfs
 from postcopyd.vmm.qemu.qmp import Qmp
 
 pytestmark = pytest.mark.trio
@@ -261,3 +263,65 @@ async def test_a_guest_that_does_not_run(
                 while before.disk_ops >= (await it.guest.report()).disk_ops:
                     pass
                 await it.check()
+
+
+@contextmanager
+def sampled(take: Callable[[], int]) -> Iterator[list[int]]:
+    """Samples, as many as a thread of its own can take, from before the first to after the last."""
+    samples, done = [take()], threading.Event()
+
+    def run() -> None:
+        while not done.wait(0.001):
+            samples.append(take())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of a process's memory that are of no file."""
+    return int(procfs.status(pid)["RssAnon"].split()[0]) << 10
+
+
+def memfds(pid: int) -> int:
+    """Bytes in memory that a process has only descriptors of."""
+    allocated = 0
+    for number, link in procfs.descriptors(pid).items():
+        if link.startswith("/memfd:"):
+            with suppress(OSError):  # closed since
+                allocated += os.stat(f"/proc/{pid}/fd/{number}").st_blocks * 512
+    return allocated
+
+
+@pytest.mark.long
+async def test_memory_at_the_destination(folder: Path, boot: tuple[Path, Path]) -> None:
+    """QEMU and daemon together never have more than the guest's RAM and a fiftieth of it."""
+    size, work = 2048 * MIB, q.Workload(test_mb=1792, rate=2000)
+    small = {"accel": "tcg,thread=multi,tb-size=16"}  # QEMU's own memory is not in question
+    config = chosen(QEMUS[-1], memory=size, workload=work, **small)
+    async with qemu_pair(folder, boot, **config) as it:
+        await it.boot()
+        there = (await it.wait_for_it()).pid
+        assert it.there.process is not None
+        daemon = it.there.process.pid
+
+        def held() -> int:
+            # In this order, as pages go from the one to the other.
+            return anonymous(there) + anonymous(daemon) + memfds(daemon)
+
+        with sampled(lambda: memfds(daemon)) as staged, sampled(held) as samples:
+            result = await it.here.migrate(VM, it.there, mode="hybrid")
+        assert result["event"] == "completed", result
+        it.moves += 1
+        await it.check()
+    memory = result["memory"]
+    carried = (memory["pages"] - memory["zeroPages"]) * memory["pageSize"]
+    print(f"carried {carried}, most {max(samples) - samples[0]}, {len(samples)} samples")
+    assert max(staged) > carried // 2  # else this says nothing
+    assert carried < max(samples) - samples[0] <= size * 1.02
+    assert max(samples) - samples[0] <= carried * 1.02
