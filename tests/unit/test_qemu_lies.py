@@ -407,8 +407,8 @@ async def test_order_of_a_save(tmp_path: Path) -> None:
         with pytest.raises(VmmError, match="it has an nvme"):
             await saved(vmm)
         await vmm.aclose()
-    last = monitor.heard[-3:]
-    assert last == ["migrate-set-parameters", "stop", "query-migrate"]
+    last = monitor.heard[-4:]
+    assert last == ["migrate-set-parameters", "stop", "query-migrate", "x-query-ramblock"]
     assert "xen-save-devices-state" not in monitor.heard
 
 

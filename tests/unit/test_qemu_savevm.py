@@ -23,9 +23,10 @@ SAVED = savevm.BEGIN + b"\x04\0\0\0\x01" + STATE + b"\x7e\0\0\0\x01\0"
 
 def whole(saved: bytes = SAVED) -> bytes:
     page = b"p" * savevm.PAGE
-    pages = [("bios", 0x1000, page), ("bios", 0x2000, 3)]
-    sizes = [("ram0", 1 << 33), ("bios", 0x5000)]
-    return b"".join(savevm.stream("pc-q35-7.2", sizes, pages, saved))
+    pages = [("bios", 0x1000, page), ("bios", 0x2000, b"")]
+    sizes = [("ram0", 1 << 33), ("bios", 0x3000)]
+    opening = savevm.opening("pc-q35-7.2", sizes, [("bios", 3)])
+    return opening + b"".join(savevm.memory(pages)) + savevm.devices(saved)
 
 
 def test_stream() -> None:
@@ -33,16 +34,20 @@ def test_stream() -> None:
     ram = "40000000"
     assert whole() == b"".join(
         [
+            savevm.BEGIN,
             bytes.fromhex("07 0000000a") + b"pc-q35-7.2",
             bytes.fromhex(f"01 {ram} 03") + b"ram" + bytes.fromhex("00000000 00000004"),
-            bytes.fromhex("0000000200005004"),
+            bytes.fromhex("0000000200003004"),
             b"\x04ram0" + bytes.fromhex("0000000200000000"),
-            b"\x04bios" + bytes.fromhex("0000000000005000"),
+            b"\x04bios" + bytes.fromhex("0000000000003000"),
+            bytes.fromhex(f"0000000000000010 7e {ram}"),
+            bytes.fromhex(f"02 {ram}"),
+            bytes.fromhex("0000000000000002") + b"\x04bios\0",
+            bytes.fromhex("0000000000001022 00 0000000000002022 00"),
             bytes.fromhex(f"0000000000000010 7e {ram}"),
             bytes.fromhex(f"03 {ram}"),
             bytes.fromhex("0000000000001008") + b"\x04bios" + b"p" * 4096,
             bytes.fromhex("0000000000002002") + b"\x04bios\0",
-            bytes.fromhex("0000000000003022 00 0000000000004022 00"),
             bytes.fromhex(f"0000000000000010 7e {ram}"),
             SAVED[8:],
             bytes.fromhex("06 00000000"),
@@ -73,11 +78,11 @@ def test_what_is_no_device_state(saved: bytes) -> None:
 )
 def test_blocks_that_cannot_be(block: tuple[str, int]) -> None:
     with pytest.raises(VmmError, match="RAM"):
-        b"".join(savevm.stream("pc", [("ram0", 1 << 30), block], [], SAVED))
+        savevm.opening("pc", [("ram0", 1 << 30), block], [])
 
 
 def test_a_name_is_counted_in_bytes() -> None:
-    made = b"".join(savevm.stream("pc", [("\u00e9" * 127, 4096)], [], SAVED))
+    made = savevm.opening("pc", [("\u00e9" * 127, 4096)], [])
     assert b"\xfe" + "\u00e9".encode() * 127 + (4096).to_bytes(8, "big") in made
 
 
@@ -198,10 +203,10 @@ def test_pages_of_large_blocks(two_blocks: tuple[Block, Block]) -> None:
     found = list(blocks.pages(os.getpid(), list(two_blocks), sparse))
     own = {offset: page for name, offset, page in found if name == "own"}
     shared = {offset: page for name, offset, page in found if name == "shared"}
-    assert own.pop(2 * 4096) == shared[2 * 4096] == b"\1" + bytes(4095)
-    zeros = [page for page in own.values() if isinstance(page, int)]
-    assert len(own) == len(zeros)
-    assert 1 + sum(zeros) == len(shared) == LARGE // 4096  # a page that is not told of may be stale
+    assert own[2 * 4096] == shared[2 * 4096] == b"\1" + bytes(4095)
+    assert len(own) < LARGE // 4096 == len(shared)
+    # Where one is not told of, the destination may have another.
+    assert blocks.zeros(list(two_blocks), sparse) == [("own", LARGE // 4096)]
 
 
 def test_page_map_that_ends_early() -> None:

@@ -14,10 +14,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 from postcopyd.host import procfs
 from postcopyd.vmm.qemu.answers import Text
@@ -136,26 +134,29 @@ def sparse(pid: int, present: list[Block]) -> set[str]:
     }
 
 
-def pages(pid: int, small: list[Block], sparse: set[str]) -> Iterator[tuple[str, int, bytes | int]]:
-    """What is in these blocks, all of it: the block's name, the offset, and the page, or how many
-    pages of zeros begin there. Raises OSError."""
+def zeros(small: list[Block], sparse: set[str]) -> list[tuple[str, int]]:
+    """The blocks of which `pages` leaves out zeros, and how many pages each has."""
+    return [(block.name, _count(block)) for block in small if block.name in sparse]
+
+
+def pages(pid: int, small: list[Block], sparse: set[str]) -> Iterator[tuple[str, int, bytes]]:
+    """What is in these blocks, page by page: the block's name, the offset, the page, which is empty
+    where it has zeros. Of sparse blocks only what was ever touched: all else has zeros. Raises
+    OSError."""
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for block in small:
             if block.address is None:
                 continue
-            whole = [(True, 0, -(-block.used // PAGE))]
-            for touched, first, count in _runs(pagemap, block) if block.name in sparse else whole:
-                if not touched:
-                    yield block.name, first * PAGE, count
-                    continue
+            whole = [(0, _count(block))]
+            for first, count in _touched(pagemap, block) if block.name in sparse else whole:
                 data = os.pread(memory, count * PAGE, block.address + first * PAGE)
                 if len(data) < count * PAGE:
                     raise OSError(errno.EFAULT, f"{block.name} is not all there")
                 for at in range(0, len(data), PAGE):
                     page = data[at : at + PAGE]
-                    yield block.name, first * PAGE + at, 1 if page == _ZEROS else page
+                    yield block.name, first * PAGE + at, b"" if page == _ZEROS else page
     finally:
         os.close(memory)
         os.close(pagemap)
@@ -164,14 +165,20 @@ def pages(pid: int, small: list[Block], sparse: set[str]) -> Iterator[tuple[str,
 _ZEROS = bytes(PAGE)
 
 
-def _runs(pagemap: int, block: Block) -> Iterator[tuple[bool, int, int]]:
-    """Runs of pages: whether they are there, swapped ones too; the first, and how many. Private
-    memory that is not there has zeros."""
-    count = -(-block.used // PAGE)
+def _count(block: Block) -> int:
+    return -(-block.used // PAGE)
+
+
+def _touched(pagemap: int, block: Block) -> Iterator[tuple[int, int]]:
+    """Runs of pages that are there, swapped ones too: the first, and how many."""
+    size = _count(block) * ENTRY
     assert block.address is not None
-    entries = array("Q", os.pread(pagemap, count * 8, block.address // PAGE * 8))
-    if len(entries) < count:  # or what is not told of would be taken for zeros
+    entries = os.pread(pagemap, size, block.address // PAGE * ENTRY)
+    if len(entries) < size:  # or what is not told of would be taken for zeros
         raise OSError(errno.EFAULT, f"{block.name} is not all in the page map")
-    for there, run in groupby(range(len(entries)), lambda page: bool(entries[page] >> 62)):
-        numbers = list(run)
-        yield there, numbers[0], len(numbers)
+    for run in _THERE.finditer(entries[ENTRY - 1 :: ENTRY]):
+        yield run.start(), run.end() - run.start()
+
+
+ENTRY = 8  # bytes for a page in /proc/PID/pagemap: bit 63 is set of one in memory, 62 in swap
+_THERE = re.compile(rb"[\x40-\xff]+")  # of their last bytes

@@ -97,7 +97,14 @@ class Arriving(Qemu):
         with self._qmp.events("RESUME", "MIGRATION") as events:
             async with stream.opened(self._qmp) as ours, open_nursery() as crew:
                 await self._qmp.execute("migrate-incoming", arguments)
-                crew.start_soon(stream.feed, ours, receive, self._begun, self._nearly_loaded)
+                crew.start_soon(
+                    stream.feed,
+                    ours,
+                    receive,
+                    self._begun,
+                    lambda: self._takes_disks,
+                    self._nearly_loaded,
+                )
                 await self._loaded(events)
         if self._takes_disks and (disks := await qemu_disks.untaken(self._qmp)):
             raise VmmError(
@@ -118,9 +125,8 @@ class Arriving(Qemu):
         await self._tell(settings.parameters(tls_creds=ARRIVING))
 
     async def _nearly_loaded(self) -> None:
-        """QEMU waits for the last byte."""
-        if self._takes_disks:
-            await self._tell(settings.capabilities({LATE: False}))
+        """QEMU waits for the last byte, and is to take the disks with it."""
+        await self._tell(settings.capabilities({LATE: False}))
 
     async def _tell(self, command: settings.Command) -> None:
         with suppress(QmpClosed):  # `_loaded` hears of it too, and says so

@@ -3,9 +3,9 @@
 
 `xen-save-devices-state` (every build has it, and nothing of Xen is needed) saves the state of all
 devices, and no RAM. It is a migration stream without its beginning: QEMU's migration/savevm.c has
-the sections, migration/ram.c those of RAM. `stream` makes a whole one of it, by which the memory of
-small RAM blocks crosses, and none of guest RAM: a block that is named without pages is left as it
-is. QEMU itself compares names and sizes of all blocks with its own when it loads that.
+the sections, migration/ram.c those of RAM. A whole one is `opening`, `memory` and `devices`. By it
+the memory of small RAM blocks crosses, and none of guest RAM: a block that is named without pages
+is left as it is. QEMU itself compares names and sizes of all blocks with its own at the load.
 
 Knows bytes alone. What QEMU writes is the guest's as soon as the guest has taken QEMU over: it is
 looked at for two marks, and otherwise passed on as it is.
@@ -22,7 +22,8 @@ from postcopyd.vmm import VmmError
 
 PAGE = 4096
 BEGIN = b"QEVM" + (3).to_bytes(4, "big")
-EOF, SECTION_START, SECTION_END, FULL, DESCRIPTION, CONFIGURATION = 0, 1, 3, 4, 6, 7
+EOF, CONFIGURATION, DESCRIPTION = 0, 7, 6
+SECTION_START, SECTION_PART, SECTION_END, FULL = 1, 2, 3, 4
 FOOTER = 0x7E
 # What a record of RAM is, in its lowest bits; CONTINUE: of the same block as the record before.
 ZERO, SIZES, WHOLE, END, CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
@@ -35,54 +36,63 @@ GLOBALSTATE = b"\x0bglobalstate" + struct.pack(">II", 0, 1)
 RUN_STATE = struct.Struct(">I32s")
 
 
-def stream(
-    machine: str,
-    sizes: Iterable[tuple[str, int]],
-    pages: Iterable[tuple[str, int, bytes | int]],
-    saved: bytes,
-) -> Iterator[bytes]:
-    """The rest of the stream, after `BEGIN`: `sizes` of all blocks by name, in bytes; `pages` of
-    some, each with its offset, or how many pages of zeros begin there. Raises VmmError for what is
-    no device state."""
-    if not saved.startswith(BEGIN) or not saved.endswith(bytes([EOF])):
-        raise VmmError("QEMU has saved something else than the state of its devices")
+def opening(
+    machine: str, sizes: Iterable[tuple[str, int]], zeros: Iterable[tuple[str, int]]
+) -> bytes:
+    """The beginning, which can be loaded while the guest still runs: `sizes` of all blocks by name,
+    in bytes; blocks that are to have zeros where `memory` names no page, and how many pages each
+    has. Raises VmmError for sizes and names that QEMU cannot have."""
     kind = machine.encode()
-    yield struct.pack(">BI", CONFIGURATION, len(kind)) + kind
     blocks = list(sizes)
     total = sum(size for _, size in blocks)
     if total >= 1 << 63:
         raise VmmError(f"QEMU has {total} bytes of RAM, it says")
-    yield b"".join(
+    return b"".join(
         [
+            BEGIN,
+            struct.pack(">BI", CONFIGURATION, len(kind)) + kind,
             struct.pack(">BI", SECTION_START, RAM) + _counted("ram"),
             struct.pack(">II", 0, RAM_VERSION),
             struct.pack(">Q", total | SIZES),
             *(_counted(name) + struct.pack(">Q", size) for name, size in blocks),
-            struct.pack(">Q", END),
-            struct.pack(">BI", FOOTER, RAM),
-            struct.pack(">BI", SECTION_END, RAM),
+            END_OF_SECTION,
+            struct.pack(">BI", SECTION_PART, RAM),
+            *(_zeros(name, count) for name, count in zeros),
+            END_OF_SECTION,
         ]
     )
+
+
+END_OF_SECTION = struct.pack(">QBI", END, FOOTER, RAM)
+
+
+def memory(pages: Iterable[tuple[str, int, bytes]]) -> Iterator[bytes]:
+    """What follows: `pages` of blocks, each with its offset; an empty one has zeros."""
+    yield struct.pack(">BI", SECTION_END, RAM)
     for name, offset, page in pages:
-        if isinstance(page, bytes):
+        if page:
             yield struct.pack(">Q", offset | WHOLE) + _counted(name) + page
         else:
             yield struct.pack(">Q", offset | ZERO) + _counted(name) + b"\0"
-            yield _zeros(offset + PAGE, page - 1)
-    yield struct.pack(">Q", END) + struct.pack(">BI", FOOTER, RAM)
-    yield saved[len(BEGIN) :]
-    yield struct.pack(">BI", DESCRIPTION, 0)
+    yield END_OF_SECTION
 
 
-def _zeros(offset: int, count: int) -> bytes:
-    """Records of so many pages. A display has thousands, and the guest stands still meanwhile."""
-    words = array("Q", range(offset | ZERO | CONTINUE, offset + count * PAGE, PAGE))
+def devices(saved: bytes) -> bytes:
+    """The rest, of what QEMU has saved. Raises VmmError for what is no device state."""
+    if not saved.startswith(BEGIN) or not saved.endswith(bytes([EOF])):
+        raise VmmError("QEMU has saved something else than the state of its devices")
+    return saved[len(BEGIN) :] + struct.pack(">BI", DESCRIPTION, 0)
+
+
+def _zeros(name: str, count: int) -> bytes:
+    """Records of all pages of a block, with zeros. A display has thousands."""
+    words = array("Q", range(PAGE | ZERO | CONTINUE, count * PAGE, PAGE))
     if sys.byteorder == "little":
         words.byteswap()
-    raw, records = words.tobytes(), bytearray(count * 9)
+    raw, records = words.tobytes(), bytearray(len(words) * 9)
     for byte in range(8):
         records[byte::9] = raw[byte::8]
-    return bytes(records)
+    return struct.pack(">Q", ZERO) + _counted(name) + b"\0" + records
 
 
 def with_run_state(saved: bytes, run_state: str) -> bytes:

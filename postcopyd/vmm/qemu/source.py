@@ -11,6 +11,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import trio
@@ -40,6 +41,7 @@ CONT_SECONDS = 10.0  # for a guest that was stopped, and whose disks may still b
 DISK_LOCK_SECONDS = 5.0  # how long a destination that was just killed may still hold a disk
 POLL_SECONDS = 0.005
 SMALL_BLOCKS = 1 << 30  # bytes of all together; displays have most of it
+PAGES_AT_ONCE = 256
 LENT = "postcopyd-device-state"  # by this QEMU and whoever asks it know what was lent
 
 
@@ -89,13 +91,15 @@ class Leaving(Qemu):
                 f"looked at: leave it alone and migrate again."
             )
 
-    async def _hold(self) -> Migration:
-        """Sets the guard, then stops the guest: so a stop under the guard is this driver's."""
-        _, stopped, migration = await self._qmp.execute_all(
+    async def _hold(self, *more: settings.Command) -> tuple[Migration, list[Any]]:
+        """Sets the guard, then stops the guest: so a stop under the guard is this driver's. Returns
+        what QEMU says of migrations then, and its answers to `more`."""
+        _, stopped, migration, *answers = await self._qmp.execute_all(
             [
                 settings.parameters(tls_creds=STOPPED),
                 ("stop", None),
                 ("query-migrate", None),
+                *more,
             ],
             patience=STOP_SECONDS,
         )
@@ -107,7 +111,7 @@ class Leaving(Qemu):
                 f"Somebody else began to move or save the guest {self.name} just now: wait for "
                 f"the end of that and migrate again."
             )
-        return found
+        return found, answers
 
     async def _move_again(self, events: Events) -> bool:
         """Runs the guest after a stop by this driver, even in a cancelled task. Returns whether
@@ -153,7 +157,8 @@ class Leaving(Qemu):
             if self.before == "paused":
                 stopped()
             self._watch()
-            await send(savevm.BEGIN)
+            present = self._present(await self._qmp.execute("x-query-ramblock"))
+            await send(self._opening(present))
             told = self.before == "paused"
 
             def hear(event: dict[str, Any]) -> None:
@@ -169,10 +174,18 @@ class Leaving(Qemu):
 
             async with open_nursery() as crew:
                 crew.start_soon(listen)
-                migration = await self._hold()
+                migration, (table,) = await self._hold(("x-query-ramblock", {}))
                 crew.cancel_scope.cancel()
             self._must_be_movable(migration)  # of others QEMU ends in the save
-            saved, present = await self._saved()
+            if self._present(table) != present:
+                raise VmmError(
+                    f"The memory of the guest {self.name} beside its RAM has changed its size just "
+                    f"before it was handed over, as it does while a guest boots: migrate again."
+                )
+            # QEMU's own migration, too, ends with RAM before it begins with devices.
+            async with open_nursery() as crew:
+                crew.start_soon(self._send_memory, send, present)
+                saved = await self._saved()
             while (event := events.take()) is not None:
                 hear(event)
         if not told:
@@ -183,19 +196,7 @@ class Leaving(Qemu):
             )
         if run_state != "running":
             saved = savevm.with_run_state(saved, run_state)
-        small = [block for block in present if block.name not in self._guest_ram]
-        sizes = [(block.name, block.used) for block in present]
-        machine = self._machine.removesuffix("-machine")
-        if sum(block.used for block in small) > SMALL_BLOCKS:
-            raise VmmError(
-                f"The QEMU of {self.name} has more than {SMALL_BLOCKS >> 20} MiB of memory beside "
-                f"guest RAM, which would keep the guest stopped for long: take the device that "
-                f"has it (info ramblock) from the guest."
-            )
-        with looked_at(self.name, self.pid):
-            pages = ram_blocks.pages(self.pid, small, self._sparse)
-            whole = b"".join(savevm.stream(machine, sizes, pages, saved))
-        await send(whole)
+        await send(savevm.devices(saved))
 
     def _must_be_movable(self, migration: Migration) -> None:
         if migration.blocked_reasons:
@@ -205,28 +206,8 @@ class Leaving(Qemu):
                 f"migrate again."
             )
 
-    async def _saved(self) -> tuple[bytes, list[Block]]:
-        """What QEMU has saved, and its RAM blocks as they are now that nothing changes any more."""
-        # Of a guest that runs QEMU has taken the disks. One before 10 ends when it gives up disks
-        # that it has given up, or has not taken.
-        sure = self.before == "running" or self._qmp.version >= (10, 0)
-        has_disks = sure or await qemu_disks.are_taken(self._qmp)
-        filename = f"/dev/fdset/{self._fdset}"
-        self._moved = True
-        done, table, migration, _ = await self._qmp.execute_all(
-            [
-                ("xen-save-devices-state", {"filename": filename, "live": has_disks}),
-                ("x-query-ramblock", None),
-                ("query-migrate", None),
-                settings.parameters(tls_creds=MOVED),
-            ],
-            patience=STOP_SECONDS,
-            unheard=[("remove-fd", {"fdset-id": self._fdset})],
-        )
-        if isinstance(done, QmpRefused):
-            raise VmmError(f"QEMU would not save the device state of {self.name}: {done.reason}.")
-        # What has been plugged or mounted since the last look may not be in what was saved.
-        self._must_be_movable(self._qmp.as_kind(Migration, migration, "`query-migrate`"))
+    def _present(self, table: Any) -> list[Block]:
+        """QEMU's RAM blocks now, by its answer."""
         if isinstance(table, QmpRefused):
             raise table
         text = self._qmp.as_kind(Text, table, "`x-query-ramblock`").human_readable_text
@@ -238,8 +219,60 @@ class Leaving(Qemu):
                     f"handed over: migrate again."
                 )
             present.append(replace(block, address=self._addresses[block.name]))
+        if sum(block.used for block in self._small(present)) > SMALL_BLOCKS:
+            raise VmmError(
+                f"The QEMU of {self.name} has more than {SMALL_BLOCKS >> 20} MiB of memory beside "
+                f"guest RAM, which would keep the guest stopped for long: take the device that "
+                f"has it (info ramblock) from the guest."
+            )
+        return present
+
+    def _small(self, present: list[Block]) -> list[Block]:
+        return [block for block in present if block.name not in self._guest_ram]
+
+    def _opening(self, present: list[Block]) -> bytes:
+        return savevm.opening(
+            self._machine.removesuffix("-machine"),
+            [(block.name, block.used) for block in present],
+            ram_blocks.zeros(self._small(present), self._sparse),
+        )
+
+    async def _send_memory(
+        self, send: Callable[[bytes], Awaitable[None]], present: list[Block]
+    ) -> None:
+        """Sends what is in the small blocks, while QEMU saves its devices."""
+        pages = ram_blocks.pages(self.pid, self._small(present), self._sparse)
+        pieces = savevm.memory(pages)
+        while True:
+            with looked_at(self.name, self.pid):
+                data = b"".join(islice(pieces, PAGES_AT_ONCE))
+            if not data:
+                return
+            await send(data)
+
+    async def _saved(self) -> bytes:
+        """What QEMU has saved of its devices."""
+        # Of a guest that runs QEMU has taken the disks. One before 10 ends when it gives up disks
+        # that it has given up, or has not taken.
+        sure = self.before == "running" or self._qmp.version >= (10, 0)
+        has_disks = sure or await qemu_disks.are_taken(self._qmp)
+        filename = f"/dev/fdset/{self._fdset}"
+        self._moved = True
+        done, migration, _ = await self._qmp.execute_all(
+            [
+                ("xen-save-devices-state", {"filename": filename, "live": has_disks}),
+                ("query-migrate", None),
+                settings.parameters(tls_creds=MOVED),
+            ],
+            patience=STOP_SECONDS,
+            unheard=[("remove-fd", {"fdset-id": self._fdset})],
+        )
+        if isinstance(done, QmpRefused):
+            raise VmmError(f"QEMU would not save the device state of {self.name}: {done.reason}.")
+        # What has been plugged or mounted since the last look may not be in what was saved.
+        self._must_be_movable(self._qmp.as_kind(Migration, migration, "`query-migrate`"))
         assert self._file is not None
-        return os.pread(self._file, os.fstat(self._file).st_size, 0), present
+        return os.pread(self._file, os.fstat(self._file).st_size, 0)
 
     async def _lend_file(self) -> None:
         """A file in memory for QEMU to save into, by a descriptor that can only write: QEMU takes

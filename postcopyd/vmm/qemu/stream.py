@@ -55,13 +55,15 @@ async def feed(
     ours: trio.socket.SocketType,
     receive: AsyncIterable[bytes],
     begun: Callable[[], Awaitable[None]],
+    holds: Callable[[], bool],
     before_the_last: Callable[[], Awaitable[None]],
 ) -> None:
     """Writes to QEMU until `receive` ends, then ends the stream.
 
-    `begun` is awaited once QEMU has taken the first piece, and before it gets the next. The last
-    byte is held back until QEMU has taken all others and `before_the_last` has returned. A QEMU
-    that stops reading says why by an event or by its own end; here the rest is dropped.
+    `begun` is awaited once QEMU has taken the first piece, and before it gets the next. If `holds`
+    says so then, the last byte is held back until QEMU has taken all others and `before_the_last`
+    has returned. A QEMU that stops reading says why by an event or by its own end; here the rest is
+    dropped.
     """
     held, broken, first = b"", False, True
     async for piece in receive:
@@ -74,8 +76,9 @@ async def feed(
         first = False
     if broken:
         return
-    await _all_read(ours)
-    await before_the_last()
+    if holds():
+        await _all_read(ours)
+        await before_the_last()
     if await _send(ours, held):
         with suppress(OSError):
             ours.shutdown(socket.SHUT_WR)
