@@ -2,8 +2,8 @@
 /* Pushes everything that nobody has asked for: first it tells of the holes, which are not sent;
  * then it sends pages in the order of order.c.
  *
- * Each push connection has one thread, pc-push, for one pass or push. It owns its batch, and the
- * pages that it has taken until they are sent. It ends when all is sent, when its connection
+ * Each push connection has one thread, pc-push, for one pass or push. It owns its batch, its reader, and
+ * the pages that it has taken until they are sent. It ends when all is sent, when its connection
  * breaks, or by pc_source_disconnect; the last one tells Python. */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -94,13 +94,15 @@ void *push_run(void *argument) {
   struct pc_source *s = c->engine;
   struct region *r;
   struct batch b;
+  struct reader reader;
   uint64_t page, count;
+  reader_init(&reader, s);
   int failed = batch_init(&b, s, RUN_BYTES);
   if (!failed && !s->pass)
     failed = holes_first(s, c->stream);
   while (!failed && may_push(s) && order_next(&s->order, &r, &page, &count)) {
     count_set(s->stats.beat_ns, pc_monotonic_ns());
-    int unread = read_pages(r, page, count, b.pages);
+    int unread = read_run(&reader, r, page, count, b.pages);
     for (uint64_t i = 0; i < count && !failed; i++) {
       if (!unread)
         batch_add(&b, s, r, page + i, false);
@@ -114,6 +116,7 @@ void *push_run(void *argument) {
   if (failed < 0)
     connection_failed(s, c, failed);
   batch_free(&b);
+  reader_free(&reader);
   if (__atomic_sub_fetch(&s->stats.pushing, 1, __ATOMIC_SEQ_CST) == 0) {
     look_at_untold(s);
     engine_wake(s->wake);

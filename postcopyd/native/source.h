@@ -79,6 +79,16 @@ void connection_failed(struct pc_source *s, struct connection *c, int failed);
 
 /* Returns 0 or -errno; -ENODATA: the RAM file is shorter than the guest's RAM. */
 int read_pages(const struct region *r, uint64_t page, uint64_t count, uint8_t *to);
+/* How one thread reads runs of 4 KiB pages. Pages of anonymous memory that were swapped out are put
+ * back there once they were read: else reading would bring into memory all that a host which is
+ * short of it had put aside. Pages that a fault asks for stay; they are few. */
+struct reader {
+  int pagemap, pidfd; /* -1: the VMM had nothing swapped out at reader_init */
+};
+void reader_init(struct reader *d, const struct pc_source *s);
+void reader_free(struct reader *d);
+int read_run(const struct reader *d, const struct region *r, uint64_t page, uint64_t count,
+             uint8_t *to);
 /* How often reading is tried again, when the kernel does not say whether a page is lost or there
  * was no memory to read it with. */
 enum { DOUBTS = 50 };
