@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
@@ -56,12 +57,18 @@ class Machine:
             )
         self.pid = self.process.pid
 
-    async def listens(self) -> None:
-        """The daemon's monitor does, as QEMU makes it before the one of our own."""
+    async def answers(self) -> None:
+        """Both monitors do, as QEMU makes the daemon's before the one of our own. On a busy machine
+        many devices take QEMU longer than a driver waits for it."""
         with trio.fail_after(60):
             while not Path(self.own_socket).exists():
                 assert self.process.poll() is None, self.log.read_text()
                 await trio.sleep(0.01)
+            qmp = Qmp(self.own_socket)
+            try:
+                await qmp.open(math.inf)
+            finally:
+                qmp.close()
 
     async def ask(self, command: str, **arguments: object) -> Any:
         qmp = Qmp(self.own_socket)
@@ -117,7 +124,7 @@ class Lab:
         return machine
 
     async def drive(self, machine: Machine) -> QemuVmm:
-        await machine.listens()
+        await machine.answers()
         driver = await QemuVmm.connect("web1", machine.socket)
         self.drivers.append(driver)
         return driver

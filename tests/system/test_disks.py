@@ -371,7 +371,7 @@ async def attached(hosts: Pair, *machines: Machine) -> str:
     """The name of a VM that runs at one host and is waited for at the other."""
     vm = hosts.name()
     for host, machine in zip(hosts, machines, strict=True):
-        await machine.listens()
+        await machine.answers()
         await host.attach(vm, "qemu", machine.socket)
     return vm
 

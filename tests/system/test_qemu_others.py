@@ -15,6 +15,7 @@ from qemu_lab import MIB, RAM, Lab, Machine, inspected, settings
 from test_qemu_driver import Tape, adopt
 
 from postcopyd.vmm import VmmError
+from postcopyd.vmm.qemu import savevm
 from postcopyd.vmm.qemu.driver import QemuVmm
 from postcopyd.vmm.qemu.qmp import QmpRefused
 from postcopyd.vmm.qemu.settings import MOVED
@@ -222,7 +223,7 @@ async def test_a_daemon_that_died_in_a_save_leaves_no_save_without_ram(
     await driver.prepare()
 
     async def hang(data: bytes) -> None:
-        if stopped == (len(data) > 8):
+        if stopped != data.startswith(savevm.BEGIN):
             await driver.aclose()
             raise BrokenPipeError
 

@@ -148,7 +148,7 @@ async def test_facts_of_a_qemu(lab: Lab, qemu: int) -> None:
     image.write_bytes(bytes(1 << 20))
     options = EVERYTHING.replace("DISK", str(image)).split()
     machine = lab.start(qemu, *options)
-    await machine.listens()
+    await machine.answers()
     script = FACTS.replace("SOCKET", machine.socket)
     before = told(OLD, script.replace("MODULE", "postcopyd.vmm.qemu"))
     now = told(NEW, script.replace("MODULE", "postcopyd.vmm.qemu.driver"))
