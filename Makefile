@@ -85,32 +85,34 @@ fuzz: build
 	@tools/debian-packages $(TEST_PACKAGES)
 	$(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(KEEP)
 
-# All measures, some 30 minutes, and the pictures; and the same with few runs, in 3 and a half. What
+# All measures, some 35 minutes, and the pictures; and the same with few runs, in less than 5. What
 # the rows mean: bench/README.md. A goal missed (status 3)
 # is shown and no reason to stop; anything else is, a wrong page above all.
 BENCH := $(BIN)/python bench
 bench: bench-needs
 	$(BENCH)/engine_vs_floor.py || [ $$? = 3 ]
 	$(BENCH)/qemu.py || [ $$? = 3 ]
+	$(BENCH)/private.py || [ $$? = 3 ]
 	$(BENCH)/dirty.py || [ $$? = 3 ]
 	$(BENCH)/hybrid.py || [ $$? = 3 ]
 	$(BENCH)/blackout.py || [ $$? = 3 ]
 	$(BENCH)/link.py || [ $$? = 3 ]
 	$(BENCH)/restart.py || [ $$? = 3 ]
 	$(BENCH)/charts.py
-	$(BENCH)/table.py engine qemu dirty hybrid blackout link restart
+	$(BENCH)/table.py engine qemu private dirty hybrid blackout link restart
 
 bench-quick: export BENCH_RESULTS := .build/bench
 bench-quick: bench-needs
 	$(BENCH)/engine_vs_floor.py --rounds 3 --mb 128 || [ $$? = 3 ]
 	$(BENCH)/qemu.py --runs 2 --watch 2 || [ $$? = 3 ]
+	$(BENCH)/private.py --runs 2 --watch 2 --memory 512 --test-mb 256 || [ $$? = 3 ]
 	$(BENCH)/dirty.py --rounds 1 --looks 3 || [ $$? = 3 ]
 	$(BENCH)/hybrid.py --runs 1 --watch 2 --skip devices --skip postcopy \
 	  --skip "quiet qemu" || [ $$? = 3 ]
 	$(BENCH)/blackout.py --runs 1 || [ $$? = 3 ]
 	$(BENCH)/link.py --rounds 1 --trips 0,1 || [ $$? = 3 ]
 	$(BENCH)/charts.py
-	$(BENCH)/table.py engine qemu dirty hybrid blackout link
+	$(BENCH)/table.py engine qemu private dirty hybrid blackout link
 
 .PHONY: bench-needs
 bench-needs: build $(VENV)/.bench

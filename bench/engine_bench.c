@@ -5,7 +5,8 @@
  *   engine_bench [tls] MB THREADS RUN SHM PUSH [SOURCE CONNECT NAMESPACE]
  *   e.g. engine_bench 512 2 16 1 1
  *
- * RUN, pages in a push frame, belongs to the floor only: the engine has its own. PUSH is the number
+ * RUN, pages in a push frame, belongs to the floor only: the engine has its own. SHM 0: both guests
+ * have private memory. PUSH is the number
  * of push connections. The source listens on SOURCE, ADDRESS:PORT, in the network namespace of the
  * file NAMESPACE; the destination stays where it was started and connects to CONNECT. By default
  * both are on loopback. With the word `tls` the connections are encrypted, as by two daemons. */
@@ -44,15 +45,16 @@ static struct pc_tls *secured(int fd, int server) {
 /* Connections arrive in the order in which the other end makes them: urgent, then push. The first
  * byte on the pipe says that the source listens, the second that it is ready, the byte back that
  * the guest runs. */
-static void source_run(struct sockaddr_in *name, const char *namespace, int pushes, int ready,
-                       int go) {
+static void source_run(struct sockaddr_in *name, const char *namespace, bool shared, int pushes,
+                       int ready, int go) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   must(!namespace || !setns(open(namespace, O_RDONLY | O_CLOEXEC), CLONE_NEWNET), namespace);
-  int listener = listen_at(name), fd = memfd_create("source", MFD_CLOEXEC);
+  int listener = listen_at(name), fd = shared ? memfd_create("source", MFD_CLOEXEC) : -1;
   uint8_t byte = 1;
   must(write(ready, &name->sin_port, 2) == 2, "source");
-  fill(shared_memory_of(fd));
-  struct pc_region region = {.pages = pages, .page_size = PAGE, .fd = fd};
+  uint8_t *memory = shared ? shared_memory_of(fd) : anonymous_memory();
+  fill(memory);
+  struct pc_region region = {(uintptr_t)memory, pages, 0, PAGE, fd, getpid(), -1};
   char error[200];
   struct pc_source *s = pc_source_new(&region, 1, eventfd(0, EFD_CLOEXEC), error);
   must(s && !pc_source_scan(s), "source");
@@ -91,7 +93,7 @@ int main(int argc, char **argv) {
   must(!pipe(ready) && !pipe(go), "pipe");
   pid_t source = fork();
   if (!source)
-    source_run(&name, argc > 8 ? argv[8] : NULL, pushes, ready[1], go[0]);
+    source_run(&name, argc > 8 ? argv[8] : NULL, a[3], pushes, ready[1], go[0]);
   close(ready[1]), close(go[0]); /* so that its end is seen */
   in_port_t port;
   must(read(ready[0], &port, 2) == 2, "source");

@@ -6,7 +6,8 @@
 --run is for the floor only: the engine's push frames are its own (RUN_BYTES in order.h, 16
 pages, which is also the default here). With --only, the result written has no other workloads.
 
-The rows of TLS have the engine without it beside them, not the floor.
+The rows of TLS have the engine without it beside them, those of private memory the engine with
+shared memory, and not the floor.
 
 With --reference another floor program, with the same arguments and JSON, is measured beside ours
 and nothing else is: is ours as low as that one?
@@ -60,6 +61,12 @@ class Workload:
     """Of --mb: with threads, each fault costs; without, time is needed to see a rate."""
     tls: bool = False
     """The engine with TLS, beside the engine without."""
+    private: bool = False
+    """The engine with private memory at both ends, beside the engine with memfds."""
+
+    @property
+    def against(self) -> str:
+        return "plain" if self.tls else "shared" if self.private else ""
 
 
 def workloads() -> list[Workload]:
@@ -94,6 +101,17 @@ def workloads() -> list[Workload]:
             for n in CONNECTIONS
         ),
         Workload(
+            "private faults", 1, 0,
+            tuple(Measure(f"urgent {p}, private memory", "us", f"{p}_us", 1.15)
+                  for p in ("p50", "p99")),
+            0.25, private=True,
+        ),
+        Workload(
+            "private push", 0, 1,
+            (Measure("push rate, private memory, 1 connection", "GiB/s", "GB/s", 0.87, True),),
+            2.0, private=True,
+        ),
+        Workload(
             "TLS faults", 1, 0, (Measure("urgent p50 with TLS", "us", "p50_us", 1.3),), 0.25, True,
         ),
         Workload(
@@ -112,9 +130,11 @@ def compile_to(program: Path, sources: list[Path]) -> Path:
     return program
 
 
-def measure(program: tuple[str, ...], mb: int, run: int, workload: Workload) -> Run:
+def measure(
+    program: tuple[str, ...], mb: int, run: int, workload: Workload, *, shared: bool
+) -> Run:
     """One run: what the program printed, and its faults per second."""
-    arguments = [int(mb * workload.share), workload.threads, run, 1, workload.push]
+    arguments = [int(mb * workload.share), workload.threads, run, int(shared), workload.push]
     command = [*program, *map(str, arguments)]
     out = subprocess.run(command, check=True, capture_output=True, timeout=300)
     result: Run = json.loads(out.stdout)
@@ -126,7 +146,7 @@ def rows_of(workload: Workload, pairs: list[list[Run]], against: str) -> list[ta
     return [
         table.paired(
             m.name, m.unit, [ours[m.field] for ours, _ in pairs],
-            [theirs[m.field] for _, theirs in pairs], "plain" if workload.tls else against, m.goal,
+            [theirs[m.field] for _, theirs in pairs], workload.against or against, m.goal,
             more_is_better=m.more_is_better,
         )
         for m in workload.measures
@@ -170,7 +190,7 @@ def main() -> int:
     rows: list[table.Row] = []
     chosen = [w for w in workloads() if options.only in w.name]
     if options.reference:
-        chosen = [w for w in chosen if w.push <= 1 and not w.tls]
+        chosen = [w for w in chosen if w.push <= 1 and not w.against]
     table.warm(4 * options.mb << 20)
     with tempfile.TemporaryDirectory() as folder:
         ours = compile_to(Path(folder) / "ours", FLOOR if options.reference else SOURCES)
@@ -179,12 +199,15 @@ def main() -> int:
         )
         for turn in range(options.rounds):
             for workload in chosen:
-                pair = [(str(ours),), (str(theirs),)]
+                ways: list[tuple[tuple[str, ...], bool]] = [((str(ours),), not workload.private)]
+                ways.append(((str(ours if workload.against else theirs),), True))
                 if workload.tls:
-                    pair = [(str(ours), "tls"), (str(ours),)]
-                turns = pair if turn % 2 else pair[::-1]
-                found = {p: measure(p, options.mb, options.run, workload) for p in turns}
-                runs[workload.name].append([found[p] for p in pair])
+                    ways[0] = ((str(ours), "tls"), True)
+                found = {
+                    way: measure(way[0], options.mb, options.run, workload, shared=way[1])
+                    for way in (ways if turn % 2 else ways[::-1])
+                }
+                runs[workload.name].append([found[way] for way in ways])
     for workload in chosen:
         rows += rows_of(workload, runs[workload.name], against)
     if options.reference:

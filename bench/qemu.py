@@ -171,7 +171,7 @@ class Moving:
         found = await watched(self._guest, mover, self._leaving, arriving, self._watch_s)
         await self._here.aclose()
         if ram != self._ram:
-            self._ram.unlink()
+            self._ram.unlink(missing_ok=True)  # there is none of private RAM
         self._here, self._leaving, self._ram = there, arriving, ram
         show(way, found)
         return found
