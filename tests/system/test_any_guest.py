@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -73,6 +74,52 @@ async def test_plain(qemu: q.QemuBinary, mode: str, folder: Path, boot: tuple[Pa
             await it.wait_for_it()
             result = await it.move(mode=mode, maxDowntimeMs=5000)
             print(mode, result["downtimeMs"], result["downtimePartsMs"])
+
+
+MANY = (
+    "VGA", "virtio-gpu-pci", "virtio-net-pci,netdev=n0", "e1000e,netdev=n1", "rtl8139,netdev=n2",
+    "virtio-scsi-pci", "lsi53c895a", "megasas", "virtio-serial-pci", "virtio-balloon-pci",
+    "virtio-rng-pci", "virtio-keyboard-pci", "virtio-tablet-pci", "qemu-xhci,id=usb",
+    "usb-tablet,bus=usb.0,port=1", "usb-kbd,bus=usb.0,port=2", "intel-hda",
+    "hda-duplex,audiodev=a0", "AC97,audiodev=a0", "pvpanic", "vmgenid", "vmcoreinfo", "sdhci-pci",
+    "edu", "pcie-root-port,id=rp0,slot=1",
+)  # fmt: skip
+
+
+def many_devices() -> tuple[str, ...]:
+    backends = ["-audiodev", "none,id=a0"]
+    for number in range(3):
+        backends += ["-netdev", f"user,id=n{number}"]
+    return (*backends, *(word for device in MANY for word in ("-device", device)))
+
+
+@EACH_QEMU
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["postcopy", "hybrid", "precopy", "hybrid with 25 devices"])
+async def test_ten_times_there_and_back(
+    qemu: q.QemuBinary,
+    how: str,
+    folder: Path,
+    boot: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same daemons, and no bad page. Prints the median downtime in ms and what it was made
+    of."""
+    monkeypatch.setenv("QEMU_MODULE_DIR", module_folder(qemu.path))
+    mode, _, many = how.partition(" with ")
+    assert len(MANY) == 25
+    options = many_devices() if many else ()
+    work = q.Workload(test_mb=96, rate=2000)
+    config = chosen(qemu, vcpus=2, memory=256 * MIB, options=options, workload=work)
+    parts: dict[str, list[float]] = {}
+    async with qemu_pair(folder, boot, **config) as it:
+        await it.boot()
+        for _ in range(20):
+            await it.wait_for_it()
+            result = await it.move(mode=mode, maxDowntimeMs=5000)
+            for name, ms in {"all": result["downtimeMs"], **result["downtimePartsMs"]}.items():
+                parts.setdefault(name, []).append(ms)
+    print(qemu, how, {name: round(statistics.median(ms), 1) for name, ms in parts.items()})
 
 
 @EACH_QEMU
