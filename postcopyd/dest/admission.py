@@ -13,11 +13,14 @@ from __future__ import annotations
 import os
 from contextlib import AsyncExitStack, ExitStack
 
+import trio
+
 from postcopyd import protocol as p
 from postcopyd.dest.migration import Migration, Stage
 from postcopyd.errors import PostcopydError
 from postcopyd.sessions import alike, headroom
 from postcopyd.sessions.limits import in_line
+from postcopyd.tasks import threads
 from postcopyd.vmm import Shape
 
 
@@ -27,7 +30,7 @@ async def check(m: Migration) -> None:
         async with m.channel.alive():
             shape = await _look(m)
         try:
-            problems = _unfit(m, shape) + _lacks(m, shape)
+            problems = _unfit(m, shape) + await _lacks(m, shape)
         finally:
             shape.close()
     except PostcopydError as error:
@@ -48,7 +51,7 @@ async def admit(m: Migration, held: AsyncExitStack) -> Shape:
             shape = await _look(m)
             looked.callback(shape.close)
             problems = _unfit(m, shape)
-        problems += _lacks(m, shape)
+        problems += await _lacks(m, shape)
         if problems:
             raise PostcopydError("; ".join(problems), "Refused")
         held.callback(looked.pop_all().close)
@@ -60,13 +63,14 @@ async def admit(m: Migration, held: AsyncExitStack) -> Shape:
 
 def promise(m: Migration, shape: Shape, held: AsyncExitStack) -> None:
     """Sets aside the memory that this arrival lacks, until `held` is closed."""
-    m.shared.arriving[m.vm.name] = shape
+    m.shared.arriving[m.vm.name] = _arrival(m, shape)
     held.callback(no_longer_promised, m, shape)
 
 
 def no_longer_promised(m: Migration, shape: Shape) -> None:
     """Takes back what `promise` set aside: the memory is allocated by now, or not wanted."""
-    if m.shared.arriving.get(m.vm.name) is shape:
+    promised = m.shared.arriving.get(m.vm.name)
+    if promised is not None and promised.regions is shape.regions:
         del m.shared.arriving[m.vm.name]
 
 
@@ -131,8 +135,12 @@ def _differences(m: Migration, shape: Shape) -> list[str]:
     return alike.differences(shape, m.vm.attached().kind, m.offer)
 
 
-def _lacks(m: Migration, shape: Shape) -> list[str]:
+def _arrival(m: Migration, shape: Shape) -> headroom.Arrival:
+    return headroom.Arrival(shape.pid, shape.regions, os.getpid() if m.offer.staged else None)
+
+
+async def _lacks(m: Migration, shape: Shape) -> list[str]:
     """What memory this host lacks. After the handover the kernel would kill the VMM for that."""
-    promised = sum(headroom.needed(other.regions) for other in m.shared.arriving.values())
-    pids = [shape.pid, os.getpid()] if m.offer.staged else [shape.pid]
-    return headroom.problems(pids, shape.regions, promised)
+    arrival = _arrival(m, shape)
+    seen = await trio.to_thread.run_sync(headroom.maps, arrival, limiter=threads.WALKS)
+    return headroom.problems(arrival, seen, [*m.shared.arriving.values()])

@@ -4,16 +4,15 @@
 A VMM at its memory limit is killed; a page that arrives does not wait (the kernel's memory
 controller documentation, "memory.max"). So this checks every limit that a page could meet: each
 memory cgroup above the VMM (and above this daemon, which is charged for pages that come before the
-guest does), the size of the tmpfs, huge pages, MemAvailable. The caller says what other arrivals
-have been promised. Reads only; the answer is true for the moment.
+guest does), the size of the tmpfs, huge pages, MemAvailable. The caller says which other arrivals
+have been promised their memory. Reads only; the answer is true for the moment.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from postcopyd.errors import SHORTAGES
@@ -44,49 +43,130 @@ class Limit:
     what: str
     room: int
     mend: str
+    pool: bool = False  # of huge pages, and no group's
 
 
-def problems(
-    pids: Sequence[int], regions: Sequence[Region], reserved: int = 0, host: Host | None = None
-) -> list[str]:
-    """A sentence for each limit that the pages still to come would exceed; none when all fit.
+@dataclass(frozen=True)
+class Arrival:
+    """A guest that is to come: its VMM here, its RAM, and the process that holds pages until the
+    guest is there, if pages come before it."""
 
-    `pids`: the VMM, and other processes that may be charged for its pages. `reserved`: bytes that
-    other arrivals on this host have been promised and do not have yet. What a region's file has
-    allocated already is not needed again (it is punched first).
-    """
-    host = host or Host()
-    small = sum(_missing(region) for region in regions if region.page_size == SMALL_PAGE)
+    pid: int
+    regions: Sequence[Region]
+    stager: int | None = None
+
+    def of_size(self, size: int) -> list[Region]:
+        return [region for region in self.regions if region.page_size == size]
+
+    @property
+    def aside(self) -> int:
+        """Bytes of private huge pages, which wait in small ones until the guest is there."""
+        if self.stager is None:
+            return 0
+        return sum(r.size for r in self.regions if r.fd is None and r.page_size != SMALL_PAGE)
+
+
+Maps = list[tuple[int, int, dict[str, list[str]]]]
+"""Of each mapping of a process: start, end, and the words of its fields."""
+
+
+def maps(arrival: Arrival, host: Host | None = None) -> Maps:
+    """Those of its VMM, where something has to be known of them. The kernel looks at every page for
+    this, tens of milliseconds for a GiB: run it in a thread."""
+    if all(r.fd is not None and r.page_size == SMALL_PAGE for r in arrival.regions):
+        return []
     found = []
-    if small:
-        limits = [*_of_each(pids, partial(cgroup_limits, host=host)), memory_limit(host)]
-        need = small + small // OVERHEAD + reserved
-        found += [_sentence(limit, need) for limit in limits if limit.room < need]
-    for files in _by_file_system(regions):
-        need = sum(_missing(region) for region in files) + reserved
-        limit = tmpfs_limit(files[0])
-        if limit is not None and limit.room < need:
-            found.append(_sentence(limit, need))
-    sizes = {region.page_size for region in regions} - {SMALL_PAGE}
-    for size in sorted(sizes):
-        huge = [region for region in regions if region.page_size == size]
-        limits = _of_each(pids, partial(hugetlb_limits, page_size=size, host=host))
-        # A mapping made without MAP_NORESERVE holds a reservation for all that it lacks.
-        need = sum(_missing(region) for region in huge)
-        if all(procfs.reserves_huge_pages(pids[0], region.address) for region in huge):
-            limits = [limit for limit in limits if limit.what.startswith("cgroup")]
-        found += [_sentence(limit, need) for limit in limits if limit.room < need]
+    file = (host or Host()).proc / str(arrival.pid) / "smaps"
+    for words, fields in procfs.smaps_entries(_lines(file)):
+        start, end = words[0].split("-")
+        found.append((int(start, 16), int(end, 16), fields))
     return found
 
 
-def _of_each(pids: Sequence[int], limits: Callable[[int], Iterator[Limit]]) -> list[Limit]:
-    """The limits of several processes, each limit once."""
-    return list({limit.what: limit for pid in pids for limit in limits(pid)}.values())
+def problems(
+    arrival: Arrival, seen: Maps, others: Sequence[Arrival] = (), host: Host | None = None
+) -> list[str]:
+    """A sentence for each limit that the pages still to come would exceed; none when all fit.
+
+    `seen` is what `maps` returned. `others` have been promised what they lack still. What a VMM's
+    RAM has allocated already is not needed again, as it is emptied first.
+    """
+    host = host or Host()
+    promised = [(other, _lacks(other.of_size(SMALL_PAGE), []) + other.aside) for other in others]
+    found = []
+    for limit, own in _small(arrival, seen, host):
+        need = own + sum(size for other, size in promised if _meets(other, limit, host))
+        if limit.room < need:
+            found.append(_sentence(limit, need))
+    every = [region for each in (arrival, *others) for region in each.regions]
+    for files in _by_file_system(arrival.regions):
+        device = os.fstat(files[0].fd or 0).st_dev
+        of_files = tmpfs_limit(files[0])
+        need = sum(
+            _missing(region)
+            for region in every
+            if region.fd is not None and os.fstat(region.fd).st_dev == device
+        )
+        if of_files is not None and of_files.room < need:
+            found.append(_sentence(of_files, need))
+    sizes = {region.page_size for region in arrival.regions} - {SMALL_PAGE}
+    for size in sorted(sizes):
+        huge = arrival.of_size(size)
+        # A mapping made without MAP_NORESERVE holds a reservation for all that it lacks.
+        unreserved = [region for region in huge if not _reserved(region, seen)]
+        for limit in hugetlb_limits(arrival.pid, size, host):
+            need = _lacks(unreserved if limit.pool else huge, seen)
+            if limit.room < need:
+                found.append(_sentence(limit, need))
+    return found
 
 
-def needed(regions: Sequence[Region]) -> int:
-    """Bytes that will be allocated for these regions, which one arrival reserves against others."""
-    return sum(_missing(region) for region in regions)
+def _small(arrival: Arrival, seen: Maps, host: Host) -> Iterator[tuple[Limit, int]]:
+    """The limits that pages of 4 KiB meet, each with what it has to have room for. The stager is
+    charged for all pages, also for those that the VMM's RAM has been emptied of."""
+    small, aside = arrival.of_size(SMALL_PAGE), arrival.aside
+    lacks, whole = _lacks(small, seen), sum(region.size for region in small)
+    of_vmm = {limit.what: limit for limit in cgroup_limits(arrival.pid, host)}
+    of_stager: dict[str, Limit] = {}
+    if arrival.stager is not None:
+        of_stager = {limit.what: limit for limit in cgroup_limits(arrival.stager, host)}
+    if not small and not aside:
+        return
+    for what, limit in (of_vmm | of_stager).items():
+        need = lacks if what in of_vmm else whole
+        need += aside if what in of_stager else 0
+        yield limit, need + need // OVERHEAD
+    yield memory_limit(host), lacks + aside + (lacks + aside) // OVERHEAD
+
+
+def _meets(other: Arrival, limit: Limit, host: Host) -> bool:
+    """Whether what comes to another VMM counts for this limit on small pages."""
+    if limit.what == memory_limit(host).what:
+        return True
+    pids = [other.pid] if other.stager is None else [other.pid, other.stager]
+    return any(one.what == limit.what for pid in pids for one in cgroup_limits(pid, host))
+
+
+def _lacks(regions: Sequence[Region], seen: Maps) -> int:
+    """Bytes that will be allocated for these regions, of one page size."""
+    private = [region for region in regions if region.fd is None]
+    files = sum(_missing(region) for region in regions if region.fd is not None)
+    had = 0
+    for start, end, fields in seen:
+        ours = sum(max(0, min(end, r.address + r.size) - max(start, r.address)) for r in private)
+        if ours:
+            there = sum(int(fields.get(key, ["0"])[0]) << 10 for key in ("Rss", "Private_Hugetlb"))
+            # Of memory beside it in one mapping, all may be there.
+            had += max(0, there - (end - start - ours))
+    return files + max(0, sum(region.size for region in private) - had)
+
+
+def _reserved(region: Region, seen: Maps) -> bool:
+    """Whether its mapping reserved its huge pages when it was made (no "nr" flag)."""
+    return any(
+        start <= region.address < end and "nr" not in fields.get("VmFlags", ["nr"])
+        for start, end, fields in seen
+    )
 
 
 def cgroup_limits(pid: int, host: Host) -> Iterator[Limit]:
@@ -115,6 +195,7 @@ def hugetlb_limits(pid: int, page_size: int, host: Host) -> Iterator[Limit]:
         f"pool of {page_size >> 20} MiB pages",
         max(0, free + max(0, more)) * page_size,
         "raise vm.nr_hugepages",
+        pool=True,
     )
     file = f"hugetlb.{page_size >> 20}MB"
     for group, name in _groups(pid, "hugetlb", host):
@@ -153,8 +234,8 @@ def _sentence(limit: Limit, need: int) -> str:
 
 
 def _missing(region: Region) -> int:
-    if region.fd is None:
-        return region.size
+    """Of one in a file."""
+    assert region.fd is not None
     return max(0, region.size - os.fstat(region.fd).st_blocks * 512)
 
 

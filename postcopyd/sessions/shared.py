@@ -8,8 +8,8 @@ from pathlib import Path
 
 from postcopyd.net.connection import Endpoint
 from postcopyd.records.store import Store
+from postcopyd.sessions.headroom import Arrival
 from postcopyd.sessions.limits import Limits
-from postcopyd.vmm import Shape
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,6 @@ class Shared(Endpoint):
     hooks: Path | None = None
     bandwidth: int = 0
     connections: int = 2
-    arriving: dict[str, Shape] = field(default_factory=dict)
+    arriving: dict[str, Arrival] = field(default_factory=dict)
     """Guests on their way here, by VM name. The memory that they still lack is set aside."""
     limits: Limits = field(default_factory=Limits)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from postcopyd.sessions import headroom
-from postcopyd.sessions.headroom import Host
+from postcopyd.sessions.headroom import Arrival, Host
 from postcopyd.vmm import Region
 
 GIB = 1 << 30
@@ -62,15 +64,28 @@ def ram(fd: int | None = None, size: int = GIB) -> Region:
     return Region("ram0", size >> 12, 4096, 0x7F0000000000, fd, 0)
 
 
+def problems(fake: FakeHost, arrival: Arrival, *others: Arrival) -> list[str]:
+    return headroom.problems(arrival, headroom.maps(arrival, fake.host), others, fake.host)
+
+
+def here(*regions: Region, stager: int | None = None) -> Arrival:
+    return Arrival(PID, regions, stager)
+
+
 def test_all_fits(fake: FakeHost, memfd: int) -> None:
     """A guest that fits everywhere has no problem."""
-    assert headroom.problems([PID], [ram(memfd)], host=fake.host) == []
+    assert problems(fake, here(ram(memfd))) == []
 
 
 def test_what_the_host_has_is_counted_less_what_others_were_promised(fake: FakeHost) -> None:
-    """6 GiB promised to others leave no room for a guest of 2 GiB on a host with 8."""
-    assert headroom.problems([PID], [ram(size=2 * GIB)], 5 * GIB, fake.host) == []
-    (problem,) = headroom.problems([PID], [ram(size=2 * GIB)], 6 * GIB, fake.host)
+    """6 GiB promised to others leave no room for a guest of 2 GiB on a host with 8. They are no
+    matter of a group that they are not in."""
+    mount = fake.mount("cgroup2", "rw")
+    for pid in (PID, PID + 1):
+        fake.write(f"proc/{pid}/cgroup", f"0::/web{pid}")
+        fake.unified(f"{mount}/web{pid}", max=7 * GIB)
+    assert problems(fake, here(ram(size=2 * GIB)), Arrival(PID + 1, [ram(size=5 * GIB)])) == []
+    (problem,) = problems(fake, here(ram(size=2 * GIB)), Arrival(PID + 1, [ram(size=6 * GIB)]))
     assert "needs 8.01 GiB more here and the host has 8.00 GiB left" in problem
 
 
@@ -83,7 +98,7 @@ def test_each_group_above_the_vmm_counts(fake: FakeHost, limited: str, file: str
     for group in ("", "/machine", "/machine/web1"):
         fake.unified(mount + group)
     fake.unified(mount + limited, **{file: GIB // 2}, current=0)
-    (problem,) = headroom.problems([PID], [ram()], host=fake.host)
+    (problem,) = problems(fake, here(ram()))
     assert f"memory cgroup {limited or '/'} has 0.50 GiB left" in problem
 
 
@@ -94,8 +109,8 @@ def test_whoever_is_charged_counts(fake: FakeHost) -> None:
         fake.write(f"proc/{pid}/cgroup", f"0::{group}")
         fake.unified(mount + group)
     fake.unified(mount + "/daemon", max=GIB // 2, current=0)
-    assert headroom.problems([PID], [ram()], host=fake.host) == []
-    (problem,) = headroom.problems([PID, PID + 1], [ram()], host=fake.host)
+    assert problems(fake, here(ram())) == []
+    (problem,) = problems(fake, here(ram(), stager=PID + 1))
     assert "memory cgroup /daemon has 0.50 GiB left" in problem
 
 
@@ -104,9 +119,9 @@ def test_page_cache_makes_way(fake: FakeHost) -> None:
     mount = fake.mount("cgroup2", "rw")
     fake.write(f"proc/{PID}/cgroup", "0::/web1")
     fake.unified(f"{mount}/web1", max=2 * GIB, current=GIB + GIB // 2)
-    assert len(headroom.problems([PID], [ram()], host=fake.host)) == 1
+    assert len(problems(fake, here(ram()))) == 1
     fake.unified(f"{mount}/web1", max=2 * GIB, current=GIB + GIB // 2, stat=f"inactive_file {GIB}")
-    assert headroom.problems([PID], [ram()], host=fake.host) == []
+    assert problems(fake, here(ram())) == []
 
 
 def test_the_old_hierarchy_counts_too(fake: FakeHost) -> None:
@@ -118,17 +133,57 @@ def test_the_old_hierarchy_counts_too(fake: FakeHost) -> None:
     fake.write(f"{mount}/web1/memory.limit_in_bytes", GIB)
     fake.write(f"{mount}/web1/memory.usage_in_bytes", GIB // 4)
     fake.write(f"{mount}/web1/memory.stat", "total_inactive_file 0")
-    (problem,) = headroom.problems([PID], [ram()], host=fake.host)
+    (problem,) = problems(fake, here(ram()))
     assert "memory cgroup /web1 has 0.75 GiB left: raise its memory.limit_in_bytes" in problem
 
 
 def test_what_the_file_has_already_counts_as_had(fake: FakeHost, memfd: int) -> None:
     """A preallocated file needs nothing: its pages are given back before others come."""
     fake.write("proc/meminfo", f"MemAvailable: {GIB >> 11} kB")
-    assert len(headroom.problems([PID], [ram(memfd)], host=fake.host)) == 1
+    assert len(problems(fake, here(ram(memfd)))) == 1
     os.posix_fallocate(memfd, 0, GIB * 3 // 4)
-    assert headroom.needed([ram(memfd)]) == GIB // 4
-    assert headroom.problems([PID], [ram(memfd)], host=fake.host) == []
+    assert problems(fake, here(ram(memfd))) == []
+
+
+def mapped(fake: FakeHost, start: int, size: int, **fields: str) -> str:
+    """A mapping of the VMM; sizes in its fields are in GiB."""
+    lines = "".join(
+        f"{key}: {value}\n" if key == "VmFlags" else f"{key}: {int(float(value) * GIB) >> 10} kB\n"
+        for key, value in fields.items()
+    )
+    return f"{start:x}-{start + size:x} rw-p 00000000 00:00 0\n{lines}".rstrip()
+
+
+def test_what_private_memory_has_already_counts_as_had(fake: FakeHost) -> None:
+    """A preallocated or locked one gives back what it has before other pages come. Memory beside it
+    in one mapping is not counted for it. The stager has to have room for all of it."""
+    guest = here(ram())
+    fake.write("proc/meminfo", f"MemAvailable: {GIB >> 11} kB")
+    fake.write(f"proc/{PID}/smaps", mapped(fake, 0x7F0000000000, GIB, Rss="0.75"))
+    assert problems(fake, guest) == []
+    fake.write(f"proc/{PID}/smaps", mapped(fake, 0x7F0000000000, 2 * GIB, Rss="1.25"))
+    (problem,) = problems(fake, guest)
+    assert "needs 0.75 GiB more" in problem
+    fake.write(f"proc/{PID}/smaps", mapped(fake, 0x7F0000000000, GIB, Rss="1"))
+    mount = fake.mount("cgroup2", "rw")
+    fake.write(f"proc/{PID + 1}/cgroup", "0::/daemon")
+    fake.unified(f"{mount}/daemon", max=GIB // 2)
+    assert problems(fake, guest) == []
+    (problem,) = problems(fake, here(ram(), stager=PID + 1))
+    assert "cgroup /daemon has 0.50 GiB left" in problem
+
+
+def test_what_the_kernel_says_of_private_memory() -> None:
+    """Half of it was touched."""
+    with mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_DONTDUMP)  # so it is no part of another mapping
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        memory[: 32 << 20] = b"\1" * (32 << 20)
+        view = ctypes.c_char.from_buffer(memory)
+        region = Region("ram0", 64 << 8, 4096, ctypes.addressof(view), None, 0)
+        seen = headroom.maps(Arrival(os.getpid(), [region]))
+        del view
+    assert headroom._lacks([region], seen) == 32 << 20
 
 
 def test_a_tmpfs_that_is_too_small_is_named(fake: FakeHost) -> None:
@@ -139,7 +194,7 @@ def test_a_tmpfs_that_is_too_small_is_named(fake: FakeHost) -> None:
     path = Path("/dev/shm") / f"headroom-{os.getpid()}"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        (problem,) = headroom.problems([PID], [ram(fd, too_much)], host=fake.host)
+        (problem,) = problems(fake, here(ram(fd, too_much)))
     finally:
         os.close(fd)
         path.unlink()
@@ -157,3 +212,21 @@ def test_huge_pages_come_from_their_pool(fake: FakeHost) -> None:
     fake.write(f"{pool}/nr_overcommit_hugepages", 112)
     (limit,) = headroom.hugetlb_limits(PID, region.page_size, fake.host)
     assert limit.room == region.size
+
+
+@pytest.mark.parametrize(
+    ("flags", "had", "fits"), [("nr", 0, False), ("nr", 1, True), ("rd", 0, True)]
+)
+def test_huge_pages_that_it_has_or_has_reserved(
+    fake: FakeHost, flags: str, had: int, fits: bool
+) -> None:
+    """They come back to it. In passes private ones wait in ordinary memory beside them."""
+    pool = "sys/kernel/mm/hugepages/hugepages-2048kB"
+    for name in ("free", "resv", "nr_overcommit", "surplus"):
+        fake.write(f"{pool}/{name}_hugepages", 0)
+    region = Region("ram0", 512, 2 << 20, 0x7F0000000000, None, 0)
+    fields = {"Private_Hugetlb": str(had), "VmFlags": f"rd wr {flags}"}
+    fake.write(f"proc/{PID}/smaps", mapped(fake, region.address, GIB, **fields))
+    assert ([] == problems(fake, here(region))) == fits
+    fake.write("proc/meminfo", f"MemAvailable: {GIB >> 11} kB")
+    assert any("the host has 0.50" in one for one in problems(fake, here(region, stager=PID)))
