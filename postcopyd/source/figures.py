@@ -43,7 +43,8 @@ class Figures:
         self.recoveries = 0
 
     def inspected(self, shape: Shape) -> None:
-        """Notes how much memory the guest has."""
+        """Notes how much memory the guest has, and what it leaves behind."""
+        self.warnings += shape.stays
         self.total_bytes = sum(region.size for region in shape.regions)
         if shape.regions:
             self.page_size = shape.regions[0].page_size

@@ -128,6 +128,8 @@ class Shape:
     regions: tuple[Region, ...]
     facts: dict[str, str]  # what must be equal on both hosts
     problems: tuple[str, ...]  # sentences: why it cannot be migrated, each with what to do
+    #: Sentences: what does not come along, though the guest goes on without it.
+    stays: tuple[str, ...] = ()
     #: Writes that tracking sees only if pages are armed while the guest is `still`: a sentence that
     #: names what makes them. A read by direct I/O pins its pages and marks them as written when it
     #: starts; its data may arrive after the pages were armed again.
@@ -147,6 +149,7 @@ class Shape:
         """Makes sentences fit to be shown, as names of devices and files in them are the VMM's."""
         made = object.__setattr__  # the dataclass is frozen for all other code
         made(self, "problems", tuple(map(plain, self.problems)))
+        made(self, "stays", tuple(map(plain, self.stays)))
         made(self, "direct_io", self.direct_io and plain(self.direct_io))
         made(self, "untracked", self.untracked and plain(self.untracked))
 

@@ -14,6 +14,7 @@ from test_qemu_others import begin_save, save_ended
 
 from postcopyd.vmm import VmmError
 from postcopyd.vmm.qemu import savevm
+from postcopyd.vmm.qemu.blocks import blocks
 from postcopyd.vmm.qemu.driver import QemuVmm
 
 
@@ -183,6 +184,36 @@ async def test_a_migration_by_somebody_else_begins_meanwhile(
     with trio.fail_after(30):
         assert await save_ended(machine) == "completed"
     assert await machine.state() == "postmigrate"
+
+
+async def test_what_qemu_lets_move_goes_along(lab: Lab, qemu: int, tmp_path: Path) -> None:
+    """A folder that is not mounted; shared memory that the guest is the master of, with what is in
+    it. A bitmap that no image has is named."""
+    options = [
+        *("-fsdev", f"local,id=f0,path={tmp_path},security_model=none"),
+        *("-device", "virtio-9p-pci,fsdev=f0,mount_tag=f0"),
+        *("-object", f"memory-backend-file,id=m0,size=1M,share=on,mem-path={tmp_path}/ROLE"),
+        *("-device", "ivshmem-plain,memdev=m0,master=on"),
+        *("-blockdev", "null-co,node-name=n0,size=1048576"),
+    ]
+    here, there = (
+        lab.start(qemu, *(option.replace("ROLE", role) for option in options), *more)
+        for role, more in (("source", []), ("destination", ["-incoming", "defer"]))
+    )
+    source, destination = await lab.drive(here), await lab.drive(there)
+    await here.ask("block-dirty-bitmap-add", node="n0", name="b0")
+    async with inspected(source, "source") as shape:
+        assert shape.problems == ()
+        assert len(shape.stays) == 1
+        assert "bitmap 'b0' of block node 'n0'" in shape.stays[0]
+    with trio.fail_after(30):  # QEMU 7.2 shows no memory that the firmware has not mapped yet
+        while any(b.address is None for b in await blocks(source._qmp) if b.name.endswith("m0")):
+            await trio.sleep(0.1)
+    with (tmp_path / "source").open("r+b") as memory:
+        memory.write(b"by another guest")
+    await arrive(lab, destination, await save(source), 0, 1)
+    assert await there.state() == "paused"
+    assert (tmp_path / "destination").read_bytes()[:16] == b"by another guest"
 
 
 # ---- panicked, suspended

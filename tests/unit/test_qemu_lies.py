@@ -4,6 +4,7 @@ raises errors with names and sentences and within its time, and no task that oth
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -78,7 +79,7 @@ class Monitor:
     """What a QEMU says. `answers` may be changed at any time; `aside` comes before each answer."""
 
     def __init__(self) -> None:
-        self.answers = dict(ANSWERS)
+        self.answers = copy.deepcopy(ANSWERS)
         self.aside = b""
         self.pretty = False
         self.heard: list[str] = []
@@ -410,6 +411,21 @@ async def test_order_of_a_save(tmp_path: Path) -> None:
     last = monitor.heard[-4:]
     assert last == ["migrate-set-parameters", "stop", "query-migrate", "x-query-ramblock"]
     assert "xen-save-devices-state" not in monitor.heard
+
+
+async def test_what_stays_behind(tmp_path: Path) -> None:
+    """It is said and forbids nothing: bitmaps with a name that no image has, clients of SPICE."""
+    async with lying(tmp_path) as (monitor, path):
+        vmm = await QemuVmm.connect("web1", path)
+        bitmaps = [{"name": name, "persistent": name == "kept"} for name in ("kept", "lost", "")]
+        monitor.answers["query-named-block-nodes"][0]["dirty-bitmaps"] = bitmaps
+        monitor.answers["query-spice"] = {"enabled": True, "channels": [{"host": "h"}]}
+        shape = await vmm.inspect("source")
+        shape.close()
+        await vmm.aclose()
+    bitmap, spice = shape.stays
+    assert "'lost' of block node 'n'" in bitmap
+    assert "SPICE" in spice
 
 
 async def test_what_forbids_a_move_as_the_guest_is_saved(tmp_path: Path) -> None:

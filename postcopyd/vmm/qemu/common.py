@@ -33,7 +33,7 @@ from postcopyd.vmm import (
 from postcopyd.vmm.qemu import blocks as ram_blocks
 from postcopyd.vmm.qemu import disks as qemu_disks
 from postcopyd.vmm.qemu import facts as qemu_facts
-from postcopyd.vmm.qemu import farewell, ram, settings
+from postcopyd.vmm.qemu import farewell, ram, settings, stays
 from postcopyd.vmm.qemu import state as qemu_state
 from postcopyd.vmm.qemu.answers import Cpu, Migration, Status
 from postcopyd.vmm.qemu.qmp import ANSWER_SECONDS, Events, Qmp
@@ -136,6 +136,7 @@ class Qemu(Vmm):
         with qmp.taking_apart():
             disks, unmovable = await qemu_disks.look(qmp, self.pid)
         problems += unmovable
+        left = [one async for one in stays.sentences(qmp)] if role == "source" else []
         regions, unfit = ram.regions(backends, self.pid)
         try:
             facts |= {f"pages of {r.name}": f"{r.page_size} bytes each" for r in regions}
@@ -165,6 +166,7 @@ class Qemu(Vmm):
             regions=tuple(regions),
             facts=facts,
             problems=tuple(problems),
+            stays=tuple(left),
             direct_io=writers.direct_sentence(direct),
             untracked=writers.unseen_sentence(unseen),
             disks=tuple(disks),
