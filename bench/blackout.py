@@ -137,18 +137,20 @@ def main() -> int:
     rows = [
         table.single(f"blackout, {mib} MiB of RAM", "ms", blackouts[mib], 10.0) for mib in sizes
     ]
-    rows.append(
-        table.paired(f"blackout, {sizes[-1]} against {sizes[0]} MiB", "ms", blackouts[sizes[-1]],
-                     blackouts[sizes[0]], "small", 1.5)
-    )  # fmt: skip
-    grown = [
-        (large - small) / ((sizes[-1] - sizes[0]) * MIB / PAGE)
-        for large, small in zip(memory[sizes[-1]], memory[sizes[0]], strict=True)
-    ]
-    # Not less than nothing: a small guest's move may be the one that first touches a buffer.
-    each = [max(0.0, value) for value in grown]
-    rows.append(table.single("memory of both daemons for each page", "B", each, 2.0,
-                             note="destination 1 B, source 2 bits"))  # fmt: skip
+    small, large = min(sizes), max(sizes)
+    if small < large:
+        rows.append(
+            table.paired(f"blackout, {large} against {small} MiB", "ms", blackouts[large],
+                         blackouts[small], "small", 1.5)
+        )  # fmt: skip
+        more = (large - small) * MIB / PAGE
+        # Not less than nothing: a small guest's move may be the one that first touches a buffer.
+        each = [
+            max(0.0, (much - little) / more)
+            for much, little in zip(memory[large], memory[small], strict=True)
+        ]
+        rows.append(table.single("memory of both daemons for each page", "B", each, 2.0,
+                                 note="destination 1 B, source 2 bits"))  # fmt: skip
     rows.append(table.single("CPU of both daemons while idle", "ms/s", [idle], 1.0))
     data = {"blackout_ms": blackouts, "memory_bytes": memory, "idle_ms_per_s": idle}
     return table.finish("blackout", rows, about, data)

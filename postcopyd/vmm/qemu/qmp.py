@@ -60,7 +60,8 @@ class QmpUnreachable(VmmGone):
 
 
 class QmpBusy(VmmError):
-    """A process listens but does not greet: the monitor has another client, or QEMU is stuck."""
+    """A process listens but does not greet: the monitor has another client, or QEMU still starts,
+    or is stuck."""
 
     name = "Busy"
 
@@ -179,8 +180,10 @@ class Qmp:
         except trio.TooSlowError:
             raise QmpBusy(
                 f"QMP socket {self._path} gave no greeting within {patience:g} s: another "
-                f"client holds this monitor, or QEMU is stuck; close the other client, or give "
-                f"QEMU a second -qmp socket for postcopyd."
+                f"client holds this monitor, or QEMU does not serve it yet (it still starts, which "
+                f"takes long where it locks or preallocates its memory) or any more (it is stuck): "
+                f"close the other client, give QEMU a second -qmp socket for postcopyd, or try "
+                f"again when QEMU answers."
             ) from None
 
     async def _open(self) -> None:
