@@ -7,6 +7,8 @@ from __future__ import annotations
 import os
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ async def test_guest_shuts_down(point: str, tmp_path: Path, clock: Clock) -> Non
         await made.migrate()
         assert not made.stuck
         assert_over(made)
-        result = made.source.vm.status.result
+        result = made.result
         assert result["event"] == "ended"
         assert "web1 ran at" in result["error"]
 
@@ -113,7 +115,7 @@ async def test_source_vmm_is_kept(tmp_path: Path, clock: Clock) -> None:
         assert made.guest.broken == []
         assert made.source.recorded() == "granted"
         assert made.source.store.intents()
-        assert made.source.vm.status.result["event"] == "ended"
+        assert made.result["event"] == "ended"
 
 
 @pytest.mark.parametrize("farewell", [FAREWELL, None])
@@ -176,8 +178,16 @@ class Saying:
     def last(self, *names: str) -> Saying:
         return self
 
-    async def drain(self) -> None:
+    async def open(self, patience: float) -> None:
+        """It is."""
+
+    @contextmanager
+    def events(self, *names: str) -> Iterator[Saying]:
+        yield self
+
+    async def next(self) -> None:
         """It says nothing else."""
+        await trio.sleep_forever()
 
     async def execute(self, command: str, arguments: Any = None) -> None:
         assert command == "quit"

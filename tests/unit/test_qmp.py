@@ -237,10 +237,10 @@ async def test_the_end_of_the_connection_wakes_everybody(tmp_path: Path) -> None
                 await wait()
             ended.append(caught.value.unsent)
 
-        with qmp.events("STOP") as events:
+        with qmp.events("STOP") as events, qmp.events("RESUME") as others:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(waits, events.next)
-                nursery.start_soon(waits, qmp.drain)
+                nursery.start_soon(waits, others.next)
                 nursery.start_soon(waits, lambda: qmp.execute("cont"))
         assert ended == [False, False, False]
         with pytest.raises(QmpClosed) as caught:

@@ -6,6 +6,7 @@ Owns the QMP connection and the pidfd, until `aclose`; both halves of the driver
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -189,10 +190,10 @@ class Qemu(Vmm):
         if self._last_words.queue and not self._ending:
             self.farewell = farewell.farewell(self._last_words.queue[-1])
 
+    @abc.abstractmethod
     async def _idle(self) -> None:
-        """Reads to the end: what QEMU said last may still be on its way."""
-        with suppress(PostcopydError):
-            await self._qmp.drain()
+        """Reads to the end what QEMU says, or QEMU would keep it in memory. What it said last may
+        still be on its way when it ends."""
 
     async def _exit(self) -> None:
         await process_ended(self._pidfd)

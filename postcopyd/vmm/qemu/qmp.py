@@ -174,7 +174,7 @@ class Qmp:
         """
         try:
             with trio.fail_after(patience):
-                async with self._opening:  # a task in `drain` may wait in there for ever
+                async with self._opening:  # one that has all the time may wait in there
                     if not self._ready and self._failure is None:
                         await self._open()
         except trio.TooSlowError:
@@ -370,14 +370,6 @@ class Qmp:
         if arguments:
             message["arguments"] = arguments
         return json.dumps(message).encode() + b"\n"
-
-    async def drain(self) -> None:
-        """Reads (and drops what nobody asked for) until the connection ends, then raises QmpClosed.
-
-        QEMU keeps in memory what its client does not read, so an idle connection needs this.
-        """
-        await self.open(math.inf)
-        await self._until(lambda: None, "idle")
 
     def close(self) -> None:
         self._fail(QmpClosed(f"the connection to {self._path} was closed by postcopyd."))

@@ -428,7 +428,7 @@ class Leaving(Qemu):
             await self._let_go()
 
     async def _idle(self) -> None:
-        """As it reads, also waits until somebody runs a guest that has left and was kept."""
+        """As it reads, it also hears when somebody runs a guest that has left and was kept."""
         with suppress(PostcopydError):
             await self._qmp.open(math.inf)
             with self._qmp.events("RESUME") as resumed:
