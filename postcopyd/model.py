@@ -6,60 +6,13 @@ package. In JSON names are in camelCase, as io.postcopyd.varlink has them; what 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 DriverName = Literal["qemu", "process"]
 """Those of `Attach` in io.postcopyd.varlink."""
 Decision = Literal["wait", "poison", "kill", "take_back"]
-
-
-class Status(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
-    """What one VM does here, and how its last migration ended. Until it has been in one `role`,
-    `migration` and `peer` are empty."""
-
-    vm: str
-    role: Literal["", "source", "destination"]
-    phase: Literal["idle", "precopy", "handover", "postcopy", "paused", "drained", "failed"]
-    migration: str
-    """Its id, the same on both hosts."""
-    peer: str
-    """The other host: HOST:PORT at the source, `NAME (ADDRESS)` at the destination."""
-    message: str
-    """One sentence for people."""
-    remaining: int | None = None
-    """Bytes of guest RAM that the destination lacks."""
-    mode: str | None = None
-    total_bytes: int | None = None
-    """Of guest RAM."""
-    transferred_bytes: int | None = None
-    """On data connections, so far."""
-    bytes_per_second: int | None = None
-    """The same, in the last second or so."""
-    elapsed_ms: float | None = None
-    """Since the migration was asked for."""
-    downtime_ms: float | None = None
-    """How long the guest was stopped for the handover, from when it runs again."""
-    faults: dict[str, Any] | None = None
-    """Type Faults of io.postcopyd.varlink, so far."""
-    passes: list[dict[str, Any]] | None = None
-    """Type Pass of it for each pass that is over."""
-    result: dict[str, Any] | None = None
-    """Type Result of it, once the migration is over, or while it is paused for long."""
-
-    def lasting(self) -> Status:
-        """Without what is only progress: what stays when a migration is over, and is recorded."""
-        return msgspec.structs.replace(
-            self,
-            total_bytes=None,
-            transferred_bytes=None,
-            bytes_per_second=None,
-            elapsed_ms=None,
-            downtime_ms=None,
-            faults=None,
-            passes=None,
-        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +41,7 @@ class Memory(msgspec.Struct, frozen=True, rename="camel"):
     pushed_pages: int
     urgent_pages: int
     duplicate_pages: int
-    lost_pages: int
+    lost_pages: int | msgspec.UnsetType = msgspec.UNSET  # older records have none
 
 
 class Faults(msgspec.Struct, frozen=True, rename="camel"):
@@ -170,3 +123,50 @@ class Result(msgspec.Struct, rename="camel", omit_defaults=True, kw_only=True):
     tracking: dict[str, float] | None = None  # what passes cost the guest
     warning: str | None = None
     error: str | None = None
+
+
+class Status(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, kw_only=True):
+    """What one VM does here, and how its last migration ended. Until it has been in one `role`,
+    `migration` and `peer` are empty."""
+
+    vm: str
+    role: Literal["", "source", "destination"]
+    phase: Literal["idle", "precopy", "handover", "postcopy", "paused", "drained", "failed"]
+    migration: str
+    """Its id, the same on both hosts."""
+    peer: str
+    """The other host: HOST:PORT at the source, `NAME (ADDRESS)` at the destination."""
+    message: str
+    """One sentence for people."""
+    remaining: int | None = None
+    """Bytes of guest RAM that the destination lacks."""
+    mode: str | None = None
+    total_bytes: int | None = None
+    """Of guest RAM."""
+    transferred_bytes: int | None = None
+    """On data connections, so far."""
+    bytes_per_second: int | None = None
+    """The same, in the last second or so."""
+    elapsed_ms: float | None = None
+    """Since the migration was asked for."""
+    downtime_ms: float | None = None
+    """How long the guest was stopped for the handover, from when it runs again."""
+    faults: Faults | None = None
+    """So far."""
+    passes: list[Pass] | None = None
+    """Those that are over."""
+    result: Result | None = None
+    """Once the migration is over, or while it is paused for long."""
+
+    def lasting(self) -> Status:
+        """Without what is only progress: what stays when a migration is over, and is recorded."""
+        return msgspec.structs.replace(
+            self,
+            total_bytes=None,
+            transferred_bytes=None,
+            bytes_per_second=None,
+            elapsed_ms=None,
+            downtime_ms=None,
+            faults=None,
+            passes=None,
+        )

@@ -16,13 +16,13 @@ from typing import Any, Final, Protocol
 
 import structlog
 import trio
-from msgspec import convert, to_builtins
+from msgspec import ValidationError, convert, to_builtins
 from msgspec.structs import replace
 
 from postcopyd import counts
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.host import procfs
-from postcopyd.model import Status
+from postcopyd.model import PhaseTime, Result, Status
 from postcopyd.records.schema import Attachment, Ownership, Record, RecordedStatus
 from postcopyd.records.store import StateNotWritten, Store
 from postcopyd.vmm import Vmm
@@ -142,13 +142,13 @@ class Vm:
             if result == "completed" and (downtime_ms := before.downtime_ms):
                 counts.downtimes.observe(downtime_ms / 1e3)
 
-    def phases(self, at: float) -> list[dict[str, Any]]:
+    def phases(self, at: float) -> list[PhaseTime]:
         """How long this daemon has seen the migration in each phase, until `at` on the monotonic
-        clock: each phase once, in the order they came, with its `ms` in all."""
+        clock: each phase once, in the order they came."""
         phase = self.status.phase
         last = self._spent.get(phase, 0.0) + max(at - self._since, 0.0)
         spent = self._spent | {phase: last}
-        return [{"phase": phase, "ms": round(s * 1e3, 2)} for phase, s in spent.items()]
+        return [PhaseTime(phase, round(s * 1e3, 2)) for phase, s in spent.items()]
 
     def end_watches(self) -> None:
         """Ends all watches: the VM is not this daemon's any more."""
@@ -209,8 +209,12 @@ class Vm:
             f"the migration of {self.name} ended here by an internal error, which the log has: the "
             f"guest {where}, see `postcopyd status {self.name}` on both hosts"
         )
-        event = "paused" if away else "failed"
-        result = {"event": event, "vm": self.name, "migration": migration, "error": message}
+        result = Result(
+            event="paused" if away else "failed",
+            vm=self.name,
+            migration=migration,
+            error=message,
+        )
         self.log.error("migration ended by a bug", ownership=self.ownership)
         if away:
             self.conclude(phase="paused", message=message, result=result)
@@ -297,7 +301,10 @@ class Vm:
         self.attachment = Attachment.of(record)
         self.void = record.get("void", False)
         known = {k: v for k, v in record["status"].items() if k in RecordedStatus.__annotations__}
-        self.status = convert(to_builtins(self.status) | known, Status)
+        result = known.pop("result", None)
+        self.status = convert(to_builtins(self.status) | known | {"result": None}, Status)
+        with contextlib.suppress(ValidationError):  # of a version that had another kind of result
+            self.status = replace(self.status, result=convert(result, Result | None))
 
     def record(self, ownership: Ownership | None = None, epoch: int | None = None) -> None:
         """Writes the record. Call it before anything acts on what it says. Raises PostcopydError.

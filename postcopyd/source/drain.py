@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import time
 
-import msgspec
-
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Happened
@@ -83,7 +81,7 @@ class Drain:
         await self._acknowledge()
         trouble = await finish_vmm(migration) if written else UNWRITTEN
         # The result is shown last: a client that waits for it then finds the VMM in its last state.
-        vm.show(result=msgspec.to_builtins(result), message=sentence + trouble)
+        vm.show(result=result, message=sentence + trouble)
         vm.record_soon("granted")
         self._log(result)
         await migration.hooks("drained")

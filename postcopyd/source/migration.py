@@ -12,13 +12,12 @@ import time
 from dataclasses import asdict, replace
 from typing import Any, Literal, cast
 
-import msgspec
 import trio
 
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.handover import Machine
-from postcopyd.model import MigrateRequest, PhaseTime, Result
+from postcopyd.model import MigrateRequest, Result
 from postcopyd.native.engine import EngineError, Failure
 from postcopyd.records import schema
 from postcopyd.sessions.hooks import run_hooks
@@ -150,7 +149,7 @@ class Migration:
                 total_bytes=figures.total_bytes,
                 transferred_bytes=moved,
                 bytes_per_second=round((moved - before) / (now - at)),
-                faults=msgspec.to_builtins(figures.shown_faults()),
+                faults=figures.shown_faults(),
                 elapsed_ms=round((now - figures.began) * 1e3),
                 downtime_ms=figures.downtime_ms,
             )
@@ -181,7 +180,7 @@ class Migration:
         )
         try:
             figures.tell(result, drained, at)
-            result.phases = [PhaseTime(**one) for one in self.vm.phases(at)]
+            result.phases = self.vm.phases(at)
         except Exception:
             self.log.exception("bug in the figures of a result")
         return result

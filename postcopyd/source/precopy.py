@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import time
 
-import msgspec
 import trio
+from msgspec import to_builtins
 
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
@@ -63,8 +63,8 @@ class Precopy:
         assert mode != "postcopy"
         while not figures.why_now and (most != 0 or mode == "precopy"):
             figures.passes.append(await self._pass(await self._arm()))
-            shown = [msgspec.to_builtins(one.shown()) for one in figures.passes]
-            self._migration.log.info("pass", **shown[-1])
+            shown = [one.shown() for one in figures.passes]
+            self._migration.log.info("pass", **to_builtins(shown[-1]))
             self._vm.show(passes=shown)
             figures.why_now = why_now(mode, figures.passes, most, downtime_s) or ""
             if not figures.why_now and mode == "hybrid" and self._tracking.stopped_s > STOPPED_S:

@@ -11,7 +11,6 @@ One task does all of this; a person only wakes it (`Person`).
 
 from __future__ import annotations
 
-import msgspec
 import trio
 
 from postcopyd import counts
@@ -36,7 +35,7 @@ def pause(migration: Migration, error: PostcopydError) -> None:
         migration.log.warning("after its end", error=str(error))
         if vm.status.result is None:
             vm.show(
-                result=msgspec.to_builtins(migration.completed),
+                result=migration.completed,
                 message=f"{vm.status.message}; the VMM here was not ended: {error}",
             )
             vm.record_soon("granted")
@@ -170,7 +169,7 @@ class Recovery:
         if status.phase == "paused" and status.result is None:
             self._migration.log.error("migration paused", error=str(trouble))
             result = self._migration.result("paused", str(trouble))
-            self._vm.show(result=msgspec.to_builtins(result))
+            self._vm.show(result=result)
 
     async def _guest_ended(self, said: str) -> None:
         """Ends a migration whose guest was ended on purpose at the destination: nobody needs the
@@ -190,7 +189,7 @@ class Recovery:
             phase="failed",
             remaining=0,
             message=ended,
-            result=msgspec.to_builtins(result),
+            result=result,
         )
         if over:
             vm.home()

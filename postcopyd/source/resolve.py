@@ -7,7 +7,6 @@ destination that answers just then has the last word. The decision itself is in 
 
 from __future__ import annotations
 
-import msgspec
 import trio
 
 from postcopyd.errors import PostcopydError
@@ -48,7 +47,7 @@ async def kill(migration: Migration, decision: Decision) -> bool:
         f"{vm.name}` here once you know where it runs"
     )
     result = migration.result("paused", f"ended {by}")
-    vm.conclude(phase="failed", message=message, result=msgspec.to_builtins(result))
+    vm.conclude(phase="failed", message=message, result=result)
     migration.ending = True
     try:
         vm.record("declined")

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 import trio
 
 from postcopyd import protocol as p
@@ -60,7 +59,7 @@ async def roll_back(vm: Vm, shared: Shared) -> None:
     sentence = undone_as(vm.name, "the daemon ended before it was granted", left)
     name = vm.about["migration"]
     result = Result(event="failed", vm=vm.name, migration=name, error=sentence)
-    vm.conclude(phase="failed", remaining=0, message=sentence, result=msgspec.to_builtins(result))
+    vm.conclude(phase="failed", remaining=0, message=sentence, result=result)
     vm.home()
     vm.record_soon("held")
     vm.log.warning("migration failed", error=sentence)

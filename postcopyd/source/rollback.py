@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
 import structlog
 import trio
 
@@ -77,7 +76,7 @@ class Rollback:
             counted_as=ended,
             remaining=0,
             message=sentence,
-            result=msgspec.to_builtins(migration.result(ended, sentence)),
+            result=migration.result(ended, sentence),
         )
         vm.home()
         vm.record_soon("held")

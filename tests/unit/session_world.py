@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import trio
 from fake_vmm import FakeVmm, Guest, Killed, Life
+from msgspec import to_builtins
 from msgspec.structs import replace
 
 from postcopyd import protocol as p
@@ -498,6 +499,11 @@ class World:
         """Whether the test itself breaks one of these."""
         return any(fault.split("#")[0] in points for fault in self.faults)
 
+    @property
+    def result(self) -> Any:
+        """How it ended, as people see it at the source."""
+        return to_builtins(self.source.vm.status.result)
+
     def _check_statuses(self) -> None:
         for host in self.hosts.values():
             status = host.vm.status
@@ -506,7 +512,7 @@ class World:
             assert not status.message.endswith((": ", "; ")), status
         # One daemon shows the result of what it began or went on with.
         if self.source.phase != "idle" and (self.source.session or len(self.source.lives) == 1):
-            event = (self.source.vm.status.result or {}).get("event")
+            event = (self.result or {}).get("event")
             events = {"drained": ["completed"], "paused": ["paused", None]}
             assert event in events.get(self.source.phase, ["failed", "cancelled"])
         if self.source.phase == "drained":

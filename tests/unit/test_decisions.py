@@ -280,7 +280,7 @@ async def test_cancel_of_what_has_failed(tmp_path: Path, clock: Clock) -> None:
     async with world(tmp_path, faults) as made:
         await made.migrate()
     assert refused == ["NotMigrating"]
-    assert made.source.vm.status.result["event"] == "failed"
+    assert made.result["event"] == "failed"
 
 
 # --- bugs in the last steps ----------------------------------------------------------------------
@@ -291,7 +291,7 @@ async def result(made: World) -> dict[str, Any]:
     with trio.fail_after(60):
         while made.source.vm.status.result is None or made.source.vm.claimed_by is not None:
             await trio.sleep(1)
-    found: dict[str, Any] = made.source.vm.status.result
+    found: dict[str, Any] = made.result
     return found
 
 

@@ -128,7 +128,7 @@ async def test_stopped_after_the_guest_has_ended(
         assert told
         assert (made.source.phase, made.source.recorded()) == ("failed", "held")
         assert FAREWELL in made.source.vm.status.message
-        assert made.source.vm.status.result["event"] == "ended"
+        assert made.result["event"] == "ended"
 
 
 async def test_stopped_after_a_long_pause(tmp_path: Path, clock: Clock) -> None:
@@ -137,12 +137,12 @@ async def test_stopped_after_a_long_pause(tmp_path: Path, clock: Clock) -> None:
     faults: dict[str, Fault] = {"<- drained": goes_down, "source.finish": stops_and_waits}
     async with world(tmp_path, faults) as made, made.migrating():
         await trio.sleep(60)
-        assert made.source.vm.status.result["event"] == "paused"
+        assert made.result["event"] == "paused"
         made.down = False
         await made.settled()
         await made.check()
         assert (made.source.phase, made.source.vmm.state) == ("drained", "ended")
-        assert made.source.vm.status.result["event"] == "completed"
+        assert made.result["event"] == "completed"
 
 
 async def stops_and_waits(made: World, point: str) -> None:
@@ -172,8 +172,8 @@ async def test_memory_that_went_with_its_vmm(
         await trio.sleep(100)
         assert made.went["-> resume"] == asked
         status = made.source.vm.status
-        assert (status.phase, status.result["event"]) == ("paused", "paused")
+        assert (status.phase, status.result.event) == ("paused", "paused")
         assert "`postcopyd resolve web1 --kill`" in status.message
-        assert "`--poison`" in status.result["error"]
+        assert "`--poison`" in status.result.error
         await made.source.daemon.resolve("web1", "kill")
         assert made.source.recorded() == "declined"

@@ -106,7 +106,7 @@ async def test_clean(tmp_path: Path, clock: Clock) -> None:
     """All of it is passed, and the result says what was done."""
     made = await hybrid(tmp_path, {})
     assert set(PASSES) - set(made.went) == set()
-    result = made.source.vm.status.result
+    result = made.result
     assert result["mode"] == "hybrid"
     memory = result["memory"]
     # 10 pages of data, then the 5 that were written, one of them a hole before.
@@ -194,7 +194,7 @@ async def test_cancel(point: str, tmp_path: Path, clock: Clock) -> None:
     async with world(tmp_path, {point: cancel}) as made:
         await made.migrate(mode="hybrid", precopy_passes=2)
         await made.check()
-        assert made.source.vm.status.result["event"] == "cancelled"
+        assert made.result["event"] == "cancelled"
         assert not made.source.vmm.registered()  # its writes are not seen any more
         if point != "source.save":
             assert made.destination.vmm.state == "incoming"
@@ -286,7 +286,7 @@ async def test_direct_io(tmp_path: Path, clock: Clock) -> None:
     """Pages are armed only while the guest is still; all that was written since is named."""
     made = await direct(tmp_path, {})
     assert [made.went[point] for point in STILL[1:3]] == [2, 2]
-    assert made.source.vm.status.result["tracking"]["stoppedMs"] > 0
+    assert made.result["tracking"]["stoppedMs"] > 0
 
 
 @pytest.mark.parametrize("point", STILL)
@@ -357,7 +357,7 @@ async def test_still_is_not_recorded(point: str, tmp_path: Path, clock: Clock) -
 async def test_hybrid_without_tracking(fault: Fault, tmp_path: Path, clock: Clock) -> None:
     """Where writes cannot be seen the guest is moved by postcopy alone, and that is said."""
     made = await hybrid(tmp_path, {"source.track": fault})
-    result = made.source.vm.status.result
+    result = made.result
     assert result["event"] == "completed"
     assert result["passes"] == []
     assert "no userfaultfd" in result["warning"]
@@ -370,7 +370,7 @@ async def test_hybrid_on_a_kernel_that_misses_writes(
     kernel_says(written=lib.PC_MISSES_ZAPPED)
     made = await hybrid(tmp_path, {})
     assert "source.track" not in made.went
-    result = made.source.vm.status.result
+    result = made.result
     assert result["event"] == "completed"
     assert result["passes"] == []
     assert "a guest wrote and that were swapped out since" in result["warning"]
@@ -415,7 +415,7 @@ async def test_driver_hangs(then: Fault, tmp_path: Path, clock: Clock) -> None:
 async def test_precopy(tmp_path: Path, clock: Clock) -> None:
     """All of the memory is there before the guest is: nothing is asked for."""
     made = await migrated(tmp_path, {}, mode="precopy", max_downtime_ms=1e6)
-    memory = made.source.vm.status.result["memory"]
+    memory = made.result["memory"]
     assert (memory["urgentPages"], memory["pushedPages"]) == (0, 4)
     assert made.went["-> stale"]
 

@@ -284,7 +284,7 @@ async def test_no_secret_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ]
         levels = {entry["log_level"] for entry in entries}
         assert levels == {"info", "warning"}
-    result = made.source.vm.status.result
+    result = made.result
     times = {one["phase"]: one["ms"] for one in result["phases"]}
     assert [*times][-3:] == ["handover", "postcopy", "paused"]
     assert 0 < sum(times.values()) <= result["totalMs"] + 50

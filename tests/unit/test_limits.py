@@ -282,7 +282,7 @@ async def test_strangers_keep_no_guest_waiting(tmp_path: Path, clock: Clock) -> 
         await made.check()
         made.check_over()
         assert made.source.phase == "drained"
-        assert made.source.vm.status.result["recoveries"] == 1
+        assert made.result["recoveries"] == 1
 
 
 def at_the_door(*addresses: str) -> Callable[[ExitStack, Peers], list[Visitor]]:
@@ -417,7 +417,7 @@ async def test_ends_while_it_waits(fault: Fault, tmp_path: Path, clock: Clock) -
         assert made.went["destination.adopt"] == 0
         if fault is cancel:
             assert made.refused == []
-            assert made.source.vm.status.result["event"] == "cancelled"
+            assert made.result["event"] == "cancelled"
         assert arrivals.ahead("a third") == 0
         arrivals.leave("another")
         assert arrivals.ahead("a third") is None

@@ -44,8 +44,8 @@ async def check_lost(made: World) -> None:
     assert made.guest.broken == []
     assert (source.phase, destination.phase) == ("drained", "drained")
     assert (source.vmm.state, destination.vmm.state) == ("ended", "running")
-    assert source.vm.status.result["event"] == "completed"
-    assert source.vm.status.result["memory"]["lostPages"] == 3
+    assert source.vm.status.result.event == "completed"
+    assert source.vm.status.result.memory.lost_pages == 3
     for host in made.hosts.values():
         assert "3 pages that could not be read" in host.vm.status.message
     assert any(entry["event"] == "memory lost" and entry["pages"] == 3 for entry in made.logs)

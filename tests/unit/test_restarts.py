@@ -320,7 +320,7 @@ async def test_source_is_full_at_drained(killed: bool, tmp_path: Path, clock: Cl
         await trio.sleep(SELDOM_S)
         assert (made.source.phase, made.source.vmm.state) == ("drained", "stopped")
         assert "until that is on record" in made.source.vm.status.message
-        assert made.source.vm.status.result["event"] == "completed"
+        assert made.result["event"] == "completed"
         if killed:
             made.source.kill()
             await trio.sleep(SELDOM_S)

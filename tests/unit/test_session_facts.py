@@ -39,7 +39,7 @@ def learns(**news: object) -> Fault:
 def stayed(made: World, words: str) -> None:
     assert made.source.vmm.state == "running"
     assert "destination.run" not in made.went
-    result = made.source.vm.status.result
+    result = made.result
     assert result["event"] == "failed"
     assert words in result["error"]
 
