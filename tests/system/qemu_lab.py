@@ -17,7 +17,7 @@ import trio
 
 from postcopyd.vmm import Role, Shape, VmmGone
 from postcopyd.vmm.qemu.driver import QemuVmm
-from postcopyd.vmm.qemu.qmp import Qmp
+from postcopyd.vmm.qemu.qmp import Qmp, QmpUnreachable
 
 MIB = 1 << 20
 RAM = 128 * MIB
@@ -61,14 +61,16 @@ class Machine:
         """Both monitors do, as QEMU makes the daemon's before the one of our own. On a busy machine
         many devices take QEMU longer than a driver waits for it."""
         with trio.fail_after(60):
-            while not Path(self.own_socket).exists():
+            while True:
                 assert self.process.poll() is None, self.log.read_text()
-                await trio.sleep(0.01)
-            qmp = Qmp(self.own_socket)
-            try:
-                await qmp.open(math.inf)
-            finally:
-                qmp.close()
+                qmp = Qmp(self.own_socket)
+                try:
+                    await qmp.open(math.inf)
+                    return
+                except QmpUnreachable:  # it is not there, or nobody listens at it yet
+                    await trio.sleep(0.01)
+                finally:
+                    qmp.close()
 
     async def ask(self, command: str, **arguments: object) -> Any:
         qmp = Qmp(self.own_socket)

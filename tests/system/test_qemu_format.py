@@ -214,14 +214,13 @@ async def test_as_qemu_itself_sends(
     assert ours.sizes == theirs.sizes
     assert ours.sections == theirs.sections
     assert list(different(ours, theirs)) == []
-    expected = small(theirs)
+    found, expected = small(ours), small(theirs)
     if driver._qmp.version < (8, 0):  # which does not say where it has what firmware alone reads
-        expected = {
-            key: page
-            for key, page in expected.items()
-            if not key[0].startswith("/rom@") and not key[0].endswith(".rom")
-        }
-    assert small(ours) == expected
+        for memory in (found, expected):  # and which the firmware has mapped for moments only
+            for name, offset in [*memory]:
+                if name.startswith("/rom@") or name.endswith(".rom"):
+                    del memory[name, offset]
+    assert found == expected
     assert not any(name in GUEST_RAM for name, _ in ours.memory)
     if machine == "q35":
         assert len(ours.sections) > 50
