@@ -23,6 +23,7 @@ from postcopyd.model import Decision
 from postcopyd.protocol import LOST
 from postcopyd.sessions.patience import END_S, within
 from postcopyd.sessions.vm import DAEMON, Vm
+from postcopyd.source.keeping import let_go
 from postcopyd.source.session import SourceSession
 from postcopyd.tasks import threads
 
@@ -118,6 +119,7 @@ class Decisions:
                 with within(END_S, f"ending the VMM of {name} here"):
                     await vm.driver.end()
                 ended = "was ended in the middle of its migration"
+            await let_go(vm)
             if vm.driver is not None or certainly_ended(vm):
                 vm.about["answer"] = to_builtins(_lost_here(name))
             before = vm.status

@@ -25,6 +25,7 @@ from postcopyd.model import Status
 from postcopyd.net.channel import Channel, Nobody
 from postcopyd.records.schema import Ownership
 from postcopyd.sessions.vm import DAEMON, Claim, Vm
+from postcopyd.source.keeping import kept
 from postcopyd.source.restart import finish_drained, roll_back
 from postcopyd.source.rollback import untouched
 from postcopyd.source.session import SourceSession
@@ -180,7 +181,7 @@ class Restart:
             tidy()
             if done:
                 return
-            if certainly_ended(vm):
+            if certainly_ended(vm) and not granted_and_kept(vm):
                 if vm.ownership == "granted":
                     self._inquiries.ask(vm, intent_of(vm), vm.status.message)
                 return
@@ -198,7 +199,7 @@ class Restart:
         """Returns whether it is done. `told` is the status that people saw before this start."""
         row = found(vm.ownership, told.phase == "drained")
         try:
-            await self._registry.reach(vm, must=row.needs_vmm)
+            await self._registry.reach(vm, must=row.needs_vmm and not granted_and_kept(vm))
             await row.do(self._registry, vm, told)
             if vm.ownership != "owned":
                 vm.remove_pages()  # of an arrival that is over
@@ -220,6 +221,11 @@ class Restart:
         if vm.status.message != message:
             vm.show(**({} if calm else {"phase": "paused"}), message=message)
             vm.log.error("VM not restored", ownership=vm.ownership, error=str(error))
+
+
+def granted_and_kept(vm: Vm) -> bool:
+    """Whether the memory of a guest that left is here, although its VMM may have ended."""
+    return vm.ownership == "granted" and kept(vm) is not None
 
 
 def came_back(vm: Vm, intent: Mapping[str, Any]) -> bool:

@@ -143,7 +143,7 @@ static int list_threads(pid_t pid, struct candidate **list)
 }
 
 /* Refuses what /proc shows to be unfit. */
-static int examine(pid_t pid, int allow_seccomp, pid_t tid, struct status *status,
+static int examine(pid_t pid, int filter, pid_t tid, struct status *status,
                    struct adopt_error *error)
 {
     int code = read_status(pid, tid, status);
@@ -159,7 +159,7 @@ static int examine(pid_t pid, int allow_seccomp, pid_t tid, struct status *statu
                     "call directly", pid);
     if (status->tracer)
         return fail_traced(error, pid, status->tracer);
-    if (status->seccomp && !(allow_seccomp && status->seccomp == 2))
+    if (status->seccomp && !(filter && status->seccomp == 2))
         return fail(error, -EACCES, "cannot adopt process %d: it has a seccomp filter, and one "
                     "that is an allow-list would kill it; let the VMM hand over its userfaultfd, "
                     "or say that the filter is a deny-list", pid);
@@ -171,12 +171,12 @@ static int examine(pid_t pid, int allow_seccomp, pid_t tid, struct status *statu
 }
 
 /* Before anything is touched, checks that this process may and can adopt the target. */
-static int open_target(struct job *job, int allow_seccomp)
+static int open_target(struct job *job, int filter)
 {
     unsigned char elf[20] = { 0 };
     struct status status;
     char path[32];
-    int code = examine(job->pid, allow_seccomp, job->pid, &status, job->error);
+    int code = examine(job->pid, filter, job->pid, &status, job->error);
 
     if (code)
         return code;
@@ -211,18 +211,19 @@ static int open_target(struct job *job, int allow_seccomp)
 }
 
 int adopt_syscall(int pid, long nr, const unsigned long args[6], int timeout_ms,
-                  int allow_seccomp, long *result, struct adopt_error *error)
+                  int filter, long *result, struct adopt_error *error)
 {
     CLEAN(free_pointer) struct candidate *list = NULL;
     CLEAN(close_job) struct job job = {
-        .pid = pid, .nr = nr, .args = args, .mem = -1, .error = error
+        .pid = pid, .nr = nr, .args = args, .mem = -1, .error = error,
+        .suspend = filter == ADOPT_FILTER_SUSPENDED,
     };
     int64_t slice = timeout_ms * 1000000ll / 4;
     int code, tried = 0;
 
     error->text[0] = 0;
     job.deadline = now_ns() + timeout_ms * 1000000ll;
-    code = open_target(&job, allow_seccomp);
+    code = open_target(&job, filter);
     if (code)
         return code;
 
@@ -238,7 +239,7 @@ int adopt_syscall(int pid, long nr, const unsigned long args[6], int timeout_ms,
             struct adopt_error why;
             struct status status;
 
-            code = examine(pid, allow_seccomp, try.tid, &status, &why);
+            code = examine(pid, filter, try.tid, &status, &why);
             if (code == -ESRCH)
                 continue; /* that thread ended */
             if (code) {
@@ -267,9 +268,9 @@ int adopt_syscall(int pid, long nr, const unsigned long args[6], int timeout_ms,
 #else
 
 int adopt_syscall(int pid, long nr, const unsigned long args[6], int timeout_ms,
-                  int allow_seccomp, long *result, struct adopt_error *error)
+                  int filter, long *result, struct adopt_error *error)
 {
-    (void)nr, (void)args, (void)timeout_ms, (void)allow_seccomp, (void)result;
+    (void)nr, (void)args, (void)timeout_ms, (void)filter, (void)result;
     return fail(error, -ENOSYS, "cannot adopt process %d: not supported on this architecture; "
                 "migrate it with the VMM's own means", pid);
 }

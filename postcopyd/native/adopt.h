@@ -5,22 +5,30 @@
 #ifndef POSTCOPYD_ADOPT_H
 #define POSTCOPYD_ADOPT_H
 
+#include <stdint.h>
+
 /* One sentence: what was being done, to what, why it failed, what to do now. */
 struct adopt_error {
     char text[256];
 };
 
+/* ALLOWS: the filter, if there is one, lets the call pass. SUSPENDED: it may not; the kernel is told
+ * to leave the filter out of this call, for which this process needs CAP_SYS_ADMIN and must have no
+ * filter itself. */
+enum { ADOPT_FILTER_UNKNOWN = 0, ADOPT_FILTER_ALLOWS = 1, ADOPT_FILTER_SUSPENDED = 2 };
+
 /* Runs system call `nr` with `args` once in some thread of process `pid`.
  *
  * Returns 0 and in *result what the kernel returned there (-errno included), or -errno and a
  * sentence in error->text. `timeout_ms` limits the whole; only threads that do not stop take so
- * long. `allow_seccomp` says that the process's seccomp filter is known to let the call pass.
+ * long. `filter` says what is known of a seccomp filter that the process may have.
  *
  *   -EINVAL    pid is not another process, or is one thread of a process
  *   -ESRCH     no such process, or it has ended, perhaps to a zombie
  *   -EPERM     the kernel or a security module forbids it
  *   -EBUSY     another process traces it; or no thread stopped in time; nothing was done
- *   -EACCES    it has a seccomp filter and allow_seccomp is 0, or the filter refused the call
+ *   -EACCES    it has a seccomp filter of which nothing is known, or which refused the call, or
+ *              which this process may not suspend
  *   -ENOEXEC   not a process of this architecture
  *   -ENXIO     no usable system call instruction or stack in it
  *   -EINPROGRESS  the call was started and did not finish in time (the process is frozen): it will
@@ -28,7 +36,17 @@ struct adopt_error {
  *   -ENOSYS    this architecture is not supported
  */
 int adopt_syscall(int pid, long nr, const unsigned long args[6], int timeout_ms,
-                  int allow_seccomp, long *result, struct adopt_error *error);
+                  int filter, long *result, struct adopt_error *error);
+
+/* Has process `pid` begin a process that shares its memory and nothing else, and only waits; see
+ * adopt_keeper.c. `page` is the address of 4096 bytes of that memory, zeros, readable and writable,
+ * that are for this alone. `name` has at most 15 letters. `until_s` is when the new process ends by itself, in seconds of
+ * CLOCK_BOOTTIME. Returns what adopt_syscall does; *result is the number of the new process as
+ * `pid` sees it, or -errno. */
+int adopt_keeper(int pid, unsigned long page, const char *name, int64_t until_s, int timeout_ms,
+                 long *result, struct adopt_error *error);
+/* Has it end later. It notices within a minute. Returns 0 or -errno. */
+int adopt_keeper_until(int pid, unsigned long page, int64_t until_s);
 
 /* Duplicates descriptor `fd` of process `pid` into this one, close-on-exec. Returns the new
  * descriptor or -errno. */

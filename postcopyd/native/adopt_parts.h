@@ -2,6 +2,7 @@
  *
  * What the files of adoption share. adopt.c chooses a thread of the process and explains the whole,
  * adopt_thread.c has that thread make the call, adopt_proc.c reads what /proc says of both.
+ * adopt_keeper.c makes a process that shares the memory.
  */
 #ifndef POSTCOPYD_ADOPT_PARTS_H
 #define POSTCOPYD_ADOPT_PARTS_H
@@ -74,7 +75,8 @@ struct job {
     pid_t pid;
     long nr;
     const unsigned long *args;
-    int mem; /* /proc/PID/mem */
+    int suspend; /* a seccomp filter, for this call */
+    int mem;     /* /proc/PID/mem */
     struct arch_code code;
     int64_t deadline; /* CLOCK_MONOTONIC, ns */
     long result;

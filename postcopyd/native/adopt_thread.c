@@ -339,8 +339,17 @@ static void *try_thread(void *argument)
     struct try *try = argument;
     struct job *job = try->job;
     struct before before;
-    long code = trace(PTRACE_SEIZE, try->tid, 0, (void *)(intptr_t)PTRACE_O_TRACESYSGOOD);
+    int suspend = job->suspend && try->filtered ? PTRACE_O_SUSPEND_SECCOMP : 0;
+    long code =
+        trace(PTRACE_SEIZE, try->tid, 0, (void *)(intptr_t)(PTRACE_O_TRACESYSGOOD | suspend));
 
+    if (code == -EPERM && suspend) {
+        try->code = fail(job->error, -EACCES,
+                         "cannot adopt process %d: its seccomp filter may refuse system call %ld, "
+                         "and this process may not suspend it: that takes CAP_SYS_ADMIN, and a "
+                         "daemon without a filter of its own", job->pid, job->nr);
+        return NULL;
+    }
     if (code == 0)
         code = trace(PTRACE_INTERRUPT, try->tid, 0, NULL);
     if (code < 0) {

@@ -223,6 +223,28 @@ static inline size_t arch_build_frame(const arch_regs *regs, const unsigned char
     return area - start + size + sizeof magic2;
 }
 
+/* A frame that makes rt_sigreturn go on with a system call, all signals blocked, and then with the
+ * frame at `next`: with it at the address that the stack pointer has, a `ret` begins the call. */
+static inline struct arch_frame arch_link(const struct arch_code *code, long nr,
+                                          const unsigned long args[4], unsigned long next)
+{
+    return (struct arch_frame){
+        .return_address = code->home,
+        .flags = 2 | 4, /* UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS; no extended state: initial */
+        .altstack_flags = 4,
+        .rax = (uint64_t)nr,
+        .rdi = args[0], .rsi = args[1], .rdx = args[2], .r10 = args[3],
+        .rip = code->call,
+        .rsp = next,
+        .eflags = 0x202,
+        .cs = 0x33, .ss = 0x2b,
+        .sigmask = ~0ull,
+    };
+}
+
+/* Where in such a frame the first argument of its call stands. */
+#define ARCH_LINK_FIRST offsetof(struct arch_frame, rdi)
+
 /* The registers of a thread that is about to make the call on top of its frame. */
 static inline arch_regs arch_call_regs(const arch_regs *regs, unsigned long frame,
                                        const struct arch_code *code, long nr,

@@ -22,7 +22,18 @@ TIMEOUT_MS = 5000
 
 USERFAULTFD_IOC_NEW = 0xAA00
 
-_CALLS = {"x86_64": {"userfaultfd": 323, "ioctl": 16, "close": 3, "madvise": 28, "prctl": 157}}
+_CALLS = {
+    "x86_64": {
+        "close": 3,
+        "ioctl": 16,
+        "madvise": 28,
+        "mmap": 9,
+        "munmap": 11,
+        "prctl": 157,
+        "userfaultfd": 323,
+        "wait4": 61,
+    }
+}
 """System call numbers; adopt.c knows which architectures it supports."""
 
 
@@ -32,7 +43,8 @@ class AdoptionError(PostcopydError):
     name = "NotAdopted"
 
 
-def _call(pid: int, name: str, arguments: tuple[int, ...], allow_seccomp: bool) -> int:
+def call(pid: int, name: str, arguments: tuple[int, ...], allow_seccomp: bool) -> int:
+    """One system call in the VMM. Raises AdoptionError and PermissionError."""
     numbers = _CALLS.get(platform.machine())
     if numbers is None:
         raise AdoptionError(
@@ -56,13 +68,13 @@ def _call(pid: int, name: str, arguments: tuple[int, ...], allow_seccomp: bool) 
 def _create(pid: int, device_fd: int | None, allow_seccomp: bool) -> tuple[int, int]:
     flags = os.O_CLOEXEC | os.O_NONBLOCK
     if device_fd is None:
-        number = _call(pid, "userfaultfd", (flags,), allow_seccomp)
+        number = call(pid, "userfaultfd", (flags,), allow_seccomp)
     else:
-        number = _call(pid, "ioctl", (device_fd, USERFAULTFD_IOC_NEW, flags), allow_seccomp)
+        number = call(pid, "ioctl", (device_fd, USERFAULTFD_IOC_NEW, flags), allow_seccomp)
     try:
         return duplicate(pid, number), number
     except PostcopydError:
-        _call(pid, "close", (number,), allow_seccomp)
+        call(pid, "close", (number,), allow_seccomp)
         raise
 
 
@@ -81,16 +93,14 @@ async def create_userfaultfd(
 
 async def close_in(pid: int, number: int, *, allow_seccomp: bool) -> None:
     """Closes a descriptor of the VMM. Raises AdoptionError."""
-    await trio.to_thread.run_sync(
-        _call, pid, "close", (number,), allow_seccomp, limiter=threads.VMM
-    )
+    await trio.to_thread.run_sync(call, pid, "close", (number,), allow_seccomp, limiter=threads.VMM)
 
 
 async def prctl(pid: int, option: int, value: int) -> None:
     """prctl(option, value, 0, 0, 0) in the VMM. Raises AdoptionError."""
     try:
         await trio.to_thread.run_sync(
-            _call, pid, "prctl", (option, value, 0, 0, 0), True, limiter=threads.VMM
+            call, pid, "prctl", (option, value, 0, 0, 0), True, limiter=threads.VMM
         )
     except PermissionError as error:
         raise AdoptionError(str(error)) from None
@@ -100,7 +110,7 @@ async def madvise(pid: int, address: int, size: int, advice: int) -> None:
     """madvise(address, size, advice) in the VMM. Raises AdoptionError."""
     try:
         await trio.to_thread.run_sync(
-            _call, pid, "madvise", (address, size, advice), True, limiter=threads.VMM
+            call, pid, "madvise", (address, size, advice), True, limiter=threads.VMM
         )
     except PermissionError as error:
         raise AdoptionError(str(error)) from None

@@ -29,7 +29,7 @@ static int answer(struct pc_source *s, struct connection *c, struct batch *b,
     if (failed)
       return failed;
   }
-  if (read_pages(r, f->page, 1, b->pages + b->used))
+  if (read_pages(s, r, f->page, 1, b->pages + b->used))
     return batch_doubtful(s, b, c, r, f->page);
   batch_add(b, s, r, f->page, false);
   return 0;

@@ -17,7 +17,7 @@ struct pc_region {
   uint64_t pages;     /* of page_size bytes */
   int64_t offset;     /* of the mapping in the file, bytes */
   uint32_t page_size; /* 4096, or 2 MiB for hugetlbfs */
-  int32_t fd;         /* the RAM file; -1: anonymous memory, read with process_vm_readv */
+  int32_t fd;         /* the RAM file; -1: anonymous memory of `pid` */
   int32_t pid;        /* source: the VMM */
   int32_t uffd;       /* destination: the userfaultfd that this region is registered with */
 };
@@ -139,6 +139,9 @@ uint64_t pc_dest_still_ns(struct pc_dest *d);
  * pc_source_push only while it is stopped, for good or until pc_source_disconnect. */
 struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count, int wake,
                                 char error[200]);
+/* Process `pid` keeps the memory that has no file, also when the VMM has ended. Between
+ * connections, or while they are at work. Returns -errno if there is no such process. */
+int pc_source_kept(struct pc_source *s, int pid);
 /* One step of some milliseconds. 1: there is more to look at, 0: all was looked at. */
 int pc_source_scan(struct pc_source *s);
 /* Whether the destination understands frames of lost pages; by default not. Called between

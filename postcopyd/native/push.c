@@ -102,7 +102,7 @@ void *push_run(void *argument) {
     failed = holes_first(s, c->stream);
   while (!failed && may_push(s) && order_next(&s->order, &r, &page, &count)) {
     count_set(s->stats.beat_ns, pc_monotonic_ns());
-    int unread = read_run(&reader, r, page, count, b.pages);
+    int unread = read_run(&reader, s, r, page, count, b.pages);
     for (uint64_t i = 0; i < count && !failed; i++) {
       if (!unread)
         batch_add(&b, s, r, page + i, false);

@@ -48,15 +48,12 @@ static uint64_t scan_file(struct pc_source *s, struct region *r, uint64_t from, 
  * (Documentation/admin-guide/mm/pagemap.rst). A page that cannot be looked up counts as data. */
 static uint64_t scan_anonymous(struct pc_source *s, struct region *r, uint64_t from, uint64_t to,
                                int *calls) {
-  char path[32];
   uint64_t entries[512], each = r->is.page_size / 4096;
-  snprintf(path, sizeof path, "/proc/%d/pagemap", r->is.pid);
-  int fd = open(path, O_RDONLY | O_CLOEXEC);
   uint64_t small = from * each, last = to * each;
   for (; small < last && *calls > 0; *calls -= 4) {
     uint64_t n = last - small < 512 ? last - small : 512;
     off_t at = (off_t)((r->is.address / 4096 + small) * 8);
-    ssize_t got = fd < 0 ? -1 : pread(fd, entries, n * 8, at);
+    ssize_t got = pread(s->private.pagemap, entries, n * 8, at);
     if (got < 8) {
       bits_set(s->data, r->first + small / each, r->first + to);
       small = last;
@@ -67,8 +64,6 @@ static uint64_t scan_anonymous(struct pc_source *s, struct region *r, uint64_t f
         bit_take(s->data, r->first + (small + i) / each);
     small += (uint64_t)got / 8;
   }
-  if (fd >= 0)
-    close(fd);
   return small / each;
 }
 

@@ -32,6 +32,21 @@ struct pc_stats *pc_source_stats(struct pc_source *s) {
   return &s->stats;
 }
 
+/* False, with a sentence: the memory of a VMM cannot be read. */
+static bool open_private(struct pc_source *s, char error[200]) {
+  for (unsigned i = 0; i < s->region_count; i++) {
+    const struct pc_region *r = &s->regions[i].is;
+    if (r->fd >= 0)
+      continue;
+    int failed = private_open(&s->private, r->pid);
+    if (failed)
+      snprintf(error, 200, "opening the memory of process %d: %s", r->pid,
+               strerrordesc_np(-failed));
+    return !failed;
+  }
+  return true;
+}
+
 struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count, int wake,
                                 char error[200]) {
   struct pc_source *s = calloc(1, sizeof *s);
@@ -40,6 +55,7 @@ struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count,
     return NULL;
   }
   s->wake = wake, s->region_count = count, s->stop = -1, s->pagemap = -1;
+  s->private = (struct private){-1, -1, -1, -1};
   rate_init(&s->rate);
   pthread_mutex_init(&s->holes.lock, NULL);
   pthread_cond_init(&s->holes.changed, NULL);
@@ -56,7 +72,7 @@ struct pc_source *pc_source_new(const struct pc_region *regions, unsigned count,
                strerrordesc_np(errno));
   }
   order_init(&s->order, s->regions, s->slots, s->data, s->sent);
-  if (s->stop < 0) {
+  if (s->stop < 0 || !open_private(s, error)) {
     pc_source_free(s);
     return NULL;
   }
@@ -182,6 +198,7 @@ void pc_source_free(struct pc_source *s) {
     close(s->stop);
   }
   pc_source_untrack(s);
+  private_close(&s->private);
   free(s->hot);
   free((void *)s->data);
   free((void *)s->sent);

@@ -40,6 +40,12 @@
 /* Answers to requests that came together are sent together, at most this many. */
 enum { URGENT_PAGES = 16 };
 
+/* Descriptors in /proc of the VMM, if it has RAM without a file, and of its keeper. -1: none. */
+struct private {
+  int mem, pagemap, status;
+  _Atomic int keeper; /* its status */
+};
+
 struct pc_source {
   struct pc_stats stats;
   struct region regions[PC_MAX_REGIONS];
@@ -47,6 +53,7 @@ struct pc_source {
   uint64_t slots;
   _Atomic uint64_t *data, *sent;
   uint64_t *hot, *warm, *found, *empty; /* one allocation; NULL: never tracked */
+  struct private private;
   int uffd, pagemap; /* -1: not tracked; the first is borrowed */
   int wake, stop;    /* the first is borrowed; the other ends waits of the threads */
   atomic_bool stopping;
@@ -77,23 +84,28 @@ void connection_failed(struct pc_source *s, struct connection *c, int failed);
 
 /* --- ram.c ------------------------------------------------------------------------------------ */
 
-/* Returns 0 or -errno; -ENODATA: the RAM file is shorter than the guest's RAM. */
-int read_pages(const struct region *r, uint64_t page, uint64_t count, uint8_t *to);
+/* Returns 0 or -errno: what could not be opened. Call private_close after either. */
+int private_open(struct private *p, pid_t pid);
+void private_close(struct private *p);
+/* Returns 0 or -errno; -ENODATA: the RAM file is shorter than the guest's RAM; -ESRCH: no process
+ * has that memory any more. */
+int read_pages(const struct pc_source *s, const struct region *r, uint64_t page, uint64_t count,
+               uint8_t *to);
 /* How one thread reads runs of 4 KiB pages. Pages of anonymous memory that were swapped out are put
  * back there once they were read: else reading would bring into memory all that a host which is
  * short of it had put aside. Pages that a fault asks for stay; they are few. */
 struct reader {
-  int pagemap, pidfd; /* -1: the VMM had nothing swapped out at reader_init */
+  int pidfd; /* -1: the VMM has ended, or had nothing swapped out at reader_init */
 };
 void reader_init(struct reader *d, const struct pc_source *s);
 void reader_free(struct reader *d);
-int read_run(const struct reader *d, const struct region *r, uint64_t page, uint64_t count,
-             uint8_t *to);
+int read_run(const struct reader *d, const struct pc_source *s, const struct region *r,
+             uint64_t page, uint64_t count, uint8_t *to);
 /* How often reading is tried again, when the kernel does not say whether a page is lost or there
  * was no memory to read it with. */
 enum { DOUBTS = 50 };
 /* Reads one page, as long as it may still be read: reading a page that is swapped out takes memory,
- * which is waited for. For anonymous memory the kernel says EFAULT both for that and for a lost
+ * which is waited for. For anonymous memory the kernel says EIO both for that and for a lost
  * page; so it is tried `*doubts` times, shared by pages that follow each other. -ECANCELED:
  * stopping. */
 int read_surely(struct pc_source *s, const struct region *r, uint64_t page, uint8_t *to,

@@ -78,6 +78,17 @@ class Granted(TypedDict):
     daemon: DaemonId | None
 
 
+class Keeper(TypedDict):
+    """Of a guest that was granted: the process that keeps its memory, like native.keeper.Keeper.
+    `regions`: of each its address there, and its offset in its file, None for one without a
+    file."""
+
+    pid: Count
+    started: Count
+    page: Count
+    regions: list[tuple[Count, Count | None]]
+
+
 class Departure(TypedDict):
     """`about` of a guest that is leaving or has left. `marked`: when the guest was stopped, a mark
     was left in its VMM, if the driver has one (older versions had none)."""
@@ -93,6 +104,7 @@ class Departure(TypedDict):
     why_now: NotRequired[str]
     identity: NotRequired[list[str]]
     granted: NotRequired[Granted]
+    keeper: NotRequired[Keeper]
 
 
 class Offer(TypedDict):

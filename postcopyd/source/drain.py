@@ -19,6 +19,7 @@ from postcopyd.net.channel import Channel
 from postcopyd.protocol import RemoteProtocolError
 from postcopyd.sessions import losses
 from postcopyd.source.guest import Guest
+from postcopyd.source.keeping import let_go
 from postcopyd.source.migration import Migration
 from postcopyd.tasks.nursery import open_nursery
 
@@ -46,11 +47,13 @@ class Drain:
         async with open_nursery() as nursery:
             nursery.start_soon(self._engine.watch)
             nursery.start_soon(self._migration.show_progress)
+            nursery.start_soon(self._guest.keeping.begin)
             while not isinstance(message := await self._channel.receive(), p.Drained):
                 if isinstance(message, p.Progress):
                     figures.arrived = max(figures.arrived, message.confirmed)
                     figures.faults = message.faults
                     vm.show(remaining=message.remaining)
+                    self._guest.keeping.hold()
                 elif isinstance(message, p.Have):
                     self._engine.have(message.region, message.first, message.count, message.bits)
                 else:
@@ -122,10 +125,10 @@ async def finish_vmm(migration: Migration) -> str:
     """Ends the VMM here, or leaves it stopped for `keep_source`. Returns a clause for the operator
     if that failed, else an empty string."""
     vm, keep = migration.vm, migration.request.keep_source
-    if vm.driver is None:
-        return ""
     try:
-        await vm.driver.finish(keep)
+        await let_go(vm)
+        if vm.driver is not None:
+            await vm.driver.finish(keep)
     except PostcopydError as error:
         migration.log.error("the source VMM did not end as told", error=str(error))
         return f"; the VMM here: {error}"

@@ -84,6 +84,10 @@ class SourceEngine(Engine):
         self.must(found, f"listing pages {first} to {first + count} of region {region}")
         return bytes(bits) if found else None
 
+    def kept_by(self, pid: int) -> None:
+        """Tells it which process keeps the memory that has no file."""
+        lib.pc_source_kept(self.handle, pid)
+
     async def untrack(self) -> None:
         """Ends the tracking: the guest's writes cost nothing any more. Idempotent."""
         await trio.to_thread.run_sync(lib.pc_source_untrack, self.handle, limiter=threads.ENGINE)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest at the source, as the phases use it: its VMM as it was offered, the engine that reads
-its RAM, and the tracking of what it writes.
+its RAM, the tracking of what it writes, and the keeper of its memory.
 
 Owns the engine and the tracking, and ends both in `aclose`, which the session calls at its end. The
 session owns the descriptors of guest RAM, which outlive the engine that reads by them. One task at
@@ -16,9 +16,10 @@ from postcopyd.records import schema
 from postcopyd.sessions import alike
 from postcopyd.source.engine import SourceEngine
 from postcopyd.source.figures import NO_STATS
+from postcopyd.source.keeping import Keeping
 from postcopyd.source.migration import Migration
 from postcopyd.source.tracking import Tracking
-from postcopyd.vmm import Shape
+from postcopyd.vmm import Shape, State
 
 
 class Guest:
@@ -30,6 +31,7 @@ class Guest:
         self.engine = SourceEngine(shape.regions, shape.pid)
         self.tracking: Tracking | None = None
         self.touched = False
+        self.keeping = Keeping(migration.vm, shape, self.engine)
         self._migration = migration
         migration.figures.stats = self.engine.stats
 
@@ -43,7 +45,7 @@ class Guest:
                 f"the VMM of {migration.vm.name} here has other RAM than the one that was migrated"
             )
         # A rollback puts the guest back into the state that it had before it was stopped.
-        before = migration.vm.attached().before or "paused"
+        before: State = "running" if about["run"] else "paused"
         guest = cls(migration, replace(shape, state=before))
         guest.touched = True
         return guest

@@ -121,6 +121,8 @@ class Migration:
             "identity": [*self.peer.identity],
             "granted": self.peer.granted.recorded(),
         }
+        if "keeper" in self.vm.about and self.vm.about["migration"] == self.name:
+            about["keeper"] = self.vm.about["keeper"]
         self.vm.note(dict(about))
 
     def know_again(self, about: schema.Departure) -> None:

@@ -81,7 +81,9 @@ class Recovery:
         now = trio.current_time()
         patience = PATIENCE_S if self._vm.status.result is None else 0.0
         retry = Retry(now, now + patience, figures.arrived)
+        await self._guest.keeping.begin()
         while True:
+            self._guest.keeping.hold()
             decision, recoveries = person.heard(), figures.recoveries
             if decision is not None and decision.choice == "kill":
                 if await kill(self._migration, decision):

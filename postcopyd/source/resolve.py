@@ -13,6 +13,7 @@ from postcopyd.errors import PostcopydError
 from postcopyd.handover import Happened
 from postcopyd.sessions.patience import END_S, within
 from postcopyd.source.decision import GIVEN_UP, SILENT, Decision, still_there
+from postcopyd.source.keeping import kept, let_go
 from postcopyd.source.migration import Migration
 from postcopyd.source.rollback import Rollback, own_again
 
@@ -31,10 +32,12 @@ async def kill(migration: Migration, decision: Decision) -> bool:
     vm = migration.vm
     migration.person.decision = None
     migration.log.warning("ownership changed by a person", decision=decision.choice)
-    if vm.driver is not None:
+    if vm.driver is not None or kept(vm) is not None:
         try:
             with within(END_S, f"ending the VMM of {vm.name} here"):
-                await vm.driver.end()
+                if vm.driver is not None:
+                    await vm.driver.end()
+                await let_go(vm)
         except Exception as trouble:
             refusal = f"{trouble}; the migration of {vm.name} is as it was"
             migration.log.error("decision not carried out", error=refusal)

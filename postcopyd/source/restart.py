@@ -18,6 +18,7 @@ from postcopyd.net.tls import same_peer
 from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
 from postcopyd.source.granted import Granted, unknowing
+from postcopyd.source.keeping import let_go
 from postcopyd.source.rollback import ROLLBACK_S, tell_driver, undone_as
 
 
@@ -39,6 +40,7 @@ async def ask_destination(vm: str, intent: Mapping[str, Any], shared: Shared) ->
 async def finish_drained(vm: Vm) -> None:
     """Ends the VMM of a guest that was drained, if the previous daemon has not; for `keep_source`
     leaves it stopped and attached. Raises PostcopydError."""
+    await let_go(vm)
     if vm.driver is None:
         return
     keep = vm.about["request"].get("keep_source", False)
@@ -54,6 +56,7 @@ async def roll_back(vm: Vm, shared: Shared) -> None:
         with trio.fail_after(ROLLBACK_S):
             await tell_driver(vm)
             left = await vm.attached().rollback()
+            await let_go(vm)
     except trio.TooSlowError:
         raise PostcopydError(f"its VMM did not run it again within {ROLLBACK_S:.0f} s") from None
     sentence = undone_as(vm.name, "the daemon ended before it was granted", left)

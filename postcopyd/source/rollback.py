@@ -17,6 +17,7 @@ from postcopyd.errors import PostcopydError
 from postcopyd.handover import Happened, Source
 from postcopyd.sessions.vm import Vm
 from postcopyd.source.guest import Guest
+from postcopyd.source.keeping import let_go
 from postcopyd.source.migration import Migration
 from postcopyd.vmm import VmmGone
 
@@ -55,10 +56,14 @@ class Rollback:
                 self._migration.log.error("record not written", error=str(trouble))
                 vm.epoch += 1
         sentence = untouched(vm.name, str(error))
-        if self.guest is not None and self.guest.touched and vm.driver is not None:
+        if self.guest is not None and self.guest.touched:
             sentence, here = await undone(vm, str(error))
             if not here:
                 self.trouble = PostcopydError(sentence, "VmmFailed")
+            try:
+                await let_go(vm)
+            except PostcopydError as trouble:
+                self._migration.log.error("keeper not ended", error=str(trouble))
         if self.guest is not None:
             await self.guest.untrack()
         return sentence
@@ -105,9 +110,10 @@ async def tell_driver(vm: Vm) -> None:
 async def undone(vm: Vm, why: str) -> tuple[str, bool]:
     """Has the driver put the guest back; `why` it was not moved. Returns the sentence about that,
     and whether it went well: the guest is here as it was, or as others have left it."""
-    assert vm.driver is not None
     moved = f"{vm.name} was not moved"
     try:
+        if vm.driver is None:
+            raise VmmGone("see why in its own log")
         with trio.fail_after(ROLLBACK_S):
             left = await vm.driver.rollback()
     except VmmGone as gone:

@@ -27,7 +27,7 @@ from postcopyd.sessions import hugepages
 from postcopyd.sessions.found import found
 from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
-from postcopyd.source import offer, precopy, recovery
+from postcopyd.source import keeping, offer, precopy, recovery
 from postcopyd.source.blackout import Blackout
 from postcopyd.source.decision import Choice, still_there
 from postcopyd.source.drain import Drain
@@ -112,8 +112,10 @@ class SourceSession:
             await Drain(migration, guest, channel).run()
 
     async def _inspected(self) -> Shape:
-        inspect = self.migration.vm.attached().inspect
-        shape = self._held.enter_context(closing(await inspect("source")))
+        return self._looked_at(await self.migration.vm.attached().inspect("source"))
+
+    def _looked_at(self, shape: Shape) -> Shape:
+        self._held.enter_context(closing(shape))
         self.migration.figures.inspected(shape)
         return shape
 
@@ -144,14 +146,17 @@ class SourceSession:
     async def restored(cls, vm: Vm, about: Any, shared: Shared) -> SourceSession:
         """The session of a guest that the previous daemon granted, for `resume`.
 
-        Raises PostcopydError when the VMM cannot be asked for its RAM.
+        Raises PostcopydError when the VMM cannot be asked for its RAM, and has left no keeper.
         """
         request = msgspec.convert(about["request"], MigrateRequest)
         session = cls(vm, request, shared, about["migration"], Source.GRANTED_LOST)
         session.migration.know_again(about)
-        await tell_driver(vm)
         try:
-            shape = await session._inspected()
+            if vm.driver is None:  # it has ended, and its memory may be kept
+                shape = session._looked_at(keeping.shape(vm))
+            else:
+                await tell_driver(vm)
+                shape = await session._inspected()
             session._leaving(Guest.restored(session.migration, shape, about))
         except BaseException:
             await session._held.aclose()

@@ -5,6 +5,7 @@
  *   adopt_test [OPTION]... PID call NR [ARG]...      one system call
  *   adopt_test [OPTION]... PID cycle COUNT TID...    userfaultfd, duplicate, UFFDIO_API, close;
  *                                                    COUNT times, each on the next thread
+ *   adopt_test [OPTION]... PID keep PAGE UNTIL       a keeper
  *   adopt_test PID hold                              be its tracer until killed
  *
  * Options: --tid TID, --die-before N, --die-after N (ptrace calls, from 1), --timeout MS,
@@ -46,10 +47,19 @@ static void print_text(const char *text)
     putchar('"');
 }
 
+static int told(int code, long result, long long start, const struct adopt_error *error)
+{
+    printf("{\"code\":%d,\"result\":%ld,\"us\":%lld,\"ptraceCalls\":%d,\"error\":", code, result,
+           now_us() - start, adopt_test_calls);
+    print_text(error->text);
+    printf("}\n");
+    return code != 0;
+}
+
 static int call(int pid, long nr, int count, char **words)
 {
     unsigned long args[6] = { 0 };
-    struct adopt_error error;
+    struct adopt_error error = { "" };
     long long start = now_us();
     long result = 0;
     int code;
@@ -57,11 +67,18 @@ static int call(int pid, long nr, int count, char **words)
     for (int i = 0; i < count && i < 6; i++)
         args[i] = strtoul(words[i], NULL, 0);
     code = adopt_syscall(pid, nr, args, timeout_ms, allow_seccomp, &result, &error);
-    printf("{\"code\":%d,\"result\":%ld,\"us\":%lld,\"ptraceCalls\":%d,\"error\":", code, result,
-           now_us() - start, adopt_test_calls);
-    print_text(error.text);
-    printf("}\n");
-    return code != 0;
+    return told(code, result, start, &error);
+}
+
+static int keep(int pid, char **words)
+{
+    struct adopt_error error = { "" };
+    long long start = now_us();
+    long result = 0;
+    int code = adopt_keeper(pid, strtoul(words[0], NULL, 0), "a-keeper", atoll(words[1]),
+                            timeout_ms, &result, &error);
+
+    return told(code, result, start, &error);
 }
 
 static int cycle(int pid, int count, int tids, char **words)
@@ -153,8 +170,10 @@ int main(int argc, char **argv)
         return call(atoi(argv[0]), atol(argv[2]), argc - 3, argv + 3);
     if (argc >= 3 && !strcmp(argv[1], "cycle"))
         return cycle(atoi(argv[0]), atoi(argv[2]), argc - 3, argv + 3);
+    if (argc == 4 && !strcmp(argv[1], "keep"))
+        return keep(atoi(argv[0]), argv + 2);
     if (argc == 2 && !strcmp(argv[1], "hold"))
         return hold(atoi(argv[0]));
-    fprintf(stderr, "usage: adopt_test [OPTION]... PID call|cycle|hold ...\n");
+    fprintf(stderr, "usage: adopt_test [OPTION]... PID call|cycle|keep|hold ...\n");
     return 2;
 }

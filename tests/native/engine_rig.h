@@ -196,7 +196,7 @@ UNSEEN static void fill_page(const struct ram *m, uint64_t page, uint8_t *to) {
 /* Sanitizers must not shadow guest memory of 16 GiB: past their interceptor. */
 static uint8_t *map(uint64_t bytes, int fd) {
   int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
-  void *at = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, flags, fd, 0);
+  void *at = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, flags, fd, 0l);
   check(at != MAP_FAILED, "mapping %llu bytes: %m", (unsigned long long)bytes);
   return at;
 }

@@ -27,6 +27,7 @@ ADOPT = sorted(HEADERS.glob("adopt*.c"))
 FLAGS = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Wshadow", "-Werror", "-pthread", "-DADOPT_TEST"]
 
 SYS_CLOSE, SYS_IOCTL, SYS_GETPID, SYS_USERFAULTFD = 3, 16, 39, 323
+SYS_MMAP, SYS_WAIT4, SYS_CLOCK_NANOSLEEP = 9, 61, 230
 USERFAULTFD_IOC_NEW = 0xAA00
 FLAGS_NEW = os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -221,6 +222,86 @@ def test_a_tracer_killed_at_any_ptrace_call_leaves_the_target_unharmed(programs:
     assert made[0] == 0, "killed before the first call, and yet a descriptor was made"
     assert made[-1] == len(adoptee.tids), "killed after the last call, and a descriptor is missing"
     assert adoptee.end() == 0
+
+
+def children(pid: int) -> list[int]:
+    """Of all threads of a process, zombies too."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+class Kept:
+    """An adoptee that gets keepers, one after the other."""
+
+    def __init__(self, programs: Programs) -> None:
+        self.programs = programs
+        self.adoptee = Adoptee(programs)
+        self.main = ("--tid", self.adoptee.pid, self.adoptee.pid)
+        memory = (0, 4096, 3, 0x22, 2**64 - 1, 0)  # read and write, private, anonymous
+        self.page = programs.call(*self.main, "call", SYS_MMAP, *memory)["result"]
+
+    def make(self, *options: object, until: int | None = None) -> tuple[int, Json]:
+        now = time.clock_gettime(time.CLOCK_BOOTTIME)
+        words = (self.adoptee.pid, "keep", self.page, until or round(now) + 60)
+        return self.programs.adopt_program(*options, *words)
+
+    def asleep(self) -> int:
+        """The one keeper there is, once it has done what it has to do."""
+        (pid,) = children(self.adoptee.pid)
+        call = Path(f"/proc/{pid}/syscall")
+        wait_for(lambda: call.read_text().startswith(f"{SYS_CLOCK_NANOSLEEP} "))
+        assert Path(f"/proc/{pid}/comm").read_text() == "a-keeper\n"
+        assert os.listdir(f"/proc/{pid}/fd") == []
+        return pid
+
+    def end(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: state(pid) == "Z")
+        wait = (pid, 0, 0x40000000, 0)  # __WALL
+        assert self.programs.call(*self.main, "call", SYS_WAIT4, *wait)["result"] == pid
+
+
+def test_a_keeper_has_the_memory_and_nothing_else(programs: Programs) -> None:
+    """It outlives the process, of which nothing is left but that; then it ends when it is time."""
+    kept = Kept(programs)
+    before = kept.adoptee.check()
+    status, result = kept.make()
+    assert (status, result["code"]) == (0, 0), result
+    pid = kept.asleep()
+    assert pid == result["result"]
+    assert len(os.listdir(f"/proc/{kept.adoptee.pid}/fd")) >= 3
+    assert_unharmed(before, kept.adoptee.check(), late_us=2_000_000)
+    for number in {*range(1, 65)} - {signal.SIGKILL, signal.SIGSTOP, 32, 33}:
+        os.kill(pid, number)
+    kept.end(pid)
+    assert children(kept.adoptee.pid) == []
+    soon = round(time.clock_gettime(time.CLOCK_BOOTTIME)) + 2
+    assert kept.make(until=soon)[0] == 0
+    pid = kept.asleep()
+    kept.adoptee.process.kill()
+    kept.adoptee.process.wait()
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        assert os.pread(memory.fileno(), 9, kept.page) == b"a-keeper\0"
+        wait_for(lambda: os.pread(memory.fileno(), 9, kept.page) == b"")
+    assert time.clock_gettime(time.CLOCK_BOOTTIME) >= soon
+
+
+def test_a_tracer_killed_at_any_call_leaves_no_half_keeper(programs: Programs) -> None:
+    """There is a whole one or none, and the process is unharmed."""
+    kept = Kept(programs)
+    before = kept.adoptee.check()
+    calls, made = kept.make(*kept.main[:2])[1]["ptraceCalls"], []
+    kept.end(kept.asleep())
+    for when in ("before", "after"):
+        for number in range(1, calls + 1):
+            kept.make(*kept.main[:2], f"--die-{when}", number)
+            assert kept.adoptee.check()["bad"] == 0, (when, number)
+            made.append(len(children(kept.adoptee.pid)))
+            if made[-1]:
+                kept.end(kept.asleep())
+    assert (made[0], made[-1]) == (0, 1)
+    assert_unharmed(before, kept.adoptee.check(), late_us=2_000_000)
+    assert kept.adoptee.end() == 0
 
 
 def assert_refused(result: Json, code: int, *words: str) -> None:

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keepers: processes that share the memory of a VMM and outlive it, so that guest RAM without a
+file can still be read when the VMM has ended. adopt_keeper.c says how one is made.
+
+Owns nothing between two calls. Whoever has made a keeper ends it, or puts it on record for somebody
+who will. It ends by itself when nobody has called `hold` for LEASE_S. Each function works in a
+thread of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from postcopyd._native import ffi, lib
+from postcopyd.errors import PostcopydError
+from postcopyd.host import procfs
+from postcopyd.names import plain
+from postcopyd.native.adoption import TIMEOUT_MS, AdoptionError, call
+from postcopyd.tasks import threads
+
+NAME = "postcopyd-keep"
+
+LEASE_S = 86400
+"""How long a keeper waits for a daemon that never comes back."""
+
+HOLD_S = 3600
+"""How often `hold` is to be called."""
+
+READY_S, ENDED_S = 2.0, 5.0
+SENTENCE = 400
+
+PAGE = 4096
+PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, NO_FILE = 3, 0x22, (1 << 64) - 1
+CLOCK_NANOSLEEP = 230
+WAIT_NO_HANG_ALL = 1 | 0x40000000  # WNOHANG, __WALL
+
+
+class Keeper(NamedTuple):
+    """`page` is the address of the memory that it needs for itself, in the memory that it keeps."""
+
+    pid: int
+    started: int  # as procfs has it
+    page: int
+
+    def lives(self) -> bool:
+        """Raises OSError when that cannot be known."""
+        return procfs.started(self.pid) == self.started
+
+
+async def make(vmm: int) -> Keeper:
+    """A keeper of a VMM's memory, in which earlier keepers of this VMM have ended. Raises
+    PostcopydError; then nothing has changed."""
+    with trio.CancelScope(shield=True):  # else nobody would know of it
+        made: Keeper = await trio.to_thread.run_sync(_make, vmm, limiter=threads.VMM)
+    return made
+
+
+async def end(keeper: Keeper, vmm: int) -> None:
+    """Ends a keeper of the VMM, which may have ended. Fine if the keeper has. Raises PostcopydError
+    when it may still be there."""
+    with trio.CancelScope(shield=True):
+        await trio.to_thread.run_sync(_end, keeper, vmm, limiter=threads.VMM)
+
+
+def hold(keeper: Keeper) -> None:
+    """Has it wait for LEASE_S from now on. Fine if it has ended."""
+    lib.adopt_keeper_until(keeper.pid, keeper.page, _until())
+
+
+def _until() -> int:
+    return round(time.clock_gettime(time.CLOCK_BOOTTIME)) + LEASE_S
+
+
+def _make(vmm: int) -> Keeper:
+    if procfs.status(vmm).get("Seccomp") == "0":
+        return _made(vmm)
+    # Our end, just when the filter is suspended, would have the filter end the VMM. So another
+    # process does it, which goes on when this one is killed.
+    if procfs.status("self").get("Seccomp") != "0":
+        raise AdoptionError(
+            f"making a keeper of process {vmm}: it has a seccomp filter, which a daemon that has "
+            f"one itself, as under systemd, may not suspend"
+        )
+    program = f"import sys; sys.path[:0] = {sys.path}; from {__name__} import main; main({vmm})"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        start_new_session=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise AdoptionError(plain(done.stderr[-SENTENCE:]))
+    return Keeper(*json.loads(done.stdout))
+
+
+def _made(vmm: int) -> Keeper:
+    for pid in children(vmm):  # of a daemon that was killed before it could record them
+        if procfs.status(pid).get("Name") == NAME:
+            _end(Keeper(pid, procfs.started(pid), 0), vmm)
+    arguments = (0, PAGE, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, NO_FILE, 0)
+    page = call(vmm, "mmap", arguments, True)
+    try:
+        pid = _here(vmm, _begun(vmm, page))
+    except BaseException:
+        with suppress(PostcopydError, PermissionError):
+            call(vmm, "munmap", (page, PAGE), True)
+        raise
+    keeper = Keeper(pid, procfs.started(pid), page)
+    try:
+        _must_be_ready(keeper)
+    except BaseException:
+        _end(keeper, vmm)
+        raise
+    with suppress(OSError):
+        _join_us(pid)
+    return keeper
+
+
+def _begun(vmm: int, page: int) -> int:
+    """Begins the keeper; returns its number in the VMM's PID namespace."""
+    error = ffi.new("struct adopt_error *")
+    result = ffi.new("long *")
+    failed = lib.adopt_keeper(vmm, page, NAME.encode(), _until(), TIMEOUT_MS, result, error)
+    if failed:
+        raise AdoptionError(ffi.string(error.text).decode(errors="replace"))
+    if result[0] < 0:
+        raise AdoptionError(
+            f"making a keeper of process {vmm}: clone in it failed: {os.strerror(-result[0])}"
+        )
+    return int(result[0])
+
+
+def _here(vmm: int, number: int) -> int:
+    """The number that a child of the VMM has in our PID namespace."""
+    for pid in children(vmm):
+        if procfs.status(pid).get("NSpid", "").split()[-1:] == [str(number)]:
+            return pid
+    raise AdoptionError(f"making a keeper of process {vmm}: it ended at once; see dmesg for why")
+
+
+def children(parent: int) -> Iterator[int]:
+    """Of all threads of a process."""
+    with suppress(OSError):
+        for thread in os.listdir(f"/proc/{parent}/task"):
+            yield from map(int, Path(f"/proc/{parent}/task/{thread}/children").read_text().split())
+
+
+def _must_be_ready(keeper: Keeper) -> None:
+    """Waits until it has done all that it does before it sleeps, and looks whether that was so. A
+    keeper with descriptors would hold the VMM's disks."""
+    deadline = time.monotonic() + READY_S
+    sleeps = f"{CLOCK_NANOSLEEP} "
+    proc = Path(f"/proc/{keeper.pid}")
+    try:
+        while not (proc / "syscall").read_text().startswith(sleeps):
+            if time.monotonic() > deadline:
+                raise AdoptionError(f"making a keeper: process {keeper.pid} does not get to work")
+            time.sleep(0.0002)
+        if not os.listdir(proc / "fd") and (proc / "comm").read_text().strip() == NAME:
+            return
+    except OSError as error:
+        raise AdoptionError(f"making a keeper: process {keeper.pid}: {error.strerror}") from None
+    raise AdoptionError(f"making a keeper: process {keeper.pid} could not close its descriptors")
+
+
+def _join_us(pid: int) -> None:
+    """Moves it into our cgroup: the end of the VMM's cgroup would be its end. Raises OSError."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        if line.startswith("0::"):
+            Path(f"/sys/fs/cgroup{line[3:]}/cgroup.procs").write_text(str(pid))
+
+
+def _end(keeper: Keeper, vmm: int) -> None:
+    fields = procfs.status(keeper.pid)
+    if fields.get("Name") != NAME or procfs.started(keeper.pid) not in (0, keeper.started):
+        return
+    child = fields["PPid"] == str(vmm)
+    _kill(keeper.pid, wait=child)  # the last one that has the memory takes long to give it back
+    if not child:
+        return
+    # Its parent has not asked for a child, and would leave a zombie. Whoever takes that away gives
+    # the page back, so that this happens once: the VMM may use the address for something else.
+    number = int(fields["NSpid"].split()[-1])
+    with suppress(PostcopydError, PermissionError):
+        if call(vmm, "wait4", (number, 0, WAIT_NO_HANG_ALL, 0), True) == number and keeper.page:
+            call(vmm, "munmap", (keeper.page, PAGE), True)
+
+
+def _kill(pid: int, wait: bool) -> None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return  # it has ended
+    try:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        waits = select.poll()
+        waits.register(pidfd, select.POLLIN)
+        if wait and not waits.poll(ENDED_S * 1000):
+            raise PostcopydError(f"process {pid}, {NAME}, does not end")
+    except PermissionError:
+        raise PostcopydError(f"ending process {pid}, {NAME}: not permitted") from None
+    finally:
+        os.close(pidfd)
+
+
+def main(vmm: int) -> None:
+    """The other process of `_make`: prints the fields of the keeper, or says why there is none."""
+    try:
+        print(json.dumps(_made(vmm)))
+    except PostcopydError as error:
+        sys.exit(str(error))
