@@ -162,3 +162,13 @@ async def settings(machine: Machine) -> tuple[dict[str, bool], int, str | None]:
         parameters["max-bandwidth"],
         parameters.get("tls-creds"),
     )
+
+
+async def mapped(driver: QemuVmm) -> None:
+    """Returns once the firmware has mapped the memory of all devices, which 7.2 has to see."""
+    with trio.fail_after(60):
+        while True:
+            async with inspected(driver, "source") as shape:
+                if not any("does not say where" in problem for problem in shape.problems):
+                    return
+            await trio.sleep(0.05)

@@ -19,7 +19,19 @@ from pathlib import Path
 import pytest
 import trio
 from needs import missing
-from qemu_lab import FILE, MACHINE, MIB, PAIRS, QEMUS, RAM, Lab, Machine, inspected, settings
+from qemu_lab import (
+    FILE,
+    MACHINE,
+    MIB,
+    PAIRS,
+    QEMUS,
+    RAM,
+    Lab,
+    Machine,
+    inspected,
+    mapped,
+    settings,
+)
 
 from postcopyd.host import procfs
 from postcopyd.native import adoption
@@ -88,6 +100,7 @@ async def saved(source: QemuVmm, destination: QemuVmm) -> Tape:
 async def test_a_guest_moves(lab: Lab, source: int, destination: int, image: Path) -> None:
     """The guest stops once, loads paused although the destination has no -S, and runs there."""
     a, b = await lab.pair(source, destination, *disk(image), "-device", "VGA")
+    await mapped(a)
     tape = await saved(a, b)
     assert sum(map(len, tape.pieces)) < 20 * MIB  # RAM was left out
     assert await lab.machines[0].state() == "paused"

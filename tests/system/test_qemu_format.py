@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from qemu_lab import MIB, QEMUS, Lab, Machine
+from qemu_lab import MIB, QEMUS, Lab, Machine, mapped
 from qemus import module_folder
 
 from postcopyd.vmm.qemu import savevm
@@ -205,7 +205,7 @@ async def test_as_qemu_itself_sends(
         kind = ["-machine", f"{machine},accel=tcg", "-m", "128"]
         it = lab.start_bare(qemu, *clock, *kind)
     driver = await lab.drive(it)
-    await trio.sleep(0.5)  # of its firmware
+    await mapped(driver)
     await it.ask("stop")
     ours = await of_driver(driver)
     assert await driver.rollback() == ""

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import trio
 from needs import missing
-from qemu_lab import FILE, MACHINE, MIB, PAIRS, QEMUS, RAM, Lab, inspected, settings
+from qemu_lab import FILE, MACHINE, MIB, PAIRS, QEMUS, RAM, Lab, inspected, mapped, settings
 
 from postcopyd import protocol as p
 from postcopyd.sessions import alike
-from postcopyd.vmm import Shape, writers
+from postcopyd.vmm import Shape, VmmError, writers
 from postcopyd.vmm.qemu.driver import QemuVmm
 from postcopyd.vmm.qemu.qmp import Qmp, QmpBusy, QmpUnreachable
 
@@ -352,6 +352,26 @@ def test_a_process_that_cannot_be_looked_at_may_do_anything() -> None:
     process = subprocess.Popen(["true"])
     process.wait()
     assert writers.look(process.pid)[1] != []
+
+
+async def test_memory_that_qemu_does_not_tell_of_is_refused(lab: Lab, qemu: int) -> None:
+    """It would stay behind, without a word: 7.2 tells of none that the guest has not mapped, and
+    does not tell two of one name apart."""
+    machine = lab.start(qemu, "-S", "-device", "VGA")
+    driver = await lab.drive(machine)
+    old = driver._qmp.version < (8, 0)
+    async with inspected(driver, "source") as shape:
+        assert ["vga.vram" in problem for problem in shape.problems] == [True] * old
+    if old:
+        with pytest.raises(VmmError, match=r"does not say where it has the memory .*vga\.vram"):
+            await driver.prepare()
+    await machine.ask("cont")
+    await mapped(driver)
+    two = await lab.drive(lab.start(qemu, "-device", "VGA", "-device", "secondary-vga"))
+    async with inspected(two, "source") as shape:
+        assert ["vga.vram" in problem for problem in shape.problems] == [True, True] * old
+    async with inspected(two, "destination") as shape:
+        assert not any("vga.vram" in problem for problem in shape.problems)
 
 
 async def test_roles_are_not_confused(lab: Lab, qemu: int) -> None:

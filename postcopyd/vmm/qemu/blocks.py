@@ -122,6 +122,19 @@ def facts(present: list[Block], guest_ram: set[str]) -> dict[str, str]:
     }
 
 
+def unknown(present: list[Block], guest_ram: set[str]) -> list[str]:
+    """A sentence for each block that would stay behind, as its address is not known. ROMs may: each
+    QEMU makes them of its own files."""
+    return [
+        f"QEMU does not say where it has the memory '{block.name}', which would stay behind: one "
+        f"before 8.0 tells only of what the guest has mapped, and not which of two it is. Migrate "
+        f"when the guest has booted, or take the device that has it from the guest."
+        for block in present
+        if block.address is None and block.name not in guest_ram
+        if not block.name.startswith("/rom@") and not block.name.endswith(".rom")
+    ]
+
+
 def sparse(pid: int, present: list[Block]) -> set[str]:
     """Names of the large blocks whose pages the kernel's page map shows, all of them: private
     memory. Shared memory may have a page that was swapped out and is not there. Raises OSError."""

@@ -131,12 +131,15 @@ class Qemu(Vmm):
         backends = await ram.backends(qmp, present)
         devices = [device async for device in qemu_facts.devices(qmp)]
         facts = await qemu_facts.facts(qmp, backends, devices)
-        facts |= ram_blocks.facts(present, {backend.block.name for backend in backends})
+        guest_ram = {backend.block.name for backend in backends}
+        facts |= ram_blocks.facts(present, guest_ram)
         places = await qemu_facts.places(qmp, devices)
         problems = await qemu_facts.refusals(qmp, self.pid, role, run_state, devices)
         with qmp.taking_apart():
             disks, unmovable = await qemu_disks.look(qmp, self.pid)
         problems += unmovable
+        if role == "source":
+            problems += ram_blocks.unknown(present, guest_ram)
         left = [one async for one in stays.sentences(qmp)] if role == "source" else []
         regions, unfit = ram.regions(backends, self.pid)
         try:

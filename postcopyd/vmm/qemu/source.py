@@ -55,6 +55,8 @@ class Leaving(Qemu):
         guest_ram = {backend.block.name for backend in await ram.backends(self._qmp, present)}
         self._addresses = {block.name: block.address for block in present}
         self._guest_ram = guest_ram
+        for sentence in ram_blocks.unknown(present, guest_ram):  # it may be unmapped since `check`
+            raise VmmError(sentence)
         with looked_at(self.name, self.pid):
             self._sparse = ram_blocks.sparse(self.pid, present)
         self._machine = await self._qmp.ask(
