@@ -19,6 +19,7 @@ GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
 DEB_PACKAGES := debhelper dh-python
 TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev systemd-container iproute2 \
   busybox-static ovmf swtpm
+LIBVIRT_PACKAGES := libvirt-daemon-system libvirt-clients python3-libvirt
 
 .PHONY: all build demo test test-long chaos fuzz bench bench-quick wheel sdist man deb check gen fmt clean
 all: build
@@ -60,6 +61,7 @@ test test-long: build deb
 
 # The daemons that are upgraded in tests.
 .PHONY: version-before
+test-long: TEST_PACKAGES += $(LIBVIRT_PACKAGES)
 test-long: version-before
 version-before: build
 	@tools/version-before
@@ -67,7 +69,7 @@ version-before: build
 # docs/LIBVIRT.md, with the libvirt that this installs on this machine.
 .PHONY: test-libvirt
 test-libvirt: build deb
-	@tools/debian-packages $(TEST_PACKAGES) libvirt-daemon-system libvirt-clients
+	@tools/debian-packages $(TEST_PACKAGES) $(LIBVIRT_PACKAGES)
 	POSTCOPYD_LIBVIRT=1 $(BIN)/pytest -q tests/hosts/test_first_guest.py
 
 # A guest that is moved again and again while everything around it breaks: tests/chaos/chaos.py.

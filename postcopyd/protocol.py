@@ -39,7 +39,11 @@ DISKS = "disks"
 LOSSES = "losses"
 """Named by a daemon that sends and understands page frames of kind LOST_PAGES."""
 
-FEATURES: frozenset[str] = frozenset({QUEUE, DISKS, LOSSES})
+MAKES = "makes"
+"""Named by a destination that makes a VMM by the definition in an offer, where the source's driver
+gives one."""
+
+FEATURES: frozenset[str] = frozenset({QUEUE, DISKS, LOSSES, MAKES})
 """What this daemon can do beyond the version; only what both sides name is used."""
 
 CONTROL = "postcopyd control"
@@ -195,7 +199,9 @@ class Offer(Message, frozen=True, tag="offer"):
     that this migration would hand over. `staged`: pages also come before the handover. `disks` must
     be the same on both hosts; a source without the feature "disks" names none. `unsafe`: a person
     asserts that their files are the same, whatever the daemons know of them. `places` say where
-    devices sit on their buses; they must be equal for devices that both hosts name.
+    devices sit on their buses; they must be equal for devices that both hosts name. With a
+    `definition`, the driver's own text, the destination makes the VMM that waits; it has the
+    feature "makes".
     """
 
     migration: Name
@@ -210,6 +216,7 @@ class Offer(Message, frozen=True, tag="offer"):
     disks: Annotated[list[DiskOffer], Meta(max_length=MAX_ITEMS)] | None = None
     unsafe: bool = False
     places: Annotated[dict[str, Sentence], Meta(max_length=512)] = {}
+    definition: Annotated[str, Meta(max_length=MAX_STRING)] = ""
 
     def __post_init__(self) -> None:
         _must_be_vm(self.vm)

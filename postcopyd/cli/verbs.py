@@ -264,7 +264,7 @@ def _follow(client: Client, args: argparse.Namespace, migration: str) -> dict[st
 
 
 def list(args: argparse.Namespace) -> int:
-    statuses = _ask(args, "List")["vms"]
+    statuses = _ask(args, "List", domains=True)["vms"]
     if args.json:
         for status in statuses:
             progress.emit(status)

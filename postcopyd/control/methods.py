@@ -47,6 +47,7 @@ class Daemon(Protocol):
     async def recover(self, name: str, to: str | None) -> None: ...
     async def resolve(self, name: str, decision: Decision) -> None: ...
     def status(self, name: str) -> Status: ...
+    async def unattached(self) -> list[Status]: ...
     def watch(self, name: str) -> AbstractAsyncContextManager[AsyncIterator[Status]]: ...
 
     # Last, because inside the class it hides the builtin from the annotations above.
@@ -114,10 +115,19 @@ class Control:
         await self._daemon.resolve(call.parameters["name"], call.parameters["decision"])
 
     async def list(self, call: server.Call) -> Mapping[str, Any]:
-        return {"vms": to_builtins(self._daemon.list())}
+        more = await self._daemon.unattached() if call.parameters.get("domains") else []
+        return {"vms": to_builtins([*self._daemon.list(), *more])}
 
     async def status(self, call: server.Call) -> Mapping[str, Any]:
-        return {"status": to_builtins(self._daemon.status(call.parameters["name"]))}
+        name = call.parameters["name"]
+        try:
+            status = self._daemon.status(name)
+        except PostcopydError:
+            found = [one for one in await self._daemon.unattached() if one.vm == name]
+            if not found:
+                raise
+            (status,) = found
+        return {"status": to_builtins(status)}
 
     async def watch(self, call: server.Call) -> None:
         name = call.parameters["name"]

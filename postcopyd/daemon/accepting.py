@@ -18,6 +18,7 @@ import structlog
 import trio
 
 from postcopyd import protocol as p
+from postcopyd.daemon.domains import Domains
 from postcopyd.daemon.inquiries import Inquiries
 from postcopyd.daemon.registry import certainly_ended, tidy
 from postcopyd.dest.restart import call_off
@@ -51,11 +52,13 @@ class Acceptor:
         vms: Mapping[str, Vm],
         arrived: Callable[[Vm, DestinationSession], None],
         inquiries: Inquiries,
+        domains: Domains,
     ) -> None:
         self._shared = shared
         self._vms = vms
         self._arrived = arrived
         self._inquiries = inquiries
+        self._domains = domains
         self.sessions: dict[str, DestinationSession] = {}
 
     async def serve_peer(self, stream: trio.SocketStream) -> None:
@@ -157,8 +160,18 @@ class Acceptor:
             tls.allow(channel.names, "send")
         if not offer.check:
             await self._prepare(channel, offer)
-        vm = self._vm(offer.vm)
-        await vm.ended()
+        if (known := self._vms.get(offer.vm)) is not None:
+            await known.ended()
+        if not self._domains.to_be_made(offer):
+            await self._take_guest(channel, offer, self._vm(offer.vm))
+        elif offer.check:
+            problems = await self._domains.unfit(offer)
+            await channel.send(p.Checked([p.sentence(problem) for problem in problems]))
+        else:
+            async with self._domains.expected(channel, offer) as vm:
+                await self._take_guest(channel, offer, vm)
+
+    async def _take_guest(self, channel: Channel, offer: p.Offer, vm: Vm) -> None:
         vm.attached()
         if vm.claimed_by is None and vm.status.phase == "paused":
             raise PostcopydError(

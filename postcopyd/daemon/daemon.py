@@ -8,9 +8,11 @@ import trio
 
 from postcopyd.daemon.accepting import Acceptor
 from postcopyd.daemon.decisions import Decisions
+from postcopyd.daemon.domains import Domains
 from postcopyd.daemon.inquiries import Inquiries
 from postcopyd.daemon.registry import Registry
 from postcopyd.daemon.restart import Restart
+from postcopyd.model import Checked, MigrateRequest
 from postcopyd.sessions.shared import Shared
 
 
@@ -22,7 +24,17 @@ class Daemon(Registry):
         inquiries = Inquiries(shared, self.vms, self.spawn)
         restart = Restart(self, inquiries)
         decisions = Decisions(self, restart, inquiries)
-        self.acceptor = Acceptor(shared, self.vms, self.give_back, inquiries)
+        self._domains = Domains(self)
+        self.acceptor = Acceptor(shared, self.vms, self.give_back, inquiries, self._domains)
         self.restore = restart.begin
         self.serve_peer = self.acceptor.serve_peer
         self.recover, self.resolve = decisions.recover, decisions.resolve
+        self.unattached = self._domains.shown
+
+    async def check(self, name: str, to: str, unsafe: bool = False) -> Checked:
+        await self._domains.find(name)
+        return await super().check(name, to, unsafe)
+
+    async def migrate(self, name: str, request: MigrateRequest) -> str:
+        await self._domains.find(name)
+        return await super().migrate(name, request)

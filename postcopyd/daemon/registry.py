@@ -24,7 +24,7 @@ import trio
 from postcopyd import vmm
 from postcopyd.dest.session import DestinationSession
 from postcopyd.errors import PostcopydError
-from postcopyd.model import Checked, DriverName, Found, MigrateRequest, Status
+from postcopyd.model import Checked, Found, MigrateRequest, Status
 from postcopyd.records import locks
 from postcopyd.sessions import hugepages, losses
 from postcopyd.sessions.found import found
@@ -34,10 +34,15 @@ from postcopyd.source.drain import UNWRITTEN
 from postcopyd.source.restart import finish_drained
 from postcopyd.source.session import SourceSession
 from postcopyd.tasks import guard
+from postcopyd.vmm.libvirt.driver import LibvirtVmm
 from postcopyd.vmm.process.driver import ProcessVmm
 from postcopyd.vmm.qemu.driver import QemuVmm
 
-DRIVERS: dict[str, type[vmm.Vmm]] = {"qemu": QemuVmm, "process": ProcessVmm}
+DRIVERS: dict[str, type[vmm.Vmm]] = {
+    "qemu": QemuVmm,
+    "libvirt": LibvirtVmm,
+    "process": ProcessVmm,
+}
 
 LOOK_S = 5.0
 """How often a process that cannot be waited for is looked at."""
@@ -59,20 +64,27 @@ class Registry:
 
     # --- VMs -----------------------------------------------------------------------------------
 
-    async def attach(
-        self, name: str, driver: DriverName, socket: str
-    ) -> tuple[Status, Found | None]:
+    async def attach(self, name: str, driver: str, socket: str) -> tuple[Status, Found | None]:
         """A VM whose VMM has ended may be attached again. What was found is None for a VMM that
         could not be looked at. Raises PostcopydError for a VM whose VMM is attached: it has to be
         detached first."""
         if (known := self.vms.get(name)) is not None:
             await known.ended()
-        self._attachable(name, socket)
-        connected, lock = await DRIVERS[driver].connect(name, socket), -1
+        self.attachable(name, socket)
+        connected = await DRIVERS[driver].connect(name, socket)
+        vm = await self.take(name, socket, connected)
+        vm.show(**({"message": "attached, no migration"} if vm.status.phase == "idle" else {}))
+        log.info("attached", vm=name, driver=driver, socket=socket)
+        seen = await self._say_whether_fit(vm, connected)
+        return vm.status, seen
+
+    async def take(self, name: str, socket: str, connected: vmm.Vmm) -> Vm:
+        """The VM whose VMM a driver was connected to; closes that if it raises PostcopydError."""
+        lock = -1
         try:
             lock = await self._lock(name, connected.pid, f"attaching {name} at {socket}")
             # Another call may have attached or detached the VM since.
-            vm = self._attachable(name, socket) or self.known(name)
+            vm = self.attachable(name, socket) or self.known(name)
             before = vm.attachment
             vm.have(connected, lock)
         except BaseException:
@@ -90,12 +102,9 @@ class Registry:
             raise
         self.vms[name] = vm
         self.spawn(vm, self._follow, vm, connected)
-        vm.show(**({"message": "attached, no migration"} if vm.status.phase == "idle" else {}))
-        log.info("attached", vm=name, driver=driver, socket=socket)
-        seen = await self._say_whether_fit(vm, connected)
-        return vm.status, seen
+        return vm
 
-    def _attachable(self, name: str, socket: str) -> Vm | None:
+    def attachable(self, name: str, socket: str) -> Vm | None:
         """The VM of this name, if it is known here and may be attached. Raises PostcopydError."""
         known = self.vms.get(name)
         if known is None:

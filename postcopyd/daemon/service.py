@@ -91,6 +91,7 @@ async def _serve_alone(options: ServeOptions, manager: Manager, store: Store) ->
         peers=options.peers,
         limits=Limits(options),
         daemon=identity.here(store),
+        libvirt=options.libvirt_uri,
     )
     control_listener, listeners = await _doors(options, manager.sockets)
     if tls is None:

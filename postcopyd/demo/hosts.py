@@ -49,6 +49,9 @@ class Host:
     #: Where the package is that it runs: the same that runs this.
     site = PACKAGE.parent
 
+    #: What the daemon is run by: words before its command.
+    by: tuple[str, ...] = ()
+
     def __init__(
         self, folder: Path, name: str, options: tuple[str, ...], tls: Path | None = None
     ) -> None:
@@ -69,7 +72,7 @@ class Host:
         serve += ["--state-dir", str(self.state), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "postcopyd", *serve],
+                [*self.by, sys.executable, "-m", "postcopyd", *serve],
                 cwd=self.site,
                 stdin=subprocess.DEVNULL,
                 stderr=log,

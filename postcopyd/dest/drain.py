@@ -70,11 +70,12 @@ class Drain:
         m, vm, lost = self._m, self._m.vm, self._engine.lost
         if not lost:
             await self._unregister()
+        trouble = await self._keep()
         m.stage = Stage.HERE
         if not lost:
             m.huge = hugepages.Ram.of(self._memory.shape.pid, self._memory.shape.regions)
         drained = self._counted()
-        sentence = losses.arrived(vm.name, m.peer, lost)
+        sentence = losses.arrived(vm.name, m.peer, lost) + trouble
         vm.conclude(phase="drained", remaining=0, message=sentence)
         m.note(drained)
         vm.home()
@@ -99,6 +100,20 @@ class Drain:
         """Runs the last hooks: the source knows of the end, or will ask."""
         self._m.machine.happened(Happened.LOST)
         await self._m.hooks("drained")
+
+    async def _keep(self) -> str:
+        """Has what the source's VMM was outlast this one, before the source forgets it. Returns a
+        clause for the operator if that failed."""
+        m, vm = self._m, self._m.vm
+        if not m.offer.definition:
+            return ""
+        try:
+            with within(RELEASE_S, f"keeping the definition of {vm.name}"):
+                await vm.attached().keep(m.offer.definition)
+        except Exception as error:  # the guest is here, whatever becomes of its definition
+            m.log.error("definition not kept", error=str(error))
+            return f"; but its definition is not kept here: {error}"
+        return ""
 
     async def _unregister(self) -> None:
         try:

@@ -48,7 +48,7 @@ class CallingOff:
             if m.stage is Stage.ADOPTED and driver is not None:
                 with within(RELEASE_S, f"letting go of guest RAM of {vm.name}"):
                     await driver.release()
-                    if m.offer.staged and shape is not None:
+                    if m.offer.staged and shape is not None and not driver.makes:
                         await driver.discard(shape)
         except Exception as trouble:  # also a driver's bug: cleaning up goes on
             self._clean = False

@@ -36,7 +36,7 @@ async def call_off(vm: Vm) -> None:
     here. Raises PostcopydError."""
     driver, loading = vm.driver, vm.ownership == "loading"
     message = f"{vm.name} did not come here: the daemon ended before it was granted"
-    if driver is not None and not loading:
+    if driver is not None and not loading and not driver.makes:
         with within(RELEASE_S, f"letting go of guest RAM of {vm.name}"):
             await driver.release()
         if vm.about["offer"].get("staged"):

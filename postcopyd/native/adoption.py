@@ -8,8 +8,12 @@ function works in a thread of its own, because ptrace belongs to a thread, and t
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import platform
+import socket
+import struct
+from collections.abc import Callable
 
 import trio
 
@@ -30,6 +34,8 @@ _CALLS = {
         "mmap": 9,
         "munmap": 11,
         "prctl": 157,
+        "recvmsg": 47,
+        "socketpair": 53,
         "userfaultfd": 323,
         "wait4": 61,
     }
@@ -114,6 +120,60 @@ async def madvise(pid: int, address: int, size: int, advice: int) -> None:
         )
     except PermissionError as error:
         raise AdoptionError(str(error)) from None
+
+
+async def lend(pid: int, fd: int) -> int:
+    """Gives the VMM a descriptor of this process. Returns its number in the VMM, where the caller
+    has to close it. Raises AdoptionError."""
+    return await trio.to_thread.run_sync(_lend, pid, fd, limiter=threads.VMM)
+
+
+def _lend(pid: int, fd: int) -> int:
+    """By a socket pair that the VMM makes: this process sends through a duplicate of one end, and
+    the VMM receives at the other, into a page that it maps for that."""
+
+    def run(name: str, *arguments: int) -> int:
+        return call(pid, name, (*arguments, *[0] * (6 - len(arguments))), allow_seccomp=True)
+
+    protection, private = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    try:
+        page = run("mmap", 0, mmap.PAGESIZE, protection, private, (1 << 64) - 1)
+        try:
+            return _received(pid, fd, page, run)
+        finally:
+            run("munmap", page, mmap.PAGESIZE)
+    except OSError as error:
+        raise shortage(error) or AdoptionError(
+            f"lending process {pid} a descriptor: {error.strerror}"
+        ) from None
+
+
+def _received(pid: int, fd: int, page: int, run: Callable[..., int]) -> int:
+    """The number of the descriptor in the VMM; `page` is mapped there. Raises OSError."""
+    byte, control, message = page + 64, page + 128, page + 256
+    run("socketpair", socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0, page)
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+    ends: tuple[int, ...] = ()
+    try:
+        ends = struct.unpack("ii", os.pread(memory, 8, page))
+        with socket.socket(fileno=duplicate(pid, ends[0])) as ours:
+            socket.send_fds(ours, [b"."], [fd])
+        # struct iovec, then struct msghdr (recvmsg(2)), as 64-bit architectures have them.
+        os.pwrite(memory, struct.pack("QQ", byte, 1), page + 16)
+        header = struct.pack("QIxxxxQQQQixxxx", 0, 0, page + 16, 1, control, socket.CMSG_LEN(4), 0)
+        os.pwrite(memory, header, message)
+        run("recvmsg", ends[1], message, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+        length, level, kind, number = struct.unpack("Qiii", os.pread(memory, 20, control))
+        if (level, kind) != (socket.SOL_SOCKET, socket.SCM_RIGHTS) or length < 20:
+            raise AdoptionError(
+                f"lending process {pid} a descriptor: it was kept from it, perhaps by a security "
+                f"module (AppArmor, SELinux); see its log"
+            )
+        return int(number)
+    finally:
+        os.close(memory)
+        for end in ends:
+            run("close", end)
 
 
 def duplicate(pid: int, number: int) -> int:

@@ -23,4 +23,6 @@ class Shared(Endpoint):
     connections: int = 2
     arriving: dict[str, Arrival] = field(default_factory=dict)
     """Guests on their way here, by VM name. The memory that they still lack is set aside."""
+    libvirt: str = ""
+    """The URI of this host's libvirt; empty: none."""
     limits: Limits = field(default_factory=Limits)

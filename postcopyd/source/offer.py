@@ -33,7 +33,7 @@ async def problems(migration: Migration, shape: Shape) -> list[str]:
     try:
         if shape.regions or not found:  # without regions there is nothing to offer
             channel = await greeted(migration, shape)
-            await channel.send(_offer(migration, shape, check=True))
+            await channel.send(await _offer(migration, shape, check=True))
             found += (await channel.expect(p.Checked)).problems
     except PostcopydError as error:
         found.append(str(error))
@@ -62,18 +62,24 @@ async def greeted(migration: Migration, shape: Shape) -> Channel:
             f"{migration.vm.name} are the same there: upgrade it, {alike.INSIST}",
             "Refused",
         )
+    if migration.vm.attached().makes and p.MAKES not in channel.features:
+        raise PostcopydError(
+            f"the postcopyd at {peer.to} is too old to make the domain {migration.vm.name} there: "
+            f"upgrade it",
+            "Refused",
+        )
     return channel
 
 
 async def accepted(migration: Migration, guest: Guest, channel: Channel) -> None:
     """Returns when the destination serves this guest. Raises PostcopydError if it does not."""
-    await channel.send(_offer(migration, guest.shape, staged=guest.tracking is not None))
+    await channel.send(await _offer(migration, guest.shape, staged=guest.tracking is not None))
     token = await _turn(migration, guest, channel)
     await migration.peer.connect(channel, guest.engine, migration.name, token)
     await channel.expect(p.Serving)
 
 
-def _offer(
+async def _offer(
     migration: Migration, shape: Shape, *, check: bool = False, staged: bool = False
 ) -> p.Offer:
     return p.Offer(
@@ -89,6 +95,7 @@ def _offer(
         disks=alike.offered(shape.disks),
         unsafe=migration.request.unsafe,
         places={key: p.fact(value) for key, value in shape.places.items()},
+        definition=await migration.vm.attached().definition(),
     )
 
 

@@ -22,7 +22,7 @@ import signal
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import trio
 
@@ -169,10 +169,14 @@ class Vmm(abc.ABC):
     """
 
     name: str  # the VM's, as on the command line
-    kind: str  # "qemu" or "process"
+    kind: str  # "qemu", "libvirt" or "process"
     device_state: str  # how it goes, for people: "saved by ..."
     socket: str
     pid: int  # of the VMM's process
+
+    #: Whether a destination of this kind is made for each arrival (`expect`), so that nobody starts
+    #: and attaches it before. It ends with an arrival that is called off.
+    makes: ClassVar[bool] = False
 
     #: What the guest did just before `save` or `still` stopped it, and what `rollback` goes back
     #: to. After a restart of the daemon the caller sets it from the record, before it calls
@@ -215,6 +219,11 @@ class Vmm(abc.ABC):
         `adopt` could not forbid. Sets `Shape.direct_io` and `untracked` at the source: writers.py
         finds most of it. The caller calls `close()` on what it gets.
         """
+
+    async def definition(self) -> str:
+        """What another host needs to make a VMM that waits for this guest: text of this kind of
+        driver, at most 16 KiB. Empty where a person makes it (`makes`)."""
+        return ""
 
     async def outline(self) -> str:
         """A short text that is another one after something was plugged in, taken out, or put behind
@@ -302,6 +311,22 @@ class Vmm(abc.ABC):
         """After drained: end the VMM, or with `keep` leave it stopped."""
 
     # --- destination
+
+    @classmethod
+    async def unfit(cls, name: str, socket: str, definition: str, like: Shape) -> list[str]:
+        """Why `expect` would fail on this host: sentences. Changes nothing. Only with `makes`."""
+        raise NotImplementedError
+
+    @classmethod
+    async def expect(cls, name: str, socket: str, definition: str, like: Shape) -> Self:
+        """Make a VMM that waits for a guest, from what a peer says is its source's `definition`;
+        `like` is the guest as the peer describes it. Only with `makes`; such a VMM ends by `end`,
+        `aclose`, or this daemon's death, unless its guest was loaded."""
+        raise NotImplementedError
+
+    async def keep(self, definition: str) -> None:  # noqa: B027 (only with `makes`)
+        """The guest is here for good: have what `definition` says outlast it, as it did at the
+        source. Idempotent."""
 
     @abc.abstractmethod
     async def adopt(self, shape: Shape) -> list[int]:

@@ -20,6 +20,9 @@ from typing import Any
 import pytest
 from needs import missing
 
+from postcopyd.host import procfs
+from postcopyd.native import adoption
+
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "tests" / "native"
 HEADERS = ROOT / "postcopyd" / "native"
@@ -625,3 +628,18 @@ def test_qemu_without_privilege_is_adopted_through_the_device(
     assert userfaultfds(qemu.pid) == []
     qemu.ask("closefd", fdname="uffd")
     assert qemu.ask("query-status")["running"] is False
+
+
+async def test_a_process_is_lent_a_descriptor(tmp_path: Path) -> None:
+    """By its own hands, which are empty afterwards but for that."""
+    if os.geteuid():
+        missing("root")
+    file = tmp_path / "file"
+    with subprocess.Popen(["sleep", "100"]) as process, file.open("w") as lent:
+        wait_for(lambda: procfs.command(process.pid) == "sleep")
+        before = procfs.descriptors(process.pid), len(list(procfs.mappings(process.pid)))
+        number = await adoption.lend(process.pid, lent.fileno())
+        now = procfs.descriptors(process.pid)
+        assert now.pop(number) == str(file)
+        assert (now, len(list(procfs.mappings(process.pid)))) == before
+        process.kill()

@@ -144,5 +144,8 @@ class FakeDaemon:
             self.watchers -= 1
 
     # Last, because inside the class it hides the builtin from the annotations above.
+    async def unattached(self) -> list[Status]:
+        return []
+
     def list(self) -> list[Status]:
         return [*self.vms.values()]

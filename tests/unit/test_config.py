@@ -143,7 +143,7 @@ def test_every_option_on_the_command_line(
         "control": "/c", "listen": "[::1]:7", "state-dir": "/s", "durable-dir": "/d", "tls": "off",
         "tls-dir": "/t", "hooks-dir": "/h", "bandwidth": "1.5K", "host-bandwidth": "2K",
         "connections": "3", "max-vms": "4", "max-arrivals": "5", "max-arriving-memory": "6K",
-        "max-peers": "7", "metrics": "[::1]:9",
+        "max-peers": "7", "metrics": "[::1]:9", "libvirt": "off",
     }  # fmt: skip
     assert words.keys() == KEYS.keys()
     said = [word for name, value in words.items() for word in (f"--{name}", value)]
@@ -156,7 +156,7 @@ def test_every_option_on_the_command_line(
     options = configuration({}, str(file)).options
     assert options == ServeOptions(
         "/c", Address("::1", 7), Path("/s"), "off", Path("/t"), Path("/h"), 1536, 3, Path("/d"),
-        2048, 4, 5, 6144, 7, "[::1]:9",
+        2048, 4, 5, 6144, 7, "[::1]:9", "off",
         (Peer("host2", Address("10.0.0.2", 16525), frozenset({"send", "control"})), Peer("host3")),
     )  # fmt: skip
     assert main(["serve", "--check-config", "--config", str(file)]) == 0
@@ -177,6 +177,20 @@ def test_check_refuses(
         assert out == ""
         lines = [f"postcopyd: {file}, line 1: ", f"{file}, line 2: ", f"{drop}, line 1: "]
         assert all(line.startswith(one) for line, one in zip(err.splitlines(), lines, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tls", "libvirt", "uri"),
+    [
+        ("require", "auto", "qemu:///system"),
+        ("off", "auto", ""),
+        ("off", "qemu:///system", "qemu:///system"),
+        ("require", "off", ""),
+    ],
+)
+def test_which_libvirt(tls: Any, libvirt: str, uri: str) -> None:
+    """Who may send domains is as good as root, so that nobody may without TLS is the default."""
+    assert ServeOptions(tls=tls, libvirt=libvirt).libvirt_uri == uri
 
 
 def test_the_example() -> None:

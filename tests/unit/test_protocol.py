@@ -219,7 +219,7 @@ def test_missing_fields_are_refused(message: p.Message) -> None:
         "whole",
         "lost",
     }
-    optional |= {"daemon", "disks", "places", "unsafe"}
+    optional |= {"daemon", "disks", "places", "unsafe", "definition"}
     for field in whole.keys() - optional - {"type"}:
         with pytest.raises(RemoteProtocolError, match=field):
             parse_message({key: value for key, value in whole.items() if key != field})

@@ -13,18 +13,16 @@ import pytest
 
 from postcopyd.host import procfs
 from postcopyd.vmm import DiskFile
-from postcopyd.vmm.qemu import disks
+from postcopyd.vmm.qemu.disk_files import LOCAL_BLOCK, File, _device_ids
+from postcopyd.vmm.qemu.disk_files import seen as seen_in
 from postcopyd.vmm.qemu.disks import (
     _Backend,
     _Described,
     _device,
-    _device_ids,
     _Edge,
     _Graph,
     _GraphNode,
     _Image,
-    _Leaf,
-    _look_at,
     _Node,
     _Nodes,
 )
@@ -47,8 +45,7 @@ def seen(name: str | Path, *, driver: str = "file", writable: bool = True) -> Di
 
 
 def looked_at(name: str | Path, *, driver: str = "file", writable: bool = True) -> Any:
-    leaf = _Leaf("vd0", _Node(driver, str(name), 0), writable)
-    return _look_at(os.getpid(), [leaf], {})
+    return seen_in(os.getpid(), [File("vd0", driver, str(name), writable)], {})
 
 
 def test_a_file_is_known_by_what_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +212,7 @@ def test_names_of_files(file: str, name: str) -> None:
 
 def test_only_kinds_of_block_devices_that_are_local_are_told_by_name() -> None:
     local = [name for name in ("loop0", "zram1", "sda", "nvme0n1", "dm-3", "rbd0", "drbd1", "ram0")
-             if disks.LOCAL_BLOCK.match(name)]  # fmt: skip
+             if LOCAL_BLOCK.match(name)]  # fmt: skip
     assert local == ["loop0", "zram1", "ram0"]
 
 

@@ -37,7 +37,8 @@ from postcopyd.vmm.qemu import facts as qemu_facts
 from postcopyd.vmm.qemu import farewell, ram, settings, stays
 from postcopyd.vmm.qemu import state as qemu_state
 from postcopyd.vmm.qemu.answers import Cpu, Migration, Status
-from postcopyd.vmm.qemu.qmp import ANSWER_SECONDS, Events, Qmp
+from postcopyd.vmm.qemu.events import Events
+from postcopyd.vmm.qemu.qmp import ANSWER_SECONDS, Qmp
 from postcopyd.vmm.qemu.state import PAUSED, SLEEPS, STOPPED_BY_ITSELF, Now
 
 LOOKS = trio.CapacityLimiter(4)
@@ -87,12 +88,16 @@ class Qemu(Vmm):
     @classmethod
     async def connect(cls, name: str, socket: str) -> Self:
         """Takes the monitor at a QMP socket. Raises PostcopydError within seconds if it cannot."""
-        qmp = Qmp(socket)
+        return await cls.opened(name, socket, Qmp(socket))
+
+    @classmethod
+    async def opened(cls, name: str, socket: str, qmp: Qmp) -> Self:
+        """The same with a monitor that this driver owns from here on."""
         try:
             with patience(name):
                 await qmp.open()
                 cpus = await qmp.ask(list[Cpu], "query-cpus-fast")
-            pidfd = _pidfd(name, qmp.pid)
+            pidfd = pidfd_of(name, qmp.pid)
             # Only the kernel says whose memory is written to and which process is ended. QEMU's
             # answer must show that it speaks for itself, and not through another process.
             for cpu in cpus[:1]:
@@ -114,7 +119,7 @@ class Qemu(Vmm):
     async def known(cls, name: str, socket: str, pid: int) -> Self:
         """As the interface says; takes the monitor at its first use. The caller must check (by the
         start time) that `pid` is still that QEMU."""
-        return cls(name, socket, Qmp(socket, pid), pid, _pidfd(name, pid))
+        return cls(name, socket, Qmp(socket, pid), pid, pidfd_of(name, pid))
 
     async def inspect(self, role: Role) -> Shape:
         """What QEMU has, and what forbids a migration in this role. Only asks and reads."""
@@ -177,6 +182,11 @@ class Qemu(Vmm):
             places=places,
             outline=outline,
         )
+
+    @property
+    def _by_hand(self) -> str:
+        """How a person runs the guest: the end of a sentence."""
+        return f"send QMP `cont` to {self.socket}"
 
     async def outline(self) -> str:
         """As the interface says."""
@@ -264,7 +274,7 @@ def patience(name: str, answers: int = 1) -> Iterator[None]:
         ) from None
 
 
-def _pidfd(name: str, pid: int) -> int:
+def pidfd_of(name: str, pid: int) -> int:
     if pid <= 0:
         raise VmmGone(
             f"The process of the QEMU of {name} has no process id here: run postcopyd in the PID "

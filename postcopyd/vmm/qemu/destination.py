@@ -26,7 +26,8 @@ from postcopyd.vmm.qemu import disks as qemu_disks
 from postcopyd.vmm.qemu import hugepages, ram, settings, stream, userfaultfd
 from postcopyd.vmm.qemu.answers import Status
 from postcopyd.vmm.qemu.common import Qemu, close_each
-from postcopyd.vmm.qemu.qmp import Events, QmpClosed, QmpRefused
+from postcopyd.vmm.qemu.events import Events
+from postcopyd.vmm.qemu.qmp import QmpClosed, QmpRefused
 from postcopyd.vmm.qemu.settings import ARRIVING, LATE
 
 # One thread reads the faults of one userfaultfd: several serve several vCPUs better, but each
@@ -44,12 +45,7 @@ class Arriving(Qemu):
         QEMU, so that `adopted` can return them in the same order.
         Raises PostcopydError; then nothing is left in QEMU, and the RAM is as good as empty.
         """
-        state = (await self._qmp.ask(Status, "query-status")).status
-        if state != "inmigrate":
-            raise VmmError(
-                f"The QEMU of {self.name} does not wait for a guest (run state {state}), so its "
-                f"RAM was not touched: start it anew with -incoming defer."
-            )
+        await self._waits()
         regions = list(shape.regions)
         sharers = await trio.to_thread.run_sync(
             ram.sharers, regions, self.pid, limiter=threads.WALKS
@@ -57,16 +53,14 @@ class Arriving(Qemu):
         if sharers:
             raise VmmError(sharers[0])
         await userfaultfd.close_all(self.pid)
-        await self._settings.apply()
-        # Whatever QEMU's options are, the guest must not run before it is told to.
-        await self._qmp.execute("stop")
+        await self._make_ready()
         descriptors: dict[int, int] = {}
         try:
             if not self._forbade_huge:  # before the RAM is emptied: after that there are none
                 self._forbade_huge = await hugepages.forbid(self.pid)
             await self.discard(shape)
             for _ in range(min(len(regions), MAX_DESCRIPTORS)):
-                ours, number = await userfaultfd.create(self._qmp, self.pid)
+                ours, number = await self._new_userfaultfd()
                 descriptors[number] = ours
             self._made = sorted(descriptors)
         except BaseException:
@@ -75,6 +69,23 @@ class Arriving(Qemu):
                 await self.release()
             raise
         return [descriptors[number] for number in sorted(descriptors)]
+
+    async def _waits(self) -> None:
+        """Raises VmmError unless QEMU waits for a guest."""
+        state = (await self._qmp.ask(Status, "query-status")).status
+        if state != "inmigrate":
+            raise VmmError(
+                f"The QEMU of {self.name} does not wait for a guest (run state {state}), so its "
+                f"RAM was not touched: start it anew with -incoming defer."
+            )
+
+    async def _make_ready(self) -> None:
+        await self._settings.apply()
+        # Whatever QEMU's options are, the guest must not run before it is told to.
+        await self._qmp.execute("stop")
+
+    async def _new_userfaultfd(self) -> tuple[int, int]:
+        return await userfaultfd.create(self._qmp, self.pid)
 
     async def discard(self, shape: Shape) -> None:
         """Empties the RAM. Raises VmmError when not all of it could be emptied."""
@@ -106,6 +117,10 @@ class Arriving(Qemu):
                     self._nearly_loaded,
                 )
                 await self._loaded(events)
+        await self._must_have_disks()
+
+    async def _must_have_disks(self) -> None:
+        """Raises VmmError if a guest that is to stay paused lacks a disk."""
         if self._takes_disks and (disks := await qemu_disks.untaken(self._qmp)):
             raise VmmError(
                 f"QEMU could not take the disk{'s' if disks[1:] else ''} {', '.join(disks)} of "
@@ -187,4 +202,7 @@ class Arriving(Qemu):
         if self._forbade_huge is not False:
             await hugepages.allow(self.pid, known=bool(self._forbade_huge))
             self._forbade_huge = None
+        await self._restore_settings()
+
+    async def _restore_settings(self) -> None:
         await self._settings.restore()

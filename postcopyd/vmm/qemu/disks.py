@@ -1,69 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The disks of a QEMU guest: what the guest sees, which files are behind it, what forbids a move.
 
-Owns the questions to QEMU about its block layer, the way from a name there to an open file, and the
-facts about that file that another host can compare. Whether the other host has the same file is for
-`alike.py` to judge. Only asks and reads, but for `take`.
+Owns the questions to QEMU about its block layer; disk_files.py knows the files. Whether the other
+host has the same is for `alike.py` to judge. Only asks and reads, but for `take`.
 
 A disk is known by its device in the guest, and by its chain of formats and sizes. Names of block
-nodes differ between two QEMUs. Files are those that QEMU has open, found by their path as QEMU sees
-it: the path may lead to another file by now.
+nodes differ between two QEMUs.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
-import os
-import re
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Self
 
-import trio
 from msgspec import Meta, Struct
 
-from postcopyd.host import procfs
-from postcopyd.tasks import threads
-from postcopyd.vmm import Disk, DiskFile
+from postcopyd.vmm import Disk
 from postcopyd.vmm.qemu.answers import Property
+from postcopyd.vmm.qemu.disk_files import OF_THIS_HOST, File, look_at
 from postcopyd.vmm.qemu.qmp import Qmp, QmpProtocolError, QmpRefused
 
-# File systems that other hosts mount too, as libvirt knows them (virFileIsSharedFS), by the name
-# that the kernel has for them. The value names the family if a file has the same inode number on
-# every host; it is empty for SMB and others, which make up inode numbers of their own.
-SHARED_FILE_SYSTEMS = {
-    "nfs": "NFS", "nfs4": "NFS", "ceph": "CephFS", "gfs2": "GFS2", "ocfs2": "OCFS2",
-    "lustre": "Lustre", "fuse.glusterfs": "GlusterFS",
-    "gpfs": "", "cifs": "", "smb3": "", "smbfs": "", "afs": "", "acfs": "", "beegfs": "",
-    "fuse.quobyte": "", "fuse.ceph": "", "fuse.ceph-fuse": "", "pvfs2": "", "vxfs": "",
-}  # fmt: skip
-
-# Block drivers that open a path of this host.
-OF_A_PATH = {"file", "host_device", "host_cdrom"}
-# All other drivers reach servers, as other hosts can too, or make their content; but not these.
-OF_THIS_HOST = {"nvme", "nvme-io_uring", "vvfat"}
 # Nodes that pass on what is below them unchanged.
 FILTERS = {"throttle", "copy-on-read", "preallocate", "compress"}
-# Kinds of block devices that are made of this host's memory or files.
-LOCAL_BLOCK = re.compile(r"(loop|ram|zram|pmem|brd)\d")
-
-SAMPLES, SAMPLE_BYTES = 16, 4096
 EXPORT = "postcopyd-takes-it-back"
-MAX_LINKS = 40  # as in the kernel
 MAX_DEPTH = 250  # of a backing chain; QEMU itself allows fewer
 
 # A job in one of these states has ended.
 OVER = {"concluded", "null"}
-
-
-DELETED = " (deleted)"  # what /proc appends to the path of a file without a name
 
 
 MAX_NODES = 1000
@@ -182,13 +150,6 @@ class _Node:
             yield from node.leaves(writable and edge != "backing")
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    disk: str
-    node: _Node
-    writable: bool
-
-
 async def look(qmp: Qmp, pid: int) -> tuple[list[Disk], list[str]]:
     """The guest's disks by name, and a sentence for each reason why one cannot be moved along."""
     problems = await _jobs(qmp)
@@ -196,7 +157,7 @@ async def look(qmp: Qmp, pid: int) -> tuple[list[Disk], list[str]]:
     nodes = await _Nodes.of(qmp)
     fdsets = await _fdsets(qmp)
     chains: dict[str, str] = {}
-    leaves: list[_Leaf] = []
+    leaves: list[File] = []
     for backend in backends:
         name, inserted = _device(backend), backend.inserted
         if inserted is None:
@@ -208,11 +169,8 @@ async def look(qmp: Qmp, pid: int) -> tuple[list[Disk], list[str]]:
             # What is in flash memory moves with the guest, and is written to the file there.
             if not await _is_flash(qmp, backend):
                 found = top.leaves(not inserted.ro)
-                leaves += [_Leaf(name, leaf, writable) for leaf, writable in found]
-    see = partial(_look_at, pid, leaves, fdsets)
-    files, unfit = await trio.to_thread.run_sync(
-        see, abandon_on_cancel=True, limiter=threads.STORAGE
-    )
+                leaves += [File(name, leaf.driver, leaf.name, w) for leaf, w in found]
+    files, unfit = await look_at(pid, leaves, fdsets)
     disks = [Disk(name, chains[name], tuple(files.get(name, ()))) for name in sorted(chains)]
     return disks, problems + unfit
 
@@ -360,130 +318,3 @@ async def _is_flash(qmp: Qmp, backend: _Backend) -> bool:
         return False
     kind = await qmp.ask(str, "qom-get", {"path": backend.qdev, "property": "type"})
     return kind.startswith("cfi.pflash")
-
-
-def _look_at(
-    pid: int, leaves: Sequence[_Leaf], fdsets: dict[str, int]
-) -> tuple[dict[str, list[DiskFile]], list[str]]:
-    """The files of each disk, and why others cannot be known. May take a while."""
-    files: dict[str, list[DiskFile]] = {}
-    problems = []
-    opened = _Opened(pid, fdsets)
-    for leaf in leaves:
-        try:
-            found = _file(opened, leaf)
-        except OSError as error:
-            found = (
-                f"The file {leaf.node.name} of disk '{leaf.disk}' cannot be looked at "
-                f"({error.strerror}): see that its storage answers, and run postcopyd as root."
-            )
-        if isinstance(found, str):
-            problems.append(found)
-        else:
-            files.setdefault(leaf.disk, []).append(found)
-    return files, problems
-
-
-def _file(opened: _Opened, leaf: _Leaf) -> DiskFile | str:
-    """What is known of a file of a disk, or why it cannot be moved along. Raises OSError."""
-    node, name = leaf.node, leaf.node.name
-    if node.driver not in OF_A_PATH:
-        return DiskFile(name, node.driver, node.driver not in OF_THIS_HOST, leaf.writable, {})
-    if (number := opened.number(name)) is None:
-        return (
-            f"Disk '{leaf.disk}' is in {name}, and QEMU has another file open than the one that "
-            f"has this name now: put back what was moved, or start QEMU anew."
-        )
-    status = os.stat(opened.path(number))
-    if status.st_nlink == 0 and opened.links.get(number, "").endswith(DELETED):
-        return (
-            f"Disk '{leaf.disk}' is in a temporary file ({name}), as with -snapshot, which no "
-            f"other host can open: what the guest wrote would be lost; write it to the image below "
-            f"(HMP `commit`) if it is to stay, and start both QEMUs without it."
-        )
-    if stat.S_ISREG(status.st_mode):
-        kind = procfs.file_system(opened.pid, (status.st_dev, status.st_ino)) or "no file system"
-        where, shared = kind, kind in SHARED_FILE_SYSTEMS
-        ids = {f"kernel {procfs.boot_id()}": f"file {status.st_dev} {status.st_ino}"}
-        if family := SHARED_FILE_SYSTEMS.get(kind):
-            ids[f"inode of {family}"] = str(status.st_ino)
-    else:
-        kind = "block" if stat.S_ISBLK(status.st_mode) else "char"
-        number_of = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        device = Path(f"/sys/dev/{kind}/{number_of}")
-        where, shared = f"{kind} device", LOCAL_BLOCK.match(device.resolve().name) is None
-        ids = {f"kernel {procfs.boot_id()}": f"{kind} {number_of}", **_device_ids(device)}
-    if not leaf.writable:
-        with suppress(OSError):  # a drive without a medium
-            ids["content"] = _sample(opened.path(number))
-    return DiskFile(name, where, shared, leaf.writable, ids)
-
-
-def _device_ids(device: Path) -> dict[str, str]:
-    """The name that a device gives itself, the same on every host that has it."""
-    part = ""
-    if (device / "partition").exists():
-        part = f" part {(device / 'partition').read_text().strip()}"
-        device = device.resolve().parent
-    for key in ("dm/uuid", "wwid", "device/wwid", "serial", "device/serial", "md/uuid"):
-        with suppress(OSError):
-            if value := (device / key).read_text(errors="replace").strip():
-                return {f"{key} of the device": value + part}
-    return {}
-
-
-def _sample(path: str) -> str:
-    """A digest of samples of a file that nobody writes to: tells images of equal size apart."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        for part in range(SAMPLES):
-            at = size * part // SAMPLES // SAMPLE_BYTES * SAMPLE_BYTES
-            digest.update(os.pread(file.fileno(), SAMPLE_BYTES, at))
-        digest.update(os.pread(file.fileno(), SAMPLE_BYTES, max(size - SAMPLE_BYTES, 0)))
-    return digest.hexdigest()[:32]
-
-
-class _Opened:
-    """The files that a process has open, by the names that the process has for them."""
-
-    def __init__(self, pid: int, fdsets: dict[str, int]) -> None:
-        self.pid, self._fdsets = pid, fdsets
-        self.links = procfs.descriptors(pid)
-        self._numbers: dict[procfs.FileId, int] = {}
-        for number in self.links:
-            with suppress(OSError):  # closed meanwhile
-                self._numbers.setdefault(procfs.file_id(self.path(number)), number)
-
-    def path(self, number: int) -> str:
-        return f"/proc/{self.pid}/fd/{number}"
-
-    def number(self, name: str) -> int | None:
-        """The descriptor of the file of this name; None if it is not open. Raises OSError."""
-        if (given := re.fullmatch(r"/(?:proc/self|dev)/fd/(\d+)", name)) is not None:
-            return int(given[1])
-        if name in self._fdsets:
-            return self._fdsets[name]
-        try:
-            return self._numbers.get(procfs.file_id(self._inside(name)))
-        except FileNotFoundError:
-            gone = f"/{os.path.basename(name)}{DELETED}"
-            return next((n for n, link in self.links.items() if link.endswith(gone)), None)
-
-    def _inside(self, name: str) -> str:
-        """The path as this process can open it: absolute links start at the root of `pid`."""
-        root = f"/proc/{self.pid}/root"
-        here = root if name.startswith("/") else f"/proc/{self.pid}/cwd"
-        left = name.split("/")
-        links = 0
-        while left:
-            path = f"{here}/{left.pop(0)}"
-            if not os.path.islink(path):
-                here = path
-                continue
-            if (links := links + 1) > MAX_LINKS:
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            target = os.readlink(path)
-            here = root if target.startswith("/") else here
-            left = target.split("/") + left
-        return here

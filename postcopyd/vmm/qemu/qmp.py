@@ -13,7 +13,6 @@ QEMU's own library for Python, qemu.qmp, is for asyncio and cannot be used.
 from __future__ import annotations
 
 import array
-import collections
 import errno
 import itertools
 import json
@@ -29,6 +28,7 @@ import trio
 
 from postcopyd.names import plain
 from postcopyd.vmm import VmmError, VmmGone, VmmProtocolError, VmmTimeout
+from postcopyd.vmm.qemu.events import Events, Last
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -40,10 +40,6 @@ GREETING_SECONDS = 3.0
 # The largest replies known are property lists of a CPU (some 60 KiB).
 MAX_MESSAGE_BYTES = 4 << 20
 RECEIVE_BYTES = 64 << 10
-
-# Limits of what a subscriber has not taken. A migration makes a few dozen events of 100 bytes.
-MAX_QUEUED_EVENTS = 1024
-MAX_QUEUED_BYTES = 256 << 10
 
 # QEMU answers questions and most commands in milliseconds, unless its main loop is stuck.
 ANSWER_SECONDS = 10.0
@@ -104,44 +100,6 @@ class Greeting(msgspec.Struct):
     version: _Version
 
 
-class Events:
-    """The events of some kinds since the subscription, oldest first."""
-
-    def __init__(self, qmp: Qmp, kinds: tuple[str, ...]) -> None:
-        self._qmp = qmp
-        self.kinds = kinds
-        self.queue: collections.deque[Json] = collections.deque()
-        self._bytes = 0  # of what was queued since the queue was empty
-
-    def put(self, event: Json, size: int) -> bool:
-        """Returns whether there was room. Without an event a driver cannot follow QEMU any more."""
-        self._bytes = self._bytes + size if self.queue else size
-        if len(self.queue) >= MAX_QUEUED_EVENTS or self._bytes > MAX_QUEUED_BYTES:
-            return False
-        self.queue.append(event)
-        return True
-
-    def take(self) -> Json | None:
-        """The next event that has been read already, or None."""
-        return self.queue.popleft() if self.queue else None
-
-    async def next(self) -> Json:
-        """The next event as QEMU says it, with its `timestamp`; `data` is an object.
-
-        Raises QmpClosed when none can come.
-        """
-        return await self._qmp._until(self.take, "waiting for an event")
-
-
-class Last(Events):
-    """Keeps only the last event of some kinds, however many come."""
-
-    def put(self, event: Json, size: int) -> bool:
-        self.queue.clear()
-        self.queue.append(event)
-        return True
-
-
 class Qmp:
     """One monitor. Any number of tasks may use it at once."""
 
@@ -187,10 +145,8 @@ class Qmp:
             ) from None
 
     async def _open(self) -> None:
-        self._socket = trio.socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM)
         try:
-            self._socket.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_PASSCRED, 1)
-            await self._connect(self._socket)
+            self._socket = await self._connected()
             greeting = await self._until(lambda: self._greeting, "waiting for its greeting")
             version = self.as_kind(Greeting, greeting["QMP"], "its greeting").version.qemu
             self._version = (version.major, version.minor, version.micro)
@@ -205,11 +161,23 @@ class Qmp:
             self._ready = True
         finally:
             if not self._ready:
-                self._socket.close()
+                if self._socket is not None:
+                    self._socket.close()
                 self._socket = self._greeting = None
                 self._buffer.clear()
                 self._lines.clear()
                 self._scanned = 0
+
+    async def _connected(self) -> trio.socket.SocketType:
+        """A socket at whose other end QMP is spoken, with SO_PASSCRED set; the caller's."""
+        sock = trio.socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_PASSCRED, 1)
+            await self._connect(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     async def _connect(self, sock: trio.socket.SocketType) -> None:
         try:
@@ -245,13 +213,13 @@ class Qmp:
 
     def subscribe(self, *kinds: str) -> Events:
         """Like `events`, until `unsubscribe`."""
-        events = Events(self, kinds)
+        events = Events(self._until, kinds)
         self._subscribers.append(events)
         return events
 
     def last(self, *kinds: str) -> Last:
         """The last event of these kinds, for as long as this monitor is connected."""
-        events = Last(self, kinds)
+        events = Last(self._until, kinds)
         self._subscribers.append(events)
         return events
 
@@ -429,7 +397,7 @@ class Qmp:
         if self._greeting is None:
             for level, kind, value in about:
                 if (level, kind) == (stdlib_socket.SOL_SOCKET, stdlib_socket.SCM_CREDENTIALS):
-                    self._pid = struct.unpack("iII", value)[0]
+                    self._sent_by(struct.unpack("iII", value)[0])
         self._buffer += data
         while (end := self._buffer.find(b"\n", self._scanned)) >= 0:
             line = bytes(self._buffer[:end])
@@ -441,6 +409,10 @@ class Qmp:
             self._fail(
                 QmpProtocolError(f"{self._path} sent a message of over {MAX_MESSAGE_BYTES} bytes.")
             )
+
+    def _sent_by(self, pid: int) -> None:
+        """The greeting was sent by this process."""
+        self._pid = pid
 
     def _take_line(self, line: bytes) -> None:
         """Takes a line, which is a message, unless it is an opening brace: a monitor made by

@@ -30,7 +30,8 @@ from postcopyd.vmm.qemu import ram, savevm, settings, userfaultfd
 from postcopyd.vmm.qemu.answers import FdSet, Migration, Text
 from postcopyd.vmm.qemu.blocks import Block
 from postcopyd.vmm.qemu.common import Qemu
-from postcopyd.vmm.qemu.qmp import Events, QmpRefused
+from postcopyd.vmm.qemu.events import Events
+from postcopyd.vmm.qemu.qmp import QmpRefused
 from postcopyd.vmm.qemu.settings import BANDWIDTH, MOVED, STOPPED
 from postcopyd.vmm.qemu.state import PAUSED, STOPPED_BY_ITSELF, Now
 
@@ -138,8 +139,8 @@ class Leaving(Qemu):
         except (trio.TooSlowError, VmmTimeout):
             raise VmmTimeout(
                 f"The guest {self.name} was stopped for a moment, and QEMU has not run it again "
-                f"within {CONT_SECONDS:g} s: see what its disks wait for, then send QMP `cont` to "
-                f"{self.socket}, if nobody has moved it meanwhile."
+                f"within {CONT_SECONDS:g} s: see what its disks wait for, then {self._by_hand}, "
+                f"if nobody has moved it meanwhile."
             ) from None
 
     async def save(
@@ -412,8 +413,8 @@ class Leaving(Qemu):
                     raise VmmError(
                         f"The guest {self.name} stays stopped at the source, as QEMU would not run "
                         f"it again ({refusal.reason}): see who holds its disks, which may be this "
-                        f"same guest, running elsewhere; if it does not, release them and send QMP "
-                        f"`cont` to {self.socket}."
+                        f"same guest, running elsewhere; if it does not, release them and "
+                        f"{self._by_hand}."
                     ) from None
             await trio.sleep(POLL_SECONDS * 10)
 

@@ -9,7 +9,8 @@ the engine's. QEMU's seccomp filter is a list of forbidden calls, and these are 
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 import trio
 
@@ -36,27 +37,14 @@ async def create(qmp: Qmp, pid: int) -> tuple[int, int]:
     with suppress(PermissionError):
         return await adoption.create_userfaultfd(pid, allow_seccomp=True)
     try:
-        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise VmmError(
-            f"QEMU {pid} may not use userfaultfd and {DEVICE} could not be opened "
-            f"({error.strerror}): set sysctl vm.unprivileged_userfaultfd=1, or let postcopyd open "
-            f"the device."
-        ) from None
-    try:
-        try:
+        with _device(pid) as device:
             await qmp.execute("getfd", {"fdname": LENT}, fd=device)
-        finally:
-            os.close(device)
         lent = [n for n, link in procfs.descriptors(pid).items() if link == DEVICE]
         if not lent:
             raise VmmError(f"QEMU {pid} did not keep {DEVICE}, which it was lent: see its log.")
         return await adoption.create_userfaultfd(pid, device_fd=lent[0], allow_seccomp=True)
     except PermissionError as error:
-        raise VmmError(
-            f"QEMU {pid} may not use userfaultfd even through {DEVICE} ({error.strerror}): see "
-            f"what its security module (AppArmor, SELinux) forbids."
-        ) from None
+        raise _forbidden(pid, error) from None
     finally:
         with trio.move_on_after(CLEAN_UP_SECONDS, shield=True), suppress(PostcopydError):
             await qmp.execute("closefd", {"fdname": LENT})
@@ -73,6 +61,45 @@ async def borrow(qmp: Qmp, pid: int) -> int:
         os.close(ours)
         raise
     return ours
+
+
+async def create_alone(pid: int) -> tuple[int, int]:
+    """`create`, for a QEMU whose monitor nobody can ask now. Raises PostcopydError."""
+    with suppress(PermissionError):
+        return await adoption.create_userfaultfd(pid, allow_seccomp=True)
+    with _device(pid) as device:
+        lent = await adoption.lend(pid, device)
+    try:
+        return await adoption.create_userfaultfd(pid, device_fd=lent, allow_seccomp=True)
+    except PermissionError as error:
+        raise _forbidden(pid, error) from None
+    finally:
+        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
+            await adoption.close_in(pid, lent, allow_seccomp=True)
+
+
+@contextmanager
+def _device(pid: int) -> Iterator[int]:
+    """The device, open. Raises VmmError."""
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise VmmError(
+            f"QEMU {pid} may not use userfaultfd and {DEVICE} could not be opened "
+            f"({error.strerror}): set sysctl vm.unprivileged_userfaultfd=1, or let postcopyd open "
+            f"the device."
+        ) from None
+    try:
+        yield device
+    finally:
+        os.close(device)
+
+
+def _forbidden(pid: int, error: OSError) -> VmmError:
+    return VmmError(
+        f"QEMU {pid} may not use userfaultfd even through {DEVICE} ({error.strerror}): see "
+        f"what its security module (AppArmor, SELinux) forbids."
+    )
 
 
 def duplicates(pid: int) -> list[int]:

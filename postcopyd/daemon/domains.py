@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VMs that nobody attaches, as this host's libvirt has them: found when they are asked for, and
+made when they arrive.
+
+Owns a VMM that was made for an arrival, until its guest is this host's: it is ended with an arrival
+that is called off. What is said to libvirt is the driver's business (vmm/libvirt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext, suppress
+
+import structlog
+import trio
+
+from postcopyd import protocol as p
+from postcopyd.daemon.registry import DRIVERS, Registry, certainly_ended
+from postcopyd.errors import PostcopydError
+from postcopyd.model import Status
+from postcopyd.net.channel import Channel, PeerError
+from postcopyd.sessions.patience import END_S, within
+from postcopyd.sessions.vm import DAEMON, Vm
+from postcopyd.tasks.nursery import open_nursery
+from postcopyd.vmm import Disk, DiskFile, Region, Shape, Vmm
+from postcopyd.vmm.libvirt import calls
+
+log = structlog.get_logger()
+
+
+class Domains:
+    """Those of the libvirt at `Shared.libvirt`."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._uri = registry.shared.libvirt
+
+    def _socket(self, name: str) -> str:
+        return f"{self._uri}#{name}"
+
+    async def find(self, name: str) -> None:
+        """Attaches the domain of this name, if it runs here and the daemon does not have it. Raises
+        PostcopydError."""
+        known = self._registry.vms.get(name)
+        if known is not None:
+            await known.ended()
+        free = known is None or (
+            known.driver is None
+            and known.claimed_by is None
+            and known.status.phase != "paused"
+            and certainly_ended(known)
+        )
+        if free and name in await self._running():
+            await self._registry.attach(name, "libvirt", self._socket(name))
+
+    async def shown(self) -> list[Status]:
+        """Domains that run here and were never moved by this daemon, nor attached."""
+        return [
+            Status(vm=name, role="", phase="idle", migration="", peer="", remaining=0,
+                   message="a domain of libvirt, no migration")
+            for name in sorted(await self._running()) if name not in self._registry.vms
+        ]  # fmt: skip
+
+    async def _running(self) -> list[str]:
+        if not calls.here(self._uri):
+            return []
+        try:
+            names: list[str] = await calls.ask(self._uri, "looking for domains", "list")
+        except PostcopydError as error:
+            log.warning("libvirt not asked", uri=self._uri, error=str(error))
+            return []
+        return names
+
+    # --- arrivals
+
+    def to_be_made(self, offer: p.Offer) -> bool:
+        """Whether nobody can have attached a VMM for it."""
+        known = self._registry.vms.get(offer.vm)
+        return bool(offer.definition) and (known is None or known.driver is None)
+
+    async def unfit(self, offer: p.Offer) -> list[str]:
+        """Why it could not be made here: sentences."""
+        kind, socket = self._kind(offer), self._socket(offer.vm)
+        return await kind.unfit(offer.vm, socket, offer.definition, like(offer))
+
+    def _kind(self, offer: p.Offer) -> type[Vmm]:
+        kind = DRIVERS.get(offer.driver)
+        if kind is None or not kind.makes or not calls.here(self._uri):
+            raise PostcopydError(
+                f"{offer.vm} is a domain of {offer.driver} at the source, and the destination has "
+                f"no libvirt that it may use: start libvirt's daemon there, and see `libvirt` in "
+                f"postcopyd.toml",
+                "Refused",
+            )
+        return kind
+
+    @asynccontextmanager
+    async def expected(self, channel: Channel, offer: p.Offer) -> AsyncIterator[Vm]:
+        """A VM whose VMM was made for this offer, and waits. Raises PostcopydError, also when the
+        source takes its offer back meanwhile."""
+        registry, name, socket = self._registry, offer.vm, self._socket(offer.vm)
+        registry.attachable(name, socket)
+        if problems := await self.unfit(offer):
+            raise PostcopydError("; ".join(problems), "Refused")
+        made: Vmm | None = None
+        vm: Vm | None = None
+        try:
+            async with channel.alive(), open_nursery() as nursery:
+                nursery.start_soon(_hear_end, channel)
+                made = await self._kind(offer).expect(name, socket, offer.definition, like(offer))
+                nursery.cancel_scope.cancel()
+            vm = await registry.take(name, socket, made)
+            yield vm
+        finally:
+            if made is not None and (vm is None or not _granted(vm, offer.migration)):
+                with trio.CancelScope(shield=True):
+                    await self._end(made, vm)
+
+    async def _end(self, made: Vmm, vm: Vm | None) -> None:
+        if vm is not None and vm.driver is not made:
+            return  # ended with its arrival
+        with vm.claim(DAEMON) if vm is not None else nullcontext():
+            try:
+                with within(END_S, f"ending the domain {made.name} here"):
+                    await made.end()
+            except PostcopydError as error:
+                log.error("domain not ended", vm=made.name, error=str(error))
+            with suppress(PostcopydError):
+                await (made.aclose() if vm is None else vm.leave())
+
+
+def _granted(vm: Vm, migration: str) -> bool:
+    """Whether the guest of this arrival is this host's, or may be."""
+    drained = (vm.status.migration, vm.status.phase) == (migration, "drained")
+    return vm.ownership == "owned" or drained or vm.waiting is not None
+
+
+def like(offer: p.Offer) -> Shape:
+    """The guest as its source describes it, as if seen there."""
+    return Shape(
+        state="running",
+        pid=0,
+        regions=tuple(Region(r.name, r.pages, r.page_size, 0, None, 0) for r in offer.regions),
+        facts=offer.facts,
+        problems=(),
+        disks=tuple(
+            Disk(
+                disk.name,
+                disk.chain,
+                tuple(DiskFile(f.path, f.where, f.shared, f.writable, f.ids) for f in disk.files),
+            )
+            for disk in offer.disks or ()
+        ),
+        places=offer.places,
+    )
+
+
+async def _hear_end(channel: Channel) -> None:
+    """Raises when the source takes its offer back or is gone; no other message is due."""
+    await channel.receive()
+    raise PeerError(f"{channel.peer} took its offer back", "Cancelled")

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives a domain of libvirt: the QEMU in it is driven as any QEMU is, by libvirt's monitor.
+
+The source:       libvirt is asked to stop and run the guest, so it knows; all else is vmm/qemu's.
+The destination:  libvirt makes the domain by a restore of the source's XML, whose stream comes from
+                  here (waiting.py). Until libvirt has returned, nobody can ask its QEMU anything.
+
+Owns the restore, and the domain that it makes until the guest runs: one that is called off ends.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import AsyncIterable
+from dataclasses import replace
+from typing import Any, Self
+from xml.etree import ElementTree
+
+import trio
+
+from postcopyd.errors import PostcopydError
+from postcopyd.vmm import Role, Shape, VmmError, kill
+from postcopyd.vmm.libvirt import calls, waiting
+from postcopyd.vmm.libvirt.monitor import LibvirtMonitor
+from postcopyd.vmm.qemu import blocks as ram_blocks
+from postcopyd.vmm.qemu import disk_files, userfaultfd
+from postcopyd.vmm.qemu.common import close_each, pidfd_of
+from postcopyd.vmm.qemu.driver import QemuVmm
+
+CALLED_OFF_S = 3.0
+"""How long the QEMU may take to end after libvirt has returned."""
+
+MOST_XML = 1 << 20  # bytes; libvirt's own limit is 10 times that
+
+
+class LibvirtVmm(QemuVmm):
+    """One domain. `socket` is libvirt's URI, "#", and the domain's name."""
+
+    kind = "libvirt"
+    makes = True
+
+    _restore: waiting.Restore | None = None  # while the domain waits
+    _like: Shape | None = None  # of a domain that waits: the guest as its source describes it
+    _adopted: Shape | None = None
+
+    @property
+    def _by_hand(self) -> str:
+        return f"`virsh resume {self.name}`"
+
+    @property
+    def _uri(self) -> str:
+        return self.socket.rpartition("#")[0]
+
+    @classmethod
+    async def connect(cls, name: str, socket: str) -> Self:
+        """Takes libvirt's monitor of a domain that runs. Raises PostcopydError."""
+        uri = socket.rpartition("#")[0]
+        return await cls.opened(name, socket, LibvirtMonitor(uri, name))
+
+    @classmethod
+    async def known(cls, name: str, socket: str, pid: int) -> Self:
+        uri = socket.rpartition("#")[0]
+        return cls(name, socket, LibvirtMonitor(uri, name, pid), pid, pidfd_of(name, pid))
+
+    # --- the source
+
+    async def definition(self) -> str:
+        """What another libvirt needs to make this domain. Raises PostcopydError, also for what of
+        the domain would not arrive."""
+        doing = f"looking at the domain {self.name}"
+        described = await calls.ask(self._uri, doing, "describe", name=self.name)
+        if found := refusals(self.name, described):
+            raise PostcopydError("; ".join(found), "Refused")
+        text = json.dumps({key: described[key] for key in ("live", "kept", "autostart")})
+        return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+    async def finish(self, keep: bool) -> None:
+        """Ends the domain, whose guest has gone, and its definition."""
+        if keep:
+            await super().finish(keep)
+            return
+        self._watch(on=False)
+        self._ending = True
+        await calls.ask(self._uri, f"ending the domain {self.name} here", "forget", name=self.name)
+        await self._exit()
+
+    # --- the destination
+
+    @classmethod
+    async def unfit(cls, name: str, socket: str, definition: str, like: Shape) -> list[str]:
+        uri = socket.rpartition("#")[0]
+        uuid = _domain(name, definition)[1]
+        doing = f"looking whether the domain {name} can be made here"
+        found: list[str] = await calls.ask(uri, doing, "fits", name=name, uuid=uuid)
+        return found + waiting.unclear(like)
+
+    @classmethod
+    async def expect(cls, name: str, socket: str, definition: str, like: Shape) -> Self:
+        uri = socket.rpartition("#")[0]
+        xml, _ = _domain(name, definition)
+        restore = waiting.Restore(name, uri)
+        try:
+            pid = await restore.begin(xml, like)
+            made = cls(name, socket, LibvirtMonitor(uri, name, pid), pid, pidfd_of(name, pid))
+        except BaseException:
+            await restore.call_off()
+            raise
+        made._restore, made._like = restore, like
+        return made
+
+    async def _inspect_waiting(self) -> Shape:
+        assert self._like is not None
+        like = self._like
+        regions, problems = await waiting.regions(like, self.pid)
+        try:
+            disks = await disk_files.as_named(like.disks, self.pid)
+        except BaseException:
+            close_each(region.fd for region in regions)
+            raise
+        return replace(
+            like,
+            state="incoming",
+            pid=self.pid,
+            regions=tuple(regions),
+            problems=tuple(problems),
+            disks=tuple(disks),
+        )
+
+    async def inspect(self, role: Role) -> Shape:
+        return await (super().inspect(role) if self._restore is None else self._inspect_waiting())
+
+    async def outline(self) -> str:
+        return "" if self._restore is not None else await super().outline()
+
+    async def adopt(self, shape: Shape) -> list[int]:
+        self._adopted = shape
+        await self._qmp.open()  # what is asked by it would wait for libvirt, until `load`
+        return await super().adopt(shape)
+
+    async def _waits(self) -> None:
+        if self._restore is None:
+            raise VmmError(f"The domain {self.name} does not wait for a guest any more.")
+
+    async def _make_ready(self) -> None:
+        """libvirt has started it so that it does not run by itself, and has set what it needs."""
+
+    async def _new_userfaultfd(self) -> tuple[int, int]:
+        return await userfaultfd.create_alone(self.pid)
+
+    async def load(self, receive: AsyncIterable[bytes]) -> None:
+        """Gives libvirt the stream; returns once libvirt has the guest there, paused, and its RAM
+        was found where it was adopted."""
+        restore, adopted = self._restore, self._adopted
+        if restore is None or adopted is None:
+            raise VmmError(f"The domain {self.name} does not wait for a guest any more.")
+        with self._qmp.events("RESUME") as events:
+            await restore.feed(receive)
+            self._restore = None
+            await self._monitor.learn_version()
+            elsewhere = waiting.not_where_it_was(adopted, await ram_blocks.blocks(self._qmp))
+            if elsewhere is not None:
+                raise VmmError(
+                    f"Guest RAM '{elsewhere}' of the domain {self.name} is not where it was taken "
+                    f"to be: tell those who make postcopyd."
+                )
+            await self._must_have_disks()
+            if events.take() is not None:
+                raise VmmError(
+                    f"Somebody ran the domain {self.name} before its guest was granted to this "
+                    f"host: leave it alone, and migrate again."
+                )
+
+    @property
+    def _monitor(self) -> LibvirtMonitor:
+        assert isinstance(self._qmp, LibvirtMonitor)
+        return self._qmp
+
+    async def _restore_settings(self) -> None:
+        if self._restore is None:
+            await super()._restore_settings()
+
+    async def keep(self, definition: str) -> None:
+        known = _read(definition)
+        if known["kept"]:
+            await calls.ask(
+                self._uri,
+                f"defining the domain {self.name}",
+                "keep",
+                xml=known["kept"],
+                autostart=known["autostart"],
+            )
+
+    # --- both
+
+    async def end(self) -> None:
+        """Ends the QEMU, and so the domain. If libvirt has the whole stream, at once: the disks may
+        have been taken, for which the source waits, and libvirt may be what does not answer. Else
+        libvirt ends it, when the stream is called off."""
+        self._ending = True
+        if self._restore is not None and not self._restore.whole:
+            await self._call_off()
+            with trio.move_on_after(CALLED_OFF_S):
+                await self._exit()
+        kill(self._pidfd, self.name, self.pid)
+        await self._exit()
+        await self._call_off()
+
+    async def _call_off(self) -> None:
+        restore, self._restore = self._restore, None
+        if restore is not None:
+            await restore.call_off()
+
+    async def aclose(self) -> None:
+        await self._call_off()
+        await super().aclose()
+
+
+def refusals(name: str, described: dict[str, Any]) -> list[str]:
+    """What of a domain would not arrive, or cannot be moved: sentences."""
+    found = []
+    for what, count in (("snapshots", "snapshots"), ("checkpoints", "checkpoints")):
+        if described[count]:
+            found.append(
+                f"The domain {name} has {described[count]} {what}, of which the other host's "
+                f"libvirt would not know: delete them (`virsh {what[:-1]}-delete --metadata`)."
+            )
+    if "<genid>" in described["live"]:
+        found.append(
+            f"The domain {name} has a <genid>, which libvirt changes when it makes a domain anew: "
+            f"take it out of the XML."
+        )
+    return found
+
+
+def _read(definition: str) -> dict[str, Any]:
+    """The inverse of `definition`. Raises VmmError for what a peer may send instead."""
+    try:
+        unpacking = zlib.decompressobj()
+        text = unpacking.decompress(base64.b64decode(definition, validate=True), 2 * MOST_XML)
+        known = json.loads(text)
+        if isinstance(known["live"], str) and isinstance(known["kept"], str):
+            return {**known, "autostart": known["autostart"] is True}
+    except (ValueError, zlib.error, KeyError, TypeError, RecursionError):
+        pass
+    raise VmmError("the source sent something else than the definition of a domain")
+
+
+def _domain(name: str, definition: str) -> tuple[str, str]:
+    """The XML of the domain that is to be made, and its UUID. Raises VmmError."""
+    known = _read(definition)
+    try:  # expat has limits of its own for what a peer may send
+        found = [ElementTree.fromstring(known[k]) for k in ("live", "kept") if known[k]]  # noqa: S314
+    except ElementTree.ParseError:
+        found = []
+    named = {one.findtext("name") for one in found}
+    uuid = (found[0].findtext("uuid") if found else None) or ""
+    if named != {name}:
+        raise VmmError(f"the source sent the definition of another domain than {name}")
+    return known["live"], uuid

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program that speaks to libvirt for the daemon: one process for each thing that is asked.
+
+A call to libvirt may take long, or never return, so none is made in the daemon. This is run by a
+Python that has libvirt's binding (calls.py), which need not be the daemon's own: it imports nothing
+but that and Python's own library. Standard input is a socket to the daemon, and its end is the end
+of this process.
+
+  helper.py URI ask               one JSON object in, one out: `Asked` has what may be asked
+  helper.py URI monitor NAME      speaks QMP, as QEMU does, by libvirt's monitor of the domain
+  helper.py URI restore           has libvirt make a domain, of the XML and the stream that come in
+
+Owns its connection to libvirt, and in `restore` the FIFO and its folder.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import json
+import math
+import os
+import shutil
+import socket
+import struct
+import sys
+import tempfile
+import termios
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import libvirt  # type: ignore[import-not-found]
+import libvirt_qemu  # type: ignore[import-not-found]
+
+WORD_S = 1.0
+"""How long libvirt's word of a stop or a run may come after its answer."""
+
+RECONNECT_S = 10.0
+"""How long libvirt's daemon may take to be there again."""
+
+ROOM = "/run/postcopyd"
+"""For FIFOs, each in a folder of its own."""
+
+MIB = 1 << 20
+MAGIC = b"LibvirtQemudSave"
+TWICE = 11_003_000
+"""Since this version libvirt opens what it restores from twice."""
+
+RUBBISH = b"\0" * 4096
+"""Ends a load that waits: no stream of QEMU's begins or goes on so."""
+
+QEMU_GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+
+
+def connect(uri: str, within: float = RECONNECT_S) -> libvirt.virConnect:
+    deadline = time.monotonic() + within
+    while True:
+        try:
+            connection = libvirt.open(uri)
+            connection.setKeepAlive(5, 3)
+            return connection
+        except libvirt.libvirtError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def run_events() -> None:
+    """Connections that are made after this tell of events, and notice that they are lost, by a
+    thread of its own."""
+    libvirt.virEventRegisterDefaultImpl()
+
+    def turn() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=turn, daemon=True).start()
+
+
+# --- questions -----------------------------------------------------------------------------------
+
+
+class Asked:
+    """What may be asked: each method takes the fields of the question, and returns the answer."""
+
+    def __init__(self, uri: str) -> None:
+        self._libvirt = connect(uri)
+
+    def list(self) -> Any:
+        """The names of the domains that run."""
+        active = libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
+        return [domain.name() for domain in self._libvirt.listAllDomains(active)]
+
+    def describe(self, name: str) -> Any:
+        """A domain that runs, as another libvirt needs it; and what that would not get."""
+        domain = self._libvirt.lookupByName(name)
+        live = libvirt.VIR_DOMAIN_XML_MIGRATABLE | libvirt.VIR_DOMAIN_XML_SECURE
+        kept = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+        persistent = bool(domain.isPersistent())
+        return {
+            "live": domain.XMLDesc(live),
+            "kept": domain.XMLDesc(kept) if persistent else "",
+            "autostart": persistent and bool(domain.autostart()),
+            "snapshots": domain.snapshotNum(),
+            "checkpoints": len(domain.listAllCheckpoints()),
+        }
+
+    def fits(self, name: str, uuid: str) -> Any:
+        """What stands in the way of a domain of this name here: sentences."""
+        problems = []
+        for domain in self._libvirt.listAllDomains():
+            same = domain.name() == name
+            if same != (domain.UUIDString() == uuid):
+                problems.append(
+                    f"libvirt here has another domain with that {'name' if same else 'UUID'}, "
+                    f"{domain.name()} ({domain.UUIDString()}): rename or undefine it"
+                )
+            elif same and domain.isActive():
+                problems.append(
+                    f"the domain {name} runs here already, or waits: see `virsh list` here"
+                )
+            elif same and domain.hasManagedSaveImage():
+                problems.append(
+                    f"libvirt here has a managed save image of {name}, from which it would start "
+                    f"an old guest: `virsh managedsave-remove {name}` here, if that is not needed"
+                )
+        return problems
+
+    def keep(self, xml: str, autostart: bool) -> Any:
+        """Makes a domain that runs persistent."""
+        self._libvirt.defineXML(xml).setAutostart(autostart)
+
+    def forget(self, name: str) -> Any:
+        """Ends a domain whose guest has gone, and its definition. What the guest has kept in its
+        firmware stays, as that file may be the guest's elsewhere."""
+        try:
+            domain = self._libvirt.lookupByName(name)
+            if domain.isPersistent():
+                domain.undefineFlags(
+                    libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
+                    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+                    | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+                )
+            if domain.isActive():
+                domain.destroy()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in QEMU_GONE:
+                raise
+
+
+def ask(uri: str, channel: socket.socket) -> None:
+    with channel.makefile("rb") as lines:
+        question = json.loads(lines.readline())
+    answer: dict[str, Any]
+    try:
+        answer = {"return": getattr(Asked(uri), question.pop("ask"))(**question)}
+    except libvirt.libvirtError as error:
+        answer = {"error": str(error)}
+    channel.sendall(json.dumps(answer).encode() + b"\n")
+
+
+# --- a monitor -----------------------------------------------------------------------------------
+
+
+class Monitor:
+    """Says to libvirt what the daemon says to QEMU, and to the daemon what QEMU says.
+
+    `stop` and `cont` are libvirt's own calls: so it knows who stops the guest, and takes its locks.
+    They are answered after QEMU's event about them, as QEMU itself does.
+    """
+
+    def __init__(self, uri: str, name: str, channel: socket.socket) -> None:
+        self._uri, self._name, self._channel = uri, name, channel
+        self._writing = threading.Lock()
+        self._heard = threading.Condition()
+        self._counts = {"STOP": 0, "RESUME": 0}
+        self._open(math.inf)
+
+    def _open(self, within: float = RECONNECT_S) -> None:
+        self._libvirt = connect(self._uri, within)
+        self._domain = self._libvirt.lookupByName(self._name)
+        libvirt_qemu.qemuMonitorEventRegister(self._libvirt, self._domain, None, self._event, None)
+
+    def serve(self) -> None:
+        number = self._libvirt.getVersion()  # the domain's own is asked once it can be
+        version = {"major": number // 10**6, "minor": number // 1000 % 1000, "micro": number % 1000}
+        self._say({"QMP": {"version": {"qemu": version, "package": ""}, "capabilities": []}})
+        given: list[int] = []
+        buffer = b""
+        while True:
+            room = socket.CMSG_SPACE(4 * 4)
+            data, about, _, _ = self._channel.recvmsg(1 << 16, room, socket.MSG_CMSG_CLOEXEC)
+            for level, kind, value in about:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    given += array.array("i", value)
+            if not data:
+                return
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                self._take(json.loads(line), given)
+
+    def _take(self, command: dict[str, Any], given: list[int]) -> None:
+        number, name = command.pop("id", None), command["execute"]
+        lent = [given.pop(0)] if name in ("getfd", "add-fd") and given else []
+        try:
+            answer = self._tried(command, lent)
+        except libvirt.libvirtError as error:
+            if self._ended(error):
+                sys.exit()  # as QEMU's own monitor ends with QEMU
+            answer = {"error": {"class": "GenericError", "desc": str(error)}}
+        finally:
+            for fd in lent:
+                os.close(fd)
+        self._say({**{k: answer[k] for k in ("return", "error") if k in answer}, "id": number})
+
+    def _ended(self, error: libvirt.libvirtError) -> bool:
+        try:
+            return error.get_error_code() in QEMU_GONE and not self._domain.isActive()
+        except libvirt.libvirtError as again:
+            return bool(again.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN)
+
+    def _tried(self, command: dict[str, Any], lent: list[int]) -> dict[str, Any]:
+        """Once more if libvirt's daemon went away: all that is said here may be said twice."""
+        try:
+            return self._done(command, lent)
+        except libvirt.libvirtError:
+            if self._libvirt.isAlive():
+                raise
+        self._open()
+        return self._done(command, lent)
+
+    def _done(self, command: dict[str, Any], lent: list[int]) -> dict[str, Any]:
+        name = command["execute"]
+        if name == "qmp_capabilities":
+            return {"return": {}}
+        if name in ("stop", "cont") and self._turned(name):
+            return {"return": {}}
+        text = json.dumps(command)
+        if lent:
+            said, _ = libvirt_qemu.qemuMonitorCommandWithFiles(self._domain, text, lent, 0)
+        else:
+            said = libvirt_qemu.qemuMonitorCommand(self._domain, text, 0)
+        answer: dict[str, Any] = json.loads(said)
+        return answer
+
+    def _turned(self, name: str) -> bool:
+        """Has libvirt stop or run the guest. Returns whether libvirt takes it for one that can be:
+        QEMU is told itself what to do with others (one that sleeps)."""
+        state, turn, event = {
+            "stop": (libvirt.VIR_DOMAIN_RUNNING, self._domain.suspend, "STOP"),
+            "cont": (libvirt.VIR_DOMAIN_PAUSED, self._domain.resume, "RESUME"),
+        }[name]
+        if self._domain.state()[0] != state:
+            return False
+        with self._heard:
+            seen = self._counts[event]
+        turn()
+        with self._heard:
+            self._heard.wait_for(lambda: self._counts[event] > seen, WORD_S)
+        return True
+
+    def _event(
+        self, _c: Any, _d: Any, event: str, seconds: int, micros: int, details: str, _o: Any
+    ) -> None:
+        stamp = {"seconds": seconds, "microseconds": micros}
+        self._say({"event": event, "data": json.loads(details or "{}"), "timestamp": stamp})
+        with self._heard:
+            if event in self._counts:
+                self._counts[event] += 1
+                self._heard.notify_all()
+
+    def _say(self, message: dict[str, Any]) -> None:
+        with self._writing:
+            self._channel.sendall(json.dumps(message).encode() + b"\n")
+
+
+# --- a domain that waits -------------------------------------------------------------------------
+
+
+class Restore:
+    """A domain that libvirt makes by a restore, of what comes from the daemon: in pieces, each
+    after its length (u32, big endian). The first is the XML, an empty one is the end of the stream.
+    Without that end, the load is ended by rubbish: libvirt would wait for ever for a stream that
+    just ends. Answers with one JSON object once libvirt's call has returned."""
+
+    def __init__(self, uri: str, channel: socket.socket) -> None:
+        self._libvirt = connect(uri)
+        self._channel, self._pieces = channel, channel.makefile("rb")
+        self._returned = threading.Event()
+
+    def serve(self) -> None:
+        os.makedirs(ROOM, 0o755, exist_ok=True)
+        self._folder = tempfile.mkdtemp(dir=ROOM)
+        try:
+            fifo = os.path.join(self._folder, "stream")
+            os.mkfifo(fifo, 0o600)
+            self._serve(fifo)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _serve(self, fifo: str) -> None:
+        xml = self._piece()
+        if not xml:
+            return
+        both = os.open(fifo, os.O_RDWR | os.O_CLOEXEC)  # so nobody waits to open it
+        ours = os.open(fifo, os.O_WRONLY | os.O_CLOEXEC)
+        threading.Thread(target=self._restore, args=(fifo,), daemon=True).start()
+        times = 2 if self._libvirt.getLibVersion() >= TWICE else 1
+        head = header(xml) * times
+        feeding = threading.Thread(target=self._feed, args=(both, ours, head), daemon=True)
+        feeding.start()
+        self._returned.wait()
+        feeding.join(WORD_S)
+
+    def _restore(self, fifo: str) -> None:
+        answer: dict[str, Any] = {"return": {}}
+        try:
+            self._libvirt.restoreFlags(fifo, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+        except libvirt.libvirtError as error:
+            answer = {"error": str(error)}
+        with suppress(OSError):  # the daemon has gone
+            self._channel.sendall(json.dumps(answer).encode() + b"\n")
+        self._returned.set()
+
+    def _feed(self, both: int, fifo: int, head: bytes) -> None:
+        """`both` ends are open until libvirt has read the header, so has opened it for good."""
+        whole = False
+        try:
+            write(fifo, head)
+            while unread(both):
+                time.sleep(0.001)
+            os.close(both)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            while (piece := self._piece()) is not None:
+                if not piece:
+                    whole = True
+                    break
+                write(fifo, piece)
+            if not whole:
+                write(fifo, RUBBISH)
+        except OSError:  # libvirt has closed its end
+            pass
+        finally:
+            os.close(fifo)
+
+    def _piece(self) -> bytes | None:
+        """The next piece; None if the daemon has gone."""
+        try:
+            (length,) = struct.unpack(">I", self._pieces.read(4))
+            piece = self._pieces.read(length)
+            return piece if len(piece) == length else None
+        except (struct.error, OSError):
+            return None
+
+
+def unread(fifo: int) -> bool:
+    return fcntl.ioctl(fifo, termios.FIONREAD, bytes(4)) != bytes(4)
+
+
+def write(fifo: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fifo, view) :]
+
+
+def header(xml: bytes) -> bytes:
+    """What a file that libvirt restores from has before QEMU's stream (qemu_saveimage.h): no
+    cookie, raw, and not running. Filled up to whole MiB, in which libvirt reads."""
+    room = -(92 + len(xml) + 1) % MIB + 1
+    text = xml + bytes(room)
+    return MAGIC + struct.pack("<5I", 2, len(text), 0, 0, 0) + bytes(56) + text
+
+
+def main() -> None:
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)
+    _, uri, what, *rest = sys.argv
+    channel = socket.socket(fileno=os.dup(0))
+    run_events()
+    if what == "ask":
+        ask(uri, channel)
+    elif what == "monitor":
+        Monitor(uri, rest[0], channel).serve()
+    else:
+        Restore(uri, channel).serve()
+
+
+if __name__ == "__main__":
+    main()

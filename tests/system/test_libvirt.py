@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Domains of libvirt that nobody has prepared, moved by `migrate` and nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from libvirt_hosts import VM, LibvirtPair, libvirt_pair
+from pair import MIB, status_until, until
+
+from postcopyd.errors import PostcopydError
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture
+async def pair(folder: Path, boot: tuple[Path, Path]) -> AsyncIterator[LibvirtPair]:
+    async with libvirt_pair(folder, boot) as made:
+        yield made
+
+
+async def gone(pair: LibvirtPair) -> None:
+    """The other host has nothing of the domain, and nothing of ours."""
+    await until(lambda: not pair.there.domstate, "the domain to be gone there")
+    assert pair.there.leftovers() == []
+    assert pair.there.qemu == 0
+
+
+async def test_there_and_back(pair: LibvirtPair) -> None:
+    """libvirt is right on both sides after each move: a persistent domain is persistent where it
+    runs, and unknown where it has been."""
+    for mode in ("postcopy", "hybrid", "postcopy", "hybrid"):
+        shown = (await pair.here.call("List", domains=True))["vms"]
+        assert [one["vm"] for one in shown] == [VM]
+        checked = await pair.here.call("Check", name=VM, to=pair.there.address)
+        assert checked["problems"] == []
+        await pair.move(mode=mode)
+        assert pair.here.domstate == "running"
+        assert "Persistent:     yes" in pair.here.virsh("dominfo", VM)
+        assert "postcopyd" not in pair.here.virsh("dumpxml", VM)
+        await gone(pair)
+        for word, state in (("suspend", "paused"), ("resume", "running")):
+            pair.here.virsh(word, VM)
+            assert pair.here.domstate == state
+
+
+async def test_a_paused_transient_domain(pair: LibvirtPair) -> None:
+    """It stays paused, and transient."""
+    pair.here.virsh("undefine", VM)
+    pair.here.virsh("suspend", VM)
+    result = await pair.here.migrate(VM, pair.there, mode="postcopy")
+    assert result["event"] == "completed", result
+    pair.moves += 1
+    assert pair.here.domstate == "paused"
+    assert "Persistent:     no" in pair.here.virsh("dominfo", VM)
+    await gone(pair)
+    await pair.guest.follow(pair.here)
+    pair.here.virsh("resume", VM)
+    await pair.check()
+
+
+async def begun(pair: LibvirtPair, mode: str, phase: str, bandwidth: int = 4 * MIB) -> str:
+    """A migration that has come to a phase, and takes long there."""
+    started = await pair.here.call(
+        "Migrate", name=VM, to=pair.there.address, mode=mode, bandwidth=bandwidth
+    )
+    await status_until(pair.here, VM, lambda status: status["phase"] == phase, 60)
+    return str(started["migration"])
+
+
+async def test_nobody_runs_or_saves_what_has_left(pair: LibvirtPair) -> None:
+    """While the memory follows, libvirt's users cannot run the guest a second time, as its disk is
+    locked, nor keep a copy that would run later."""
+    migration = await begun(pair, "postcopy", "postcopy")
+    assert pair.here.domstate == "paused"
+    for words in (["resume", VM], ["managedsave", VM], ["save", VM, "/run/saved"]):
+        assert "error" in (said := pair.here.virsh(*words)), said
+        assert pair.here.domstate == "paused"
+    result = await pair.here.result(VM, migration)
+    assert result["event"] == "completed", result
+    pair.moves += 1
+    await pair.guest.follow(pair.here)
+    await pair.check()
+    await gone(pair)
+
+
+async def test_cancelled(pair: LibvirtPair) -> None:
+    """The domain that waits is taken away, and the one that runs goes on, as does the next try."""
+    migration = await begun(pair, "hybrid", "precopy")
+    assert pair.there.domstate == "paused"
+    await pair.here.call("Cancel", name=VM)
+    result = await pair.here.result(VM, migration)
+    assert result["event"] == "cancelled", result
+    assert pair.here.domstate == "running"
+    await pair.check()
+    await gone(pair)
+    await pair.move(mode="postcopy")
+
+
+async def killed_in_handover(pair: LibvirtPair, kill: Any) -> dict[str, Any]:
+    """Migrates, and kills something as soon as the guest is handed over. Returns the result."""
+    done: list[dict[str, Any]] = []
+    async with trio.open_nursery() as nursery:
+
+        async def migrate() -> None:
+            done.append(await pair.here.migrate(VM, pair.there, mode="postcopy"))
+
+        nursery.start_soon(migrate)
+        while not done:
+            with suppress(PostcopydError):
+                if (await pair.there.status(VM))["phase"] == "handover":
+                    kill()
+                    break
+            await trio.sleep(0.002)
+    return done[0]
+
+
+async def test_the_qemu_that_waits_is_killed(pair: LibvirtPair) -> None:
+    """Also in the blackout: then the guest runs on where it was, under libvirt."""
+    result = await killed_in_handover(pair, lambda: os.kill(pair.there.qemu, signal.SIGKILL))
+    assert result["event"] == "failed", result
+    assert pair.here.domstate == "running"
+    await pair.check()
+    await gone(pair)
+    migration = await begun(pair, "hybrid", "precopy")
+    os.kill(pair.there.qemu, signal.SIGKILL)
+    result = await pair.here.result(VM, migration)
+    assert result["event"] == "failed", result
+    await pair.check()
+    await gone(pair)
+    await pair.move(mode="hybrid")
+
+
+async def test_libvirt_is_killed_where_the_guest_arrives(pair: LibvirtPair) -> None:
+    """Before the grant the guest stays; then libvirt is started again, and has nothing of it."""
+    migration = await begun(pair, "hybrid", "precopy")
+    pair.there.kill_libvirt()
+    result = await pair.here.result(VM, migration)
+    assert result["event"] == "failed", result
+    assert pair.here.domstate == "running"
+    await pair.check()
+    pair.there.start_libvirt()
+    await gone(pair)
+    await pair.move(mode="hybrid")
+
+
+async def test_libvirt_hangs_where_the_guest_arrives(pair: LibvirtPair) -> None:
+    """It never says that the guest is there: the guest stays, and runs again in seconds."""
+    migration = await begun(pair, "hybrid", "precopy", 64 * MIB)
+    pair.there.hang_libvirt()
+    result = await pair.here.result(VM, migration)
+    assert result["event"] == "failed", result
+    await pair.check()
+    pair.there.hang_libvirt(signal.SIGCONT)
+    await trio.sleep(2)  # 9.0 crashes now and then, when it finds the QEMU gone
+    pair.there.start_libvirt()
+    await gone(pair)
+    await pair.move(mode="hybrid")
+
+
+async def test_libvirt_is_restarted_where_the_guest_leaves(pair: LibvirtPair) -> None:
+    """At each step: the migration goes on, or the guest stays where it was, under libvirt."""
+    migration = await begun(pair, "hybrid", "precopy", 16 * MIB)
+    pair.here.kill_libvirt()
+    pair.here.start_libvirt()
+    result = await pair.here.result(VM, migration)
+    if result["event"] == "completed":
+        pair.moves += 1
+        await pair.guest.follow(pair.here)
+    await pair.check()
+    assert pair.here.domstate == "running"
+    await gone(pair)
+    migration = await begun(pair, "postcopy", "postcopy")
+    pair.here.kill_libvirt()
+    pair.here.start_libvirt()
+    result = await pair.here.result(VM, migration)
+    assert result["event"] == "completed", result
+    pair.moves += 1
+    await pair.guest.follow(pair.here)
+    await pair.check()
+    await gone(pair)
+
+
+@pytest.mark.parametrize("side", ["here", "there"])
+@pytest.mark.parametrize("phase", ["precopy", "postcopy"])
+async def test_a_daemon_is_killed(pair: LibvirtPair, side: str, phase: str) -> None:
+    """Before the grant the guest stays, after it the migration goes on by itself."""
+    mode = "hybrid" if phase == "precopy" else "postcopy"
+    await begun(pair, mode, phase)
+    host = getattr(pair, side)
+    host.end(signal.SIGKILL)
+    await trio.sleep(0.5)
+    await host.start()
+    over = "failed" if phase == "precopy" else "drained"
+    await status_until(pair.here, VM, lambda status: status["phase"] == over, 120)
+    if phase == "postcopy":
+        pair.moves += 1
+        await pair.guest.follow(pair.here)
+    await pair.check()
+    assert pair.here.domstate == "running"
+    assert "Persistent:     yes" in pair.here.virsh("dominfo", VM)
+    await gone(pair)
+    await pair.move(mode="hybrid")

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VMMs that are made for an arrival: they end with it, unless the guest is this host's."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import trio
+
+from postcopyd import protocol as p
+from postcopyd.daemon import domains, registry
+from postcopyd.daemon.domains import Domains
+from postcopyd.daemon.registry import Registry
+from postcopyd.errors import PostcopydError
+from postcopyd.records.store import Store
+from postcopyd.sessions.shared import Shared
+from postcopyd.vmm.libvirt import calls
+
+OFFER = p.Offer(
+    migration="m1",
+    vm="web1",
+    driver="made",
+    regions=[p.RegionOffer("ram", 256, 4096)],
+    facts={"machine": "q35"},
+    connections=1,
+    epoch=1,
+    definition="a domain",
+)
+
+
+class Made:
+    """A driver whose VMM is a process that sleeps."""
+
+    makes, kind = True, "made"
+    farewell = None
+    problems: ClassVar[list[str]] = []
+    made: ClassVar[list[Made]] = []
+
+    def __init__(self, name: str, socket: str) -> None:
+        self.name, self.socket = name, socket
+        self.process = subprocess.Popen(["sleep", "100"])
+        self.pid = self.process.pid
+        self.closed = False
+
+    @classmethod
+    async def unfit(cls, *_: Any) -> list[str]:
+        return cls.problems
+
+    @classmethod
+    async def expect(cls, name: str, socket: str, definition: str, like: Any) -> Made:
+        assert (definition, like.facts) == ("a domain", {"machine": "q35"})
+        cls.made.append(cls(name, socket))
+        await trio.lowlevel.checkpoint()
+        return cls.made[-1]
+
+    async def gone(self) -> None:
+        while self.process.poll() is None:
+            await trio.sleep(0.01)
+
+    async def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    async def aclose(self) -> None:
+        self.closed = True
+        await trio.lowlevel.checkpoint()
+
+
+class Channel:
+    peer = "host1"
+
+    def __init__(self) -> None:
+        self.ended = trio.Event()
+
+    @asynccontextmanager
+    async def alive(self) -> AsyncIterator[None]:
+        yield
+
+    async def receive(self) -> None:
+        await self.ended.wait()
+
+
+@pytest.fixture
+def kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Made]]:
+    monkeypatch.setitem(registry.DRIVERS, "made", Made)  # type: ignore[arg-type]
+    monkeypatch.setattr(domains.calls, "here", bool)
+    monkeypatch.setattr(Made, "made", [])
+    monkeypatch.setattr(Made, "problems", [])
+    yield Made
+    for one in Made.made:
+        one.process.kill()
+        one.process.wait()
+
+
+@asynccontextmanager
+async def daemon(folder: Path, libvirt: str = calls.SYSTEM) -> AsyncIterator[Registry]:
+    async with trio.open_nursery() as nursery:
+        yield Registry(Shared(Store(folder), libvirt=libvirt), nursery)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("ownership", ["held", "arriving", "loading", "declined"])
+async def test_it_ends_with_an_arrival_that_is_called_off(
+    kind: type[Made], tmp_path: Path, ownership: Any
+) -> None:
+    async with daemon(tmp_path) as vms:
+        with pytest.raises(ZeroDivisionError):
+            async with Domains(vms).expected(Channel(), OFFER) as vm:  # type: ignore[arg-type]
+                assert vms.vms == {"web1": vm}
+                vm.record(ownership)
+                raise ZeroDivisionError
+        (made,) = kind.made
+        assert made.process.poll() is not None
+        assert made.closed
+        assert vm.driver is None
+
+
+async def test_an_older_migration_says_nothing_of_this_one(
+    kind: type[Made], tmp_path: Path
+) -> None:
+    """The guest was here before, or left from here: the VM is known, and drained."""
+    async with daemon(tmp_path) as vms:
+        for _ in range(2):
+            async with Domains(vms).expected(Channel(), OFFER) as vm:  # type: ignore[arg-type]
+                vm.conclude(migration="m0", phase="drained")
+            assert kind.made[-1].process.poll() is not None
+
+
+async def test_it_stays_once_the_guest_is_this_hosts(kind: type[Made], tmp_path: Path) -> None:
+    async with daemon(tmp_path) as vms:
+        async with Domains(vms).expected(Channel(), OFFER) as vm:  # type: ignore[arg-type]
+            vm.record("owned")
+        assert kind.made[0].process.poll() is None
+        assert vm.driver is kind.made[0]  # type: ignore[comparison-overlap]
+
+
+async def test_nothing_is_made_for_what_does_not_fit(kind: type[Made], tmp_path: Path) -> None:
+    kind.problems = ["another domain has that name"]
+    async with daemon(tmp_path) as vms:
+        with pytest.raises(PostcopydError, match="another domain"):
+            async with Domains(vms).expected(Channel(), OFFER):  # type: ignore[arg-type]
+                pass
+    async with daemon(tmp_path, libvirt="") as vms:
+        with pytest.raises(PostcopydError, match="no libvirt"):
+            await Domains(vms).unfit(OFFER)
+        assert await Domains(vms).shown() == []
+        await Domains(vms).find("web1")
+        assert vms.vms == {}
+    assert kind.made == []
+
+
+async def test_a_source_that_takes_its_offer_back_ends_the_making(
+    kind: type[Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: Any) -> Any:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(kind, "expect", never)
+    channel = Channel()
+    channel.ended.set()
+    async with daemon(tmp_path) as vms:
+        with pytest.raises(PostcopydError, match="took its offer back"):
+            async with Domains(vms).expected(channel, OFFER):  # type: ignore[arg-type]
+                pass
+        assert vms.vms == {}

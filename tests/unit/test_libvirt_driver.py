@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the driver for libvirt's domains knows without a libvirt."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import runpy
+import struct
+import sys
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from postcopyd import protocol as p
+from postcopyd.vmm import Region, Shape, VmmError
+from postcopyd.vmm.libvirt import calls, driver, waiting
+from postcopyd.vmm.qemu.blocks import Block
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def helper(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The helper's names, with modules in place of libvirt's binding."""
+    for name in ("libvirt", "libvirt_qemu"):
+        binding: Any = ModuleType(name)
+        binding.VIR_ERR_NO_DOMAIN, binding.VIR_ERR_OPERATION_INVALID = 42, 55
+        monkeypatch.setitem(sys.modules, name, binding)
+    return runpy.run_path(str(calls.HELPER))
+
+
+@pytest.mark.parametrize("length", [10, 5000, MIB - 94, MIB - 93, MIB - 92, MIB + 5])
+def test_a_header_ends_at_a_whole_mib(helper: dict[str, Any], length: int) -> None:
+    """libvirt 12 reads in whole MiB, and the XML has to end by a NUL."""
+    head = helper["header"](b"x" * length)
+    assert len(head) % MIB == 0
+    assert len(head) - 92 - length <= MIB
+    magic, version, text, ran, compressed, cookie = struct.unpack_from("<16s5I", head)
+    assert (magic, version, ran, compressed, cookie) == (b"LibvirtQemudSave", 2, 0, 0, 0)
+    assert text == len(head) - 92
+    assert head[92:].rstrip(b"\0") == b"x" * length
+    assert head[-1:] == b"\0"
+
+
+class Fifo:
+    """A FIFO that is fed by a helper, to a reader that takes all of it."""
+
+    def __init__(self, folder: Path, helper: dict[str, Any], pieces: list[bytes | None]) -> None:
+        path = folder / "fifo"
+        os.mkfifo(path)
+        both = os.open(path, os.O_RDWR)
+        ours = os.open(path, os.O_WRONLY)
+        restore = object.__new__(helper["Restore"])
+        restore._folder = str(folder / "its own")
+        restore._piece = iter(pieces).__next__
+        feeding = threading.Thread(target=restore._feed, args=(both, ours, b"head"))
+        with path.open("rb") as reader:
+            feeding.start()
+            self.read = reader.read()
+        feeding.join()
+
+
+def test_a_stream_that_ends_early_ends_in_rubbish(helper: dict[str, Any], tmp_path: Path) -> None:
+    """libvirt would wait for ever for one that only ends."""
+    assert Fifo(tmp_path, helper, [b"one", b"two", b""]).read == b"headonetwo"
+    (tmp_path / "fifo").unlink()
+    assert Fifo(tmp_path, helper, [b"one", None]).read == b"headone" + helper["RUBBISH"]
+
+
+def defined(**changes: Any) -> str:
+    xml = "<domain><name>web1</name><uuid>u</uuid></domain>"
+    text = json.dumps({"live": xml, "kept": xml, "autostart": True, **changes})
+    return base64.b64encode(zlib.compress(text.encode())).decode()
+
+
+def test_a_definition_is_of_the_vm_that_is_offered() -> None:
+    assert driver._domain("web1", defined())[1] == "u"
+    assert driver._domain("web1", defined(kept=""))[1] == "u"
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "",
+        "!",
+        base64.b64encode(b"no zlib").decode(),
+        base64.b64encode(zlib.compress(b"[]")).decode(),
+        base64.b64encode(zlib.compress(b"[" * 100_000)).decode(),
+        base64.b64encode(zlib.compress(b" " * (30 << 20) + b"{}")).decode(),
+        defined(live=3),
+        defined(live="<domain>"),
+        defined(live="<domain><name>web2</name></domain>"),
+        defined(kept="<domain><name>web2</name></domain>"),
+    ],
+)
+def test_what_a_peer_may_send_instead(told: str) -> None:
+    """Above all the definition of another domain than the one that it may move."""
+    with pytest.raises(VmmError):
+        driver._domain("web1", told)
+
+
+def test_a_large_definition_fits() -> None:
+    devices = "".join(f"<disk type='file'><source file='/srv/{n:05}'/></disk>" for n in range(500))
+    assert len(defined(live=f"<domain><name>web1</name>{devices}</domain>")) < p.MAX_STRING
+
+
+def shape(*sizes: int, address: int = 0) -> Shape:
+    regions = [
+        Region(f"ram{number}", size >> 12, 4096, address, None, 0)
+        for number, size in enumerate(sizes)
+    ]
+    return Shape("running", 0, tuple(regions), {}, ())
+
+
+SMAPS = (
+    "{0:x}-{1:x} rw-p 00000000 00:00 0\nSize:               4096 kB\nVmFlags: rd wr mr mw me {2}\n"
+)
+
+
+def found_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *parts: tuple[int, int, str]
+) -> Callable[..., list[list[int]]]:
+    there = tmp_path / "smaps"
+    there.write_text("".join(SMAPS.format(at, at + size, flags) for at, size, flags in parts))
+    real = open
+    monkeypatch.setitem(waiting.__dict__, "open", lambda path, **how: real(there, **how))
+    return lambda like: waiting.places(like, 1)
+
+
+def test_ram_is_found_by_size_and_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """TCG's buffer has the same size, and is no RAM; nor is what was mapped and not advised of."""
+    places = found_in(
+        monkeypatch,
+        tmp_path,
+        (0x10000000, 4 * MIB, "ac dd ex hg"),
+        (0x20000000, 4 * MIB, "ac"),
+        (0x30000000, 4 * MIB, "dc ac dd hg mg"),
+        (0x40000000, 8 * MIB, "sh dd"),
+    )
+    assert places(shape(4 * MIB, 8 * MIB)) == [[0x30000000], [0x40000000]]
+    assert places(shape(16 * MIB)) == [[]]
+
+
+def test_ram_elsewhere_is_seen() -> None:
+    like = shape(4 * MIB, address=0x1000)
+    there = Block("ram0", 4 * MIB, 4 * MIB, 0x1000)
+    assert waiting.not_where_it_was(like, [there]) is None
+    for other in (
+        Block("ram0", 4 * MIB, 4 * MIB, 0x2000),
+        Block("ram0", 4 * MIB, 8 * MIB, 0x1000),
+        Block("ram0", 4 * MIB, 4 * MIB, None),
+        Block("ram1", 4 * MIB, 4 * MIB, 0x1000),
+    ):
+        assert waiting.not_where_it_was(like, [other]) == "ram0"
+
+
+def test_what_would_not_arrive_is_refused() -> None:
+    plain = {"live": "<domain/>", "kept": "", "snapshots": 0, "checkpoints": 0}
+    assert driver.refusals("web1", plain) == []
+    assert "2 snapshots" in driver.refusals("web1", plain | {"snapshots": 2})[0]
+    assert "1 checkpoints" in driver.refusals("web1", plain | {"checkpoints": 1})[0]
+    assert "<genid>" in driver.refusals("web1", plain | {"live": "<domain><genid>x</genid>"})[0]
+
+
+def test_a_host_without_libvirt_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "LIBVIRT", ("/nowhere/libvirt-sock",))
+    assert not calls.here(calls.SYSTEM)
+    assert not calls.here("")
+    assert calls.here("qemu:///session")
