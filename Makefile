@@ -61,16 +61,15 @@ test test-long: build deb
 
 # The daemons that are upgraded in tests.
 .PHONY: version-before
-test-long: TEST_PACKAGES += $(LIBVIRT_PACKAGES)
 test-long: version-before
 version-before: build
 	@tools/version-before
 
-# docs/LIBVIRT.md, with the libvirt that this installs on this machine.
+# Domains of libvirt, and docs/LIBVIRT.md, with the libvirt that this installs on this machine.
 .PHONY: test-libvirt
 test-libvirt: build deb
 	@tools/debian-packages $(TEST_PACKAGES) $(LIBVIRT_PACKAGES)
-	POSTCOPYD_LIBVIRT=1 $(BIN)/pytest -q tests/hosts/test_first_guest.py
+	POSTCOPYD_LIBVIRT=1 $(BIN)/pytest -q tests/system/test_libvirt.py tests/hosts/test_first_guest.py
 
 # A guest that is moved again and again while everything around it breaks: tests/chaos/chaos.py.
 chaos: SEED := 1

@@ -18,7 +18,6 @@ DEFAULT_CONTROL = "/run/postcopyd/control"
 DEFAULT_PORT = 16525
 DEFAULT_STATE_DIR = Path("/run/postcopyd/state")
 DEFAULT_DURABLE_DIR = Path("/var/lib/postcopyd")
-SYSTEM_LIBVIRT = "qemu:///system"
 # Beyond a few, more connections only cost threads; the wire allows twice as many.
 MAX_CONNECTIONS = 16
 # Other daemons that are served at a time: each arriving migration has one connection (peers.py).
@@ -58,7 +57,7 @@ class ServeOptions(NamedTuple):
     """How a daemon is to run. None is no limit. Bytes per second: `bandwidth` for one migration,
     `host_bandwidth` for all that leave this host together. `connections` is the number of push
     connections of one migration. An arrival beyond `max_arrivals` or `max_arriving_memory` (bytes
-    of guest RAM) waits. `libvirt` is a URI, "auto" or "off" (`libvirt_uri`).
+    of guest RAM) waits. `libvirt` is a URI or "off" (`libvirt_uri`).
     `metrics` is HOST:PORT or the absolute path of a unix socket. Without `peers` every certificate
     of the CA is accepted."""
 
@@ -77,7 +76,7 @@ class ServeOptions(NamedTuple):
     max_arriving_memory: int | None = None
     max_peers: int = MAX_PEERS
     metrics: str | None = None
-    libvirt: str = "auto"
+    libvirt: str = "off"
     peers: tuple[Peer, ...] = ()
 
     @property
@@ -91,10 +90,9 @@ class ServeOptions(NamedTuple):
 
     @property
     def libvirt_uri(self) -> str:
-        """Empty for none. Who may send a domain here has as much power as root, so without TLS
-        only a libvirt that was named is used."""
-        auto = SYSTEM_LIBVIRT if self.tls != "off" else ""
-        return {"auto": auto, "off": ""}.get(self.libvirt, self.libvirt)
+        """Empty for none, which is the default: who may send a domain here has as much power as
+        root, and nothing but locks of disks keeps others from running the domain that was left."""
+        return "" if self.libvirt == "off" else self.libvirt
 
 
 def _invalid(sentence: str) -> PostcopydError:
@@ -330,8 +328,8 @@ KEYS: Mapping[str, Key] = {
     ),
     "metrics": Key("HOST:PORT|PATH", _or_none(_metrics), "where to serve metrics to Prometheus"),
     "libvirt": Key(
-        "URI|auto|off",
-        lambda value: _text(value, "a URI of libvirt, auto or off"),
+        "URI|off",
+        lambda value: _text(value, "a URI of libvirt, or off"),
         "the libvirt of this host, whose domains need not be attached",
     ),
 }

@@ -179,18 +179,10 @@ def test_check_refuses(
         assert all(line.startswith(one) for line, one in zip(err.splitlines(), lines, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("tls", "libvirt", "uri"),
-    [
-        ("require", "auto", "qemu:///system"),
-        ("off", "auto", ""),
-        ("off", "qemu:///system", "qemu:///system"),
-        ("require", "off", ""),
-    ],
-)
-def test_which_libvirt(tls: Any, libvirt: str, uri: str) -> None:
-    """Who may send domains is as good as root, so that nobody may without TLS is the default."""
-    assert ServeOptions(tls=tls, libvirt=libvirt).libvirt_uri == uri
+def test_which_libvirt() -> None:
+    """Who may send domains is as good as root, so that nobody may is the default."""
+    assert ServeOptions().libvirt_uri == ""
+    assert ServeOptions(libvirt="qemu:///system").libvirt_uri == "qemu:///system"
 
 
 def test_the_example() -> None:
