@@ -474,9 +474,9 @@ async def test_too_large(tmp_path: Path, clock: Clock) -> None:
         await made.check()
         assert "max-arriving-memory" in made.source.vm.status.message
         async with made.network() as port:
-            problems, _ = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
-        assert len(problems) == 1
-        assert "max-arriving-memory" in problems[0]
+            checked = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
+        assert len(checked.problems) == 1
+        assert "max-arriving-memory" in checked.problems[0]
         arrivals.join("another", 1)
         assert arrivals.ahead("another") is None
 

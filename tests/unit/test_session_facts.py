@@ -111,7 +111,8 @@ async def test_disks_are_compared(tmp_path: Path, clock: Clock) -> None:
     async with world(tmp_path, {}) as made:
         made.source.vmm.disks, made.destination.vmm.disks = (DISK,), (GROWN,)
         async with made.network() as port:
-            (problem,), _ = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
+            checked = await made.source.daemon.check("web1", f"127.0.0.1:{port}")
+        (problem,) = checked.problems
         assert "disk vd0 differs: raw of 10 bytes here, raw of 9 bytes at the source" in problem
         await made.migrate()
         stayed(made, problem)
