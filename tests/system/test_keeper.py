@@ -79,7 +79,10 @@ async def arrived(pair: QemuPair, source: q.QemuProcess) -> None:
     await pair.check()
 
 
-@pytest.mark.parametrize("daemon", [False, True], ids=["alone", "with-daemon"])
+@pytest.mark.parametrize(
+    "daemon",
+    [pytest.param(False, marks=pytest.mark.long, id="alone"), pytest.param(True, id="with-daemon")],
+)
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=[pytest.mark.long] if k != "plain" else []) for k in KINDS]
 )
@@ -116,6 +119,7 @@ async def test_killed_after_passes(
         await arrived(pair, source)
 
 
+@pytest.mark.long
 async def test_nobody_needs_the_memory_any_more(
     qemu: q.QemuBinary, folder: Path, boot: tuple[Path, Path]
 ) -> None:

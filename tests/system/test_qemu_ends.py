@@ -58,7 +58,11 @@ ENDS += [(QEMUS[-1], end) for end in (reset, quit_it)]
 
 
 @pytest.mark.parametrize(
-    ("qemu", "end"), ENDS, ids=[f"{qemu.version}-{end.__name__}" for qemu, end in ENDS]
+    ("qemu", "end"),
+    [
+        pytest.param(qemu, end, id=f"{qemu}-{end.__name__}", marks=[pytest.mark.long] * (n > 1))
+        for n, (qemu, end) in enumerate(ENDS)
+    ],
 )
 async def test_guest_is_ended(
     folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary, end: End
@@ -83,6 +87,7 @@ async def test_guest_is_ended(
 
 
 @EACH_QEMU
+@pytest.mark.long
 async def test_guest_that_stays(folder: Path, boot: tuple[Path, Path], qemu: q.QemuBinary) -> None:
     """With -no-shutdown, as libvirt has it, a guest that has shut down is there still, and may be
     reset: all of its memory comes."""

@@ -91,6 +91,7 @@ async def test_two_vcpus_with_disk_and_network_in_use(
         assert echo.duplicates == 0
 
 
+@pytest.mark.long
 async def test_two_numa_backends(folder: Path, boot: tuple[Path, Path]) -> None:
     """Each memory backend is a region of its own, with a userfaultfd of its own."""
     async with qemu_pair(folder, boot, qemu=QEMUS[-1], memory=512 * MIB, backends=2) as it:
