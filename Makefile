@@ -53,7 +53,8 @@ demo: build
 # What has to take long: two more versions of QEMU under every guest, two hosts with systemd, chaos.
 # All else is `test`. TESTS names folders, files or tests.
 test: WHICH := "not long" --dist=worksteal
-test-long: WHICH := long --dist=loadfile
+# In the order of the folders, so that what takes longest, the kernels, begins early.
+test-long: WHICH := long --dist=loadfile --no-loadscope-reorder
 test test-long: build deb
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu

@@ -23,7 +23,7 @@ from postcopyd.vmm.qemu.qmp import Qmp, QmpRefused
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{1,16}")
 _MAPPED = re.compile(
-    r" +(?P<at>[0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, (?:nv-)?(?:ram|rom|romd)\): "
+    r" +(?P<at>[0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, (?:nv-)?(?:ram|rom|romd|ramd)\): "
     r"(?P<name>.+?)(?: @(?P<offset>[0-9a-f]{16}))?(?: KVM)?"
 )
 _HOST = re.compile(r"Host virtual address for \S+ \((?P<name>.+)\) is (?P<address>0x[0-9a-f]+)")
