@@ -635,8 +635,15 @@ async def test_a_process_is_lent_a_descriptor(tmp_path: Path) -> None:
     if os.geteuid():
         missing("root")
     file = tmp_path / "file"
-    with subprocess.Popen(["sleep", "100"]) as process, file.open("w") as lent:
-        wait_for(lambda: procfs.command(process.pid) == "sleep")
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(["cat"], stdin=pipe, stdout=pipe, bufsize=0) as process,
+        file.open("w") as lent,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"-")
+        assert process.stdout.read(1) == b"-"  # so all of it has been loaded
         before = procfs.descriptors(process.pid), len(list(procfs.mappings(process.pid)))
         number = await adoption.lend(process.pid, lent.fileno())
         now = procfs.descriptors(process.pid)
