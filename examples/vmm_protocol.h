@@ -68,6 +68,7 @@ struct vmm_fact {
 struct vmm_client {
     int socket;
     int fd; /* came with the line being answered; -1: none; a verb that keeps it sets -1 */
+    pthread_mutex_t writes; /* a line is sent whole; nothing follows `ended`, which keeps it */
     size_t used, next;
     char in[VMM_LINE_MAX];
 };
@@ -148,17 +149,19 @@ __attribute__((format(printf, 3, 4))) static void vmm_reply(struct vmm_client *c
         rights->cmsg_len = CMSG_LEN(sizeof(int));
         memcpy(CMSG_DATA(rights), &fd, sizeof fd);
     }
+    pthread_mutex_lock(&client->writes);
     while (part.iov_len > 0) {
         ssize_t sent = sendmsg(client->socket, &message, MSG_NOSIGNAL);
         if (sent < 0 && errno == EINTR)
             continue;
         if (sent <= 0)
-            return;
+            break;
         part.iov_base = (char *)part.iov_base + sent;
         part.iov_len -= (size_t)sent;
         message.msg_control = NULL;
         message.msg_controllen = 0;
     }
+    pthread_mutex_unlock(&client->writes);
 }
 
 /* More bytes, and the descriptor that came with them; false at the end or when the client breaks
@@ -430,8 +433,10 @@ __attribute__((noreturn)) static void vmm_exit(struct vmm *vmm)
 __attribute__((noreturn)) static inline void vmm_ended(struct vmm *vmm, const char *why)
 {
     pthread_mutex_lock(&vmm->claim_lock); /* for good: the claim's holder stays */
-    if (vmm->claim)
+    if (vmm->claim) {
+        pthread_mutex_lock(&vmm->claim->writes); /* for good: `ended` is the last line */
         vmm_reply(vmm->claim, -1, "ended %s", why);
+    }
     vmm_exit(vmm);
 }
 
@@ -555,6 +560,7 @@ __attribute__((noreturn)) static void vmm_serve(struct vmm *vmm, int listener)
             thread->vmm = vmm;
             thread->client.socket = client;
             thread->client.fd = -1;
+            thread->client.writes = (pthread_mutex_t)PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
         }
         if (!thread || pthread_create(&id, NULL, vmm_client_thread, thread)) {
             free(thread);

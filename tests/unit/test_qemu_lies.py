@@ -24,7 +24,7 @@ from postcopyd.errors import PostcopydError
 from postcopyd.host import procfs
 from postcopyd.vmm import Region, VmmError, VmmGone, VmmProtocolError, VmmTimeout
 from postcopyd.vmm.qemu import common, qmp, ram, userfaultfd
-from postcopyd.vmm.qemu.blocks import Block
+from postcopyd.vmm.qemu.blocks import Block, blocks
 from postcopyd.vmm.qemu.driver import QemuVmm
 from postcopyd.vmm.qemu.qmp import Qmp, QmpClosed, QmpProtocolError
 
@@ -476,3 +476,31 @@ async def test_closed_while_it_is_read(tmp_path: Path) -> None:
             with pytest.raises(QmpClosed):
                 await vmm.prepare()
             nursery.cancel_scope.cancel()
+
+
+async def test_firmware_that_leaves_one_of_its_places(tmp_path: Path) -> None:
+    """Before 8.0 memory is found by where the guest has it. The firmware of a PC is in two places,
+    and puts RAM over one of them between two of our questions."""
+
+    def human(asked: dict[str, str]) -> str:
+        if asked["command-line"] == "info mtree -f":
+            return (
+                'FlatView #1\n AS "memory", root: system\n'
+                "  00000000000e0000-00000000000fffff (prio 1, rom): pc.bios @0000000000020000\n"
+                "  00000000fffc0000-00000000ffffffff (prio 0, rom): pc.bios\n"
+            )
+        low = asked["command-line"].endswith(" 0xe0000")
+        name, address = ("pc.ram", 0x7FE0E0000) if low else ("pc.bios", 0x7FFFC0000)
+        return f"Host virtual address for 0x0 ({name}) is {address:#x}\n"
+
+    async with lying(tmp_path) as (monitor, path):
+        monitor.answers["human-monitor-command"] = human
+        monitor.answers["x-query-ramblock"] = {
+            "human-readable-text": "Block Name PSize Offset Used Total\n"
+            "pc.bios 4 KiB 0x0 0x40000 0x40000\n"
+        }
+        asking = Qmp(path)
+        try:
+            assert await blocks(asking) == [Block("pc.bios", 0x40000, 0x40000, 0x7FFFC0000)]
+        finally:
+            asking.close()

@@ -89,7 +89,7 @@ async def _mapped(qmp: Qmp) -> dict[str, int]:
         views = await _human(qmp, "info mtree -f")
     except QmpRefused:
         return {}
-    places: dict[str, tuple[int, int]] = {}
+    places: dict[str, list[tuple[int, int]]] = {}  # the firmware's is in two, and leaves one
     seen: dict[str, int] = {}
     ours = False
     for line in views.splitlines():
@@ -98,12 +98,14 @@ async def _mapped(qmp: Qmp) -> dict[str, int]:
         elif line.startswith(' AS "memory"'):
             ours = True
         elif ours and (row := _MAPPED.fullmatch(line)) is not None:
-            places.setdefault(row["name"], (int(row["at"], 16), int(row["offset"] or "0", 16)))
-    for name, (at, offset) in places.items():
-        said = _HOST.search(await _human(qmp, f"gpa2hva {at:#x}"))
-        if said is None or said["name"] != name:
-            continue  # other memory is there now
-        seen[name] = int(said["address"], 16) - offset
+            place = (int(row["at"], 16), int(row["offset"] or "0", 16))
+            places.setdefault(row["name"], []).append(place)
+    for name, found in places.items():
+        for at, offset in found:
+            said = _HOST.search(await _human(qmp, f"gpa2hva {at:#x}"))
+            if said is not None and said["name"] == name:
+                seen[name] = int(said["address"], 16) - offset
+                break  # otherwise other memory is there now
     return seen
 
 
