@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import table
-import trio
 from guests import qemu as q
 from movers import MIB, Daemons, guest_config
-from qemu import REPORT_MS, Moving
-from qemus import newest
+from qemu import REPORT_MS, Moving, measured
 
 from postcopyd.demo.hosts import open_hosts
 
@@ -59,6 +57,10 @@ async def run(folder: Path, options: argparse.Namespace) -> Runs:
     return runs
 
 
+def urgent(name: str, one: Run) -> float:
+    return float(one["about"]["faults"][f"{name}Us"])
+
+
 def rows_of(runs: Runs) -> list[table.Row]:
     rows: list[table.Row] = []
 
@@ -80,12 +82,7 @@ def rows_of(runs: Runs) -> list[table.Row]:
                  lambda one: one["usual"] * (1 - one["lost_before_s"] / one["before_s"]),
                  0.87, more_is_better=True)  # fmt: skip
         for name in ("p50", "p99"):
-            both(
-                mode,
-                f"urgent {name}, daemon's own figure",
-                "us",
-                lambda one, name=name: one["about"]["faults"][f"{name}Us"],
-            )  # type: ignore[misc]
+            both(mode, f"urgent {name}, daemon's own figure", "us", partial(urgent, name))
         if mode == "postcopy":
             both(mode, "push rate, stop to drained", "MiB/s",
                  lambda one: one["sent"] / MIB / one["drained_s"], 0.87,
@@ -94,24 +91,5 @@ def rows_of(runs: Runs) -> list[table.Row]:
     return rows
 
 
-def main() -> int:
-    """The exit status: table.MISSED when a goal is missed."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--runs", type=int, default=6, help="an even number")
-    parser.add_argument("--memory", type=int, default=1024)
-    parser.add_argument("--test-mb", type=int, default=512)
-    parser.add_argument("--watch", type=float, default=5.0, help="s after the stop, at least")
-    parser.add_argument("--accel", default="tcg,thread=multi")
-    options = parser.parse_args()
-    about = table.machine(
-        qemu=str(newest()), accel=options.accel, runs=options.runs,
-        memory_mib=options.memory, writes_mib=options.test_mb, watched_s=options.watch,
-    )  # fmt: skip
-    table.warm(4 * options.memory * MIB)
-    with tempfile.TemporaryDirectory(prefix="pcb-", dir="/dev/shm") as folder:
-        runs = trio.run(run, Path(folder), options)
-    return table.finish("private", rows_of(runs), about, runs)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(measured("private", str(__doc__), 6, run, rows_of))

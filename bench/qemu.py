@@ -15,7 +15,7 @@ import bisect
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -259,10 +259,17 @@ def rows_of(runs: dict[str, list[dict[str, Any]]]) -> list[table.Row]:
     return rows
 
 
-def main() -> int:
-    """The exit status: table.MISSED when a goal is missed."""
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--runs", type=int, default=8, help="an even number")
+def measured(
+    name: str,
+    does: str,
+    runs: int,
+    run: Callable[[Path, argparse.Namespace], Awaitable[Any]],
+    rows_of: Callable[[Any], list[table.Row]],
+) -> int:
+    """Runs a benchmark that moves a QEMU guest `--runs` times, in a folder of its own. Returns the
+    exit status: table.MISSED when a goal is missed."""
+    parser = argparse.ArgumentParser(description=does.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=runs, help="an even number")
     parser.add_argument("--memory", type=int, default=1024)
     parser.add_argument("--test-mb", type=int, default=512)
     parser.add_argument("--watch", type=float, default=5.0, help="s after the stop, at least")
@@ -274,9 +281,9 @@ def main() -> int:
     )  # fmt: skip
     table.warm(4 * options.memory * MIB)
     with tempfile.TemporaryDirectory(prefix="pcb-", dir="/dev/shm") as folder:
-        runs = trio.run(run, Path(folder), options)
-    return table.finish("qemu", rows_of(runs), about, runs)
+        found = trio.run(run, Path(folder), options)
+    return table.finish(name, rows_of(found), about, found)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(measured("qemu", str(__doc__), 8, run, rows_of))

@@ -119,7 +119,8 @@ class Decisions:
                 with within(END_S, f"ending the VMM of {name} here"):
                     await vm.driver.end()
                 ended = "was ended in the middle of its migration"
-            await let_go(vm)
+            if trouble := await let_go(vm):
+                raise trouble
             if vm.driver is not None or certainly_ended(vm):
                 vm.about["answer"] = to_builtins(_lost_here(name))
             before = vm.status

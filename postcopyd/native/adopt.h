@@ -40,9 +40,9 @@ int adopt_syscall(int pid, long nr, const unsigned long args[6], int timeout_ms,
 
 /* Has process `pid` begin a process that shares its memory and nothing else, and only waits; see
  * adopt_keeper.c. `page` is the address of 4096 bytes of that memory, zeros, readable and writable,
- * that are for this alone. `name` has at most 15 letters. `until_s` is when the new process ends by itself, in seconds of
- * CLOCK_BOOTTIME. Returns what adopt_syscall does; *result is the number of the new process as
- * `pid` sees it, or -errno. */
+ * that are for this alone. `name` has at most 15 letters. `until_s` is when the new process ends by
+ * itself, in seconds of CLOCK_BOOTTIME. Returns what adopt_syscall does; *result is the number of
+ * the new process as `pid` sees it, or -errno. */
 int adopt_keeper(int pid, unsigned long page, const char *name, int64_t until_s, int timeout_ms,
                  long *result, struct adopt_error *error);
 /* Has it end later. It notices within a minute. Returns 0 or -errno. */

@@ -112,7 +112,8 @@ int batch_doubtful(struct pc_source *s, struct batch *b, struct connection *c, s
   int failed = batch_write(s, b, c);
   if (failed)
     return failed;
-  failed = pass ? read_pages(s, r, page, 1, b->pages) : read_surely(s, r, page, b->pages, &b->doubts);
+  failed = pass ? read_pages(s, r, page, 1, b->pages)
+                : read_surely(s, r, page, b->pages, &b->doubts);
   if (failed && pass && (is_lost(failed) || failed == -ENOMEM)) {
     /* For the next look to find. In this order, or this pass finds it again. */
     bit_clear(s->data, slot);

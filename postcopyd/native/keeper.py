@@ -9,6 +9,7 @@ thread of its own.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import trio
 
 from postcopyd._native import ffi, lib
-from postcopyd.errors import PostcopydError
+from postcopyd.errors import PostcopydError, shortage
 from postcopyd.host import procfs
 from postcopyd.names import plain
 from postcopyd.native.adoption import TIMEOUT_MS, AdoptionError, call
@@ -39,6 +40,7 @@ HOLD_S = 3600
 """How often `hold` is to be called."""
 
 READY_S, ENDED_S = 2.0, 5.0
+OTHER_S = 30.0  # for the other process of `_make`, which adoption's own limit ends long before
 SENTENCE = 400
 
 PAGE = 4096
@@ -63,7 +65,12 @@ async def make(vmm: int) -> Keeper:
     """A keeper of a VMM's memory, in which earlier keepers of this VMM have ended. Raises
     PostcopydError; then nothing has changed."""
     with trio.CancelScope(shield=True):  # else nobody would know of it
-        made: Keeper = await trio.to_thread.run_sync(_make, vmm, limiter=threads.VMM)
+        try:
+            made: Keeper = await trio.to_thread.run_sync(_make, vmm, limiter=threads.VMM)
+        except OSError as error:
+            raise shortage(error) or AdoptionError(
+                f"making a keeper of process {vmm}: {error.strerror}"
+            ) from None
     return made
 
 
@@ -71,7 +78,14 @@ async def end(keeper: Keeper, vmm: int) -> None:
     """Ends a keeper of the VMM, which may have ended. Fine if the keeper has. Raises PostcopydError
     when it may still be there."""
     with trio.CancelScope(shield=True):
-        await trio.to_thread.run_sync(_end, keeper, vmm, limiter=threads.VMM)
+        try:
+            await trio.to_thread.run_sync(_end, keeper, vmm, limiter=threads.VMM)
+        except OSError as error:
+            why = shortage(error) or error.strerror
+            raise PostcopydError(
+                f"ending process {keeper.pid}, {NAME}, which keeps the memory of a guest that has "
+                f"left: {why}; end it by hand"
+            ) from None
 
 
 def hold(keeper: Keeper) -> None:
@@ -94,14 +108,21 @@ def _make(vmm: int) -> Keeper:
             f"one itself, as under systemd, may not suspend"
         )
     program = f"import sys; sys.path[:0] = {sys.path}; from {__name__} import main; main({vmm})"
-    done = subprocess.run(
+    other = subprocess.Popen(
         [sys.executable, "-I", "-c", program],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        start_new_session=True, check=False,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
     )  # fmt: skip
-    if done.returncode:
-        raise AdoptionError(plain(done.stderr[-SENTENCE:]))
-    return Keeper(*json.loads(done.stdout))
+    try:
+        said, trouble = other.communicate(timeout=OTHER_S)
+    except subprocess.TimeoutExpired:  # and is not killed, see above
+        raise AdoptionError(
+            f"making a keeper of process {vmm}: process {other.pid}, which does that, has not "
+            f"ended for {OTHER_S:.0f} s"
+        ) from None
+    if other.returncode:
+        raise AdoptionError(plain(trouble[-SENTENCE:]))
+    return Keeper(*json.loads(said))
 
 
 def _made(vmm: int) -> Keeper:
@@ -182,8 +203,9 @@ def _join_us(pid: int) -> None:
 
 
 def _end(keeper: Keeper, vmm: int) -> None:
+    started = procfs.started(keeper.pid)  # raises where that cannot be known
     fields = procfs.status(keeper.pid)
-    if fields.get("Name") != NAME or procfs.started(keeper.pid) not in (0, keeper.started):
+    if fields.get("Name") != NAME or started not in (0, keeper.started):
         return
     child = fields["PPid"] == str(vmm)
     _kill(keeper.pid, wait=child)  # the last one that has the memory takes long to give it back
@@ -200,7 +222,7 @@ def _end(keeper: Keeper, vmm: int) -> None:
 def _kill(pid: int, wait: bool) -> None:
     try:
         pidfd = os.pidfd_open(pid)
-    except OSError:
+    except ProcessLookupError:
         return  # it has ended
     try:
         with suppress(ProcessLookupError):
@@ -208,9 +230,7 @@ def _kill(pid: int, wait: bool) -> None:
         waits = select.poll()
         waits.register(pidfd, select.POLLIN)
         if wait and not waits.poll(ENDED_S * 1000):
-            raise PostcopydError(f"process {pid}, {NAME}, does not end")
-    except PermissionError:
-        raise PostcopydError(f"ending process {pid}, {NAME}: not permitted") from None
+            raise OSError(errno.ETIMEDOUT, "it does not end")
     finally:
         os.close(pidfd)
 

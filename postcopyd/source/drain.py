@@ -125,8 +125,8 @@ async def finish_vmm(migration: Migration) -> str:
     """Ends the VMM here, or leaves it stopped for `keep_source`. Returns a clause for the operator
     if that failed, else an empty string."""
     vm, keep = migration.vm, migration.request.keep_source
+    await let_go(vm)
     try:
-        await let_go(vm)
         if vm.driver is not None:
             await vm.driver.finish(keep)
     except PostcopydError as error:

@@ -47,10 +47,10 @@ class Keeping:
             vm.log.warning("memory is not kept should the VMM end", why=str(error))
             return
         places = [(r.address, None if r.fd is None else r.offset) for r in regions]
-        record: schema.Keeper = {**made._asdict(), "regions": places}  # type: ignore[typeddict-item]
+        record = schema.Keeper(pid=made.pid, started=made.started, page=made.page, regions=places)
         vm.about = {**vm.about, "keeper": record}
         if not vm.record_soon(None):
-            await let_go(vm)
+            await let_go(vm)  # which logs its own trouble
             return
         self.hold()
         vm.log.info("memory kept", process=made.pid)
@@ -77,15 +77,21 @@ def kept(vm: Vm) -> Keeper | None:
         return found
 
 
-async def let_go(vm: Vm) -> None:
+async def let_go(vm: Vm) -> PostcopydError | None:
     """Ends the keeper, as nobody needs the memory any more. Idempotent; the caller records it.
-    Raises PostcopydError if it may still be there."""
+    Returns what prevents it, which is logged: it may still be there, and ends by itself, so only a
+    person who wants its end has to know."""
     record = vm.about.get("keeper")
     if record is None:
-        return
+        return None
     ended = Keeper(record["pid"], record["started"], record["page"])
-    await keeper.end(ended, 0 if vm.attachment is None else vm.attachment.pid)
+    try:
+        await keeper.end(ended, 0 if vm.attachment is None else vm.attachment.pid)
+    except PostcopydError as trouble:
+        vm.log.error("keeper not ended", error=str(trouble))
+        return trouble
     vm.about = {key: value for key, value in vm.about.items() if key != "keeper"}
+    return None
 
 
 def shape(vm: Vm) -> Shape:

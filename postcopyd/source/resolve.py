@@ -37,7 +37,8 @@ async def kill(migration: Migration, decision: Decision) -> bool:
             with within(END_S, f"ending the VMM of {vm.name} here"):
                 if vm.driver is not None:
                     await vm.driver.end()
-                await let_go(vm)
+                if trouble := await let_go(vm):
+                    raise trouble
         except Exception as trouble:
             refusal = f"{trouble}; the migration of {vm.name} is as it was"
             migration.log.error("decision not carried out", error=refusal)

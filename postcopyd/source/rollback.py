@@ -60,10 +60,7 @@ class Rollback:
             sentence, here = await undone(vm, str(error))
             if not here:
                 self.trouble = PostcopydError(sentence, "VmmFailed")
-            try:
-                await let_go(vm)
-            except PostcopydError as trouble:
-                self._migration.log.error("keeper not ended", error=str(trouble))
+            await let_go(vm)
         if self.guest is not None:
             await self.guest.untrack()
         return sentence

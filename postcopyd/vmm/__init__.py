@@ -315,14 +315,14 @@ class Vmm(abc.ABC):
     @classmethod
     async def unfit(cls, name: str, socket: str, definition: str, like: Shape) -> list[str]:
         """Why `expect` would fail on this host: sentences. Changes nothing. Only with `makes`."""
-        raise NotImplementedError
+        raise VmmError(f"the {cls.kind} driver makes no VMM for {name}")
 
     @classmethod
     async def expect(cls, name: str, socket: str, definition: str, like: Shape) -> Self:
         """Make a VMM that waits for a guest, from what a peer says is its source's `definition`;
         `like` is the guest as the peer describes it. Only with `makes`; such a VMM ends by `end`,
         `aclose`, or this daemon's death, unless its guest was loaded."""
-        raise NotImplementedError
+        raise VmmError(f"the {cls.kind} driver makes no VMM for {name}")
 
     async def keep(self, definition: str) -> None:  # noqa: B027 (only with `makes`)
         """The guest is here for good: have what `definition` says outlast it, as it did at the

@@ -107,10 +107,12 @@ class LibvirtHost(Host):
         return "" if "failed to get domain" in said else said
 
     def pid_of(self, name: str) -> int:
-        """Of libvirtd, virtlogd, or "libvirt/qemu/NAME", by its file in /run; 0 if there is
-        none."""
+        """Of libvirtd, virtlogd, or "libvirt/qemu/NAME", by its file in /run; 0 if there is none.
+        A libvirtd that has crashed leaves the file of a QEMU that ended meanwhile."""
         with suppress(OSError, ValueError):
-            return int((self.root / f"run/{name}.pid").read_text())
+            pid = int((self.root / f"run/{name}.pid").read_text())
+            os.kill(pid, 0)
+            return pid
         return 0
 
     @property

@@ -125,18 +125,21 @@ async def killed_in_handover(pair: LibvirtPair, kill: Any) -> dict[str, Any]:
     return done[0]
 
 
+async def stayed(pair: LibvirtPair, result: dict[str, Any]) -> None:
+    """The guest is where it was, and all of it is right."""
+    assert result["event"] == "failed", result
+    await pair.check()
+    assert pair.here.domstate == "running"
+
+
 async def test_the_qemu_that_waits_is_killed(pair: LibvirtPair) -> None:
     """Also in the blackout: then the guest runs on where it was, under libvirt."""
     result = await killed_in_handover(pair, lambda: os.kill(pair.there.qemu, signal.SIGKILL))
-    assert result["event"] == "failed", result
-    assert pair.here.domstate == "running"
-    await pair.check()
+    await stayed(pair, result)
     await gone(pair)
     migration = await begun(pair, "hybrid", "precopy")
     os.kill(pair.there.qemu, signal.SIGKILL)
-    result = await pair.here.result(VM, migration)
-    assert result["event"] == "failed", result
-    await pair.check()
+    await stayed(pair, await pair.here.result(VM, migration))
     await gone(pair)
     await pair.move(mode="hybrid")
 
@@ -145,10 +148,7 @@ async def test_libvirt_is_killed_where_the_guest_arrives(pair: LibvirtPair) -> N
     """Before the grant the guest stays; then libvirt is started again, and has nothing of it."""
     migration = await begun(pair, "hybrid", "precopy")
     pair.there.kill_libvirt()
-    result = await pair.here.result(VM, migration)
-    assert result["event"] == "failed", result
-    assert pair.here.domstate == "running"
-    await pair.check()
+    await stayed(pair, await pair.here.result(VM, migration))
     pair.there.start_libvirt()
     await gone(pair)
     await pair.move(mode="hybrid")
@@ -158,9 +158,7 @@ async def test_libvirt_hangs_where_the_guest_arrives(pair: LibvirtPair) -> None:
     """It never says that the guest is there: the guest stays, and runs again in seconds."""
     migration = await begun(pair, "hybrid", "precopy", 64 * MIB)
     pair.there.hang_libvirt()
-    result = await pair.here.result(VM, migration)
-    assert result["event"] == "failed", result
-    await pair.check()
+    await stayed(pair, await pair.here.result(VM, migration))
     pair.there.hang_libvirt(signal.SIGCONT)
     await trio.sleep(2)  # 9.0 crashes now and then, when it finds the QEMU gone
     pair.there.start_libvirt()

@@ -340,7 +340,7 @@ async def test_a_stop_that_comes_after_who_has_to_undo_it(
 
 @pytest.mark.parametrize("how", ["not delivered", "refused"])
 async def test_a_stop_that_is_not_ours_stays(
-    how: str, lie: Callable[[dict[str, object]], str]
+    how: str, lie: Callable[[dict[str, object]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Our stop did not come through, and then somebody else has paused the guest."""
     state, said = ["running"], []
@@ -365,7 +365,7 @@ async def test_a_stop_that_is_not_ours_stays(
                     patch.setattr(vmm, "_dial", dial)
                     await ProcessVmm._stop(vmm)
 
-            vmm._stop = stop  # type: ignore[method-assign]
+            monkeypatch.setattr(vmm, "_stop", stop)
         for hold in (save_all, held):
             state[0] = "running"
             with pytest.raises((VmmError, VmmGone)):

@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import runpy
+import socket
 import struct
 import sys
 import threading
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import trio
 
 from postcopyd import protocol as p
 from postcopyd.vmm import Region, Shape, VmmError
@@ -32,6 +34,7 @@ def helper(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for name in ("libvirt", "libvirt_qemu"):
         binding: Any = ModuleType(name)
         binding.VIR_ERR_NO_DOMAIN, binding.VIR_ERR_OPERATION_INVALID = 42, 55
+        binding.libvirtError = type("libvirtError", (Exception,), {"get_error_code": lambda _: 38})
         monkeypatch.setitem(sys.modules, name, binding)
     return runpy.run_path(str(calls.HELPER))
 
@@ -72,6 +75,85 @@ def test_a_stream_that_ends_early_ends_in_rubbish(helper: dict[str, Any], tmp_pa
     assert Fifo(tmp_path, helper, [b"one", b"two", b""]).read == b"headonetwo"
     (tmp_path / "fifo").unlink()
     assert Fifo(tmp_path, helper, [b"one", None]).read == b"headone" + helper["RUBBISH"]
+
+
+class Binding:
+    """In place of libvirt's: the connection is lost once, in the middle of a command."""
+
+    def __init__(self, helper: dict[str, Any]) -> None:
+        self.lost, self.heard = True, list[str]()
+        monitor = self.monitor = object.__new__(helper["Monitor"])
+        monitor._libvirt = monitor._domain = self
+        monitor._open = lambda: None
+        told = helper["libvirt_qemu"]
+        told.qemuMonitorCommand = self.command
+        self.error = helper["libvirt"].libvirtError
+
+    def command(self, _domain: Any, text: str, _flags: int) -> str:
+        self.heard.append(json.loads(text)["execute"])
+        if self.lost:
+            raise self.error
+        return '{"return": {}}'
+
+    def isAlive(self) -> bool:
+        was, self.lost = self.lost, False
+        return not was
+
+    def isActive(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("command", "heard"), [("query-migrate", 2), ("xen-save-devices-state", 1)]
+)
+def test_what_is_said_again_when_libvirt_was_lost(
+    helper: dict[str, Any], command: str, heard: int
+) -> None:
+    """QEMU before 10 would abort at a second save, and the guest be lost: that one fails."""
+    binding = Binding(helper)
+    answers: list[Any] = []
+    binding.monitor._say = answers.append
+    binding.monitor._take({"execute": command, "id": 1}, [])
+    assert binding.heard == [command] * heard
+    assert [("error" in answer, answer["id"]) for answer in answers] == [(heard == 1, 1)]
+
+
+def test_a_qemu_that_is_older_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libvirt has left the file of a QEMU that ended, and its number is another QEMU's now: that
+    one's memory must not be emptied."""
+    began = {1: 100, 2: 99}
+    restore = waiting.Restore("web1", "")
+    monkeypatch.setattr(restore, "_process", type("", (), {"pid": 1}))
+    monkeypatch.setattr(waiting.procfs, "started", began.__getitem__)
+    monkeypatch.setattr(waiting, "process_of", lambda name: 2)
+    monkeypatch.setattr(waiting, "places", lambda like, pid: [[0x1000]])
+
+    async def started() -> int:
+        with trio.move_on_after(0.05):
+            return await restore._started(shape(4 * MIB))
+        return 0
+
+    assert trio.run(started) == 0
+    began[2] = 100
+    assert trio.run(started) == 2
+
+
+async def test_a_long_question_is_asked_whole() -> None:
+    ours, theirs = socket.socketpair()
+    question = b"x" * (4 * MIB)
+    heard = bytearray()
+
+    def hear() -> None:
+        while data := theirs.recv(1 << 16):
+            heard.extend(data)
+
+    hearing = threading.Thread(target=hear)
+    hearing.start()
+    with theirs:
+        with trio.socket.from_stdlib_socket(ours) as channel:
+            await calls.send_all(channel, question)
+        await trio.to_thread.run_sync(hearing.join)
+    assert heard == question
 
 
 def defined(**changes: Any) -> str:

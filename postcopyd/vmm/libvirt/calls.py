@@ -100,10 +100,17 @@ async def ask(uri: str, doing: str, what: str, **about: Any) -> Any:
     return answered(doing, text)
 
 
+async def send_all(channel: trio.socket.SocketType, data: bytes) -> None:
+    """Raises OSError if the helper has ended."""
+    view = memoryview(data)
+    while view:
+        view = view[await channel.send(view) :]
+
+
 async def _exchange(channel: trio.socket.SocketType, question: dict[str, Any]) -> bytes:
     text = b""
     with suppress(OSError):
-        await channel.send(json.dumps(question).encode() + b"\n")
+        await send_all(channel, json.dumps(question).encode() + b"\n")
         while not text.endswith(b"\n") and (piece := await channel.recv(1 << 16)):
             text += piece
     return text

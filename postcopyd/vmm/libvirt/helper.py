@@ -20,6 +20,7 @@ import fcntl
 import json
 import math
 import os
+import select
 import shutil
 import socket
 import struct
@@ -31,8 +32,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
-import libvirt  # type: ignore[import-not-found]
-import libvirt_qemu  # type: ignore[import-not-found]
+import libvirt
+import libvirt_qemu
 
 WORD_S = 1.0
 """How long libvirt's word of a stop or a run may come after its answer."""
@@ -51,10 +52,16 @@ TWICE = 11_003_000
 RUBBISH = b"\0" * 4096
 """Ends a load that waits: no stream of QEMU's begins or goes on so."""
 
+ONCE = frozenset({"xen-save-devices-state"})
+"""What QEMU may not be told twice: before 10 it aborts when it gives up disks that it has not."""
+
 QEMU_GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 
 
 def connect(uri: str, within: float = RECONNECT_S) -> libvirt.virConnect:
+    """Tries for so long, unless the daemon ends meanwhile: nobody would end this process then."""
+    daemon = select.poll()
+    daemon.register(0, select.POLLRDHUP)
     deadline = time.monotonic() + within
     while True:
         try:
@@ -64,7 +71,8 @@ def connect(uri: str, within: float = RECONNECT_S) -> libvirt.virConnect:
         except libvirt.libvirtError:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.1)
+            if daemon.poll(100):
+                sys.exit()
 
 
 def run_events() -> None:
@@ -222,11 +230,12 @@ class Monitor:
             return bool(again.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN)
 
     def _tried(self, command: dict[str, Any], lent: list[int]) -> dict[str, Any]:
-        """Once more if libvirt's daemon went away: all that is said here may be said twice."""
+        """Once more if libvirt's daemon went away: QEMU may have heard it, and nearly all that is
+        said here may be said twice. What may not fails, so that the guest is rolled back."""
         try:
             return self._done(command, lent)
         except libvirt.libvirtError:
-            if self._libvirt.isAlive():
+            if self._libvirt.isAlive() or command["execute"] in ONCE:
                 raise
         self._open()
         return self._done(command, lent)

@@ -15,6 +15,7 @@ from contextlib import suppress
 
 import trio
 
+from postcopyd.host import procfs
 from postcopyd.tasks import threads
 from postcopyd.tasks.nursery import open_nursery
 from postcopyd.vmm import Region, Shape, VmmError, VmmGone, VmmTimeout, looked_at
@@ -66,11 +67,15 @@ class Restore:
         return pid
 
     async def _started(self, like: Shape) -> int:
+        """A process that is older than the helper is another one: libvirt may have left the file of
+        a QEMU that has ended, whose number another QEMU has now."""
+        assert self._process is not None
+        asked = procfs.started(self._process.pid)
         while True:
             with suppress(VmmGone):
                 pid = process_of(self._name)
                 with suppress(OSError):
-                    if all(places(like, pid)):
+                    if procfs.started(pid) >= asked and all(places(like, pid)):
                         return pid
             await trio.sleep(LOOK_S)
 
@@ -99,10 +104,8 @@ class Restore:
     async def _piece(self, data: bytes) -> None:
         """An error is told by the answer."""
         assert self._channel is not None
-        view = memoryview(struct.pack(">I", len(data)) + data)
         with suppress(OSError):
-            while view:
-                view = view[await self._channel.send(view) :]
+            await calls.send_all(self._channel, struct.pack(">I", len(data)) + data)
 
     async def _answer(self) -> None:
         assert self._channel is not None

@@ -74,7 +74,10 @@ async def create_alone(pid: int) -> tuple[int, int]:
     except PermissionError as error:
         raise _forbidden(pid, error) from None
     finally:
-        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
+        with (
+            trio.move_on_after(CLEAN_UP_SECONDS, shield=True),
+            suppress(PostcopydError, PermissionError),
+        ):
             await adoption.close_in(pid, lent, allow_seccomp=True)
 
 
