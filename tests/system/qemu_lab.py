@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import struct
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import qemus
 import trio
 
 from postcopyd.vmm import Role, Shape, VmmGone
+from postcopyd.vmm.qemu import savevm
 from postcopyd.vmm.qemu.driver import QemuVmm
 from postcopyd.vmm.qemu.qmp import Qmp, QmpUnreachable
 
@@ -162,6 +164,18 @@ async def settings(machine: Machine) -> tuple[dict[str, bool], int, str | None]:
         parameters["max-bandwidth"],
         parameters.get("tls-creds"),
     )
+
+
+def since_the_stop() -> Callable[[bytes], bool]:
+    """Tells of each piece of a save whether it was sent after the guest's stop."""
+    seen = False
+
+    def tell(data: bytes) -> bool:
+        nonlocal seen
+        seen = seen or data.startswith(struct.pack(">BI", savevm.SECTION_END, savevm.RAM))
+        return seen
+
+    return tell
 
 
 async def mapped(driver: QemuVmm) -> None:

@@ -31,12 +31,13 @@ from qemu_lab import (
     inspected,
     mapped,
     settings,
+    since_the_stop,
 )
 
 from postcopyd.host import procfs
 from postcopyd.native import adoption
 from postcopyd.vmm import Declined, VmmError, VmmGone, VmmTimeout
-from postcopyd.vmm.qemu import hugepages, savevm, userfaultfd
+from postcopyd.vmm.qemu import hugepages, userfaultfd
 from postcopyd.vmm.qemu import source as qemu_source
 from postcopyd.vmm.qemu.driver import QemuVmm
 from postcopyd.vmm.qemu.qmp import Qmp
@@ -243,13 +244,13 @@ async def saved_up_to(where: str, driver: QemuVmm) -> None:
     """Bring a save to some point and leave it there, as a failure or the loss of the task would."""
     if where == "prepared":
         return
-    tape = Tape()
+    tape, stopped = Tape(), since_the_stop()
     if where == "saved":
         await driver.save(tape.send, tape.stopped)
     elif where == "send fails":
 
         async def fail(data: bytes) -> None:
-            if not data.startswith(savevm.BEGIN):  # which comes before the stop
+            if stopped(data):
                 raise BrokenPipeError("the peer went away")
 
         with pytest.raises(BrokenPipeError):
@@ -258,14 +259,14 @@ async def saved_up_to(where: str, driver: QemuVmm) -> None:
         with trio.move_on_after(1 if where == "send hangs" else 10) as scope:
 
             async def hang(data: bytes) -> None:
-                if not data.startswith(savevm.BEGIN):
+                if stopped(data):
                     await trio.sleep_forever()
 
-            def stopped() -> None:
+            def at_the_stop() -> None:
                 if where == "cancelled at the stop":
                     scope.cancel()
 
-            await driver.save(hang, stopped)
+            await driver.save(hang, at_the_stop)
         assert scope.cancelled_caught
 
 

@@ -23,7 +23,7 @@ import trio.testing
 from postcopyd.errors import PostcopydError
 from postcopyd.host import procfs
 from postcopyd.vmm import Region, VmmError, VmmGone, VmmProtocolError, VmmTimeout
-from postcopyd.vmm.qemu import common, qmp, ram, userfaultfd
+from postcopyd.vmm.qemu import common, qmp, ram, savevm, userfaultfd
 from postcopyd.vmm.qemu.blocks import Block, blocks
 from postcopyd.vmm.qemu.driver import QemuVmm
 from postcopyd.vmm.qemu.qmp import Qmp, QmpClosed, QmpProtocolError
@@ -435,12 +435,16 @@ async def test_what_forbids_a_move_as_the_guest_is_saved(tmp_path: Path) -> None
 
         def save(asked: object) -> object:
             monitor.answers["query-migrate"] = {"blocked-reasons": ["a folder is mounted"]}
+            assert vmm._file is not None
+            os.write(vmm._file, savevm.BEGIN + bytes([savevm.EOF]))
             return {}
 
         monitor.answers["xen-save-devices-state"] = save
         monitor.aside = monitor.line({"event": "STOP"})
+        await vmm.outline()
+        await saved(vmm)
         with pytest.raises(VmmError, match="a folder is mounted"):
-            await saved(vmm)
+            await vmm.outline()
         await vmm.aclose()
 
 

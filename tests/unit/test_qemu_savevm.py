@@ -200,7 +200,7 @@ def test_pages_of_large_blocks(two_blocks: tuple[Block, Block]) -> None:
     """Only for private memory the page map is taken to tell what is there."""
     sparse = blocks.sparse(os.getpid(), list(two_blocks))
     assert sparse == {"own"}
-    found = list(blocks.pages(os.getpid(), list(two_blocks), sparse))
+    found = list(blocks.pages(blocks.pieces(os.getpid(), list(two_blocks), sparse)))
     own = {offset: page for name, offset, page in found if name == "own"}
     shared = {offset: page for name, offset, page in found if name == "shared"}
     assert own[2 * 4096] == shared[2 * 4096] == b"\1" + bytes(4095)
@@ -213,7 +213,23 @@ def test_page_map_that_ends_early() -> None:
     """What it does not tell of is not taken for zeros."""
     block = Block("far", LARGE, LARGE, (1 << 47) - (2 << 12))
     with pytest.raises(OSError, match="not all in the page map"):
-        list(blocks.pages(os.getpid(), [block], {"far"}))
+        list(blocks.pieces(os.getpid(), [block], {"far"}))
+
+
+def test_what_has_changed() -> None:
+    """By what was sent before and what is sent then the other side has what is there now: also of
+    pages that are told of in one of them only, as QEMU has touched them since, or dropped them."""
+    a, b, zeros = b"a" * 4096, b"b" * 4096, bytes(4096)
+    before = [("bios", 0, a + b + zeros), ("vga", 0, a + b), ("vga", 16 << 12, a)]
+    for now, expected in [
+        (before, []),
+        ([("bios", 0, a + a + zeros), *before[1:]], [("bios", 4096, a)]),
+        ([("bios", 0, zeros + b + zeros), *before[1:]], [("bios", 0, b"")]),
+        (before[:2], [("vga", 16 << 12, b"")]),
+        ([before[0], ("vga", 4096, b + a + zeros), before[2]], [("vga", 8192, a), ("vga", 0, b"")]),
+        ([before[0]], [("vga", 0, b""), ("vga", 4096, b""), ("vga", 16 << 12, b"")]),
+    ]:
+        assert list(blocks.changed(before, now)) == expected
 
 
 def test_private_mapping_of_a_file_with_large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from postcopyd.host import procfs
@@ -33,6 +33,7 @@ DEVICE_STATE = "device state (one version of postcopyd on both hosts has it alik
 """The fact by which an older version, which has another way, is refused."""
 
 PAGE = 4096
+PIECE_PAGES = 64
 SPARSE = 1 << 20
 """Of a larger block of QEMU's own only what QEMU has ever touched is read: the memory of a display
 is 16 MiB of next to nothing."""
@@ -150,14 +151,17 @@ def sparse(pid: int, present: list[Block]) -> set[str]:
 
 
 def zeros(small: list[Block], sparse: set[str]) -> list[tuple[str, int]]:
-    """The blocks of which `pages` leaves out zeros, and how many pages each has."""
+    """The blocks of which `pieces` leaves out zeros, and how many pages each has."""
     return [(block.name, _count(block)) for block in small if block.name in sparse]
 
 
-def pages(pid: int, small: list[Block], sparse: set[str]) -> Iterator[tuple[str, int, bytes]]:
-    """What is in these blocks, page by page: the block's name, the offset, the page, which is empty
-    where it has zeros. Of sparse blocks only what was ever touched: all else has zeros. Raises
-    OSError."""
+Piece = tuple[str, int, bytes]
+"""What is in one block: its name, the offset, whole pages."""
+
+
+def pieces(pid: int, small: list[Block], sparse: set[str]) -> Iterator[Piece]:
+    """What is in these blocks. Of sparse ones only what was ever touched: all else has zeros.
+    Raises OSError."""
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -166,15 +170,38 @@ def pages(pid: int, small: list[Block], sparse: set[str]) -> Iterator[tuple[str,
                 continue
             whole = [(0, _count(block))]
             for first, count in _touched(pagemap, block) if block.name in sparse else whole:
-                data = os.pread(memory, count * PAGE, block.address + first * PAGE)
-                if len(data) < count * PAGE:
-                    raise OSError(errno.EFAULT, f"{block.name} is not all there")
-                for at in range(0, len(data), PAGE):
-                    page = data[at : at + PAGE]
-                    yield block.name, first * PAGE + at, b"" if page == _ZEROS else page
+                for at in range(first, first + count, PIECE_PAGES):
+                    size = min(PIECE_PAGES, first + count - at) * PAGE
+                    data = os.pread(memory, size, block.address + at * PAGE)
+                    if len(data) < size:
+                        raise OSError(errno.EFAULT, f"{block.name} is not all there")
+                    yield block.name, at * PAGE, data
     finally:
         os.close(memory)
         os.close(pagemap)
+
+
+def pages(found: Iterable[Piece]) -> Iterator[Piece]:
+    """The same page by page; one of zeros is empty."""
+    for name, offset, data in found:
+        for at in range(0, len(data), PAGE):
+            page = data[at : at + PAGE]
+            yield name, offset + at, b"" if page == _ZEROS else page
+
+
+def changed(before: list[Piece], now: list[Piece]) -> Iterator[Piece]:
+    """The pages, as `pages` has them, by which `now` differs from `before`. What only one of them
+    tells of has zeros in the other."""
+    if [(name, offset, len(data)) for name, offset, data in before] == [
+        (name, offset, len(data)) for name, offset, data in now
+    ]:
+        differ = [i for i, piece in enumerate(now) if piece[2] != before[i][2]]
+        before, now = [before[i] for i in differ], [now[i] for i in differ]
+    known = {(name, offset): page for name, offset, page in pages(before)}
+    for name, offset, page in pages(now):
+        if known.pop((name, offset), b"") != page:
+            yield name, offset, page
+    yield from ((name, offset, b"") for (name, offset), page in known.items() if page)
 
 
 _ZEROS = bytes(PAGE)

@@ -66,9 +66,10 @@ def opening(
 END_OF_SECTION = struct.pack(">QBI", END, FOOTER, RAM)
 
 
-def memory(pages: Iterable[tuple[str, int, bytes]]) -> Iterator[bytes]:
-    """What follows: `pages` of blocks, each with its offset; an empty one has zeros."""
-    yield struct.pack(">BI", SECTION_END, RAM)
+def memory(pages: Iterable[tuple[str, int, bytes]], kind: int = SECTION_END) -> Iterator[bytes]:
+    """What follows: `pages` of blocks, each with its offset; an empty one has zeros. Any number of
+    SECTION_PART, then one SECTION_END; the last word on a page is right."""
+    yield struct.pack(">BI", kind, RAM)
     for name, offset, page in pages:
         if page:
             yield struct.pack(">Q", offset | WHOLE) + _counted(name) + page

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from itertools import islice
@@ -28,7 +28,7 @@ from postcopyd.vmm.qemu import blocks as ram_blocks
 from postcopyd.vmm.qemu import disks as qemu_disks
 from postcopyd.vmm.qemu import ram, savevm, settings, userfaultfd
 from postcopyd.vmm.qemu.answers import FdSet, Migration, Text
-from postcopyd.vmm.qemu.blocks import Block
+from postcopyd.vmm.qemu.blocks import Block, Piece
 from postcopyd.vmm.qemu.common import Qemu
 from postcopyd.vmm.qemu.events import Events
 from postcopyd.vmm.qemu.qmp import QmpRefused
@@ -42,6 +42,7 @@ CONT_SECONDS = 10.0  # for a guest that was stopped, and whose disks may still b
 DISK_LOCK_SECONDS = 5.0  # how long a destination that was just killed may still hold a disk
 POLL_SECONDS = 0.005
 SMALL_BLOCKS = 1 << 30  # bytes of all together; displays have most of it
+EARLY = 64 << 20  # bytes of them that are kept from before the stop, to see what has changed
 PAGES_AT_ONCE = 256
 LENT = "postcopyd-device-state"  # by this QEMU and whoever asks it know what was lent
 
@@ -162,6 +163,7 @@ class Leaving(Qemu):
             self._watch()
             present = self._present(await self._qmp.execute("x-query-ramblock"))
             await send(self._opening(present))
+            early = await self._send_early(send, present)
             told = self.before == "paused"
 
             def hear(event: dict[str, Any]) -> None:
@@ -187,7 +189,7 @@ class Leaving(Qemu):
                 )
             # QEMU's own migration, too, ends with RAM before it begins with devices.
             async with open_nursery() as crew:
-                crew.start_soon(self._send_memory, send, present)
+                crew.start_soon(self._send_memory, send, present, early)
                 saved = await self._saved()
             while (event := events.take()) is not None:
                 hear(event)
@@ -200,6 +202,14 @@ class Leaving(Qemu):
         if run_state != "running":
             saved = savevm.with_run_state(saved, run_state)
         await send(savevm.devices(saved))
+
+    async def outline(self) -> str:
+        """What has been plugged or mounted since the look before the save may not be in what was
+        saved: so the save counts only if there is no reason against it then either."""
+        text = await super().outline()
+        if self._moved:
+            self._must_be_movable(await self._qmp.ask(Migration, "query-migrate"))
+        return text
 
     def _must_be_movable(self, migration: Migration) -> None:
         if migration.blocked_reasons:
@@ -240,12 +250,38 @@ class Leaving(Qemu):
             ram_blocks.zeros(self._small(present), self._sparse),
         )
 
-    async def _send_memory(
+    async def _send_early(
         self, send: Callable[[bytes], Awaitable[None]], present: list[Block]
+    ) -> list[Piece]:
+        """Sends what is in the small blocks while the guest runs, as hardly any of it changes.
+        Returns it, or nothing if that is more than the daemon should keep for a moment."""
+        early: list[Piece] = []
+        size = 0
+        with looked_at(self.name, self.pid):
+            for piece in ram_blocks.pieces(self.pid, self._small(present), self._sparse):
+                early.append(piece)
+                size += len(piece[2])
+                if size > EARLY:
+                    return []
+        await self._send_pages(send, ram_blocks.pages(early), savevm.SECTION_PART)
+        return early
+
+    async def _send_memory(
+        self,
+        send: Callable[[bytes], Awaitable[None]],
+        present: list[Block],
+        early: list[Piece],
     ) -> None:
-        """Sends what is in the small blocks, while QEMU saves its devices."""
-        pages = ram_blocks.pages(self.pid, self._small(present), self._sparse)
-        pieces = savevm.memory(pages)
+        """Sends what is in the small blocks beyond what was sent, while QEMU saves its devices."""
+        found = ram_blocks.pieces(self.pid, self._small(present), self._sparse)
+        with looked_at(self.name, self.pid):
+            pages = ram_blocks.changed(early, list(found)) if early else ram_blocks.pages(found)
+        await self._send_pages(send, pages, savevm.SECTION_END)
+
+    async def _send_pages(
+        self, send: Callable[[bytes], Awaitable[None]], pages: Iterator[Piece], kind: int
+    ) -> None:
+        pieces = savevm.memory(pages, kind)
         while True:
             with looked_at(self.name, self.pid):
                 data = b"".join(islice(pieces, PAGES_AT_ONCE))
@@ -261,19 +297,16 @@ class Leaving(Qemu):
         has_disks = sure or await qemu_disks.are_taken(self._qmp)
         filename = f"/dev/fdset/{self._fdset}"
         self._moved = True
-        done, migration, _ = await self._qmp.execute_all(
-            [
-                ("xen-save-devices-state", {"filename": filename, "live": has_disks}),
-                ("query-migrate", None),
-                settings.parameters(tls_creds=MOVED),
-            ],
+        (done,) = await self._qmp.execute_all(
+            [("xen-save-devices-state", {"filename": filename, "live": has_disks})],
             patience=STOP_SECONDS,
-            unheard=[("remove-fd", {"fdset-id": self._fdset})],
+            unheard=[
+                settings.parameters(tls_creds=MOVED),
+                ("remove-fd", {"fdset-id": self._fdset}),
+            ],
         )
         if isinstance(done, QmpRefused):
             raise VmmError(f"QEMU would not save the device state of {self.name}: {done.reason}.")
-        # What has been plugged or mounted since the last look may not be in what was saved.
-        self._must_be_movable(self._qmp.as_kind(Migration, migration, "`query-migrate`"))
         assert self._file is not None
         return os.pread(self._file, os.fstat(self._file).st_size, 0)
 
