@@ -53,14 +53,14 @@ async def following(
             yield it, here, there, qmp, migration
 
 
-ENDS = [(qemu, end) for qemu in QEMUS for end in (power_off, terminate)]
+ENDS = [(qemu, end) for qemu in QEMUS for end in (terminate, power_off)]
 ENDS += [(QEMUS[-1], end) for end in (reset, quit_it)]
 
 
 @pytest.mark.parametrize(
     ("qemu", "end"),
     [
-        pytest.param(qemu, end, id=f"{qemu}-{end.__name__}", marks=[pytest.mark.long] * (n > 1))
+        pytest.param(qemu, end, id=f"{qemu}-{end.__name__}", marks=[pytest.mark.long] * (n > 0))
         for n, (qemu, end) in enumerate(ENDS)
     ],
 )
