@@ -19,6 +19,7 @@ GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
 DEB_PACKAGES := debhelper dh-python
 TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev systemd-container iproute2 \
   busybox-static ovmf swtpm
+# Of `test-long` only: libvirt's daemon, which is not started on this machine.
 LIBVIRT_PACKAGES := libvirt-daemon-system libvirt-clients python3-libvirt
 
 .PHONY: all build demo test test-long chaos fuzz bench bench-quick wheel sdist man deb check gen fmt clean
@@ -50,11 +51,13 @@ demo: build
 	$(BIN)/postcopyd demo
 	$(BIN)/postcopyd demo --guest qemu
 
-# What has to take long: two more versions of QEMU under every guest, two hosts with systemd, chaos.
+# What has to take long: two more versions of QEMU under every guest, two hosts with systemd, domains
+# of libvirt, chaos.
 # All else is `test`. TESTS names folders, files or tests.
 test: WHICH := "not long" --dist=worksteal
 # In the order of the folders, so that what takes longest, the kernels, begins early.
 test-long: WHICH := long --dist=loadfile --no-loadscope-reorder
+test-long: TEST_PACKAGES += $(LIBVIRT_PACKAGES)
 test test-long: build deb
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu
@@ -65,12 +68,6 @@ test test-long: build deb
 test-long: version-before
 version-before: build
 	@tools/version-before
-
-# Domains of libvirt, and docs/LIBVIRT.md, with the libvirt that this installs on this machine.
-.PHONY: test-libvirt
-test-libvirt: build deb
-	@tools/debian-packages $(TEST_PACKAGES) $(LIBVIRT_PACKAGES)
-	POSTCOPYD_LIBVIRT=1 $(BIN)/pytest -q tests/system/test_libvirt.py tests/hosts/test_first_guest.py
 
 # A guest that is moved again and again while everything around it breaks: tests/chaos/chaos.py.
 chaos: SEED := 1

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-DriverName = Literal["qemu", "process"]
+DriverName = Literal["qemu", "libvirt", "process"]
 """Those of `Attach` in io.postcopyd.varlink."""
 Decision = Literal["wait", "poison", "kill", "take_back"]
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -23,3 +25,14 @@ def package(name: str) -> Any:
         return import_module(name)
     except ImportError:
         missing(f"the Python package {name}")
+
+
+def libvirt() -> None:
+    """libvirt's daemons, and its binding for the distribution's Python."""
+    for program in ("libvirtd", "virtlogd", "virsh"):
+        if shutil.which(program) is None:
+            missing(f"libvirt ({program})")
+    if subprocess.run(
+        ["/usr/bin/python3", "-c", "import libvirt"], stderr=subprocess.DEVNULL
+    ).returncode:
+        missing("libvirt's binding for Python: the Debian package python3-libvirt")

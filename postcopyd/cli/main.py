@@ -102,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     attach = client("attach", verbs.attach, "tell the daemon of a VM on this host")
     vmm = attach.add_mutually_exclusive_group(required=True)
     vmm.add_argument("--qemu", metavar="QMP_SOCKET", help="a QEMU's QMP socket")
+    vmm.add_argument("--libvirt", action="store_true", help="a domain of this host's libvirt")
     vmm.add_argument("--process", metavar="SOCKET", help="the socket of a cooperating VMM")
     client("detach", verbs.detach, "make the daemon forget a VM, which goes on as it is")
     check = client("check", verbs.check, "find what would make a migration fail; changes nothing")

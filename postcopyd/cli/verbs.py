@@ -148,9 +148,9 @@ def _tell(args: argparse.Namespace, event: str, sentence: str) -> int:
 
 
 def attach(args: argparse.Namespace) -> int:
-    driver = "qemu" if args.qemu else "process"
+    driver = "libvirt" if args.libvirt else "qemu" if args.qemu else "process"
     # Absolute, as the daemon has another working directory.
-    path = os.path.abspath(args.qemu or args.process)
+    path = None if args.libvirt else os.path.abspath(args.qemu or args.process)
     reply = _ask(args, "Attach", name=args.name, driver=driver, socket=path)
     status = reply["status"]
     if args.json:

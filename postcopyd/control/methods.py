@@ -68,12 +68,15 @@ class Control:
         self._daemon = daemon
 
     async def attach(self, call: server.Call) -> Mapping[str, Any]:
-        name, path = call.parameters["name"], call.parameters["socket"]
+        name, driver = call.parameters["name"], call.parameters["driver"]
+        path = call.parameters.get("socket", "")
         if why := names.problem(name):
             raise _invalid(f"cannot attach a VM as {name!r:.80}: {why}")
-        if not os.path.isabs(path) or "\0" in path:
+        if driver == "libvirt" and path:
+            raise _invalid(f"cannot attach {name}: a domain of libvirt has no socket to name")
+        if driver != "libvirt" and (not os.path.isabs(path) or "\0" in path):
             raise _invalid(f"cannot attach {name}: {path!r} has to be an absolute path")
-        status, found = await self._daemon.attach(name, call.parameters["driver"], path)
+        status, found = await self._daemon.attach(name, driver, path)
         return {"status": to_builtins(status), **({"found": to_builtins(found)} if found else {})}
 
     async def detach(self, call: server.Call) -> None:

@@ -12,7 +12,7 @@ from postcopyd.daemon.domains import Domains
 from postcopyd.daemon.inquiries import Inquiries
 from postcopyd.daemon.registry import Registry
 from postcopyd.daemon.restart import Restart
-from postcopyd.model import Checked, MigrateRequest
+from postcopyd.model import Checked, Found, MigrateRequest, Status
 from postcopyd.sessions.shared import Shared
 
 
@@ -30,6 +30,11 @@ class Daemon(Registry):
         self.serve_peer = self.acceptor.serve_peer
         self.recover, self.resolve = decisions.recover, decisions.resolve
         self.unattached = self._domains.shown
+
+    async def attach(self, name: str, driver: str, socket: str) -> tuple[Status, Found | None]:
+        if driver == "libvirt":
+            socket = self._domains.socket(name)
+        return await super().attach(name, driver, socket)
 
     async def check(self, name: str, to: str, unsafe: bool = False) -> Checked:
         await self._domains.find(name)

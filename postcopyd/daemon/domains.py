@@ -19,6 +19,7 @@ from postcopyd.daemon.registry import DRIVERS, Registry, certainly_ended
 from postcopyd.errors import PostcopydError
 from postcopyd.model import Status
 from postcopyd.net.channel import Channel, PeerError
+from postcopyd.sessions import alike
 from postcopyd.sessions.patience import END_S, within
 from postcopyd.sessions.vm import DAEMON, Vm
 from postcopyd.tasks.nursery import open_nursery
@@ -37,6 +38,16 @@ class Domains:
 
     def _socket(self, name: str) -> str:
         return f"{self._uri}#{name}"
+
+    def socket(self, name: str) -> str:
+        """How a domain of this name would be reached. Raises PostcopydError if none can be."""
+        if not calls.here(self._uri):
+            raise PostcopydError(
+                f"attaching {name}: this daemon has no libvirt that it may use: start libvirt's "
+                f"daemon, and see `libvirt` in postcopyd.toml",
+                "Refused",
+            )
+        return self._socket(name)
 
     async def find(self, name: str) -> None:
         """Attaches the domain of this name, if it runs here and the daemon does not have it. Raises
@@ -81,7 +92,8 @@ class Domains:
     async def unfit(self, offer: p.Offer) -> list[str]:
         """Why it could not be made here: sentences."""
         kind, socket = self._kind(offer), self._socket(offer.vm)
-        return await kind.unfit(offer.vm, socket, offer.definition, like(offer))
+        made = await kind.foreseen(offer.vm, socket, offer.definition, like(offer))
+        return [*made.problems, *alike.differences(made, offer.driver, offer)]
 
     def _kind(self, offer: p.Offer) -> type[Vmm]:
         kind = DRIVERS.get(offer.driver)

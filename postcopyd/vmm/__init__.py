@@ -313,8 +313,9 @@ class Vmm(abc.ABC):
     # --- destination
 
     @classmethod
-    async def unfit(cls, name: str, socket: str, definition: str, like: Shape) -> list[str]:
-        """Why `expect` would fail on this host: sentences. Changes nothing. Only with `makes`."""
+    async def foreseen(cls, name: str, socket: str, definition: str, like: Shape) -> Shape:
+        """What `expect` would make on this host, as far as that can be known, with the `problems`
+        why it would fail. Changes nothing. Only with `makes`."""
         raise VmmError(f"the {cls.kind} driver makes no VMM for {name}")
 
     @classmethod

@@ -4,8 +4,8 @@
 A fenced block marked `console` has prompts (`host1# `, `host2# `, `# ` or `$ `), each with a
 command, which goes on over lines that end in a backslash and through a here document, and what it
 prints. Figures, addresses and ids may differ, as may which progress lines come; `...` stands for
-any lines, within a line for any words. A comment before a block says why it is not run, or what it
-needs that others do without: `<!-- not run: WHY -->`, `<!-- needs: WHAT -->`.
+any lines, within a line for any words. A comment before a block says why it is not run:
+`<!-- not run: WHY -->`.
 
 Knows no document and no host: who runs one gives a function for each prompt.
 """
@@ -27,7 +27,7 @@ Run = Callable[[str], tuple[int, str]]
 """A command's exit status and all that it printed."""
 
 _FENCE = re.compile(r"^( *)```(\w*)$")
-_COMMENT = re.compile(r"<!-- (not run|needs): (.+) -->")
+_COMMENT = re.compile(r"<!-- not run: (.+) -->")
 _PROMPT = re.compile(r"((?:host\d)?[#$]) (.*)")
 _HERE = re.compile(r"<<-?'?(\w+)'?")
 
@@ -54,21 +54,20 @@ class Command:
 
 @dataclass
 class Block:
-    """One block of commands; `not_run` is the reason that is given, `needs` what few have."""
+    """One block of commands; `not_run` is the reason that is given."""
 
     line: int
     not_run: str
-    needs: str
     commands: list[Command]
 
 
 def blocks(document: Path) -> Iterator[Block]:
     """All blocks of commands. Raises AssertionError for one that cannot be read."""
     lines = iter(enumerate(document.read_text().splitlines(), 1))
-    said: dict[str, str] = {}
+    not_run = ""
     for number, line in lines:
         if comment := _COMMENT.fullmatch(line.strip()):
-            said[comment[1]] = comment[2]
+            not_run = comment[1]
         if fence := _FENCE.match(line):
             inside = []
             for at, text in lines:
@@ -79,9 +78,9 @@ def blocks(document: Path) -> Iterator[Block]:
             assert fence[2] or not prompts, f"{document.name}:{prompts[0]}: a block for `console`"
             if fence[2] == "console":
                 commands = list(_commands(document, inside))
-                yield Block(number, said.get("not run", ""), said.get("needs", ""), commands)
+                yield Block(number, not_run, commands)
         if line.strip() and not comment:
-            said = {}
+            not_run = ""
 
 
 def _commands(document: Path, inside: list[tuple[int, str]]) -> Iterator[Command]:
@@ -143,12 +142,12 @@ def _words(text: str) -> str:
     return re.sub(r"(?:\\ )+", " +", re.escape(text)).replace(r"\.\.\.", ".*")
 
 
-def run(document: Path, prompts: Mapping[str, Run], needs: str = "") -> int:
-    """Runs all blocks that need this, by default nothing; how many commands that was. Raises
-    AssertionError where what was printed, or that it failed, is not what the document says."""
+def run(document: Path, prompts: Mapping[str, Run]) -> int:
+    """Runs all blocks; how many commands that was. Raises AssertionError where what was printed, or
+    that it failed, is not what the document says."""
     count = 0
     for block in blocks(document):
-        if block.not_run or block.needs != needs:
+        if block.not_run:
             continue
         for command in block.commands:
             status, said = prompts[command.prompt](command.text)

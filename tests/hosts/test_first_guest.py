@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/FIRST-GUEST.md as a new user types it, on two hosts that have nothing but Debian.
 
-docs/LIBVIRT.md goes on from there, where $POSTCOPYD_LIBVIRT says so: `make test-libvirt`.
+docs/LIBVIRT.md goes on from there.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from containers import REPOSITORY, Host
-from needs import missing
+from needs import libvirt, missing
 
 sys.path.append(str(Path(__file__).parent.parent / "documents"))
 import console as d
@@ -56,9 +55,9 @@ def test_first_guest(prompts: dict[str, d.Run]) -> None:
     assert d.run(DOCS / "FIRST-GUEST.md", prompts) > 40
 
 
-@pytest.mark.skipif("POSTCOPYD_LIBVIRT" not in os.environ, reason="`make test-libvirt` runs it")
 def test_libvirt(fresh: tuple[Host, Host], prompts: dict[str, d.Run]) -> None:
     """The same of docs/LIBVIRT.md, with the libvirt of this machine's Debian."""
+    libvirt()
     blocks = list(d.blocks(DOCS / "FIRST-GUEST.md"))
     guest = next(block for block in blocks if "guest/init" in str(block.commands))
     for command in guest.commands:
@@ -66,4 +65,4 @@ def test_libvirt(fresh: tuple[Host, Host], prompts: dict[str, d.Run]) -> None:
     for host in fresh:
         host.run(["ln", "-s", str(host.shared), "/srv/web1"])
     prompts["host1#"]("mv web1.initrd /srv/web1/initrd; truncate -s 16M /srv/web1/disk")
-    assert d.run(DOCS / "LIBVIRT.md", prompts, needs="libvirt") > 20
+    assert d.run(DOCS / "LIBVIRT.md", prompts) > 20

@@ -19,7 +19,7 @@ from typing import Any
 
 import trio
 from guests import qemu as q
-from needs import missing
+from needs import libvirt, missing
 
 from postcopyd.demo import qemu_guest as demo
 from postcopyd.demo.hosts import Host
@@ -220,9 +220,7 @@ async def libvirt_pair(
     """Two hosts, each with libvirt and a daemon, and a domain that runs at the first."""
     if os.geteuid() != 0:
         missing("root")
-    for needed in ("libvirtd", "virtlogd", "virsh"):
-        if shutil.which(needed) is None:
-            missing(f"libvirt ({needed})")
+    libvirt()
     folder.chmod(0o755)
     kernel, initramfs = boot
     disk = folder / "disk"

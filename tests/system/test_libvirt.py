@@ -17,10 +17,7 @@ from pair import MIB, status_until, until
 
 from postcopyd.errors import PostcopydError
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif("POSTCOPYD_LIBVIRT" not in os.environ, reason="`make test-libvirt` runs it"),
-]
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture

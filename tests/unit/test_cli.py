@@ -161,7 +161,7 @@ def test_no_certificates() -> None:
         ((), "a verb is missing"),
         (("fly",), "fly"),
         (("--control", "/x", "list"), "'/x'"),
-        (("attach", "web1"), "--qemu --process is required"),
+        (("attach", "web1"), "--qemu --libvirt --process is required"),
         (("attach", "web1", "--qemu", "/a", "--process", "/b"), "not allowed with"),
         (("migrate", "web1"), "--to"),
         (("migrate", "web1", "--to", "a:b"), "'a:b'"),
@@ -329,6 +329,8 @@ async def test_the_short_verbs(tmp_path: Path) -> None:
         assert (await h.run("resolve", "web1", "--kill")).status == 0
         ran = await h.run("detach", "web1", "--json")
         assert (ran.status, ran.objects) == (0, [{"event": "detached", "vm": "web1"}])
+        ran = await h.run("attach", "web2", "--libvirt")
+        assert (ran.status, ran.out) == (0, "web2: idle, web2 runs here\n")
         asked = [entry for entry in h.daemon.asked if entry[0] != "check"]
     assert asked == [
         ("attach", "web1", "qemu", f"{os.getcwd()}/qmp.sock"),
@@ -337,6 +339,7 @@ async def test_the_short_verbs(tmp_path: Path) -> None:
         ("recover", "web1", "host3:16525"),
         ("resolve", "web1", "kill"),
         ("detach", "web1"),
+        ("attach", "web2", "libvirt", ""),
     ]
 
 

@@ -115,6 +115,7 @@ async def test_each_method_reaches_the_daemon(tmp_path: Path) -> None:
     async with serving(daemon, tmp_path) as path:
         reply = await ask(path, "Attach", name="db", driver="qemu", socket="/run/db.qmp")
         assert reply["status"]["vm"] == "db"
+        await ask(path, "Attach", name="web2", driver="libvirt")
         assert await ask(path, "Check", name="db", to="host2") == {
             "problems": [],
             "warnings": [],
@@ -130,9 +131,10 @@ async def test_each_method_reaches_the_daemon(tmp_path: Path) -> None:
         await ask(path, "Detach", name="db")
         reply = await ask(path, "Status", name="web1")
         assert (reply["status"]["vm"], reply["status"]["phase"]) == ("web1", "precopy")
-        assert [status["vm"] for status in (await ask(path, "List"))["vms"]] == ["web1"]
+        assert [status["vm"] for status in (await ask(path, "List"))["vms"]] == ["web1", "web2"]
     assert daemon.asked == [
         ("attach", "db", "qemu", "/run/db.qmp"),
+        ("attach", "web2", "libvirt", ""),
         ("check", "db", "host2:16525"),
         ("migrate", "db", MigrateRequest(to="[::1]:7")),
         ("migrate", "web1", MigrateRequest("host2:16525", "postcopy", 5, 0, 30, True)),
@@ -174,6 +176,8 @@ async def test_the_daemons_errors_keep_their_name(tmp_path: Path, name: str) -> 
         ("Attach", {"name": "x\n", "driver": "qemu", "socket": "/s"}, "invisible characters"),
         ("Attach", {"name": "..", "driver": "qemu", "socket": "/s"}, "path"),
         ("Attach", {"name": "x", "driver": "qemu", "socket": "s"}, "absolute"),
+        ("Attach", {"name": "x", "driver": "process"}, "absolute"),
+        ("Attach", {"name": "x", "driver": "libvirt", "socket": "/s"}, "no socket"),
         ("Migrate", {"name": "x", "to": "::1"}, "brackets"),
         ("Migrate", {"name": "x", "to": "h:0"}, "HOST:PORT"),
         ("Migrate", {"name": "x", "to": "h", "bandwidth": 0}, "bandwidth"),

@@ -6,9 +6,11 @@ from __future__ import annotations
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 import trio
 
@@ -18,7 +20,9 @@ from postcopyd.daemon.domains import Domains
 from postcopyd.daemon.registry import Registry
 from postcopyd.errors import PostcopydError
 from postcopyd.records.store import Store
+from postcopyd.sessions import alike
 from postcopyd.sessions.shared import Shared
+from postcopyd.vmm import Disk, DiskFile
 from postcopyd.vmm.libvirt import calls
 
 OFFER = p.Offer(
@@ -39,6 +43,7 @@ class Made:
     makes, kind = True, "made"
     farewell = None
     problems: ClassVar[list[str]] = []
+    disks: ClassVar[tuple[Disk, ...]] = ()
     made: ClassVar[list[Made]] = []
 
     def __init__(self, name: str, socket: str) -> None:
@@ -48,8 +53,8 @@ class Made:
         self.closed = False
 
     @classmethod
-    async def unfit(cls, *_: Any) -> list[str]:
-        return cls.problems
+    async def foreseen(cls, name: str, socket: str, definition: str, like: Any) -> Any:
+        return replace(like, problems=cls.problems, disks=cls.disks)
 
     @classmethod
     async def expect(cls, name: str, socket: str, definition: str, like: Any) -> Made:
@@ -148,10 +153,31 @@ async def test_nothing_is_made_for_what_does_not_fit(kind: type[Made], tmp_path:
     async with daemon(tmp_path, libvirt="") as vms:
         with pytest.raises(PostcopydError, match="no libvirt"):
             await Domains(vms).unfit(OFFER)
+        with pytest.raises(PostcopydError, match="no libvirt"):
+            Domains(vms).socket("web1")
         assert await Domains(vms).shown() == []
         await Domains(vms).find("web1")
         assert vms.vms == {}
     assert kind.made == []
+
+
+async def test_disks_are_compared_before_anything_is_made(
+    kind: type[Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of this host's own is not the one that has the same name at the source."""
+
+    def disk(inode: str) -> Disk:
+        ids = {"kernel a": inode}
+        return Disk("vda", "raw", (DiskFile("/srv/disk", "ext4", False, True, ids),))
+
+    offer = msgspec.structs.replace(OFFER, disks=alike.offered([disk("1")]))
+    async with daemon(tmp_path) as vms:
+        monkeypatch.setattr(Made, "disks", (disk("1"),))
+        assert await Domains(vms).unfit(offer) == []
+        monkeypatch.setattr(Made, "disks", (disk("2"),))
+        (problem,) = await Domains(vms).unfit(offer)
+        assert "disk vda is another file here" in problem
+        assert await Domains(vms).unfit(msgspec.structs.replace(offer, unsafe=True)) == []
 
 
 async def test_a_source_that_takes_its_offer_back_ends_the_making(

@@ -6,14 +6,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from postcopyd.host import procfs
-from postcopyd.vmm import DiskFile
-from postcopyd.vmm.qemu.disk_files import LOCAL_BLOCK, File, _device_ids
+from postcopyd.vmm import Disk, DiskFile
+from postcopyd.vmm.qemu.disk_files import LOCAL_BLOCK, File, _device_ids, to_be_opened
 from postcopyd.vmm.qemu.disk_files import seen as seen_in
 from postcopyd.vmm.qemu.disks import (
     _Backend,
@@ -247,3 +248,19 @@ def test_nodes_hang_together_as_qemu_says() -> None:
     assert tree.chain == "raw of 9 bytes in raw of 9 bytes"
     assert [leaf.name for leaf, _ in tree.leaves(True)] == ["/2"]
     assert nodes().tree("gone") is None
+
+
+async def test_files_that_nobody_has_opened_yet(tmp_path: Path) -> None:
+    """They are those that a QEMU would find which is started later; one that is not there is
+    named."""
+    image = tmp_path / "disk"
+    with opened(image):
+        found = seen(image)
+        server = DiskFile("nbd://x", "nbd", True, True, {})
+        there = (replace(found, ids={}, where="nfs"), server)
+        disks, problems = await to_be_opened([Disk("vd0", "raw", there)])
+        assert (disks, problems) == ([Disk("vd0", "raw", (found, server))], [])
+    image.unlink()
+    disks, problems = await to_be_opened([Disk("vd0", "raw", (found,))])
+    assert disks[0].files == (found,)
+    assert "shared" in problems[0] and str(image) in problems[0]

@@ -22,7 +22,7 @@ import trio
 
 from postcopyd.errors import PostcopydError
 from postcopyd.vmm import Role, Shape, VmmError, kill
-from postcopyd.vmm.libvirt import calls, waiting
+from postcopyd.vmm.libvirt import calls, needs, waiting
 from postcopyd.vmm.libvirt.monitor import LibvirtMonitor
 from postcopyd.vmm.qemu import blocks as ram_blocks
 from postcopyd.vmm.qemu import disk_files, userfaultfd
@@ -31,6 +31,9 @@ from postcopyd.vmm.qemu.driver import QemuVmm
 
 CALLED_OFF_S = 3.0
 """How long the QEMU may take to end after libvirt has returned."""
+
+TOLD = ("live", "kept", "autostart", "known", "host")
+"""What the other host is told of a domain: of what the helper's `describe` says."""
 
 MOST_XML = 1 << 20  # bytes; libvirt's own limit is 10 times that
 
@@ -51,17 +54,17 @@ class LibvirtVmm(QemuVmm):
 
     @property
     def _uri(self) -> str:
-        return self.socket.rpartition("#")[0]
+        return self.socket.partition("#")[0]
 
     @classmethod
     async def connect(cls, name: str, socket: str) -> Self:
         """Takes libvirt's monitor of a domain that runs. Raises PostcopydError."""
-        uri = socket.rpartition("#")[0]
+        uri = socket.partition("#")[0]
         return await cls.opened(name, socket, LibvirtMonitor(uri, name))
 
     @classmethod
     async def known(cls, name: str, socket: str, pid: int) -> Self:
-        uri = socket.rpartition("#")[0]
+        uri = socket.partition("#")[0]
         return cls(name, socket, LibvirtMonitor(uri, name, pid), pid, pidfd_of(name, pid))
 
     # --- the source
@@ -71,9 +74,9 @@ class LibvirtVmm(QemuVmm):
         the domain would not arrive."""
         doing = f"looking at the domain {self.name}"
         described = await calls.ask(self._uri, doing, "describe", name=self.name)
-        if found := refusals(self.name, described):
+        if found := needs.refusals(self.name, described):
             raise PostcopydError("; ".join(found), "Refused")
-        text = json.dumps({key: described[key] for key in ("live", "kept", "autostart")})
+        text = json.dumps({key: described[key] for key in TOLD})
         return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
     async def finish(self, keep: bool) -> None:
@@ -89,16 +92,27 @@ class LibvirtVmm(QemuVmm):
     # --- the destination
 
     @classmethod
-    async def unfit(cls, name: str, socket: str, definition: str, like: Shape) -> list[str]:
-        uri = socket.rpartition("#")[0]
-        uuid = _domain(name, definition)[1]
-        doing = f"looking whether the domain {name} can be made here"
-        found: list[str] = await calls.ask(uri, doing, "fits", name=name, uuid=uuid)
-        return found + waiting.unclear(like)
+    async def foreseen(cls, name: str, socket: str, definition: str, like: Shape) -> Shape:
+        uri = socket.partition("#")[0]
+        live, domain = _domain(name, definition)
+        known = _read(definition)
+        found: list[str] = await calls.ask(
+            uri,
+            f"looking whether the domain {name} can be made here",
+            "fits",
+            name=name,
+            uuid=domain.findtext("uuid", ""),
+            live=live,
+            known=known["known"],
+            host=known["host"],
+            **needs.needed(domain),
+        )
+        disks, unseen = await disk_files.to_be_opened(like.disks)
+        return replace(like, disks=tuple(disks), problems=(*found, *unseen))
 
     @classmethod
     async def expect(cls, name: str, socket: str, definition: str, like: Shape) -> Self:
-        uri = socket.rpartition("#")[0]
+        uri = socket.partition("#")[0]
         xml, _ = _domain(name, definition)
         restore = waiting.Restore(name, uri)
         try:
@@ -217,23 +231,6 @@ class LibvirtVmm(QemuVmm):
         await super().aclose()
 
 
-def refusals(name: str, described: dict[str, Any]) -> list[str]:
-    """What of a domain would not arrive, or cannot be moved: sentences."""
-    found = []
-    for what, count in (("snapshots", "snapshots"), ("checkpoints", "checkpoints")):
-        if described[count]:
-            found.append(
-                f"The domain {name} has {described[count]} {what}, of which the other host's "
-                f"libvirt would not know: delete them (`virsh {what[:-1]}-delete --metadata`)."
-            )
-    if "<genid>" in described["live"]:
-        found.append(
-            f"The domain {name} has a <genid>, which libvirt changes when it makes a domain anew: "
-            f"take it out of the XML."
-        )
-    return found
-
-
 def _read(definition: str) -> dict[str, Any]:
     """The inverse of `definition`. Raises VmmError for what a peer may send instead."""
     try:
@@ -241,21 +238,26 @@ def _read(definition: str) -> dict[str, Any]:
         text = unpacking.decompress(base64.b64decode(definition, validate=True), 2 * MOST_XML)
         known = json.loads(text)
         if isinstance(known["live"], str) and isinstance(known["kept"], str):
-            return {**known, "autostart": known["autostart"] is True}
+            host = known.get("host")
+            return {
+                "live": known["live"],
+                "kept": known["kept"],
+                "autostart": known["autostart"] is True,
+                "known": known.get("known") is True,
+                "host": host if isinstance(host, str) else "",
+            }
     except (ValueError, zlib.error, KeyError, TypeError, RecursionError):
         pass
     raise VmmError("the source sent something else than the definition of a domain")
 
 
-def _domain(name: str, definition: str) -> tuple[str, str]:
-    """The XML of the domain that is to be made, and its UUID. Raises VmmError."""
+def _domain(name: str, definition: str) -> tuple[str, ElementTree.Element]:
+    """The XML of the domain that is to be made, as text and read. Raises VmmError."""
     known = _read(definition)
     try:  # expat has limits of its own for what a peer may send
         found = [ElementTree.fromstring(known[k]) for k in ("live", "kept") if known[k]]  # noqa: S314
     except ElementTree.ParseError:
         found = []
-    named = {one.findtext("name") for one in found}
-    uuid = (found[0].findtext("uuid") if found else None) or ""
-    if named != {name}:
+    if not known["live"] or {one.findtext("name") for one in found} != {name}:
         raise VmmError(f"the source sent the definition of another domain than {name}")
-    return known["live"], uuid
+    return known["live"], found[0]

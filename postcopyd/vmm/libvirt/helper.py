@@ -31,6 +31,7 @@ import threading
 import time
 from contextlib import suppress
 from typing import Any
+from xml.etree import ElementTree
 
 import libvirt
 import libvirt_qemu
@@ -54,6 +55,9 @@ RUBBISH = b"\0" * 4096
 
 ONCE = frozenset({"xen-save-devices-state"})
 """What QEMU may not be told twice: before 10 it aborts when it gives up disks that it has not."""
+
+AS_THE_HOST = ("host-passthrough", "maximum")
+"""Modes of a CPU which the host gives as it is. libvirt compares none of them."""
 
 QEMU_GONE = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 
@@ -102,21 +106,83 @@ class Asked:
         return [domain.name() for domain in self._libvirt.listAllDomains(active)]
 
     def describe(self, name: str) -> Any:
-        """A domain that runs, as another libvirt needs it; and what that would not get."""
+        """A domain that runs, as another libvirt needs it; and what that would not get. A CPU that
+        is not `known` is not what libvirt here takes this host for: it need not elsewhere."""
         domain = self._libvirt.lookupByName(name)
         live = libvirt.VIR_DOMAIN_XML_MIGRATABLE | libvirt.VIR_DOMAIN_XML_SECURE
         kept = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
         persistent = bool(domain.isPersistent())
+        xml = domain.XMLDesc(live)
         return {
-            "live": domain.XMLDesc(live),
+            "live": xml,
             "kept": domain.XMLDesc(kept) if persistent else "",
             "autostart": persistent and bool(domain.autostart()),
+            "known": not self._lacks_cpu(xml),
+            "host": self._host() if cpu_of(xml)[0] in AS_THE_HOST else "",
+            "libvirt": self._libvirt.getLibVersion(),
+            "job": domain.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE,
             "snapshots": domain.snapshotNum(),
             "checkpoints": len(domain.listAllCheckpoints()),
         }
 
-    def fits(self, name: str, uuid: str) -> Any:
-        """What stands in the way of a domain of this name here: sentences."""
+    def fits(
+        self, name: str, uuid: str, live: str, known: bool, host: str, **needed: list[Any]
+    ) -> Any:
+        """What stands in the way of a domain of this name here: sentences. `known` and `host` are
+        `describe`'s, `needed` is needs.py's."""
+        problems = self._taken(name, uuid)
+        lacking = [f"the <{what}> {path} of {name} is not here" for what, path in needed["files"]
+                   if not os.path.exists(path)]  # fmt: skip
+        problems += lacking or self._lacks_cpu(live, as_there=known, host=host)
+        for link in needed["links"]:
+            if not os.path.exists(f"/sys/class/net/{link}"):
+                problems.append(f"{name} uses the network device {link}, which is not here")
+        for network in needed["networks"]:
+            find = self._libvirt.networkLookupByName
+            problems += _inactive(f"net-start {network}", f"network {network}", find, network)
+        for pool, volume in needed["volumes"]:
+            find = self._libvirt.storagePoolLookupByName
+            missing = _inactive(f"pool-start {pool}", f"storage pool {pool}", find, pool)
+            if not missing:
+                try:
+                    find(pool).storageVolLookupByName(volume)
+                except libvirt.libvirtError as error:
+                    missing.append(f"the volume {volume} of {name} is not here: {error}")
+            problems += missing
+        return problems
+
+    def _lacks_cpu(self, live: str, *, as_there: bool = True, host: str = "") -> list[str]:
+        """Why libvirt here cannot give a domain its machine and CPU: sentences. `host` is the CPU
+        of the host that it has as it is."""
+        mode, cpu, *machine = cpu_of(live)
+        try:
+            self._libvirt.getDomainCapabilities(*machine)
+        except libvirt.libvirtError as error:
+            return [f"QEMU here has no such machine: {error}"]
+        if mode in AS_THE_HOST:
+            if host and self._libvirt.compareCPU(host) != libvirt.VIR_CPU_COMPARE_IDENTICAL:
+                return [
+                    f"the domain has the CPU of its host as it is ({mode}), and this host has "
+                    f"another: start it with a CPU that both have (`virsh hypervisor-cpu-baseline`)"
+                ]
+        elif cpu and as_there:
+            fail = libvirt.VIR_CONNECT_COMPARE_CPU_FAIL_INCOMPATIBLE
+            try:
+                self._libvirt.compareHypervisorCPU(*machine, cpu, fail)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() == libvirt.VIR_ERR_CPU_INCOMPATIBLE:
+                    return [
+                        f"this host lacks a part of the domain's CPU ({error}): start it with one "
+                        f"that both have (`virsh hypervisor-cpu-baseline`)"
+                    ]
+        return []
+
+    def _host(self) -> str:
+        host = ElementTree.fromstring(self._libvirt.getCapabilities())  # noqa: S314
+        cpu = host.find("host/cpu")
+        return "" if cpu is None else ElementTree.tostring(cpu, "unicode")
+
+    def _taken(self, name: str, uuid: str) -> list[str]:
         problems = []
         for domain in self._libvirt.listAllDomains():
             same = domain.name() == name
@@ -156,6 +222,29 @@ class Asked:
         except libvirt.libvirtError as error:
             if error.get_error_code() not in QEMU_GONE:
                 raise
+
+
+def _inactive(start: str, what: str, find: Any, name: str) -> list[str]:
+    try:
+        active = find(name).isActive()
+    except libvirt.libvirtError as error:
+        return [f"libvirt here has no {what} ({error}): define it as at the source"]
+    return [] if active else [f"the {what} of libvirt here is not active: `virsh {start}` here"]
+
+
+def cpu_of(live: str) -> tuple[str, str, str | None, str | None, str | None, str | None]:
+    """The mode of a domain's CPU, its XML, and emulator, architecture, machine and type."""
+    domain = ElementTree.fromstring(live)  # noqa: S314 (the daemon has read it)
+    cpu, os_type = domain.find("cpu"), domain.find("os/type")
+    machine = {} if os_type is None else os_type.attrib
+    return (
+        "" if cpu is None else cpu.get("mode", "custom"),
+        "" if cpu is None else ElementTree.tostring(cpu, "unicode"),
+        domain.findtext("devices/emulator"),
+        machine.get("arch"),
+        machine.get("machine"),
+        domain.get("type"),
+    )
 
 
 def ask(uri: str, channel: socket.socket) -> None:

@@ -3,11 +3,14 @@
 
 Owns the helper process of that restore, until libvirt's call has returned or `call_off`. libvirt
 works at the domain all that time, and keeps its monitor from everybody. So its RAM is found in
-/proc: by size, and by what the kernel says of the mapping.
+/proc: by size, by what the kernel says of the mapping, and where that leaves a choice by QEMU's own
+list of blocks. Once QEMU can be asked, and before the guest runs, all of it is compared with what
+QEMU says (`not_where_it_was`).
 """
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 from collections.abc import AsyncIterable, Iterator
@@ -32,6 +35,10 @@ RETURN_S = 10.0
 of its own meanwhile. The guest runs nowhere, so not for long."""
 
 LOOK_S = 0.01
+
+ADDRESS, LENGTH = 52, 28
+"""Of a RAMBlock in QEMU (include/exec/ramblock.h, 7.2 to 11.1): so many bytes before its name stand
+the address of its memory and how much of that is in use."""
 
 MOST = 256 << 10
 """Bytes of one piece."""
@@ -62,7 +69,8 @@ class Restore:
         except trio.TooSlowError:
             raise VmmTimeout(
                 f"{self._doing}: libvirt has not started a QEMU with its memory within "
-                f"{MADE_S:.0f} s: see the logs of libvirt and of the domain"
+                f"{MADE_S:.0f} s, or its parts are not known by name: see the logs of libvirt and "
+                f"of the domain"
             ) from None
         return pid
 
@@ -130,29 +138,43 @@ async def regions(like: Shape, pid: int) -> tuple[list[Region], list[str]]:
     with looked_at("the domain", pid):
         for region, starts in zip(like.regions, places(like, pid), strict=True):
             if len(starts) != 1:
-                return [], [_unclear(region)]
+                return [], [
+                    f"Guest RAM '{region.name}' cannot be told from other memory of {region.size} "
+                    f"bytes before the guest is there: give the NUMA nodes different sizes."
+                ]
             block = Block(region.name, region.size, region.size, starts[0])
             found.append(ram.Backend(region.name, "memory", region.size, False, block))
         return await trio.to_thread.run_sync(ram.regions, found, pid, limiter=threads.WALKS)
 
 
-def unclear(like: Shape) -> list[str]:
-    """Which parts of guest RAM `regions` could not tell apart: sentences."""
-    sizes = [region.size for region in like.regions]
-    return [_unclear(region) for region in like.regions if sizes.count(region.size) > 1]
-
-
-def _unclear(region: Region) -> str:
-    return (
-        f"Guest RAM '{region.name}' is one of several parts of {region.size} bytes, which cannot "
-        f"be told apart before the guest is there: give the NUMA nodes different sizes."
-    )
-
-
 def places(like: Shape, pid: int) -> list[list[int]]:
-    """For each region, the mappings that may be it. Raises OSError."""
+    """For each region, the mappings that may be it: one, once QEMU has all of them. Raises
+    OSError."""
     there = list(_ram(pid))
-    return [[start for start, size in there if size == region.size] for region in like.regions]
+    sizes = [region.size for region in like.regions]
+    found = []
+    for region in like.regions:
+        starts = [start for start, size in there if size == region.size]
+        if starts and (len(starts) > 1 or sizes.count(region.size) > 1):
+            starts = _named(region, starts, pid)
+        found.append(starts)
+    return found
+
+
+def _named(region: Region, starts: list[int], pid: int) -> list[int]:
+    """Those that QEMU has a block for of this name and size, in its heap. Raises OSError."""
+    found = set()
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for heap in (one for one in procfs.mappings(pid) if one.path == "[heap]"):
+            data = os.pread(memory.fileno(), heap.length, heap.start)
+            for name in (region.name, f"/objects/{region.name}"):
+                at = ADDRESS - 1
+                while (at := data.find(name.encode() + b"\0", at + 1)) >= 0:
+                    (address,) = struct.unpack_from("<Q", data, at - ADDRESS)
+                    (length,) = struct.unpack_from("<Q", data, at - LENGTH)
+                    if address in starts and length == region.size:
+                        found.add(address)
+    return sorted(found)
 
 
 def _ram(pid: int) -> Iterator[tuple[int, int]]:

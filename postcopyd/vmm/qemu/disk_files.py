@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import trio
 
@@ -76,6 +77,32 @@ async def as_named(disks: Sequence[Disk], pid: int) -> list[Disk]:
             replace(one, files=tuple(_again(opened, one.name, f) for f in one.files))
             for one in disks
         ]
+
+    return await trio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=threads.STORAGE)
+
+
+async def to_be_opened(disks: Sequence[Disk]) -> tuple[list[Disk], list[str]]:
+    """The disks of a QEMU that is not there yet, of this host's files by these names, and why some
+    could not be opened: sentences. A file that only QEMU's user may see counts as the same."""
+
+    def look() -> tuple[list[Disk], list[str]]:
+        problems = []
+        with _OnThisHost() as opened:
+
+            def found(disk: str, there: DiskFile) -> DiskFile:
+                try:
+                    return _again(opened, disk, there)
+                except PermissionError:
+                    return there
+                except OSError as error:
+                    problems.append(
+                        f"Disk '{disk}' is in {there.path}, which cannot be opened here "
+                        f"({error.strerror}): put it on storage that both hosts share."
+                    )
+                    return there
+
+            files = [tuple(found(one.name, file) for file in one.files) for one in disks]
+        return [replace(one, files=f) for one, f in zip(disks, files, strict=True)], problems
 
     return await trio.to_thread.run_sync(look, abandon_on_cancel=True, limiter=threads.STORAGE)
 
@@ -214,3 +241,22 @@ class _Opened:
             here = root if target.startswith("/") else here
             left = target.split("/") + left
         return here
+
+
+class _OnThisHost(_Opened):
+    """Files that nobody has opened yet, by their names on this host; closed at the end."""
+
+    def __init__(self) -> None:
+        self.pid, self.links = os.getpid(), {}
+        self._held: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in self._held:
+            os.close(number)
+
+    def number(self, name: str) -> int:
+        self._held.append(os.open(name, os.O_PATH | os.O_CLOEXEC))
+        return self._held[-1]
