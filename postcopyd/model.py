@@ -17,7 +17,8 @@ Decision = Literal["wait", "poison", "kill", "take_back"]
 
 @dataclass(frozen=True)
 class MigrateRequest:
-    """A migration as asked for: `to` is HOST:PORT, `bandwidth` in bytes per second."""
+    """A migration as asked for: `to` is HOST:PORT, `bandwidth` in bytes per second. The last three
+    are for domains of libvirt; `xml` is the domain's as it is to be there, empty for as it is."""
 
     to: str
     mode: Literal["hybrid", "postcopy", "precopy"] = "hybrid"
@@ -26,6 +27,24 @@ class MigrateRequest:
     max_downtime_ms: float | None = None
     keep_source: bool = False
     unsafe: bool = False
+    persistent: bool = False
+    undefine_source: bool = False
+    xml: str = ""
+
+    @property
+    def persists(self) -> bool | None:
+        """Whether the domain is to be persistent there; None: if it is here."""
+        return self.persistent if self.persistent or self.undefine_source else None
+
+    @property
+    def undefines(self) -> bool:
+        """Whether a persistent domain is to be undefined here."""
+        return self.undefine_source or not self.persistent
+
+    @property
+    def for_a_domain(self) -> bool:
+        """Whether something is asked for that only domains of libvirt have."""
+        return bool(self.persistent or self.undefine_source or self.xml)
 
 
 class Memory(msgspec.Struct, frozen=True, rename="camel"):

@@ -133,6 +133,15 @@ def parser() -> argparse.ArgumentParser:
         moving.add_argument("--unsafe", action="store_true", help=(
             "you assert that both hosts have the same disk files, where the daemons cannot see it"
         ))  # fmt: skip
+        moving.add_argument("--xml", metavar="FILE", help=(
+            "the XML that a domain of libvirt has there, for the same machine"
+        ))  # fmt: skip
+    migrate.add_argument("--persistent", action="store_true", help=(
+        "make a domain of libvirt persistent there"
+    ))  # fmt: skip
+    migrate.add_argument("--undefinesource", action="store_true", help=(
+        "undefine a domain of libvirt here; without these two both is done if it is persistent"
+    ))  # fmt: skip
     client("list", verbs.list, "list the attached VMs", named=None)
     client("status", verbs.status, "say what is known of one VM, or of all", named="[NAME]")
     client("watch", verbs.watch, "follow a VM until interrupted")

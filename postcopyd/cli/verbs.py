@@ -167,7 +167,7 @@ def detach(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    reply = _ask(args, "Check", name=args.name, to=str(args.to), unsafe=args.unsafe)
+    reply = _ask(args, "Check", name=args.name, to=str(args.to), unsafe=args.unsafe, xml=_xml(args))
     problems, warnings = reply["problems"], reply.get("warnings", [])
     if args.json:
         progress.emit({"event": "checked", "vm": args.name, "to": str(args.to), **reply})
@@ -177,6 +177,17 @@ def check(args: argparse.Namespace) -> int:
     if not problems:
         print(f"{args.name}: nothing stands in the way of a migration to {args.to}", flush=True)
     return FAILED if problems else DONE
+
+
+def _xml(args: argparse.Namespace) -> str | None:
+    """What is in the file that --xml names."""
+    if args.xml is None:
+        return None
+    try:
+        return Path(args.xml).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise Failed(f"reading the XML of {args.name} in {args.xml}: {why}", USAGE) from None
 
 
 def migrate(args: argparse.Namespace) -> int:
@@ -194,6 +205,9 @@ def migrate(args: argparse.Namespace) -> int:
                 maxDowntimeMs=args.max_downtime,
                 keepSource=args.keep_source,
                 unsafe=args.unsafe,
+                persistent=args.persistent,
+                undefineSource=args.undefinesource,
+                xml=_xml(args),
             )
             result = _follow(client, args, started["migration"])
     except (Failed, PostcopydError) as failed:

@@ -41,7 +41,7 @@ class Daemon(Protocol):
         self, name: str, driver: DriverName, socket: str
     ) -> tuple[Status, Found | None]: ...
     async def detach(self, name: str) -> None: ...
-    async def check(self, name: str, to: str, unsafe: bool) -> Checked: ...
+    async def check(self, name: str, to: str, unsafe: bool, xml: str) -> Checked: ...
     async def migrate(self, name: str, request: MigrateRequest) -> str: ...
     async def cancel(self, name: str) -> None: ...
     async def recover(self, name: str, to: str | None) -> None: ...
@@ -84,8 +84,11 @@ class Control:
 
     async def check(self, call: server.Call) -> Mapping[str, Any]:
         to = str(parse_address(call.parameters["to"]))
-        name, unsafe = call.parameters["name"], call.parameters.get("unsafe", False)
-        checked: Mapping[str, Any] = to_builtins(await self._daemon.check(name, to, unsafe))
+        given = call.parameters
+        unsafe, xml = given.get("unsafe", False), given.get("xml", "")
+        checked: Mapping[str, Any] = to_builtins(
+            await self._daemon.check(given["name"], to, unsafe, xml)
+        )
         return checked
 
     async def migrate(self, call: server.Call) -> Mapping[str, Any]:
@@ -98,6 +101,9 @@ class Control:
             max_downtime_ms=given.get("maxDowntimeMs"),
             keep_source=given.get("keepSource", False),
             unsafe=given.get("unsafe", False),
+            persistent=given.get("persistent", False),
+            undefine_source=given.get("undefineSource", False),
+            xml=given.get("xml", ""),
         )
         for key in ("bandwidth", "maxDowntimeMs"):
             if given.get(key, 1) <= 0:

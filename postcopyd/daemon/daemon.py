@@ -36,9 +36,9 @@ class Daemon(Registry):
             socket = self._domains.socket(name)
         return await super().attach(name, driver, socket)
 
-    async def check(self, name: str, to: str, unsafe: bool = False) -> Checked:
+    async def check(self, name: str, to: str, unsafe: bool = False, xml: str = "") -> Checked:
         await self._domains.find(name)
-        return await super().check(name, to, unsafe)
+        return await super().check(name, to, unsafe, xml)
 
     async def migrate(self, name: str, request: MigrateRequest) -> str:
         await self._domains.find(name)

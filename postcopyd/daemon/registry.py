@@ -267,11 +267,12 @@ class Registry:
 
     # --- leaving -------------------------------------------------------------------------------
 
-    async def check(self, name: str, to: str, unsafe: bool = False) -> Checked:
+    async def check(self, name: str, to: str, unsafe: bool = False, xml: str = "") -> Checked:
         vm = self.vm(name)
         await vm.ended()
         self._must_be_whole(vm)
-        request = MigrateRequest(to, unsafe=unsafe)
+        request = MigrateRequest(to, unsafe=unsafe, xml=xml)
+        _must_have(vm, request)
         session = SourceSession(vm, request, self.shared, secrets.token_hex(8))
         with vm.claim(session):
             return await session.check()
@@ -279,7 +280,7 @@ class Registry:
     async def migrate(self, name: str, request: MigrateRequest) -> str:
         vm = self.vm(name)
         await vm.ended()
-        vm.attached()
+        _must_have(vm, request)
         self._must_be_whole(vm)
         if vm.claimed_by is None and vm.status.phase == "paused":
             raise PostcopydError(
@@ -385,6 +386,16 @@ class Registry:
     # Last, because inside the class it hides the builtin from annotations.
     def list(self) -> list[Status]:
         return [self.vms[name].status for name in sorted(self.vms)]
+
+
+def _must_have(vm: Vm, request: MigrateRequest) -> None:
+    """Raises PostcopydError if the VM has no VMM here, or not one for what is asked."""
+    if not vm.attached().makes and request.for_a_domain:
+        raise PostcopydError(
+            f"{vm.name} is not moved as a domain of libvirt, and only for one are there "
+            f"--persistent, --undefinesource and --xml: leave them out",
+            "Refused",
+        )
 
 
 async def _written(vm: Vm) -> None:

@@ -60,6 +60,8 @@ class Request(TypedDict, total=False):
     to: Required[str]
     mode: str
     keep_source: bool
+    persistent: bool
+    undefine_source: bool
 
 
 class DaemonId(TypedDict):

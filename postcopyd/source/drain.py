@@ -128,6 +128,7 @@ async def finish_vmm(migration: Migration) -> str:
     await let_go(vm)
     try:
         if vm.driver is not None:
+            vm.driver.undefines = migration.request.undefines
             await vm.driver.finish(keep)
     except PostcopydError as error:
         migration.log.error("the source VMM did not end as told", error=str(error))

@@ -110,7 +110,7 @@ class Migration:
         figures = self.figures
         about: schema.Departure = {
             "migration": self.name,
-            "request": cast(schema.Request, asdict(replace(self.request, to=self.peer.to))),
+            "request": cast(schema.Request, asdict(replace(self.request, to=self.peer.to, xml=""))),
             "regions": [(r.name, r.pages, r.page_size) for r in shape.regions],
             "run": shape.state == "running",  # before it was stopped
             "marked": True,

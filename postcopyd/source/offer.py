@@ -95,7 +95,9 @@ async def _offer(
         disks=alike.offered(shape.disks),
         unsafe=migration.request.unsafe,
         places={key: p.fact(value) for key, value in shape.places.items()},
-        definition=await migration.vm.attached().definition(),
+        definition=await migration.vm.attached().definition(
+            migration.request.persists, migration.request.xml
+        ),
     )
 
 

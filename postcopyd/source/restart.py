@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import trio
 
 from postcopyd import protocol as p
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Machine, Source
-from postcopyd.model import Result
+from postcopyd.model import MigrateRequest, Result
 from postcopyd.net.connection import dial_control
 from postcopyd.net.tls import same_peer
 from postcopyd.sessions.shared import Shared
@@ -43,9 +44,10 @@ async def finish_drained(vm: Vm) -> None:
     await let_go(vm)
     if vm.driver is None:
         return
-    keep = vm.about["request"].get("keep_source", False)
-    await vm.driver.finish(keep)
-    if not keep:
+    request = msgspec.convert(vm.about["request"], MigrateRequest)
+    vm.driver.undefines = request.undefines
+    await vm.driver.finish(request.keep_source)
+    if not request.keep_source:
         await vm.leave()
 
 

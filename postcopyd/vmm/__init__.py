@@ -184,6 +184,10 @@ class Vmm(abc.ABC):
     #: of what it gives to `load`.
     before: Literal["running", "paused"] | None = None
 
+    #: Whether `finish` also takes away what this host would start such a VMM of again. The caller
+    #: sets it.
+    undefines: bool = True
+
     #: What the VMM has said of its end, once `gone` has returned: a few words for people ("its
     #: guest shut down"). Then the end was meant, and the guest runs nowhere. None: the VMM crashed,
     #: was killed, or was told to end by `end`, or its driver cannot tell.
@@ -220,9 +224,10 @@ class Vmm(abc.ABC):
         finds most of it. The caller calls `close()` on what it gets.
         """
 
-    async def definition(self) -> str:
+    async def definition(self, persistent: bool | None = None, xml: str = "") -> str:
         """What another host needs to make a VMM that waits for this guest: text of this kind of
-        driver, at most 16 KiB. Empty where a person makes it (`makes`)."""
+        driver, at most 16 KiB. Empty where a person makes it (`makes`). `persistent`: whether it is
+        to outlast the guest there, None for as it does here. `xml`: what it is to be there."""
         return ""
 
     async def outline(self) -> str:

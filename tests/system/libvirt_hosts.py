@@ -48,7 +48,7 @@ DOMAIN = """
 <domain type='qemu'>
   <name>{name}</name>
   <memory unit='MiB'>{memory}</memory>
-  <vcpu>2</vcpu>
+  <vcpu>2</vcpu>{more}
   <os>
     <type arch='x86_64' machine='q35'>hvm</type>
     <kernel>{kernel}</kernel><initrd>{initramfs}</initrd><cmdline>{cmdline}</cmdline>
@@ -215,9 +215,10 @@ class LibvirtPair:
 
 @asynccontextmanager
 async def libvirt_pair(
-    folder: Path, boot: tuple[Path, Path], memory: int = 256
+    folder: Path, boot: tuple[Path, Path], memory: int = 256, more: str = ""
 ) -> AsyncIterator[LibvirtPair]:
-    """Two hosts, each with libvirt and a daemon, and a domain that runs at the first."""
+    """Two hosts, each with libvirt and a daemon, and a domain that runs at the first; its XML has
+    `more`."""
     if os.geteuid() != 0:
         missing("root")
     libvirt()
@@ -252,6 +253,7 @@ async def libvirt_pair(
                 cmdline=" ".join(config.kernel_arguments()),
                 disk=disk,
                 serial=SERIAL,
+                more=more,
             )
         )
         async with LibvirtGuest.open(folder) as guest:

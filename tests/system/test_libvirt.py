@@ -66,6 +66,85 @@ async def test_a_paused_transient_domain(pair: LibvirtPair) -> None:
     await pair.check()
 
 
+NUMA = """
+  <cpu><numa>
+    <cell id='0' cpus='0' memory='128' unit='MiB'/><cell id='1' cpus='1' memory='128' unit='MiB'/>
+  </numa></cpu>"""
+
+
+async def test_equal_numa_nodes(folder: Path, boot: tuple[Path, Path]) -> None:
+    """Parts of one size: each is taken for what it is."""
+    async with libvirt_pair(folder, boot, more=NUMA) as pair:
+        for mode in ("postcopy", "hybrid"):
+            await pair.move(mode=mode)
+        await gone(pair)
+
+
+async def test_asked_as_with_virsh(pair: LibvirtPair) -> None:
+    """What is persistent where, and the XML that the domain has there."""
+    pair.here.virsh("undefine", VM)
+    await pair.move(mode="postcopy", persistent=True)
+    await gone(pair)
+    assert "Persistent:     yes" in pair.here.virsh("dominfo", VM)
+    pair.here.virsh("autostart", VM)
+    await pair.move(mode="postcopy", persistent=True)
+    assert "Autostart:      enable" in pair.here.virsh("dominfo", VM)
+    assert pair.there.domstate == "shut off"
+    assert "Autostart:      disable" in pair.there.virsh("dominfo", VM)
+    pair.there.virsh("undefine", VM)
+    await pair.move(mode="postcopy", undefineSource=True)
+    await gone(pair)
+    assert "Persistent:     no" in pair.here.virsh("dominfo", VM)
+
+
+async def test_changed_xml(pair: LibvirtPair, folder: Path) -> None:
+    """The file of the disk has another name there; another machine is refused by libvirt."""
+    xml = pair.here.virsh("dumpxml", "--migratable", VM)
+    other = xml.replace("<target dev='vda' bus='virtio'/>", "<target dev='sda' bus='sata'/>")
+    assert other != xml
+    result = await pair.here.migrate(VM, pair.there, mode="postcopy", xml=other)
+    assert "Target disk" in result["error"], result
+    await stayed(pair, result)
+    await gone(pair)
+    (folder / "renamed").symlink_to("disk")
+    changed = xml.replace(f"{folder}/disk", f"{folder}/renamed")
+    await pair.move(mode="postcopy", xml=changed)
+    for what in ([], ["--inactive"]):
+        assert f"{folder}/renamed" in pair.here.virsh("dumpxml", *what, VM)
+    await gone(pair)
+
+
+async def test_what_check_finds(pair: LibvirtPair, folder: Path) -> None:
+    """What stands in the way at the other host, by its libvirt and by its files."""
+
+    async def problems(**options: Any) -> str:
+        checked = await pair.here.call("Check", name=VM, to=pair.there.address, **options)
+        return "; ".join(checked["problems"])
+
+    attached = await pair.here.call("Attach", name=VM, driver="libvirt")
+    assert attached["found"]["ram"][0]["bytes"] == 256 * MIB
+    assert [one["vm"] for one in (await pair.here.call("List"))["vms"]] == [VM]
+    disk = str(folder / "disk")
+    (folder / "other").write_bytes(bytes(16 * MIB))
+    pair.there.run("mount", "--bind", str(folder / "other"), disk)
+    assert "is another file here" in await problems()
+    assert await problems(unsafe=True) == ""
+    pair.there.run("umount", disk)
+    assert await problems() == ""
+    xml = folder / "other.xml"
+    uuid = pair.here.virsh("domuuid", VM)
+    there = pair.here.virsh("dumpxml", "--inactive", VM).replace(uuid, uuid[::-1])
+    xml.write_text(there)
+    assert "defined" in (said := pair.there.virsh("define", str(xml))), said
+    assert "another domain with that name" in await problems()
+    xml.write_text(there.replace(uuid[::-1], uuid).replace(f"<name>{VM}<", "<name>web2<"))
+    pair.there.virsh("undefine", VM)
+    pair.there.virsh("define", str(xml))
+    assert "another domain with that UUID" in await problems()
+    pair.there.virsh("undefine", "web2")
+    assert await problems() == ""
+
+
 async def begun(pair: LibvirtPair, mode: str, phase: str, bandwidth: int = 4 * MIB) -> str:
     """A migration that has come to a phase, and takes long there."""
     started = await pair.here.call(

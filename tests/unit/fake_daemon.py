@@ -98,9 +98,11 @@ class FakeDaemon:
         del self.vms[name]
         self._tell()
 
-    async def check(self, name: str, to: str, unsafe: bool) -> Checked:
+    async def check(self, name: str, to: str, unsafe: bool, xml: str) -> Checked:
         self._find(name)
-        self.asked.append(("check", name, to, *(["unsafe"] if unsafe else [])))
+        self.asked.append(
+            ("check", name, to, *(["unsafe"] if unsafe else []), *([xml] * bool(xml)))
+        )
         return Checked(self.problems, self.warnings, FOUND)
 
     async def migrate(self, name: str, request: MigrateRequest) -> str:

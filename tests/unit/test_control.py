@@ -124,6 +124,9 @@ async def test_each_method_reaches_the_daemon(tmp_path: Path) -> None:
         assert await ask(path, "Migrate", name="db", to="[::1]:7") == {"migration": "m1"}
         more = {"mode": "postcopy", "bandwidth": 5, "precopyPasses": 0, "maxDowntimeMs": 30}
         await ask(path, "Migrate", name="web1", to="host2", keepSource=True, **more)
+        domain = {"persistent": True, "undefineSource": True, "xml": "<domain/>"}
+        await ask(path, "Migrate", name="web1", to="host2", **domain)
+        await ask(path, "Check", name="web1", to="host2", xml="<domain/>")
         await ask(path, "Cancel", name="web1")
         await ask(path, "Recover", name="web1")
         await ask(path, "Recover", name="web1", to="host3:1")
@@ -138,6 +141,12 @@ async def test_each_method_reaches_the_daemon(tmp_path: Path) -> None:
         ("check", "db", "host2:16525"),
         ("migrate", "db", MigrateRequest(to="[::1]:7")),
         ("migrate", "web1", MigrateRequest("host2:16525", "postcopy", 5, 0, 30, True)),
+        (
+            "migrate",
+            "web1",
+            MigrateRequest("host2:16525", persistent=True, undefine_source=True, xml="<domain/>"),
+        ),
+        ("check", "web1", "host2:16525", "<domain/>"),
         ("cancel", "web1"),
         ("recover", "web1", None),
         ("recover", "web1", "host3:1"),

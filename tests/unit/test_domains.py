@@ -19,6 +19,7 @@ from postcopyd.daemon import domains, registry
 from postcopyd.daemon.domains import Domains
 from postcopyd.daemon.registry import Registry
 from postcopyd.errors import PostcopydError
+from postcopyd.model import MigrateRequest
 from postcopyd.records.store import Store
 from postcopyd.sessions import alike
 from postcopyd.sessions.shared import Shared
@@ -178,6 +179,17 @@ async def test_disks_are_compared_before_anything_is_made(
         (problem,) = await Domains(vms).unfit(offer)
         assert "disk vda is another file here" in problem
         assert await Domains(vms).unfit(msgspec.structs.replace(offer, unsafe=True)) == []
+
+
+@pytest.mark.parametrize("option", ["persistent", "undefine_source", "xml"])
+def test_what_only_domains_have_is_refused_for_others(option: str) -> None:
+    kind = type("", (), {"makes": False})
+    vm: Any = type("", (), {"name": "web1", "attached": lambda _: kind})()
+    registry._must_have(vm, MigrateRequest("host2"))
+    with pytest.raises(PostcopydError, match=r"web1 is not moved as a domain.*: leave them out"):
+        registry._must_have(vm, MigrateRequest("host2", **{option: True}))  # type: ignore[arg-type]
+    kind.makes = True  # type: ignore[attr-defined]
+    registry._must_have(vm, MigrateRequest("host2", **{option: True}))  # type: ignore[arg-type]
 
 
 async def test_a_source_that_takes_its_offer_back_ends_the_making(

@@ -18,7 +18,9 @@ import pytest
 import trio
 
 from postcopyd import protocol as p
+from postcopyd.errors import PostcopydError
 from postcopyd.host import procfs
+from postcopyd.model import MigrateRequest
 from postcopyd.vmm import Region, Shape, VmmError
 from postcopyd.vmm.libvirt import calls, driver, waiting
 from postcopyd.vmm.qemu.blocks import Block
@@ -145,7 +147,8 @@ async def test_a_long_question_is_asked_whole() -> None:
 
 def defined(**changes: Any) -> str:
     xml = "<domain><name>web1</name><uuid>u</uuid></domain>"
-    text = json.dumps({"live": xml, "kept": xml, "autostart": True, **changes})
+    told = {"live": xml, "kept": xml, "xml": "", "host": "", "autostart": True, "known": True}
+    text = json.dumps(told | changes)
     return base64.b64encode(zlib.compress(text.encode())).decode()
 
 
@@ -168,12 +171,54 @@ def test_a_definition_is_of_the_vm_that_is_offered() -> None:
         defined(live="<domain>"),
         defined(live="<domain><name>web2</name></domain>"),
         defined(kept="<domain><name>web2</name></domain>"),
+        defined(xml="<domain><name>web2</name></domain>"),
     ],
 )
 def test_what_a_peer_may_send_instead(told: str) -> None:
     """Above all the definition of another domain than the one that it may move."""
     with pytest.raises(VmmError):
         driver._domain("web1", told)
+
+
+def test_the_changed_xml_says_what_is_needed() -> None:
+    changed = "<domain><name>web1</name><uuid>u</uuid><devices/></domain>"
+    known, domain = driver._domain("web1", defined(xml=changed))
+    assert known["xml"] == changed
+    assert domain.find("devices") is not None
+
+
+@pytest.mark.parametrize(
+    ("asked", "was", "there"),
+    [
+        (MigrateRequest("h"), True, True),
+        (MigrateRequest("h"), False, False),
+        (MigrateRequest("h", persistent=True), False, True),
+        (MigrateRequest("h", undefine_source=True), True, False),
+        (MigrateRequest("h", persistent=True, undefine_source=True), True, True),
+    ],
+)
+async def test_what_is_persistent_there(
+    asked: MigrateRequest, was: bool, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was, unless something else is asked for; then only what is asked for is done."""
+    xml = "<domain><name>web1</name></domain>"
+    described = {"live": xml, "kept": xml, "persistent": was, "autostart": was}
+    rest = {"known": True, "host": "", "libvirt": 9_000_000, "job": False}
+
+    async def ask(*_: Any, **__: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return described | rest | {"snapshots": 0, "checkpoints": 0}
+
+    monkeypatch.setattr(calls, "ask", ask)
+    domain = object.__new__(driver.LibvirtVmm)
+    domain.name, domain.socket = "web1", "qemu:///system#web1"
+    told = driver._read(await domain.definition(asked.persists, asked.xml))
+    assert (told["kept"] != "", told["xml"]) == (there, "")
+    assert driver._read(await domain.definition(None, xml))["xml"] == xml
+    for other in ("no XML", "<domain><name>web2</name></domain>"):
+        with pytest.raises(PostcopydError, match="dumpxml --migratable"):
+            await domain.definition(None, other)
+    assert asked.undefines == (asked.undefine_source or not asked.persistent)
 
 
 def test_a_large_definition_fits() -> None:

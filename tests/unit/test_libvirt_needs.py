@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from postcopyd.vmm import Disk, DiskFile
 from postcopyd.vmm.libvirt import needs
 
 
@@ -180,3 +181,18 @@ def test_a_cpu_as_the_host_has_it(asked: Any) -> None:
     asked._libvirt.same = False
     (problem,) = fits(asked, live, host="<cpu/>")
     assert "the CPU of its host as it is (host-passthrough)" in problem
+
+
+def test_disks_have_the_names_of_the_changed_xml() -> None:
+    """By what they are in the guest: also what is below an image."""
+    one = (
+        "<disk type='file'><source file='{0}/top'/><backingStore type='file'>"
+        "<source file='{0}/base'/></backingStore><target dev='vda'/></disk>"
+        "<disk type='block'><source dev='{0}/lun'/><target dev='vdb'/></disk>"
+    )
+    files = [DiskFile(f"/a/{name}", "nfs", True, True, {}) for name in ("top", "base", "lun")]
+    disks = [Disk("vda", "qcow2", tuple(files[:2])), Disk("vdb", "raw", (files[2],))]
+    known = {"live": domain(one.format("/a")), "xml": domain(one.format("/b"))}
+    there = needs.moved(disks, known)
+    assert [f.path for disk in there for f in disk.files] == ["/b/top", "/b/base", "/b/lun"]
+    assert needs.moved(disks, known | {"xml": ""}) == disks

@@ -260,6 +260,8 @@ async def test_files_that_nobody_has_opened_yet(tmp_path: Path) -> None:
         there = (replace(found, ids={}, where="nfs"), server)
         disks, problems = await to_be_opened([Disk("vd0", "raw", there)])
         assert (disks, problems) == ([Disk("vd0", "raw", (found, server))], [])
+        disks, _ = await to_be_opened([Disk("vd0", "raw", (replace(found, writable=False),))])
+        assert disks[0].files[0].ids == found.ids  # a peer has named it, so it is not read
     image.unlink()
     disks, problems = await to_be_opened([Disk("vd0", "raw", (found,))])
     assert disks[0].files == (found,)

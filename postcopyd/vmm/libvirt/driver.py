@@ -32,9 +32,10 @@ from postcopyd.vmm.qemu.driver import QemuVmm
 CALLED_OFF_S = 3.0
 """How long the QEMU may take to end after libvirt has returned."""
 
-TOLD = ("live", "kept", "autostart", "known", "host")
-"""What the other host is told of a domain: of what the helper's `describe` says."""
+TOLD = ("live", "autostart", "known", "host")
+"""What the other host is told of a domain as it is here: of what the helper's `describe` says."""
 
+MOST_DEFINITION = 16 << 10  # characters, as the interface has it
 MOST_XML = 1 << 20  # bytes; libvirt's own limit is 10 times that
 
 
@@ -69,15 +70,30 @@ class LibvirtVmm(QemuVmm):
 
     # --- the source
 
-    async def definition(self) -> str:
+    async def definition(self, persistent: bool | None = None, xml: str = "") -> str:
         """What another libvirt needs to make this domain. Raises PostcopydError, also for what of
         the domain would not arrive."""
         doing = f"looking at the domain {self.name}"
         described = await calls.ask(self._uri, doing, "describe", name=self.name)
         if found := needs.refusals(self.name, described):
             raise PostcopydError("; ".join(found), "Refused")
-        text = json.dumps({key: described[key] for key in TOLD})
-        return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+        if xml and not _is_of(self.name, xml):
+            raise PostcopydError(
+                f"what --xml gives is not the XML of the domain {self.name}: change what `virsh "
+                f"dumpxml --migratable {self.name}` prints",
+                "Refused",
+            )
+        if persistent is None:
+            persistent = described["persistent"]
+        kept = described["kept"] if persistent else ""
+        text = json.dumps({**{key: described[key] for key in TOLD}, "kept": kept, "xml": xml})
+        definition = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+        if len(definition) > MOST_DEFINITION:
+            raise PostcopydError(
+                f"the XML of the domain {self.name} is too long to be sent ({len(text)} bytes)",
+                "Refused",
+            )
+        return definition
 
     async def finish(self, keep: bool) -> None:
         """Ends the domain, whose guest has gone, and its definition."""
@@ -86,7 +102,13 @@ class LibvirtVmm(QemuVmm):
             return
         self._watch(on=False)
         self._ending = True
-        await calls.ask(self._uri, f"ending the domain {self.name} here", "forget", name=self.name)
+        await calls.ask(
+            self._uri,
+            f"ending the domain {self.name} here",
+            "forget",
+            name=self.name,
+            undefine=self.undefines,
+        )
         await self._exit()
 
     # --- the destination
@@ -94,29 +116,29 @@ class LibvirtVmm(QemuVmm):
     @classmethod
     async def foreseen(cls, name: str, socket: str, definition: str, like: Shape) -> Shape:
         uri = socket.partition("#")[0]
-        live, domain = _domain(name, definition)
-        known = _read(definition)
+        known, domain = _domain(name, definition)
         found: list[str] = await calls.ask(
             uri,
             f"looking whether the domain {name} can be made here",
             "fits",
             name=name,
             uuid=domain.findtext("uuid", ""),
-            live=live,
+            live=known["live"],
             known=known["known"],
             host=known["host"],
             **needs.needed(domain),
         )
-        disks, unseen = await disk_files.to_be_opened(like.disks)
+        disks, unseen = await disk_files.to_be_opened(needs.moved(like.disks, known))
         return replace(like, disks=tuple(disks), problems=(*found, *unseen))
 
     @classmethod
     async def expect(cls, name: str, socket: str, definition: str, like: Shape) -> Self:
         uri = socket.partition("#")[0]
-        xml, _ = _domain(name, definition)
+        known, _ = _domain(name, definition)
+        like = replace(like, disks=tuple(needs.moved(like.disks, known)))
         restore = waiting.Restore(name, uri)
         try:
-            pid = await restore.begin(xml, like)
+            pid = await restore.begin(known["live"], known["xml"], like)
             made = cls(name, socket, LibvirtMonitor(uri, name, pid), pid, pidfd_of(name, pid))
         except BaseException:
             await restore.call_off()
@@ -202,7 +224,8 @@ class LibvirtVmm(QemuVmm):
                 self._uri,
                 f"defining the domain {self.name}",
                 "keep",
-                xml=known["kept"],
+                name=self.name,
+                xml="" if known["xml"] else known["kept"],
                 autostart=known["autostart"],
             )
 
@@ -235,29 +258,30 @@ def _read(definition: str) -> dict[str, Any]:
     """The inverse of `definition`. Raises VmmError for what a peer may send instead."""
     try:
         unpacking = zlib.decompressobj()
-        text = unpacking.decompress(base64.b64decode(definition, validate=True), 2 * MOST_XML)
+        text = unpacking.decompress(base64.b64decode(definition, validate=True), 3 * MOST_XML)
         known = json.loads(text)
-        if isinstance(known["live"], str) and isinstance(known["kept"], str):
-            host = known.get("host")
-            return {
-                "live": known["live"],
-                "kept": known["kept"],
-                "autostart": known["autostart"] is True,
-                "known": known.get("known") is True,
-                "host": host if isinstance(host, str) else "",
-            }
+        texts = {key: known[key] for key in ("live", "kept", "xml", "host")}
+        flags = {key: known[key] is True for key in ("autostart", "known")}
+        if all(isinstance(text, str) for text in texts.values()):
+            return texts | flags
     except (ValueError, zlib.error, KeyError, TypeError, RecursionError):
         pass
     raise VmmError("the source sent something else than the definition of a domain")
 
 
-def _domain(name: str, definition: str) -> tuple[str, ElementTree.Element]:
-    """The XML of the domain that is to be made, as text and read. Raises VmmError."""
+def _domain(name: str, definition: str) -> tuple[dict[str, Any], ElementTree.Element]:
+    """What the source says of its domain, and the XML of the one that is to be made here. Raises
+    VmmError."""
     known = _read(definition)
-    try:  # expat has limits of its own for what a peer may send
-        found = [ElementTree.fromstring(known[k]) for k in ("live", "kept") if known[k]]  # noqa: S314
-    except ElementTree.ParseError:
-        found = []
-    if not known["live"] or {one.findtext("name") for one in found} != {name}:
+    told = [known[key] for key in ("xml", "live", "kept") if known[key]]
+    if not known["live"] or not all(_is_of(name, xml) for xml in told):
         raise VmmError(f"the source sent the definition of another domain than {name}")
-    return known["live"], found[0]
+    return known, needs.read(told[0])
+
+
+def _is_of(name: str, xml: str) -> bool:
+    """Whether this is the XML of the domain of this name."""
+    try:
+        return needs.read(xml).findtext("name") == name
+    except ElementTree.ParseError:
+        return False

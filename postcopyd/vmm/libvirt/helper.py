@@ -115,7 +115,8 @@ class Asked:
         xml = domain.XMLDesc(live)
         return {
             "live": xml,
-            "kept": domain.XMLDesc(kept) if persistent else "",
+            "kept": domain.XMLDesc(kept),
+            "persistent": persistent,
             "autostart": persistent and bool(domain.autostart()),
             "known": not self._lacks_cpu(xml),
             "host": self._host() if cpu_of(xml)[0] in AS_THE_HOST else "",
@@ -202,16 +203,20 @@ class Asked:
                 )
         return problems
 
-    def keep(self, xml: str, autostart: bool) -> Any:
-        """Makes a domain that runs persistent."""
+    def keep(self, name: str, xml: str, autostart: bool) -> Any:
+        """Makes a domain that runs persistent, with this XML, or without one as it runs."""
+        as_it_runs = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+        xml = xml or self._libvirt.lookupByName(name).XMLDesc(as_it_runs)
         self._libvirt.defineXML(xml).setAutostart(autostart)
 
-    def forget(self, name: str) -> Any:
-        """Ends a domain whose guest has gone, and its definition. What the guest has kept in its
-        firmware stays, as that file may be the guest's elsewhere."""
+    def forget(self, name: str, undefine: bool) -> Any:
+        """Ends a domain whose guest has gone, and its definition, or at least its autostart. What
+        the guest has kept in its firmware stays, as that file may be the guest's elsewhere."""
         try:
             domain = self._libvirt.lookupByName(name)
-            if domain.isPersistent():
+            if not undefine and domain.isPersistent():
+                domain.setAutostart(False)
+            elif domain.isPersistent():
                 domain.undefineFlags(
                     libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM
                     | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
@@ -379,7 +384,8 @@ class Monitor:
 
 class Restore:
     """A domain that libvirt makes by a restore, of what comes from the daemon: in pieces, each
-    after its length (u32, big endian). The first is the XML, an empty one is the end of the stream.
+    after its length (u32, big endian). The first is the XML, the second the XML to take instead, or
+    empty; then comes the stream, whose end is an empty one.
     Without that end, the load is ended by rubbish: libvirt would wait for ever for a stream that
     just ends. Answers with one JSON object once libvirt's call has returned."""
 
@@ -399,8 +405,8 @@ class Restore:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _serve(self, fifo: str) -> None:
-        xml = self._piece()
-        if not xml:
+        xml, self._changed = self._piece(), self._piece()
+        if not xml or self._changed is None:
             return
         both = os.open(fifo, os.O_RDWR | os.O_CLOEXEC)  # so nobody waits to open it
         ours = os.open(fifo, os.O_WRONLY | os.O_CLOEXEC)
@@ -415,7 +421,8 @@ class Restore:
     def _restore(self, fifo: str) -> None:
         answer: dict[str, Any] = {"return": {}}
         try:
-            self._libvirt.restoreFlags(fifo, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+            changed = (self._changed or b"").decode() or None
+            self._libvirt.restoreFlags(fifo, changed, libvirt.VIR_DOMAIN_SAVE_PAUSED)
         except libvirt.libvirtError as error:
             answer = {"error": str(error)}
         with suppress(OSError):  # the daemon has gone

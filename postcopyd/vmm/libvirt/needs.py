@@ -6,9 +6,12 @@ Reads XML and knows no libvirt: what has to be asked of one is asked by helper.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
+
+from postcopyd.vmm import Disk
 
 SHARING = {"vhostuser", "vhostvdpa", "vdpa", "virtiofs"}
 """Words of a device that is another process, which reads guest RAM."""
@@ -45,7 +48,7 @@ def _refusals(described: dict[str, Any]) -> Iterator[str]:
                 f"has {described[what]} {what}, of which the other host's libvirt would not know: "
                 f"delete them (`virsh {what[:-1]}-delete --metadata`)"
             )
-    domain = ElementTree.fromstring(described["live"])  # noqa: S314 (this host's libvirt wrote it)
+    domain = read(described["live"])
     if domain.find("genid") is not None:
         yield (
             "has a <genid>, which libvirt changes when it makes a domain anew: take it out of "
@@ -67,6 +70,38 @@ def _refusals(described: dict[str, Any]) -> Iterator[str]:
                 f"reads guest RAM, and would find zeros in pages that have not arrived: detach it, "
                 f"or use a device that QEMU emulates"
             )
+
+
+def read(xml: str) -> ElementTree.Element:
+    """Raises ElementTree.ParseError. A peer may have sent it: expat has limits of its own."""
+    return ElementTree.fromstring(xml)  # noqa: S314
+
+
+def moved(disks: Sequence[Disk], known: dict[str, Any]) -> list[Disk]:
+    """The disks with the names that their files have in the changed XML of a domain, if there is
+    one."""
+    if not known["xml"]:
+        return [*disks]
+    before, after = _files(read(known["live"])), _files(read(known["xml"]))
+    names = {
+        old: new
+        for disk in before.keys() & after.keys()
+        for old, new in zip(before[disk], after[disk], strict=False)
+        if new
+    }
+    return [
+        replace(disk, files=tuple(replace(f, path=names.get(f.path, f.path)) for f in disk.files))
+        for disk in disks
+    ]
+
+
+def _files(domain: ElementTree.Element) -> dict[str | None, list[str]]:
+    """By its name in the guest, the files of a disk, from the top of its chain down."""
+    return {
+        target.get("dev"): [one.get("file") or one.get("dev") or "" for one in disk.iter("source")]
+        for disk in domain.iterfind("devices/disk")
+        for target in disk.iterfind("target")
+    }
 
 
 def needed(domain: ElementTree.Element) -> dict[str, list[Any]]:

@@ -54,12 +54,14 @@ class Restore:
         self._channel: trio.socket.SocketType | None = None
         self.whole = False  # the end of the stream was sent
 
-    async def begin(self, xml: str, like: Shape) -> int:
+    async def begin(self, xml: str, changed: str, like: Shape) -> int:
         """Has libvirt start the QEMU, and returns its process once all RAM is there that `like`
-        has. Raises PostcopydError; then call `call_off`."""
+        has. `changed` is the XML to take instead, if libvirt finds the same machine in it; empty
+        for none. Raises PostcopydError; then call `call_off`."""
         self._process, ours = calls.start(self._uri, "restore")
         self._channel = trio.socket.from_stdlib_socket(ours)
         await self._piece(xml.encode())
+        await self._piece(changed.encode())
         try:
             with trio.fail_after(MADE_S):
                 async with open_nursery() as nursery:

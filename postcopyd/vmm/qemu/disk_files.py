@@ -167,7 +167,7 @@ def _file(opened: _Opened, leaf: File) -> DiskFile | str:
         device = Path(f"/sys/dev/{kind}/{number_of}")
         where, shared = f"{kind} device", LOCAL_BLOCK.match(device.resolve().name) is None
         ids = {f"kernel {procfs.boot_id()}": f"{kind} {number_of}", **_device_ids(device)}
-    if not leaf.writable:
+    if not leaf.writable and opened.readable:
         with suppress(OSError):  # a drive without a medium
             ids["content"] = _sample(opened.path(number))
     return DiskFile(name, where, shared, leaf.writable, ids)
@@ -200,6 +200,8 @@ def _sample(path: str) -> str:
 
 class _Opened:
     """The files that a process has open, by the names that the process has for them."""
+
+    readable = True
 
     def __init__(self, pid: int, fdsets: dict[str, int]) -> None:
         self.pid, self._fdsets = pid, fdsets
@@ -244,7 +246,10 @@ class _Opened:
 
 
 class _OnThisHost(_Opened):
-    """Files that nobody has opened yet, by their names on this host; closed at the end."""
+    """Files that nobody has opened yet, by their names on this host; closed at the end. Not read:
+    a peer has named them."""
+
+    readable = False
 
     def __init__(self) -> None:
         self.pid, self.links = os.getpid(), {}
