@@ -154,9 +154,9 @@ class Acceptor:
 
     async def _take_offer(self, channel: Channel, offer: p.Offer) -> None:
         tls = self._shared.tls
-        if tls is not None and offer.check:
+        if tls is not None and offer.check and not offer.definition:
             tls.allow(channel.names, "control", "send")
-        elif tls is not None:
+        elif tls is not None:  # to say what a definition lacks, libvirt runs the QEMU that it names
             tls.allow(channel.names, "send")
         if not offer.check:
             await self._prepare(channel, offer)

@@ -16,6 +16,7 @@ import trio
 
 from postcopyd import protocol as p
 from postcopyd.daemon import domains, registry
+from postcopyd.daemon.accepting import Acceptor
 from postcopyd.daemon.domains import Domains
 from postcopyd.daemon.registry import Registry
 from postcopyd.errors import PostcopydError
@@ -190,6 +191,27 @@ def test_what_only_domains_have_is_refused_for_others(option: str) -> None:
         registry._must_have(vm, MigrateRequest("host2", **{option: True}))  # type: ignore[arg-type]
     kind.makes = True  # type: ignore[attr-defined]
     registry._must_have(vm, MigrateRequest("host2", **{option: True}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("definition", "one_of"), [("", {"control", "send"}), ("a domain", {"send"})]
+)
+async def test_who_may_ask_whether_a_guest_fits(definition: str, one_of: set[str]) -> None:
+    """To say what a domain lacks, libvirt runs the emulator that its XML names."""
+    asked = []
+
+    class Tls:
+        def allow(self, _: Any, *may: str) -> None:
+            asked.append(set(may))
+            raise PostcopydError("may not")
+
+    none: Any = None
+    acceptor = Acceptor(type("", (), {"tls": Tls()})(), {}, none, none, none)  # type: ignore[arg-type]
+    channel: Any = type("", (), {"names": ("host1",)})
+    with pytest.raises(PostcopydError, match="may not"):
+        offer = msgspec.structs.replace(OFFER, check=True, definition=definition)
+        await acceptor._take_offer(channel, offer)
+    assert asked == [one_of]
 
 
 async def test_a_source_that_takes_its_offer_back_ends_the_making(
