@@ -76,7 +76,7 @@ class Domains:
         if not calls.here(self._uri):
             return []
         try:
-            names: list[str] = await calls.ask(self._uri, "looking for domains", "list")
+            names: list[str] = await calls.ask(self._uri, "looking for domains", "running")
         except PostcopydError as error:
             log.warning("libvirt not asked", uri=self._uri, error=str(error))
             return []

@@ -265,4 +265,5 @@ async def test_files_that_nobody_has_opened_yet(tmp_path: Path) -> None:
     image.unlink()
     disks, problems = await to_be_opened([Disk("vd0", "raw", (found,))])
     assert disks[0].files == (found,)
-    assert "shared" in problems[0] and str(image) in problems[0]
+    assert "both hosts share" in problems[0]
+    assert str(image) in problems[0]

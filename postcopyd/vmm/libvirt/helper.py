@@ -100,7 +100,7 @@ class Asked:
     def __init__(self, uri: str) -> None:
         self._libvirt = connect(uri)
 
-    def list(self) -> Any:
+    def running(self) -> Any:
         """The names of the domains that run."""
         active = libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
         return [domain.name() for domain in self._libvirt.listAllDomains(active)]
