@@ -14,6 +14,7 @@ import structlog
 import trio
 
 from postcopyd.errors import PostcopydError
+from postcopyd.model import MigrateRequest
 from postcopyd.native import keeper
 from postcopyd.native.keeper import Keeper
 from postcopyd.source import drain, keeping
@@ -98,7 +99,7 @@ async def test_one_that_stays_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert "end it by hand" in str(await keeping.let_go(vm))
     assert "keeper" in vm.about  # so that it is tried again
     migration: Any = type("", (), {"vm": vm, "log": vm.log})()
-    migration.request = type("", (), {"keep_source": False})()
+    migration.request = MigrateRequest("host2")
     assert await drain.finish_vmm(migration) == ""
     assert vm.finished[-1]
     vm.about = {}
