@@ -51,7 +51,7 @@ class Domains:
 
     async def find(self, name: str) -> None:
         """Attaches the domain of this name, if it runs here and the daemon does not have it. Raises
-        PostcopydError."""
+        PostcopydError, also if nobody else can know the name and libvirt does not answer."""
         known = self._registry.vms.get(name)
         if known is not None:
             await known.ended()
@@ -61,25 +61,33 @@ class Domains:
             and known.status.phase != "paused"
             and certainly_ended(known)
         )
-        if free and name in await self._running():
+        try:
+            found = free and name in await self._running()
+        except PostcopydError:
+            if known is None:
+                raise
+            found = False
+        if found:
             await self._registry.attach(name, "libvirt", self._socket(name))
 
     async def shown(self) -> list[Status]:
         """Domains that run here and were never moved by this daemon, nor attached."""
+        try:
+            running = await self._running()
+        except PostcopydError as error:
+            log.warning("libvirt not asked", uri=self._uri, error=str(error))
+            return []
         return [
             Status(vm=name, role="", phase="idle", migration="", peer="", remaining=0,
                    message="a domain of libvirt, no migration")
-            for name in sorted(await self._running()) if name not in self._registry.vms
+            for name in sorted(running) if name not in self._registry.vms
         ]  # fmt: skip
 
     async def _running(self) -> list[str]:
         if not calls.here(self._uri):
             return []
-        try:
-            names: list[str] = await calls.ask(self._uri, "looking for domains", "running")
-        except PostcopydError as error:
-            log.warning("libvirt not asked", uri=self._uri, error=str(error))
-            return []
+        doing = "looking for domains"
+        names: list[str] = await calls.ask(self._uri, doing, "running", within=calls.LOOK_S)
         return names
 
     # --- arrivals

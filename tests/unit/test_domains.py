@@ -146,6 +146,25 @@ async def test_it_stays_once_the_guest_is_this_hosts(kind: type[Made], tmp_path:
         assert vm.driver is kind.made[0]  # type: ignore[comparison-overlap]
 
 
+async def test_a_libvirt_that_does_not_answer(
+    kind: type[Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the daemon knows by itself is told all the same; of a name that only libvirt can know,
+    why it cannot be known."""
+
+    async def silent(*_: Any, **__: Any) -> Any:
+        raise PostcopydError("libvirt has not answered")
+
+    monkeypatch.setattr(domains.calls, "ask", silent)
+    monkeypatch.setattr(domains, "certainly_ended", lambda _: True)
+    async with daemon(tmp_path) as vms:
+        assert await Domains(vms).shown() == []
+        with pytest.raises(PostcopydError, match="not answered"):
+            await Domains(vms).find("web1")
+        vms.vms["web1"] = vms.known("web1")
+        await Domains(vms).find("web1")
+
+
 async def test_nothing_is_made_for_what_does_not_fit(kind: type[Made], tmp_path: Path) -> None:
     kind.problems = ["another domain has that name"]
     async with daemon(tmp_path) as vms:

@@ -31,6 +31,9 @@ SYSTEM = "qemu:///system"
 ASK_S = 20.0
 """How long libvirt may take to answer; the first definition after its start takes 8 s."""
 
+LOOK_S = 4.0
+"""The same for which domains run, for which people wait."""
+
 END_S = 10.0
 """How long a helper may take to end once its socket has ended."""
 
@@ -84,16 +87,16 @@ async def leave(process: subprocess.Popen[bytes]) -> None:
         reap(process)
 
 
-async def ask(uri: str, doing: str, what: str, **about: Any) -> Any:
+async def ask(uri: str, doing: str, what: str, within: float = ASK_S, **about: Any) -> Any:
     """One question to libvirt; `doing` begins the sentence of its failure. Raises PostcopydError,
     also for an answer that does not come."""
     process, ours = start(uri, "ask")
     try:
-        with trio.socket.from_stdlib_socket(ours) as channel, trio.fail_after(ASK_S):
+        with trio.socket.from_stdlib_socket(ours) as channel, trio.fail_after(within):
             text = await _exchange(channel, {"ask": what, **about})
     except trio.TooSlowError:
         raise VmmTimeout(
-            f"{doing}: libvirt ({uri}) has not answered for {ASK_S:.0f} s: see its daemon's log"
+            f"{doing}: libvirt ({uri}) has not answered for {within:.0f} s: see its daemon's log"
         ) from None
     finally:
         reap(process)

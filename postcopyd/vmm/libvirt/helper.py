@@ -159,7 +159,7 @@ class Asked:
         try:
             self._libvirt.getDomainCapabilities(*machine)
         except libvirt.libvirtError as error:
-            return [f"QEMU here has no such machine: {error}"]
+            return [f"its machine cannot be had here: {error}"]
         if mode in AS_THE_HOST:
             if host and self._libvirt.compareCPU(host) != libvirt.VIR_CPU_COMPARE_IDENTICAL:
                 return [

@@ -104,7 +104,7 @@ def _files(domain: ElementTree.Element) -> dict[str | None, list[str]]:
     }
 
 
-def needed(domain: ElementTree.Element) -> dict[str, list[Any]]:
+def needed(domain: ElementTree.Element) -> dict[str, Any]:
     """What a domain uses of its host, as the helper's `fits` takes it."""
 
     def named(path: str, key: str) -> list[str]:
