@@ -68,9 +68,7 @@ def test_what_it_needs() -> None:
     """A network has a bridge, whose name may be another one there."""
     network = "<interface type='network'><source network='lan' bridge='virbr0'/></interface>"
     devices = (
-        "<emulator>/usr/bin/qemu</emulator>"
-        + network * 2
-        + "<interface type='bridge'><source bridge='br0'/></interface>"
+        network * 2 + "<interface type='bridge'><source bridge='br0'/></interface>"
         "<interface type='direct'><source dev='eth0' mode='bridge'/></interface>"
         "<disk type='volume'><source pool='images' volume='web1'/></disk>" + DISK
     )
@@ -79,7 +77,7 @@ def test_what_it_needs() -> None:
         "networks": ["lan"],
         "links": ["br0", "eth0"],
         "volumes": [["images", "web1"]],
-        "files": [["emulator", "/usr/bin/qemu"], ["kernel", "/vmlinuz"]],
+        "files": [["kernel", "/vmlinuz"]],
     }
 
 
@@ -152,7 +150,7 @@ def test_what_is_there_is_no_problem(asked: Any, tmp_path: Path) -> None:
         ({"volumes": [["none", "web1"]]}, "no storage pool none"),
         ({"volumes": [["dmz", "web1"]]}, "`virsh pool-start dmz`"),
         ({"volumes": [["images", "web2"]]}, "the volume web2 of web1 is not here: no such volume"),
-        ({"files": [["emulator", "/none"]]}, "the <emulator> /none of web1 is not here"),
+        ({"files": [["loader", "/none"]]}, "the <loader> /none of web1 is not here"),
     ],
 )
 def test_what_is_not_there_is_named(asked: Any, wanted: dict[str, Any], said: str) -> None:

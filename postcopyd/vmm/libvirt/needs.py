@@ -16,8 +16,9 @@ from postcopyd.vmm import Disk
 SHARING = {"vhostuser", "vhostvdpa", "vdpa", "virtiofs"}
 """Words of a device that is another process, which reads guest RAM."""
 
-FILES = ("devices/emulator", "os/loader", "os/kernel", "os/initrd", "os/dtb")
-"""Files of the host that no disk has."""
+FILES = ("os/loader", "os/kernel", "os/initrd", "os/dtb")
+"""Files of the host that no disk has. libvirt is asked for the emulator: it may have that in a
+container of its own."""
 
 LENDS = 8_002_000
 """Since this version libvirt's monitor takes a descriptor with a command."""
