@@ -11,10 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import hypothesis
 import pytest
 from postcopyd._native import lib
 
 from postcopyd.host import kernel
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("postcopyd", deadline=None)
+hypothesis.settings.load_profile("postcopyd")
 
 HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 HUGE_PAGES_WANTED = 256

@@ -11,6 +11,7 @@ import json
 import math
 import select
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -54,12 +55,29 @@ class Client:
         self._patience = CALL_SECONDS  # with one reply
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            self._socket.settimeout(CONNECT_SECONDS)
-            self._socket.connect(path)
-            self._socket.settimeout(None)
+            self._connect(path)
         except OSError as error:
             self._socket.close()
             raise NoAnswer(error.strerror or str(error)) from error
+
+    def _connect(self, path: str) -> None:
+        """With a timeout of Python's the socket would not block, and a full backlog fail at once."""
+        deadline = time.monotonic() + CONNECT_SECONDS
+        self._wait_for(TURN_MS)
+        while True:
+            try:
+                self._socket.connect(path)
+                break
+            except BlockingIOError as full:
+                if time.monotonic() > deadline:
+                    why = f"its queue of clients was full for {CONNECT_SECONDS:.0f} s"
+                    raise OSError(full.errno, why) from None
+        self._wait_for(0)
+
+    def _wait_for(self, ms: int) -> None:
+        """How long a call that connects or sends waits; 0: for ever."""
+        limit = struct.pack("@ll", ms // 1000, ms % 1000 * 1000)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def __enter__(self) -> Client:
         return self

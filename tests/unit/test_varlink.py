@@ -646,6 +646,23 @@ def test_the_client_says_why_nothing_answers(tmp_path: Path) -> None:
             varlink_client.Client(path)
 
 
+def test_a_service_that_is_busy_is_waited_for(tmp_path: Path) -> None:
+    """A client that finds the queue of others full takes its turn."""
+    path = str(tmp_path / "busy")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as others:
+        listener.bind(path)
+        listener.listen(0)
+        others.enter_context(varlink_client.Client(path))
+        made: list[varlink_client.Client] = []
+        late = threading.Thread(target=lambda: made.append(varlink_client.Client(path)))
+        late.start()
+        late.join(0.1)
+        assert late.is_alive()
+        others.enter_context(listener.accept()[0])
+        late.join()
+        made[0].close()
+
+
 WAITING = ("45", "7")
 """recvfrom and poll, by their numbers on x86-64."""
 
