@@ -25,6 +25,7 @@ from postcopyd.sessions.patience import END_S, within
 from postcopyd.sessions.vm import DAEMON, Vm
 from postcopyd.source.keeping import let_go
 from postcopyd.source.session import SourceSession
+from postcopyd.source.vacating import definition, put_back
 from postcopyd.tasks import threads
 
 RESTART_S = 10.0
@@ -112,7 +113,7 @@ class Decisions:
 
     async def _kill(self, vm: Vm) -> None:
         """Ends the VMM of a VM that no source session has. A source that asks is told so."""
-        name = vm.name
+        name, text = vm.name, definition(vm)
         with vm.claim(DAEMON):
             ended = "was not connected: end it by hand if it runs; its migration was given up"
             if vm.driver is not None:
@@ -121,13 +122,14 @@ class Decisions:
                 ended = "was ended in the middle of its migration"
             if trouble := await let_go(vm):
                 raise trouble
+            put = await put_back(vm, text)
             if vm.driver is not None or certainly_ended(vm):
                 vm.about["answer"] = to_builtins(_lost_here(name))
             before = vm.status
             vm.conclude(
                 phase="failed",
                 message=f"the VMM of {name} here {ended} with {before.peer}, by an operator's "
-                f"decision; before you start it anywhere ask `postcopyd status {name}` there",
+                f"decision; before you start it anywhere ask `postcopyd status {name}` there{put}",
             )
             try:
                 vm.record("declined")

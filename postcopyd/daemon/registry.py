@@ -348,9 +348,14 @@ class Registry:
     def known(self, name: str) -> Vm:
         """A VM of this daemon, in its registry or about to be."""
         vm = Vm(name, self.shared.store, None)
+        vm.kinds = DRIVERS
+        vm.follow = partial(self._follows, vm)
         vm.owing = partial(self._owes, vm)
         vm.spawn = partial(self.spawn, vm)
         return vm
+
+    def _follows(self, vm: Vm, driver: vmm.Vmm) -> None:
+        self.spawn(vm, self._follow, vm, driver)
 
     def _owes(self, vm: Vm) -> None:
         if vm not in self._owing:

@@ -195,6 +195,16 @@ def _must_be_ready(keeper: Keeper) -> None:
     raise AdoptionError(f"making a keeper: process {keeper.pid} could not close its descriptors")
 
 
+def outlives_group(keeper: Keeper) -> bool:
+    """Whether the end of the VMM's cgroup is not its end, as it is in our own of every hierarchy.
+    False if that cannot be known."""
+    try:
+        ours, its = (Path(f"/proc/{who}/cgroup").read_text() for who in ("self", keeper.pid))
+    except OSError:
+        return False
+    return ours == its
+
+
 def _join_us(pid: int) -> None:
     """Moves it into our cgroup: the end of the VMM's cgroup would be its end. Raises OSError."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():

@@ -83,12 +83,17 @@ class Granted(TypedDict):
 class Keeper(TypedDict):
     """Of a guest that was granted: the process that keeps its memory, like native.keeper.Keeper.
     `regions`: of each its address there, and its offset in its file, None for one without a
-    file."""
+    file. `definition`: the VMM is ended, or about to be, and can be made anew of this and of the
+    device state (`NAME.device`); `vacated`: it is. `remade`: process and start of the one that was
+    made for a guest that is taken back, until that is this host's again."""
 
     pid: Count
     started: Count
     page: Count
     regions: list[tuple[Count, Count | None]]
+    definition: NotRequired[str]
+    vacated: NotRequired[bool]
+    remade: NotRequired[tuple[Count, Count]]
 
 
 class Departure(TypedDict):
@@ -167,6 +172,7 @@ class Intent(TypedDict):
     time: str
     identity: NotRequired[list[str]]
     granted: NotRequired[Granted]
+    definition: NotRequired[str]  # of a VMM that ends here as soon as the guest runs there
 
 
 class Answered(TypedDict):

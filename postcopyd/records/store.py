@@ -6,6 +6,7 @@
   NAME.json      the VM: its driver and socket, the epoch of its ownership, its last migration
   NAME.pages     destination: one byte for each page, written by the native engine (record.c)
   NAME.answers   destination: how earlier arrivals ended whose sources may not know it yet
+  NAME.device    source: the device state of a guest that has left and whose VMM was ended
   daemon-id      tells this folder from those of other daemons: random
 
 `--durable-dir`, on disk, outlives the host:
@@ -121,7 +122,8 @@ class Store:
 
         `intent` has `migration`, `peer` (HOST:PORT of the host to ask), `epoch`, `driver`,
         `socket`, `identity` (the names in its certificate) and `granted` (which daemon it is; older
-        versions wrote neither). Adds `vm`, `boot` (see `procfs.boot_id`) and `time` (for people).
+        versions wrote neither), and the `definition` of a VMM that ends early. Adds `vm`, `boot`
+        (see `procfs.boot_id`) and `time` (for people).
         Takes as long as the disk takes to sync, so call it in a thread. Raises StateNotWritten.
         """
         path = self._intent(name)
@@ -192,8 +194,33 @@ class Store:
     def remove(self, name: str) -> None:
         """Forgets a VM; its intent last, so that a daemon that dies in between still asks the other
         host. Raises StateNotWritten."""
-        for path in (self._path(name, "json"), self._path(name, "pages"), self._intent(name)):
+        kinds = (self._path(name, kind) for kind in ("json", "pages", "device"))
+        for path in (*kinds, self._intent(name)):
             _unlink(path, f"{name} is not forgotten: mend that and try again")
+
+    def keep_device(self, name: str, state: bytes) -> None:
+        """Keeps the device state of a guest that has left. Raises StateNotWritten."""
+        path = self._path(name, "device")
+        try:
+            _replace(path, state, sync=False)
+        except OSError as error:
+            raise StateNotWritten(
+                f"writing the device state of {name} to {path}: {error.strerror}; make room there"
+            ) from None
+
+    def device(self, name: str) -> bytes:
+        """The inverse of `keep_device`. Raises PostcopydError."""
+        path = self._path(name, "device")
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise shortage(error) or PostcopydError(
+                f"reading the device state of {name} from {path}: {error.strerror}"
+            ) from None
+
+    def remove_device(self, name: str) -> None:
+        """Removes it, if it is there. Raises StateNotWritten."""
+        _unlink(self._path(name, "device"), "it is of no use any more: remove it by hand")
 
     def open_pages(self, name: str, again: bool = False) -> int:
         """A new, empty page record, or `again` the existing one; the caller owns the descriptor.

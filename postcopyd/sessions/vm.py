@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol
 
@@ -88,6 +88,8 @@ class Vm:
         self.attachment: Attachment | None = None
         self.void = False
         self.unwritten = False
+        self.kinds: Mapping[str, type[Vmm]] = {}  # the daemon's drivers by name
+        self.follow: Callable[[Vmm], None] = lambda driver: None  # the daemon's: waits for its end
         self.owing: Callable[[], None] = lambda: None  # the daemon's: has the record written later
         self.spawn: Spawn = lambda task, *args: False  # the daemon's: starts a task for this VM
         self._lock = -1
@@ -255,6 +257,13 @@ class Vm:
             )
         return self.driver
 
+    @property
+    def kind(self) -> type[Vmm] | None:
+        """The class of its driver, also if its VMM has ended."""
+        if self.driver is not None:
+            return type(self.driver)
+        return None if self.attachment is None else self.kinds.get(self.attachment.driver)
+
     def _lives(self) -> bool:
         """Whether the VMM's process lives, as far as is known, though there may be no driver."""
         try:
@@ -381,6 +390,21 @@ class Vm:
             self._store.remove_pages(self.name)
         except PostcopydError as error:
             self.log.error("page record not removed", error=str(error))
+
+    def keep_device(self, state: bytes) -> None:
+        """Keeps the device state of a guest that has left. Raises PostcopydError."""
+        self._store.keep_device(self.name, state)
+
+    def device(self) -> bytes:
+        """What was kept. Raises PostcopydError."""
+        return self._store.device(self.name)
+
+    def remove_device(self) -> None:
+        """Removes what was kept. One that stays does no harm but that it stays."""
+        try:
+            self._store.remove_device(self.name)
+        except PostcopydError as error:
+            self.log.error("device state not removed", error=str(error))
 
     def home(self) -> None:
         """Removes the intent, as the guest is this host's. Call it before that is recorded: if the

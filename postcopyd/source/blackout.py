@@ -66,6 +66,8 @@ class Blackout:
             "identity": peer.identity,
             "granted": peer.granted.recorded(),
         }
+        if driver.makes:
+            intent["definition"] = self._migration.definition
         self._vm.leaving()
         save = self._migration.shared.store.save_intent
         await trio.to_thread.run_sync(save, self._vm.name, intent, limiter=threads.DISK)
@@ -112,6 +114,7 @@ class Blackout:
             for at in range(0, len(data), p.DEVICE_CHUNK):
                 await self._channel.send(p.Device(bytes(data[at : at + p.DEVICE_CHUNK])))
             size += len(data)
+            self._guest.vacating.saved(data)
 
         def stopped() -> None:
             self._figures.stopped_at = time.monotonic()

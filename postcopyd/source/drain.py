@@ -21,6 +21,7 @@ from postcopyd.sessions import losses
 from postcopyd.source.guest import Guest
 from postcopyd.source.keeping import let_go
 from postcopyd.source.migration import Migration
+from postcopyd.source.vacating import has_vacated
 from postcopyd.tasks.nursery import open_nursery
 
 
@@ -47,7 +48,7 @@ class Drain:
         async with open_nursery() as nursery:
             nursery.start_soon(self._engine.watch)
             nursery.start_soon(self._migration.show_progress)
-            nursery.start_soon(self._guest.keeping.begin)
+            nursery.start_soon(self._guest.vacating.run)
             while not isinstance(message := await self._channel.receive(), p.Drained):
                 if isinstance(message, p.Progress):
                     figures.arrived = max(figures.arrived, message.confirmed)
@@ -125,9 +126,10 @@ async def finish_vmm(migration: Migration) -> str:
     """Ends the VMM here, or leaves it stopped for `keep_source`. Returns a clause for the operator
     if that failed, else an empty string."""
     vm, keep = migration.vm, migration.request.keep_source
+    ended = has_vacated(vm)
     await let_go(vm)
     try:
-        if vm.driver is not None:
+        if vm.driver is not None and not ended:
             vm.driver.undefines = migration.request.undefines
             await vm.driver.finish(keep)
     except PostcopydError as error:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest at the source, as the phases use it: its VMM as it was offered, the engine that reads
-its RAM, the tracking of what it writes, and the keeper of its memory.
+its RAM, the tracking of what it writes, the keeper of its memory, and what becomes of its VMM.
 
 Owns the engine and the tracking, and ends both in `aclose`, which the session calls at its end. The
 session owns the descriptors of guest RAM, which outlive the engine that reads by them. One task at
@@ -19,6 +19,7 @@ from postcopyd.source.figures import NO_STATS
 from postcopyd.source.keeping import Keeping
 from postcopyd.source.migration import Migration
 from postcopyd.source.tracking import Tracking
+from postcopyd.source.vacating import Vacating
 from postcopyd.vmm import Shape, State
 
 
@@ -32,6 +33,7 @@ class Guest:
         self.tracking: Tracking | None = None
         self.touched = False
         self.keeping = Keeping(migration.vm, shape, self.engine)
+        self.vacating = Vacating(migration, shape, self.keeping)
         self._migration = migration
         migration.figures.stats = self.engine.stats
 
@@ -84,7 +86,8 @@ class Guest:
             self._migration.figures.tracked = tracking.json()
 
     async def aclose(self) -> None:
-        """Ends the tracking and the engine. Idempotent."""
+        """Ends the tracking, the engine and a VMM that was made for nothing. Idempotent."""
+        await self.vacating.aclose()
         await self.untrack()
         self._migration.figures.stats = NO_STATS
         await self.engine.aclose()

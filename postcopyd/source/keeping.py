@@ -2,11 +2,11 @@
 """The keeper of a guest that was granted: by it the guest's memory here outlives its VMM, as memory
 in a file does by its descriptor.
 
-A guest whose RAM is all in files needs none. The keeper is on record, in the VM's `about`: a daemon
-that was started again reads the memory by it, or ends it. It is made after the grant, so that
-nothing is done to a guest that may still run here, and ended by `let_go` when nobody needs the
-memory any more. If there is none, because it could not be made, could not be recorded, or was
-killed, all goes on as long as the VMM lives.
+A guest whose RAM is all in files needs none, unless its VMM ends early (vacating.py). The keeper is
+on record, in the VM's `about`: a daemon that was started again reads the memory by it, or ends it.
+It is made after the grant, so that nothing is done to a guest that may still run here, and ended by
+`let_go` when nobody needs the memory any more. If there is none, because it could not be made,
+could not be recorded, or was killed, all goes on as long as the VMM lives.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Keeping:
     async def begin(self) -> None:
         """Makes a keeper, if one is needed and there is none. What prevents that is logged."""
         vm, regions = self._vm, self._shape.regions
-        if vm.driver is None or all(region.fd is not None for region in regions):
+        if vm.driver is None or kept(vm) is not None:
             return
-        if kept(vm) is not None:
+        if not vm.driver.makes and all(region.fd is not None for region in regions):
             return
         try:
             made = await keeper.make(vm.driver.pid)
@@ -91,6 +91,7 @@ async def let_go(vm: Vm) -> PostcopydError | None:
         vm.log.error("keeper not ended", error=str(trouble))
         return trouble
     vm.about = {key: value for key, value in vm.about.items() if key != "keeper"}
+    vm.remove_device()
     return None
 
 

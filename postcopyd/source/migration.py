@@ -39,7 +39,8 @@ SHOW_S = 0.1
 class Migration:
     """`cancelling` is the cancel scope of all steps before the grant. `committed`: the grant is on
     record, and `cancel` is refused. `ending`: the migration is at its last steps. `completed` is
-    its result, once nothing of the guest is needed here any more."""
+    its result, once nothing of the guest is needed here any more. `definition`: of its VMM as it
+    is here, which may be told to be another one at the destination."""
 
     def __init__(
         self, vm: Vm, request: MigrateRequest, shared: Shared, name: str, machine: Machine
@@ -52,6 +53,7 @@ class Migration:
         self.peer = Peer(request.to, vm.name, machine, shared)
         self.figures = Figures()
         self.person = Person()
+        self.definition = ""
         self.cancelling = trio.CancelScope()
         self.committed = False
         self.ending = False

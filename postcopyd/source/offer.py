@@ -82,6 +82,9 @@ async def accepted(migration: Migration, guest: Guest, channel: Channel) -> None
 async def _offer(
     migration: Migration, shape: Shape, *, check: bool = False, staged: bool = False
 ) -> p.Offer:
+    driver, request = migration.vm.attached(), migration.request
+    offered = await driver.definition(request.persists, request.xml)
+    migration.definition = await driver.definition() if request.for_a_domain else offered
     return p.Offer(
         migration=migration.name,
         vm=migration.vm.name,
@@ -95,9 +98,7 @@ async def _offer(
         disks=alike.offered(shape.disks),
         unsafe=migration.request.unsafe,
         places={key: p.fact(value) for key, value in shape.places.items()},
-        definition=await migration.vm.attached().definition(
-            migration.request.persists, migration.request.xml
-        ),
+        definition=offered,
     )
 
 

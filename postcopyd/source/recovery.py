@@ -19,12 +19,16 @@ from postcopyd.errors import PostcopydError
 from postcopyd.handover import Happened, Source
 from postcopyd.net.channel import Channel
 from postcopyd.protocol import RemoteProtocolError
+from postcopyd.source.decision import Person
 from postcopyd.source.drain import Drain, finish_vmm
+from postcopyd.source.figures import Figures
 from postcopyd.source.guest import Guest
 from postcopyd.source.migration import Migration
 from postcopyd.source.resolve import kill, refuse_decision, take_back
 from postcopyd.source.retry import AGAIN_S, GONE, PATIENCE_S, Retry
 from postcopyd.source.rollback import Rollback
+from postcopyd.source.vacating import definition, put_back
+from postcopyd.tasks.nursery import open_nursery
 
 
 def pause(migration: Migration, error: PostcopydError) -> None:
@@ -44,8 +48,8 @@ def pause(migration: Migration, error: PostcopydError) -> None:
     ran = migration.machine.state is Source.RAN_LOST
     message = (
         f"{vm.name} {'runs at' if ran else 'was granted to'} {to} and part of its memory is still "
-        f"here: {error}; it is tried again, keep this VMM as it is"
-    )
+        f"here: {error}; it is tried again"
+    ) + ("" if definition(vm) else ", keep this VMM as it is")
     if error.name == GONE:
         message = f"{vm.name} {'runs at' if ran else 'was granted to'} {to}: {error}"
     if error.name in (p.LOST, p.POISONED):
@@ -82,11 +86,17 @@ class Recovery:
         patience = PATIENCE_S if self._vm.status.result is None else 0.0
         retry = Retry(now, now + patience, figures.arrived)
         await self._guest.keeping.begin()
+        async with open_nursery() as nursery:
+            nursery.start_soon(self._guest.vacating.run)
+            await self._until_over(person, figures, retry)
+            nursery.cancel_scope.cancel()
+
+    async def _until_over(self, person: Person, figures: Figures, retry: Retry) -> None:
         while True:
             self._guest.keeping.hold()
             decision, recoveries = person.heard(), figures.recoveries
             if decision is not None and decision.choice == "kill":
-                if await kill(self._migration, decision):
+                if await kill(self._migration, self._guest.vacating, decision):
                     return
                 continue
             trouble = await self._asked()
@@ -98,7 +108,12 @@ class Recovery:
             if now >= retry.told:
                 self._tell_paused(trouble)
             if decision is not None and await take_back(
-                self._migration, self._rollback, decision, trouble, heard=self._heard
+                self._migration,
+                self._rollback,
+                self._guest.vacating,
+                decision,
+                trouble,
+                heard=self._heard,
             ):
                 return
             with trio.move_on_after(wait if person.decision is None else AGAIN_S):
@@ -177,10 +192,12 @@ class Recovery:
         """Ends a migration whose guest was ended on purpose at the destination: nobody needs the
         copy here, and the guest may be started again on any host."""
         migration, vm = self._migration, self._vm
+        text = definition(vm) or migration.definition
         trouble = await finish_vmm(migration)
+        put = await put_back(vm, text) if not migration.request.keep_source else ""
         ended = (
             f"{vm.name} ran at {migration.peer.to} and was ended there before all of its memory "
-            f"had come: {said}"
+            f"had come: {said}{put}"
         )
         over = vm.driver is None and not trouble
         if not over:

@@ -13,9 +13,10 @@ from postcopyd.errors import PostcopydError
 from postcopyd.handover import Happened
 from postcopyd.sessions.patience import END_S, within
 from postcopyd.source.decision import GIVEN_UP, SILENT, Decision, still_there
-from postcopyd.source.keeping import kept, let_go
+from postcopyd.source.keeping import let_go
 from postcopyd.source.migration import Migration
-from postcopyd.source.rollback import Rollback, own_again
+from postcopyd.source.rollback import Rollback, own_again, tell_driver
+from postcopyd.source.vacating import Vacating, definition, put_back
 
 
 def refuse_decision(migration: Migration, said: str) -> None:
@@ -27,12 +28,14 @@ def refuse_decision(migration: Migration, said: str) -> None:
         decision.done(still_there(migration.vm.name, to, decision.choice, said))
 
 
-async def kill(migration: Migration, decision: Decision) -> bool:
+async def kill(migration: Migration, vacating: Vacating, decision: Decision) -> bool:
     """Ends the VMM here, as a person has given its copy up. Returns whether it has ended."""
-    vm = migration.vm
+    vm, text = migration.vm, definition(migration.vm)
+    await vacating.stop()
+    await vacating.drop()
     migration.person.decision = None
     migration.log.warning("ownership changed by a person", decision=decision.choice)
-    if vm.driver is not None or kept(vm) is not None:
+    if vm.driver is not None or "keeper" in vm.about:
         try:
             with within(END_S, f"ending the VMM of {vm.name} here"):
                 if vm.driver is not None:
@@ -44,9 +47,10 @@ async def kill(migration: Migration, decision: Decision) -> bool:
             migration.log.error("decision not carried out", error=refusal)
             decision.done(PostcopydError(refusal, "VmmFailed"))
             return False
+    put = await put_back(vm, text)
     by = f"by an operator's decision, in the middle of the move to {migration.peer.to}"
     message = (
-        f"the VMM of {vm.name} here was ended {by}; memory that the guest there still lacks "
+        f"the VMM of {vm.name} here was ended {by}{put}; memory that the guest there still lacks "
         f"is lost: if it waits, `postcopyd resolve {vm.name}` there too; `postcopyd detach "
         f"{vm.name}` here once you know where it runs"
     )
@@ -66,6 +70,7 @@ async def kill(migration: Migration, decision: Decision) -> bool:
 async def take_back(
     migration: Migration,
     rollback: Rollback,
+    vacating: Vacating,
     decision: Decision,
     trouble: PostcopydError,
     *,
@@ -73,8 +78,10 @@ async def take_back(
 ) -> bool:
     """Takes the guest back, as a person says that the destination is dead. `trouble` came of the
     last attempt to ask it, `heard` says whether it answered. The decision is refused if it may be
-    alive, and waits until its time is over. Returns whether the migration is over."""
-    peer = migration.peer
+    alive, and waits until its time is over. If its VMM here was ended, it gets a new one first, and
+    the destination is asked once more, as that has taken its time. Returns whether the migration is
+    over."""
+    peer, vm = migration.peer, migration.vm
     if trouble.name not in GIVEN_UP:
         if heard or trouble.name not in SILENT:
             refuse_decision(migration, str(trouble))
@@ -85,13 +92,20 @@ async def take_back(
         refuse_decision(migration, said)
     if migration.person.decision is not decision:
         return False  # refused: just now, or while the destination was asked
-    migration.person.decision = None
-    migration.log.warning("ownership changed by a person", decision=decision.choice)
     try:
-        own_again(migration.vm)  # without this record the guest may not run
-    except PostcopydError as error:
-        decision.done(error)
+        if vacating.begun and vacating.remade is None and not vacating.taken:
+            await vacating.remake()
+            return False
+        migration.person.decision = None
+        if vacating.remade is not None:
+            await vacating.take()
+            await tell_driver(vm)
+        own_again(vm)  # without this record the guest may not run
+    except Exception as error:  # also a bug: the guest is at the destination, and asked for again
+        migration.person.decision = None
+        decision.done(migration.ours(error))
         return False
+    migration.log.warning("ownership changed by a person", decision=decision.choice)
     migration.machine.happened(Happened.TAKEN_BACK)
     by = f"by an operator's decision, in the middle of the move to {migration.peer.to}"
     taken = f"taken back {by}, as it was when it stopped here"

@@ -27,7 +27,7 @@ from postcopyd.sessions import hugepages
 from postcopyd.sessions.found import found
 from postcopyd.sessions.shared import Shared
 from postcopyd.sessions.vm import Vm
-from postcopyd.source import keeping, offer, precopy, recovery
+from postcopyd.source import keeping, offer, precopy, recovery, vacating
 from postcopyd.source.blackout import Blackout
 from postcopyd.source.decision import Choice, still_there
 from postcopyd.source.drain import Drain
@@ -64,7 +64,7 @@ class SourceSession:
     def huge(self) -> hugepages.Ram | None:
         """The RAM whose huge pages tracking has split, once that is over."""
         guest = self._rollback.guest
-        if guest is None or not self.migration.figures.tracked:
+        if guest is None or not self.migration.figures.tracked or guest.vacating.taken:
             return None
         return hugepages.Ram.of(guest.shape.pid, guest.shape.regions)
 
@@ -149,7 +149,9 @@ class SourceSession:
         Raises PostcopydError when the VMM cannot be asked for its RAM, and has left no keeper.
         """
         request = msgspec.convert(about["request"], MigrateRequest)
-        session = cls(vm, request, shared, about["migration"], Source.GRANTED_LOST)
+        # A VMM is ended here only when the destination has said that it runs the guest.
+        state = Source.RAN_LOST if vacating.definition(vm) else Source.GRANTED_LOST
+        session = cls(vm, request, shared, about["migration"], state)
         session.migration.know_again(about)
         try:
             if vm.driver is None:  # it has ended, and its memory may be kept

@@ -175,7 +175,9 @@ class Vmm(abc.ABC):
     pid: int  # of the VMM's process
 
     #: Whether a destination of this kind is made for each arrival (`expect`), so that nobody starts
-    #: and attaches it before. It ends with an arrival that is called off.
+    #: and attaches it before. It ends with an arrival that is called off. Others than the daemon
+    #: may run such a VMM's guest, so at the source it ends as soon as the guest runs elsewhere and
+    #: its memory is kept (`vacate`); a guest that is taken back gets a new one (`remake`).
     makes: ClassVar[bool] = False
 
     #: What the guest did just before `save` or `still` stopped it, and what `rollback` goes back
@@ -314,6 +316,39 @@ class Vmm(abc.ABC):
     @abc.abstractmethod
     async def finish(self, keep: bool) -> None:
         """After drained: end the VMM, or with `keep` leave it stopped."""
+
+    @classmethod
+    async def vacate(cls, name: str, socket: str, pid: int, *, undefine: bool) -> None:
+        """The guest runs elsewhere: end the VMM that was its process `pid`, and, if `undefine`,
+        whatever it would be started of here again; nothing starts it by itself. What is in guest
+        RAM must stay, as other processes map it too. Touches no other VMM of that name. Idempotent,
+        and fine if the VMM has ended. Only with `makes`."""
+        raise VmmError(f"the {cls.kind} driver made no VMM of {name}")
+
+    @classmethod
+    async def remake(  # noqa: PLR0917 (a driver's own words come first, as in `expect`)
+        cls,
+        name: str,
+        socket: str,
+        definition: str,
+        like: Shape,
+        fill: Callable[[Shape], Awaitable[None]],
+        device: bytes,
+    ) -> Self:
+        """Make the VMM of a guest anew that has left here and was vacated, from its `definition`.
+
+        `like` is the guest as it was, `fill` puts its memory into the RAM of the VMM that waits,
+        which is empty then, and `device` is all that `save` has sent. Returns the VMM as `save`
+        leaves one: `rollback` runs the guest. If this raises, nothing is left. Only with `makes`.
+        """
+        raise VmmError(f"the {cls.kind} driver makes no VMM for {name}")
+
+    @classmethod
+    async def define(cls, name: str, socket: str, definition: str) -> bool:
+        """Have what outlasted the VMM, as `definition` says, here again after `vacate`, unless
+        there is something of that name; nothing starts it by itself. Returns whether there
+        was anything. Only with `makes`."""
+        return False
 
     # --- destination
 

@@ -23,6 +23,8 @@ from needs import libvirt, missing
 
 from postcopyd.demo import qemu_guest as demo
 from postcopyd.demo.hosts import Host
+from postcopyd.host import procfs
+from postcopyd.native import keeper
 
 VM = "web1"
 SERIAL = f"/run/{VM}.serial"
@@ -38,6 +40,8 @@ for part in lib log cache; do mount --bind "$1/$part" /var/$part/libvirt; done
 mount --bind "$1/etc" /etc/libvirt
 chown libvirt-qemu "$1/lib/qemu"
 printf 'security_driver = "none"\\ncgroup_controllers = []\\n' > /etc/libvirt/qemu.conf
+printf 'memory_backing_dir = "/run/ram"\\n' >> /etc/libvirt/qemu.conf
+mkdir -m 755 /run/ram
 printf 'host_uuid = "%s"\\n' $(cat /proc/sys/kernel/random/uuid) > /etc/libvirt/libvirtd.conf
 virtlogd -d
 libvirtd -d
@@ -134,9 +138,19 @@ class LibvirtHost(Host):
         self.run("libvirtd", "-d")
 
     def leftovers(self) -> list[str]:
-        """What nobody uses any more: FIFOs of restores."""
+        """What nobody uses any more: FIFOs of restores, device states."""
         room = self.root / "run/postcopyd"
-        return os.listdir(room) if room.exists() else []
+        found = os.listdir(room) if room.exists() else []
+        return found + [file.name for file in self.state.glob("*.device")]
+
+    def keepers(self) -> list[int]:
+        """Processes that keep the memory of a QEMU of either host: they have its command line."""
+        return [
+            pid
+            for pid in map(int, filter(str.isdigit, os.listdir("/proc")))
+            if procfs.command(pid) == keeper.NAME
+            and str(self._libvirt.parent) in " ".join(procfs.arguments(pid))
+        ]
 
     def close(self) -> None:
         self.end()
@@ -215,7 +229,11 @@ class LibvirtPair:
 
 @asynccontextmanager
 async def libvirt_pair(
-    folder: Path, boot: tuple[Path, Path], memory: int = 256, more: str = ""
+    folder: Path,
+    boot: tuple[Path, Path],
+    memory: int = 256,
+    more: str = "",
+    disk_rate: int = 20,
 ) -> AsyncIterator[LibvirtPair]:
     """Two hosts, each with libvirt and a daemon, and a domain that runs at the first; its XML has
     `more`."""
@@ -234,7 +252,7 @@ async def libvirt_pair(
         initramfs=initramfs,
         memory=memory << 20,
         disk=disk,
-        workload=q.Workload(disk_rate=20),
+        workload=q.Workload(disk_rate=disk_rate),
     )
     hosts: list[LibvirtHost] = []
     try:

@@ -31,6 +31,7 @@ async def gone(pair: LibvirtPair) -> None:
     await until(lambda: not pair.there.domstate, "the domain to be gone there")
     assert pair.there.leftovers() == []
     assert pair.there.qemu == 0
+    await until(lambda: not pair.there.keepers(), "no keeper")
 
 
 async def test_there_and_back(pair: LibvirtPair) -> None:
@@ -154,20 +155,110 @@ async def begun(pair: LibvirtPair, mode: str, phase: str, bandwidth: int = 4 * M
     return str(started["migration"])
 
 
-async def test_nobody_runs_or_saves_what_has_left(pair: LibvirtPair) -> None:
-    """While the memory follows, libvirt's users cannot run the guest a second time, as its disk is
-    locked, nor keep a copy that would run later."""
-    migration = await begun(pair, "postcopy", "postcopy")
-    assert pair.here.domstate == "paused"
-    for words in (["resume", VM], ["managedsave", VM], ["save", VM, "/run/saved"]):
-        assert "error" in (said := pair.here.virsh(*words)), said
-        assert pair.here.domstate == "paused"
-    result = await pair.here.result(VM, migration)
-    assert result["event"] == "completed", result
+async def left(pair: LibvirtPair) -> None:
+    """The domain was ended at the host that the guest has left, and its memory is kept there."""
+    await until(lambda: not pair.here.domstate and not pair.here.qemu, "the domain to end", 60)
+    nothing_to_run(pair)
+
+
+def nothing_to_run(pair: LibvirtPair) -> None:
+    assert len(pair.here.keepers()) == 1
+    for words in (["resume", VM], ["start", VM], ["managedsave", VM], ["save", VM, "/run/saved"]):
+        assert "failed to get domain" in (said := pair.here.virsh(*words)), said
+    assert VM not in pair.here.virsh("list", "--all")
+    assert pair.here.qemu == 0
+
+
+async def arrived(pair: LibvirtPair) -> None:
+    """All of the guest is at the other host, and nothing of it where it was."""
+    await status_until(pair.here, VM, lambda status: status["phase"] == "drained", 240)
     pair.moves += 1
     await pair.guest.follow(pair.here)
     await pair.check()
+    assert "Persistent:     yes" in pair.here.virsh("dominfo", VM)
     await gone(pair)
+
+
+async def test_nobody_runs_or_saves_what_has_left(pair: LibvirtPair) -> None:
+    """While the memory follows there is nothing that libvirt's users could run a second time, or
+    save: also with the daemon killed, and with libvirt's daemon started anew."""
+    await begun(pair, "postcopy", "postcopy")
+    await left(pair)
+    await trio.to_thread.run_sync(pair.here.end, signal.SIGKILL)
+    nothing_to_run(pair)
+    pair.here.kill_libvirt()
+    pair.here.start_libvirt()
+    await pair.here.has_libvirt()
+    nothing_to_run(pair)
+    await pair.here.start()
+    await arrived(pair)
+
+
+@pytest.mark.parametrize("when_ms", [0, 300, 800, 1600])
+async def test_the_daemon_is_killed_while_it_ends_the_domain(
+    pair: LibvirtPair, when_ms: int
+) -> None:
+    """Whatever it had done by then, the guest gets all of its memory, and nothing stays."""
+    await begun(pair, "postcopy", "postcopy")
+    await trio.sleep(when_ms / 1e3)
+    await trio.to_thread.run_sync(pair.here.end, signal.SIGKILL)
+    await pair.here.start()
+    await arrived(pair)
+
+
+async def test_libvirt_hangs_where_the_guest_leaves(pair: LibvirtPair) -> None:
+    """The memory follows all the same, and the domain is ended when libvirt goes on."""
+    migration = await begun(pair, "hybrid", "precopy", 16 * MIB)
+    await status_until(pair.here, VM, lambda status: status["phase"] == "postcopy", 120)
+    pair.here.hang_libvirt()
+    await trio.sleep(2)
+    status = await pair.here.status(VM)
+    assert status["phase"] in ("postcopy", "drained"), status
+    pair.here.hang_libvirt(signal.SIGCONT)
+    result = await pair.here.result(VM, migration)
+    assert result["event"] == "completed", result
+    await arrived(pair)
+
+
+BACKINGS = {
+    "private": "",
+    "memfd": "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
+    # Whose files QEMU empties when it is told to end.
+    "file": "<memoryBacking><source type='file'/><access mode='shared'/><discard/></memoryBacking>",
+}
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["", "restarted"])
+@pytest.mark.parametrize("backing", BACKINGS)
+async def test_taken_back(
+    folder: Path, boot: tuple[Path, Path], backing: str, restarted: bool
+) -> None:
+    """After its new host has burnt down: the domain is made anew, defined as it was, and runs with
+    the memory that it had when it stopped here."""
+    async with libvirt_pair(folder, boot, disk_rate=0, more=BACKINGS[backing]) as pair:
+        await begun(pair, "postcopy", "postcopy")
+        await left(pair)
+        there = pair.there.qemu
+        await trio.to_thread.run_sync(pair.there.end, signal.SIGKILL)
+        pair.there.kill_libvirt()
+        os.kill(there, signal.SIGKILL)
+        await status_until(pair.here, VM, lambda status: status["phase"] == "paused", 60)
+        if restarted:
+            await trio.to_thread.run_sync(pair.here.end, signal.SIGKILL)
+            await pair.here.start()
+        await pair.here.call("Resolve", name=VM, decision="take_back")
+        assert pair.here.domstate == "running"
+        assert "Persistent:     yes" in pair.here.virsh("dominfo", VM)
+        assert pair.here.keepers() == []
+        assert pair.here.leftovers() == []
+        await pair.guest.follow(pair.here)
+        await pair.check()
+        pair.there.start_libvirt()
+        await pair.there.has_libvirt()
+        await pair.there.start()
+        await pair.there.call("Resolve", name=VM, decision="kill")
+        await pair.there.call("Detach", name=VM)
+        await pair.move(mode="hybrid")
 
 
 async def test_cancelled(pair: LibvirtPair) -> None:

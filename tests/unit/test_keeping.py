@@ -74,6 +74,8 @@ async def test_one_that_cannot_be_reached_has_not_ended(
 class FakeVm:
     """What keeping.py uses of a VM, whose record cannot be written."""
 
+    makes = False
+
     def __init__(self) -> None:
         self.name, self.attachment = "web1", None
         self.log = structlog.get_logger()

@@ -13,7 +13,8 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any, Self
 from xml.etree import ElementTree
@@ -28,6 +29,7 @@ from postcopyd.vmm.qemu import blocks as ram_blocks
 from postcopyd.vmm.qemu import disk_files, userfaultfd
 from postcopyd.vmm.qemu.common import close_each, pidfd_of
 from postcopyd.vmm.qemu.driver import QemuVmm
+from postcopyd.vmm.qemu.settings import MOVED
 
 CALLED_OFF_S = 3.0
 """How long the QEMU may take to end after libvirt has returned."""
@@ -102,14 +104,66 @@ class LibvirtVmm(QemuVmm):
             return
         self._watch(on=False)
         self._ending = True
-        await calls.ask(
-            self._uri,
-            f"ending the domain {self.name} here",
-            "forget",
-            name=self.name,
-            undefine=self.undefines,
-        )
+        try:
+            await self.vacate(self.name, self.socket, self.pid, undefine=self.undefines)
+        except PostcopydError:  # its definition stays, but at least it cannot be run as it is
+            kill(self._pidfd, self.name, self.pid)
+            raise
         await self._exit()
+
+    @classmethod
+    async def vacate(cls, name: str, socket: str, pid: int, *, undefine: bool) -> None:
+        """As the interface says. libvirt takes 1 to 3 s for it."""
+        await calls.ask(
+            socket.partition("#")[0],
+            f"ending the domain {name} here",
+            "forget",
+            name=name,
+            pid=pid,
+            undefine=undefine,
+        )
+
+    @classmethod
+    async def remake(  # noqa: PLR0917 (as the interface has it)
+        cls,
+        name: str,
+        socket: str,
+        definition: str,
+        like: Shape,
+        fill: Callable[[Shape], Awaitable[None]],
+        device: bytes,
+    ) -> Self:
+        """As for a guest that arrives; but all of its memory is there before it is loaded."""
+        made = await cls.expect(name, socket, definition, like)
+
+        async def stream() -> AsyncIterator[bytes]:
+            yield device
+
+        try:
+            made.before = "paused" if like.state == "paused" else "running"
+            with closing(await made.inspect("destination")) as shape:
+                if shape.problems:
+                    raise VmmError("; ".join(shape.problems))
+                await made.discard(shape)
+                await fill(shape)
+                made._adopted = shape
+                await made._qmp.open()
+                await made.load(stream())
+            await made._settings.guard(MOVED)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                with suppress(PostcopydError):
+                    await made.end()
+                await made.aclose()
+            raise
+        return made
+
+    @classmethod
+    async def define(cls, name: str, socket: str, definition: str) -> bool:
+        uri = socket.partition("#")[0]
+        if kept := _read(definition)["kept"]:
+            await calls.ask(uri, f"defining the domain {name}", "define", name=name, xml=kept)
+        return bool(kept)
 
     # --- the destination
 

@@ -209,11 +209,21 @@ class Asked:
         xml = xml or self._libvirt.lookupByName(name).XMLDesc(as_it_runs)
         self._libvirt.defineXML(xml).setAutostart(autostart)
 
-    def forget(self, name: str, undefine: bool) -> Any:
-        """Ends a domain whose guest has gone, and its definition, or at least its autostart. What
-        the guest has kept in its firmware stays, as that file may be the guest's elsewhere."""
+    def define(self, name: str, xml: str) -> Any:
+        """Defines a domain, unless there is one of that name."""
+        with suppress(libvirt.libvirtError):
+            self._libvirt.lookupByName(name)
+            return
+        self._libvirt.defineXML(xml)
+
+    def forget(self, name: str, pid: int, undefine: bool) -> Any:
+        """Ends a domain whose guest has gone, unless another QEMU than `pid` runs it by now, and
+        its definition, or at least its autostart. What the guest has kept in its firmware stays, as
+        that file may be the guest's elsewhere."""
         try:
             domain = self._libvirt.lookupByName(name)
+            if domain.isActive() and process_of(name) != pid:
+                return
             if not undefine and domain.isPersistent():
                 domain.setAutostart(False)
             elif domain.isPersistent():
@@ -223,10 +233,40 @@ class Asked:
                     | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
                 )
             if domain.isActive():
+                keep_files(domain)
                 domain.destroy()
         except libvirt.libvirtError as error:
             if error.get_error_code() not in QEMU_GONE:
                 raise
+
+
+def process_of(name: str) -> int:
+    try:
+        with open(f"/run/libvirt/qemu/{name}.pid") as file:
+            return int(file.read())
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"which process runs {name} is not known: {error}") from None
+
+
+def keep_files(domain: libvirt.virDomain) -> None:
+    """Other processes may read the guest's memory: QEMU would empty its files at its end, where the
+    XML has <discard/>."""
+    if "<discard/>" not in domain.XMLDesc():
+        return
+    where = {"path": "/objects"}
+    for each in said(domain, "qom-list", where)["return"]:
+        if each["type"] == "child<memory-backend-file>":
+            path = f"/objects/{each['name']}"
+            about = {"path": path, "property": "discard-data", "value": False}
+            if "error" in (answer := said(domain, "qom-set", about)):
+                raise RuntimeError(f"QEMU would not keep {path}: {answer['error']['desc']}")
+
+
+def said(domain: libvirt.virDomain, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What QEMU answers, by libvirt's monitor."""
+    text = json.dumps({"execute": name, "arguments": arguments})
+    answer: dict[str, Any] = json.loads(libvirt_qemu.qemuMonitorCommand(domain, text, 0))
+    return answer
 
 
 def _inactive(start: str, what: str, find: Any, name: str) -> list[str]:
@@ -258,7 +298,7 @@ def ask(uri: str, channel: socket.socket) -> None:
     answer: dict[str, Any]
     try:
         answer = {"return": getattr(Asked(uri), question.pop("ask"))(**question)}
-    except libvirt.libvirtError as error:
+    except (libvirt.libvirtError, RuntimeError) as error:
         answer = {"error": str(error)}
     channel.sendall(json.dumps(answer).encode() + b"\n")
 

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies the memory that a keeper has into the VMM that was made for a guest that is taken back.
+
+Reads the keeper as the engine does, and writes to /proc/PID/mem of the VMM, whose RAM is empty.
+Owns the descriptors it opens. Holes and pages of zeros are left out, so the guest stays as sparse
+as it was. No guest runs meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+
+import trio
+
+from postcopyd.errors import PostcopydError, shortage
+from postcopyd.sessions import headroom
+from postcopyd.tasks import threads
+from postcopyd.vmm import Region, Shape
+
+SMALL = 4096
+BLOCK = 2 << 20
+AT_ONCE = 32  # blocks
+ZEROS = bytes(BLOCK)
+
+
+async def copy(was: Shape, to: Shape) -> None:
+    """`was` is the guest, with its keeper's pid. Raises PostcopydError, also where there is no room
+    for it."""
+    try:
+        await _copy(was, to)
+    except OSError as error:
+        raise shortage(error) or PostcopydError(
+            f"copying the guest's memory from its keeper, process {was.pid}: {error.strerror}"
+        ) from None
+
+
+async def _copy(was: Shape, to: Shape) -> None:
+    pairs = list(zip(was.regions, to.regions, strict=True))
+    found = [
+        await trio.to_thread.run_sync(_all_data, was.pid, old, limiter=threads.WALKS)
+        for old, _ in pairs
+    ]
+    needed = [
+        replace(new, pages=-(-sum(size for _, size in blocks) // new.page_size))
+        for (_, new), blocks in zip(pairs, found, strict=True)
+    ]
+    arrival = headroom.Arrival(to.pid, needed)
+    seen = await trio.to_thread.run_sync(headroom.maps, arrival, limiter=threads.WALKS)
+    if problems := headroom.problems(arrival, seen):
+        raise PostcopydError(" ".join(problems), "Refused")
+    source, target = _memory(was.pid, os.O_RDONLY), -1
+    try:
+        target = _memory(to.pid, os.O_WRONLY)
+        for (old, new), blocks in zip(pairs, found, strict=True):
+            starts = iter(sorted({at - at % BLOCK for at, _ in blocks}))
+            while some := list(islice(starts, AT_ONCE)):
+                await trio.to_thread.run_sync(
+                    _blocks, source, target, old, new, some, limiter=threads.WALKS
+                )
+    finally:
+        os.close(source)
+        if target >= 0:
+            os.close(target)
+
+
+def _memory(pid: int, how: int) -> int:
+    return os.open(f"/proc/{pid}/mem", how | os.O_CLOEXEC)
+
+
+def data(pid: int, region: Region) -> Iterator[tuple[int, int]]:
+    """Where a region has data, as offset and size, in order: each within one BLOCK."""
+    stretches = _of_file(region) if region.fd is not None else _of_process(pid, region)
+    for at, end in stretches:
+        for first in range(at - at % BLOCK, end, BLOCK):
+            yield max(at, first), min(end, first + BLOCK) - max(at, first)
+
+
+def _all_data(pid: int, region: Region) -> list[tuple[int, int]]:
+    return [*data(pid, region)]
+
+
+def _of_file(region: Region) -> Iterator[tuple[int, int]]:
+    """Where each stretch begins and ends. By SEEK_DATA; a file system without holes is all data."""
+    fd, first, at = region.fd, region.offset, region.offset
+    assert fd is not None
+    end = first + region.size
+    while at < end:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+            hole = os.lseek(fd, at, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole
+                return
+            hole = end
+        if at < end:
+            yield at - first, min(hole, end) - first
+        at = max(hole, at + 1)
+
+
+def _of_process(pid: int, region: Region) -> Iterator[tuple[int, int]]:
+    """By the page map: 64 bits a page, 63 present, 62 swapped."""
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        for at in range(0, region.size, BLOCK):
+            count = min(BLOCK, region.size - at) // SMALL
+            place = (region.address + at) // SMALL * 8
+            entries = array("Q", os.pread(pagemap.fileno(), count * 8, place))
+            if there := sum(1 for entry in entries if entry >> 62):
+                yield at, at + there * SMALL
+
+
+def _blocks(source: int, target: int, old: Region, new: Region, starts: list[int]) -> None:
+    for at in starts:
+        size = min(BLOCK, old.size - at)
+        if old.fd is None:
+            block = os.pread(source, size, old.address + at)
+        else:
+            block = os.pread(old.fd, size, old.offset + at)
+        if len(block) != size:
+            raise OSError(errno.EIO, "it ends early")
+        if block == ZEROS[:size]:
+            continue
+        for first, last in _written(block):
+            piece = block[first:last]
+            if os.pwrite(target, piece, new.address + at + first) != len(piece):
+                raise OSError(errno.EIO, "the new VMM takes only a part of it")
+
+
+def _written(block: bytes) -> Iterator[tuple[int, int]]:
+    """Stretches of pages that are not zeros."""
+    zeros, first = ZEROS[:SMALL], None
+    for at in range(0, len(block), SMALL):
+        empty = block[at : at + SMALL] == zeros
+        if empty and first is not None:
+            yield first, at
+            first = None
+        elif not empty and first is None:
+            first = at
+    if first is not None:
+        yield first, len(block)
