@@ -49,3 +49,9 @@ def helper(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         )
         monkeypatch.setitem(sys.modules, name, binding)
     return runpy.run_path(str(calls.HELPER))
+
+
+@pytest.fixture
+def restoring(helper: dict[str, Any]) -> dict[str, Any]:
+    """The same of its part that makes domains which wait."""
+    return runpy.run_path(str(calls.HELPER.with_name("restoring.py")))

@@ -29,9 +29,9 @@ MIB = 1 << 20
 
 
 @pytest.mark.parametrize("length", [10, 5000, MIB - 94, MIB - 93, MIB - 92, MIB + 5])
-def test_a_header_ends_at_a_whole_mib(helper: dict[str, Any], length: int) -> None:
+def test_a_header_ends_at_a_whole_mib(restoring: dict[str, Any], length: int) -> None:
     """libvirt 12 reads in whole MiB, and the XML has to end by a NUL."""
-    head = helper["header"](b"x" * length)
+    head = restoring["header"](b"x" * length)
     assert len(head) % MIB == 0
     assert len(head) - 92 - length <= MIB
     magic, version, text, ran, compressed, cookie = struct.unpack_from("<16s5I", head)
@@ -44,12 +44,12 @@ def test_a_header_ends_at_a_whole_mib(helper: dict[str, Any], length: int) -> No
 class Fifo:
     """A FIFO that is fed by a helper, to a reader that takes all of it."""
 
-    def __init__(self, folder: Path, helper: dict[str, Any], pieces: list[bytes | None]) -> None:
+    def __init__(self, folder: Path, restoring: dict[str, Any], pieces: list[bytes | None]) -> None:
         path = folder / "fifo"
         os.mkfifo(path)
         both = os.open(path, os.O_RDWR)
         ours = os.open(path, os.O_WRONLY)
-        restore = object.__new__(helper["Restore"])
+        restore = object.__new__(restoring["Restore"])
         restore._folder = str(folder / "its own")
         restore._piece = iter(pieces).__next__
         feeding = threading.Thread(target=restore._feed, args=(both, ours, b"head"))
@@ -59,11 +59,13 @@ class Fifo:
         feeding.join()
 
 
-def test_a_stream_that_ends_early_ends_in_rubbish(helper: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stream_that_ends_early_ends_in_rubbish(
+    restoring: dict[str, Any], tmp_path: Path
+) -> None:
     """libvirt would wait for ever for one that only ends."""
-    assert Fifo(tmp_path, helper, [b"one", b"two", b""]).read == b"headonetwo"
+    assert Fifo(tmp_path, restoring, [b"one", b"two", b""]).read == b"headonetwo"
     (tmp_path / "fifo").unlink()
-    assert Fifo(tmp_path, helper, [b"one", None]).read == b"headone" + helper["RUBBISH"]
+    assert Fifo(tmp_path, restoring, [b"one", None]).read == b"headone" + restoring["RUBBISH"]
 
 
 class Binding:

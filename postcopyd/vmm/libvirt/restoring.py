@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of helper.py that has libvirt make a domain which waits for its guest: a restore from a
+FIFO. helper.py runs this file: it too imports nothing but libvirt's binding and Python's library.
+
+Owns the FIFO and its folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import struct
+import tempfile
+import termios
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import libvirt
+
+FEED_S = 1.0
+"""How long what is fed may take to end once libvirt has returned."""
+
+ROOM = "/run/postcopyd"
+"""For FIFOs, each in a folder of its own."""
+
+MIB = 1 << 20
+MAGIC = b"LibvirtQemudSave"
+TWICE = 11_003_000
+"""Since this version libvirt opens what it restores from twice."""
+
+RUBBISH = b"\0" * 4096
+"""Ends a load that waits: no stream of QEMU's begins or goes on so."""
+
+
+class Restore:
+    """A domain that libvirt makes by a restore, of what comes from the daemon: in pieces, each
+    after its length (u32, big endian). The first is the XML, the second the XML to take instead, or
+    empty; then comes the stream, whose end is an empty one.
+    Without that end, the load is ended by rubbish: libvirt would wait for ever for a stream that
+    just ends. Answers with one JSON object once libvirt's call has returned."""
+
+    def __init__(self, connection: libvirt.virConnect, channel: socket.socket) -> None:
+        self._libvirt = connection
+        self._channel, self._pieces = channel, channel.makefile("rb")
+        self._returned = threading.Event()
+
+    def serve(self) -> None:
+        os.makedirs(ROOM, 0o755, exist_ok=True)
+        self._folder = tempfile.mkdtemp(dir=ROOM)
+        try:
+            fifo = os.path.join(self._folder, "stream")
+            os.mkfifo(fifo, 0o600)
+            self._serve(fifo)
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _serve(self, fifo: str) -> None:
+        xml, self._changed = self._piece(), self._piece()
+        if not xml or self._changed is None:
+            return
+        both = os.open(fifo, os.O_RDWR | os.O_CLOEXEC)  # so nobody waits to open it
+        ours = os.open(fifo, os.O_WRONLY | os.O_CLOEXEC)
+        threading.Thread(target=self._restore, args=(fifo,), daemon=True).start()
+        times = 2 if self._libvirt.getLibVersion() >= TWICE else 1
+        head = header(xml) * times
+        feeding = threading.Thread(target=self._feed, args=(both, ours, head), daemon=True)
+        feeding.start()
+        self._returned.wait()
+        feeding.join(FEED_S)
+
+    def _restore(self, fifo: str) -> None:
+        answer: dict[str, Any] = {"return": {}}
+        try:
+            changed = (self._changed or b"").decode() or None
+            self._libvirt.restoreFlags(fifo, changed, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+        except libvirt.libvirtError as error:
+            answer = {"error": str(error)}
+        with suppress(OSError):  # the daemon has gone
+            self._channel.sendall(json.dumps(answer).encode() + b"\n")
+        self._returned.set()
+
+    def _feed(self, both: int, fifo: int, head: bytes) -> None:
+        """`both` ends are open until libvirt has read the header, so has opened it for good."""
+        whole = False
+        try:
+            write(fifo, head)
+            while unread(both):
+                time.sleep(0.001)
+            os.close(both)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            while (piece := self._piece()) is not None:
+                if not piece:
+                    whole = True
+                    break
+                write(fifo, piece)
+            if not whole:
+                write(fifo, RUBBISH)
+        except OSError:  # libvirt has closed its end
+            pass
+        finally:
+            os.close(fifo)
+
+    def _piece(self) -> bytes | None:
+        """The next piece; None if the daemon has gone."""
+        try:
+            (length,) = struct.unpack(">I", self._pieces.read(4))
+            piece = self._pieces.read(length)
+            return piece if len(piece) == length else None
+        except (struct.error, OSError):
+            return None
+
+
+def unread(fifo: int) -> bool:
+    return fcntl.ioctl(fifo, termios.FIONREAD, bytes(4)) != bytes(4)
+
+
+def write(fifo: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fifo, view) :]
+
+
+def header(xml: bytes) -> bytes:
+    """What a file that libvirt restores from has before QEMU's stream (qemu_saveimage.h): no
+    cookie, raw, and not running. Filled up to whole MiB, in which libvirt reads."""
+    room = -(92 + len(xml) + 1) % MIB + 1
+    text = xml + bytes(room)
+    return MAGIC + struct.pack("<5I", 2, len(text), 0, 0, 0) + bytes(56) + text
