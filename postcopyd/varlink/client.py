@@ -61,7 +61,7 @@ class Client:
             raise NoAnswer(error.strerror or str(error)) from error
 
     def _connect(self, path: str) -> None:
-        """With a timeout of Python's the socket would not block, and a full backlog fail at once."""
+        """With a timeout of Python's the socket would not block, and a full backlog would fail."""
         deadline = time.monotonic() + CONNECT_SECONDS
         self._wait_for(TURN_MS)
         while True:
