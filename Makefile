@@ -54,14 +54,14 @@ demo: build
 # What has to take long: two more versions of QEMU under every guest, two hosts with systemd, domains
 # of libvirt, chaos.
 # All else is `test`. TESTS names folders, files or tests.
-test: WHICH := "not long" --dist=worksteal
+test: WHICH := "not long" --dist=worksteal --numprocesses=4
 # In the order of the folders, so that what takes longest, the kernels, begins early.
-test-long: WHICH := long --dist=loadfile --no-loadscope-reorder
+test-long: WHICH := long --dist=loadfile --no-loadscope-reorder --numprocesses=3
 test-long: TEST_PACKAGES += $(LIBVIRT_PACKAGES)
 test test-long: build deb
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu
-	$(BIN)/pytest -q --numprocesses=3 -m $(WHICH) $(TESTS)
+	$(BIN)/pytest -q -m $(WHICH) $(TESTS)
 
 # The daemons that are upgraded in tests.
 .PHONY: version-before
