@@ -52,6 +52,7 @@ async def test_there_and_back(pair: LibvirtPair) -> None:
             assert pair.here.domstate == state
 
 
+@pytest.mark.libvirt
 async def test_a_paused_transient_domain(pair: LibvirtPair) -> None:
     """It stays paused, and transient."""
     pair.here.virsh("undefine", VM)
@@ -73,6 +74,7 @@ NUMA = """
   </numa></cpu>"""
 
 
+@pytest.mark.libvirt
 async def test_equal_numa_nodes(folder: Path, boot: tuple[Path, Path]) -> None:
     """Parts of one size: each is taken for what it is."""
     async with libvirt_pair(folder, boot, more=NUMA) as pair:
@@ -81,6 +83,7 @@ async def test_equal_numa_nodes(folder: Path, boot: tuple[Path, Path]) -> None:
         await gone(pair)
 
 
+@pytest.mark.libvirt
 async def test_asked_as_with_virsh(pair: LibvirtPair) -> None:
     """What is persistent where, and the XML that the domain has there."""
     pair.here.virsh("undefine", VM)
@@ -98,6 +101,7 @@ async def test_asked_as_with_virsh(pair: LibvirtPair) -> None:
     assert "Persistent:     no" in pair.here.virsh("dominfo", VM)
 
 
+@pytest.mark.libvirt
 async def test_changed_xml(pair: LibvirtPair, folder: Path) -> None:
     """The file of the disk has another name there; another machine is refused by libvirt."""
     xml = pair.here.virsh("dumpxml", "--migratable", VM)
@@ -194,6 +198,7 @@ async def test_nobody_runs_or_saves_what_has_left(pair: LibvirtPair) -> None:
     await arrived(pair)
 
 
+@pytest.mark.libvirt
 @pytest.mark.parametrize("when_ms", [0, 300, 800, 1600])
 async def test_the_daemon_is_killed_while_it_ends_the_domain(
     pair: LibvirtPair, when_ms: int
@@ -206,6 +211,7 @@ async def test_the_daemon_is_killed_while_it_ends_the_domain(
     await arrived(pair)
 
 
+@pytest.mark.libvirt
 async def test_libvirt_hangs_where_the_guest_leaves(pair: LibvirtPair) -> None:
     """The memory follows all the same, and the domain is ended when libvirt goes on."""
     migration = await begun(pair, "hybrid", "precopy", 16 * MIB)
@@ -228,6 +234,7 @@ BACKINGS = {
 }
 
 
+@pytest.mark.libvirt
 @pytest.mark.parametrize("restarted", [False, True], ids=["", "restarted"])
 @pytest.mark.parametrize("backing", BACKINGS)
 async def test_taken_back(
@@ -299,6 +306,7 @@ async def stayed(pair: LibvirtPair, result: dict[str, Any]) -> None:
     assert pair.here.domstate == "running"
 
 
+@pytest.mark.libvirt
 async def test_the_qemu_that_waits_is_killed(pair: LibvirtPair) -> None:
     """Also in the blackout: then the guest runs on where it was, under libvirt."""
     result = await killed_in_handover(pair, lambda: os.kill(pair.there.qemu, signal.SIGKILL))
@@ -311,6 +319,7 @@ async def test_the_qemu_that_waits_is_killed(pair: LibvirtPair) -> None:
     await pair.move(mode="hybrid")
 
 
+@pytest.mark.libvirt
 async def test_libvirt_is_killed_where_the_guest_arrives(pair: LibvirtPair) -> None:
     """Before the grant the guest stays; then libvirt is started again, and has nothing of it."""
     migration = await begun(pair, "hybrid", "precopy")
@@ -321,6 +330,7 @@ async def test_libvirt_is_killed_where_the_guest_arrives(pair: LibvirtPair) -> N
     await pair.move(mode="hybrid")
 
 
+@pytest.mark.libvirt
 async def test_libvirt_hangs_where_the_guest_arrives(pair: LibvirtPair) -> None:
     """It never says that the guest is there: the guest stays, and runs again in seconds."""
     migration = await begun(pair, "hybrid", "precopy", 64 * MIB)
@@ -333,6 +343,7 @@ async def test_libvirt_hangs_where_the_guest_arrives(pair: LibvirtPair) -> None:
     await pair.move(mode="hybrid")
 
 
+@pytest.mark.libvirt
 async def test_libvirt_is_restarted_where_the_guest_leaves(pair: LibvirtPair) -> None:
     """At each step: the migration goes on, or the guest stays where it was, under libvirt."""
     migration = await begun(pair, "hybrid", "precopy", 16 * MIB)
@@ -356,6 +367,7 @@ async def test_libvirt_is_restarted_where_the_guest_leaves(pair: LibvirtPair) ->
     await gone(pair)
 
 
+@pytest.mark.libvirt
 @pytest.mark.parametrize("side", ["here", "there"])
 @pytest.mark.parametrize("phase", ["precopy", "postcopy"])
 async def test_a_daemon_is_killed(pair: LibvirtPair, side: str, phase: str) -> None:
