@@ -29,7 +29,7 @@ from postcopyd.demo import initramfs
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / ".build/kernels"
-BOOT_S = 1200
+BOOT_S = 1800
 """It takes two or three minutes on two cores that have nothing else to do."""
 MODULES = ("virtio_pci", "virtio_blk", "ext4")
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
