@@ -6,8 +6,8 @@
  *
  * Only this file starts and joins threads, but for pc-place: settle.c starts it, and joins one that
  * has ended before it starts another. pc_dest_disconnect ends the threads of connections.
- * pc_dest_stop ends all, pc-place last and the fault threads before it; pc_dest_free calls it. The
- * session makes these calls, one at a time; no thread of the engine ends another. */
+ * pc_dest_stop ends all, pc-place last and the fault threads before it. The session makes these
+ * calls, one at a time, and pc_dest_stop by pc_dest_free; no thread of the engine ends another. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>

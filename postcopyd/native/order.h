@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Decides which page is pushed next; push.c has told of the holes before. The push goes on behind
- * the page that was asked for last, because a guest goes on near where it was; otherwise from where
- * it is, and around, until every page was sent. Pages that will be written again soon (hot) are
- * sent last in a pass, but first in the push, as the guest will want them. The one run behind a
- * page that was asked for goes before either.
+/* Decides which page is pushed next; push.c has told of the holes before. First one run of pages
+ * behind the page that was asked for last, because a guest goes on near where it was. Then pages
+ * that are written again and again (hot), as the guest will want them; in a pass these come last.
+ * Then all others, from the page sent last on, and around, until every page was sent.
  *
  * Owns the cursor and its lock; borrows the bitmaps and the regions. The thread that sets a page's
  * bit in `sent` sends the page. Here that is done for push threads, at a request by its thread. */

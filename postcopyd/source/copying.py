@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies the memory that a keeper has into the VMM that was made for a guest that is taken back.
+"""Copies the memory that was kept into the VMM that was made for a guest that is taken back.
 
-Reads the keeper as the engine does, and writes to /proc/PID/mem of the VMM, whose RAM is empty.
-Owns the descriptors it opens. Holes and pages of zeros are left out, so the guest stays as sparse
-as it was. No guest runs meanwhile.
+Reads the keeper, and RAM in files by the session's descriptors, as the engine does; writes to
+/proc/PID/mem of the VMM, whose RAM is empty. Owns the descriptors it opens. Holes and pages of
+zeros are left out, so the guest stays as sparse as it was. No guest runs meanwhile.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def copy(was: Shape, to: Shape) -> None:
         await _copy(was, to)
     except OSError as error:
         raise shortage(error) or PostcopydError(
-            f"copying the guest's memory from its keeper, process {was.pid}: {error.strerror}"
+            f"copying the guest's memory, which process {was.pid} keeps: {error.strerror}"
         ) from None
 
 
@@ -103,7 +103,8 @@ def _of_file(region: Region) -> Iterator[tuple[int, int]]:
 
 
 def _of_process(pid: int, region: Region) -> Iterator[tuple[int, int]]:
-    """By the page map: 64 bits a page, 63 present, 62 swapped."""
+    """By the page map: 64 bits a page, 63 present, 62 swapped. Of each BLOCK its start and how much
+    of it is there, wherever in it: it is read whole."""
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
         for at in range(0, region.size, BLOCK):
             count = min(BLOCK, region.size - at) // SMALL

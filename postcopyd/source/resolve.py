@@ -109,6 +109,8 @@ async def take_back(
     migration.machine.happened(Happened.TAKEN_BACK)
     by = f"by an operator's decision, in the middle of the move to {migration.peer.to}"
     taken = f"taken back {by}, as it was when it stopped here"
+    text = definition(vm)
     await rollback.run(PostcopydError(taken, "TakenBack"))
-    decision.done(rollback.trouble)
+    undefined = await vacating.define(text)
+    decision.done(rollback.trouble or undefined)
     return True

@@ -4,9 +4,10 @@
 
 In this order: the destination says that the guest runs there; the keeper is on record; the device
 state is in a file; the definition is on record; the VMM is ended; that is on record. Until the
-definition is on record the VMM stays as it is, stopped: for good, if there is no keeper, or if that
-could end with the VMM, or if the daemon is killed. From then on the next daemon does the rest, the
-VMM may have ended, and a guest that is taken back gets a new one.
+definition is on record the VMM stays as it is, stopped: until the guest is drained, if there is no
+keeper, or if that could end with the VMM, or if the daemon is killed. From then on the next daemon
+does the rest, the VMM may have ended, and a guest that is taken back gets a new one, which is
+defined only once the guest is this host's by the record.
 
 Owns that one (`remade`) until it is the VM's. One task runs `run`; the task of the recovery calls
 the rest.
@@ -139,7 +140,7 @@ class Vacating:
 
     def _why_not(self) -> str:
         found = kept(self._vm)
-        if found is None or not keeper.outlives_group(found):
+        if found is None or not keeper.outlives_group(found):  # it may have ended just now
             return "what keeps its memory is in the control group of the VMM, and could end with it"
         if self._size > MOST_STATE:
             return f"its device state has more than {MOST_STATE >> 20} MiB"
@@ -200,7 +201,6 @@ class Vacating:
         made, self.remade = self.remade, None
         assert made is not None
         try:
-            await made.keep(vm.about["keeper"]["definition"])
             lock = await locks.vmm(made.pid, vm.name)
         except BaseException:
             await self._end(made)
@@ -209,6 +209,25 @@ class Vacating:
         vm.have(made, lock)
         vm.follow(made)
         self.taken = True
+
+    async def define(self, text: str) -> PostcopydError | None:
+        """Has the new VMM outlast the guest, by the definition of the one before. Only once the
+        guest is this host's by the record, and runs: what is defined may be started by others.
+        Returns why it could not, which is logged."""
+        if not self.taken:
+            return None
+        name = self._vm.name
+        try:
+            with within(END_S, f"defining {name} here again"):
+                await self._vm.attached().keep(text)
+        except Exception as error:  # the guest is here, whatever becomes of its definition
+            self._migration.log.error("definition not put back", error=str(error))
+            return PostcopydError(
+                f"{name} was taken back, but it ends with its VMM, as it is not defined here any "
+                f"more: {error}; define it by hand",
+                "VmmFailed",
+            )
+        return None
 
     async def drop(self) -> None:
         """Ends a new VMM that is not needed. Idempotent."""

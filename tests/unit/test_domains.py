@@ -203,13 +203,14 @@ async def test_disks_are_compared_before_anything_is_made(
 
 @pytest.mark.parametrize("option", ["persistent", "undefine_source", "xml"])
 def test_what_only_domains_have_is_refused_for_others(option: str) -> None:
-    kind = type("", (), {"makes": False})
+    kind: Any = type("", (), {"makes": False})
     vm: Any = type("", (), {"name": "web1", "attached": lambda _: kind})()
+    given: dict[str, Any] = {option: True}
     registry._must_have(vm, MigrateRequest("host2"))
     with pytest.raises(PostcopydError, match=r"web1 is not moved as a domain.*: leave them out"):
-        registry._must_have(vm, MigrateRequest("host2", **{option: True}))  # type: ignore[arg-type]
-    kind.makes = True  # type: ignore[attr-defined]
-    registry._must_have(vm, MigrateRequest("host2", **{option: True}))  # type: ignore[arg-type]
+        registry._must_have(vm, MigrateRequest("host2", **given))
+    kind.makes = True
+    registry._must_have(vm, MigrateRequest("host2", **given))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,8 @@ async def test_who_may_ask_whether_a_guest_fits(definition: str, one_of: set[str
             raise PostcopydError("may not")
 
     none: Any = None
-    acceptor = Acceptor(type("", (), {"tls": Tls()})(), {}, none, none, none)  # type: ignore[arg-type]
+    shared: Any = type("", (), {"tls": Tls()})()
+    acceptor = Acceptor(shared, {}, none, none, none)
     channel: Any = type("", (), {"names": ("host1",)})
     with pytest.raises(PostcopydError, match="may not"):
         offer = msgspec.structs.replace(OFFER, check=True, definition=definition)

@@ -52,11 +52,30 @@ class Fifo:
         restore = object.__new__(restoring["Restore"])
         restore._folder = str(folder / "its own")
         restore._piece = iter(pieces).__next__
+        restore._returned = threading.Event()
+        restore._channel, daemon = socket.socketpair()
         feeding = threading.Thread(target=restore._feed, args=(both, ours, b"head"))
         with path.open("rb") as reader:
             feeding.start()
             self.read = reader.read()
         feeding.join()
+        restore._channel.close()
+        daemon.close()
+
+
+@pytest.mark.parametrize("who", ["libvirt", "the daemon"])
+def test_a_header_that_nobody_reads(restoring: dict[str, Any], tmp_path: Path, who: str) -> None:
+    """libvirt has refused, or the daemon has gone: the helper does not wait for a reader."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    both = os.open(path, os.O_RDWR)
+    restore = object.__new__(restoring["Restore"])
+    restore._folder, restore._piece = str(tmp_path / "its own"), lambda: None
+    restore._returned = threading.Event()
+    restore._channel, daemon = socket.socketpair()
+    with restore._channel, daemon:
+        restore._returned.set() if who == "libvirt" else daemon.close()
+        restore._feed(both, os.open(path, os.O_WRONLY), b"head")
 
 
 def test_a_stream_that_ends_early_ends_in_rubbish(

@@ -18,6 +18,8 @@ class Domain:
         self.xml, self.pid, self.active = xml, pid, active
         self.did: list[str] = []
         self.refuses = False
+        self.raises: dict[str, Exception] = {}
+        self.ends = False  # by itself, as it is told to
 
     def isActive(self) -> bool:
         return self.active
@@ -29,13 +31,19 @@ class Domain:
         return self.xml
 
     def undefineFlags(self, flags: int) -> None:
-        self.did.append("undefine")
+        self._may("undefine")
 
     def setAutostart(self, on: bool) -> None:
         self.did.append(f"autostart {on}")
 
     def destroy(self) -> None:
-        self.did.append("destroy")
+        self._may("destroy")
+
+    def _may(self, what: str) -> None:
+        if what in self.raises:
+            self.active = not self.ends
+            raise self.raises[what]
+        self.did.append(what)
 
     def say(self, _domain: Any, text: str, _flags: int) -> str:
         said = json.loads(text)
@@ -82,3 +90,24 @@ def test_what_other_processes_read_is_not_emptied(helper: dict[str, Any]) -> Non
     with pytest.raises(RuntimeError, match="would not keep"):
         forget(helper, refusing)
     assert "destroy" not in refusing.did
+
+
+@pytest.mark.parametrize("what", ["undefine", "destroy"])
+def test_what_libvirt_does_not_allow_is_told(helper: dict[str, Any], what: str) -> None:
+    """It has the same code as the end of a domain that ends by itself meanwhile."""
+    names = helper["Asked"].forget.__globals__
+    invalid = type(
+        "invalid",
+        (names["libvirt"].libvirtError,),
+        {"get_error_code": lambda _: names["libvirt"].VIR_ERR_OPERATION_INVALID},
+    )
+    domain = Domain()
+    domain.raises[what] = invalid("not now")
+    with pytest.raises(invalid):
+        forget(helper, domain)
+    domain.ends = True
+    if what == "destroy":
+        assert forget(helper, domain) == ["undefine", "undefine"]
+    else:  # its definition is there still
+        with pytest.raises(invalid):
+            forget(helper, domain)

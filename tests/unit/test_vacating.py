@@ -23,7 +23,9 @@ from test_decisions import deciding
 from postcopyd.daemon import registry
 from postcopyd.native import keeper
 from postcopyd.native.keeper import Keeper
-from postcopyd.source import copying
+from postcopyd.records.store import StateNotWritten
+from postcopyd.sessions.vm import Vm
+from postcopyd.source import copying, resolve
 from postcopyd.source.keeping import kept
 from postcopyd.vmm import Region, Shape, VmmError
 
@@ -280,6 +282,50 @@ async def test_not_taken_back_without_room(
         await pair.source.daemon.resolve("web1", "take_back")
         pair.source.vmm = FakeVmm.at["/fake/source"]
         assert pair.source.vmm.state == "running"
+        old.free()
+
+
+async def test_it_is_defined_only_when_it_is_on_record(
+    tmp_path: Path, made: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then a host that restarts could start what is defined; it can be said again."""
+    full = [StateNotWritten("the disk is full")]
+    own_again = resolve.own_again
+
+    def own(vm: Vm) -> None:
+        if full:
+            raise full.pop()
+        own_again(vm)
+
+    monkeypatch.setattr(resolve, "own_again", own)
+    async with world(tmp_path, {"<- progress": goes_down}) as pair, pair.migrating():
+        await lost(pair)
+        old = pair.source.vmm
+        with pytest.raises(Exception, match="disk is full"):
+            await pair.source.daemon.resolve("web1", "take_back")
+        assert (pair.source.recorded(), Made.defined) == ("granted", [])
+        await pair.source.daemon.resolve("web1", "take_back")
+        pair.source.vmm = FakeVmm.at["/fake/source"]
+        assert (pair.source.vmm.state, Made.defined) == ("running", [DEFINITION])
+        old.free()
+
+
+async def test_a_definition_that_cannot_be_put_back(
+    tmp_path: Path, made: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest runs here all the same, and the person is told."""
+
+    async def keep(self: Made, definition: str) -> None:
+        raise VmmError("libvirt does not answer")
+
+    monkeypatch.setattr(Made, "keep", keep)
+    async with world(tmp_path, {"<- progress": goes_down}) as pair, pair.migrating():
+        await lost(pair)
+        old = pair.source.vmm
+        with pytest.raises(Exception, match=r"not defined here any more.*define it by hand"):
+            await pair.source.daemon.resolve("web1", "take_back")
+        pair.source.vmm = FakeVmm.at["/fake/source"]
+        assert (pair.source.vmm.state, pair.source.recorded()) == ("running", "held")
         old.free()
 
 

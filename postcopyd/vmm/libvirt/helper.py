@@ -218,11 +218,28 @@ class Asked:
                     | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
                 )
             if domain.isActive():
-                keep_files(domain)
-                domain.destroy()
+                end(domain)
         except libvirt.libvirtError as error:
-            if error.get_error_code() not in QEMU_GONE:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 raise
+
+
+def end(domain: libvirt.virDomain) -> None:
+    """Fine if it ends by itself meanwhile."""
+    try:
+        keep_files(domain)
+        domain.destroy()
+    except libvirt.libvirtError as error:
+        if not ended(domain, error):
+            raise
+
+
+def ended(domain: libvirt.virDomain, error: libvirt.libvirtError) -> bool:
+    """Whether the error is that it has: libvirt says the same of what it does not allow."""
+    try:
+        return error.get_error_code() in QEMU_GONE and not domain.isActive()
+    except libvirt.libvirtError as again:
+        return bool(again.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN)
 
 
 def process_of(name: str) -> int:
@@ -334,19 +351,13 @@ class Monitor:
         try:
             answer = self._tried(command, lent)
         except libvirt.libvirtError as error:
-            if self._ended(error):
+            if ended(self._domain, error):
                 sys.exit()  # as QEMU's own monitor ends with QEMU
             answer = {"error": {"class": "GenericError", "desc": str(error)}}
         finally:
             for fd in lent:
                 os.close(fd)
         self._say({**{k: answer[k] for k in ("return", "error") if k in answer}, "id": number})
-
-    def _ended(self, error: libvirt.libvirtError) -> bool:
-        try:
-            return error.get_error_code() in QEMU_GONE and not self._domain.isActive()
-        except libvirt.libvirtError as again:
-            return bool(again.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN)
 
     def _tried(self, command: dict[str, Any], lent: list[int]) -> dict[str, Any]:
         """Once more if libvirt's daemon went away: QEMU may have heard it, and nearly all that is

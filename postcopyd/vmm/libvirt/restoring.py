@@ -10,13 +10,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import select
 import shutil
 import socket
 import struct
 import tempfile
 import termios
 import threading
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +24,8 @@ import libvirt
 
 FEED_S = 1.0
 """How long what is fed may take to end once libvirt has returned."""
+
+LOOK_MS = 1
 
 ROOM = "/run/postcopyd"
 """For FIFOs, each in a folder of its own."""
@@ -85,12 +87,16 @@ class Restore:
         self._returned.set()
 
     def _feed(self, both: int, fifo: int, head: bytes) -> None:
-        """`both` ends are open until libvirt has read the header, so has opened it for good."""
+        """`both` ends are open until libvirt has read the header, so has opened it for good.
+        Nothing tells when a FIFO is empty: it is looked at, until libvirt or the daemon gives up.
+        """
+        daemon = select.poll()
+        daemon.register(self._channel, select.POLLRDHUP)
         whole = False
         try:
             write(fifo, head)
-            while unread(both):
-                time.sleep(0.001)
+            while unread(both) and not self._returned.is_set() and not daemon.poll(LOOK_MS):
+                pass
             os.close(both)
             shutil.rmtree(self._folder, ignore_errors=True)
             while (piece := self._piece()) is not None:
