@@ -156,7 +156,6 @@ def assert_unharmed(before: Json, after: Json, late_us: int) -> None:
     assert after["bad"] == 0
     assert after["fds"] == before["fds"]
     assert after["worstLateUs"] < late_us
-    assert after["queuedSent"] - after["queuedGot"] <= 2
 
 
 def test_a_thousand_adoptions_leave_every_kind_of_thread_as_it_was(programs: Programs) -> None:
