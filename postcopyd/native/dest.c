@@ -181,6 +181,10 @@ int pc_dest_unregister(struct pc_dest *d, int called_off) {
     /* For a VMM that is gone the kernel says ENOMEM here. */
     if (ioctl(r->is.uffd, UFFDIO_UNREGISTER, &range) && errno != ENOMEM)
       failed = -errno;
+    /* The kernel wakes the threads that wait, and then ends the registration. Where a fault does not
+     * take the lock of the address space, a thread can begin to wait in between, for ever (seen on
+     * Linux 6.18). */
+    wake_all(r);
   }
   return failed;
 }

@@ -1321,6 +1321,50 @@ static void stop_often(unsigned times) {
   }
 }
 
+struct passer {
+  struct ram *ram;
+  atomic_bool end;
+  _Atomic uint64_t visits;
+};
+
+static void *pass_run(void *argument) {
+  struct passer *t = argument;
+  for (uint64_t i = (uintptr_t)&i; !atomic_load(&t->end); i++) {
+    load(t->ram, mix(i) % t->ram->pages, 0);
+    atomic_fetch_add(&t->visits, 1);
+    sched_yield();
+  }
+  return NULL;
+}
+
+/* Nobody waits when memory is registered no more, though many threads fault just then. */
+static void unregister_race(void) {
+  enum { THREADS = 4 };
+  for (unsigned time = 0; time < 4000 / RARELY; time++) {
+    struct guest g = {0};
+    struct ram *m = add_ram(&g, 64, SMALL, mixed);
+    struct pair p = new_dest(&g);
+    struct passer t[THREADS] = {0};
+    pthread_t threads[THREADS];
+    for (unsigned i = 0; i < THREADS; i++) {
+      t[i].ram = m;
+      pthread_create(&threads[i], NULL, pass_run, &t[i]);
+    }
+    usleep((useconds_t)(draw() % 200));
+    check(!pc_dest_unregister(p.dest, 1), "%m");
+    for (unsigned i = 0; i < THREADS; i++) {
+      uint64_t visits = atomic_load(&t[i].visits);
+      wait_until(atomic_load(&t[i].visits) > visits);
+    }
+    for (unsigned i = 0; i < THREADS; i++) {
+      atomic_store(&t[i].end, true);
+      pthread_join(threads[i], NULL);
+    }
+    finish(&p);
+    guest_free(&g);
+  }
+}
+
 static void stop_anytime(void) { stop_often(120); }
 static void stop_tls(void) { with_tls = true, stop_often(40); }
 
@@ -1416,6 +1460,7 @@ static const struct subtest SUBTESTS[] = {
     {"hostile_destination", hostile_destination},
     {"stop_anytime", stop_anytime},
     {"stop_tls", stop_tls},
+    {"unregister_race", unregister_race},
     {"bandwidth", bandwidth},
     {"slow_push", slow_push},
 };

@@ -88,10 +88,10 @@ def test_configuration(tmp_path: Path) -> None:
 
 
 def grown(was: Type, now: Type, *, asked: bool) -> None:
-    """The same type, but for more names of an enumeration and more fields, which nobody has to say
-    who asks."""
-    if isinstance(was, Maybe) and isinstance(now, Maybe):
-        grown(was.of, now.of, asked=asked)
+    """The same type, but for more names of an enumeration and more fields. Who asks has to say
+    nothing more than before, and may have to say less."""
+    if isinstance(now, Maybe) and (asked or isinstance(was, Maybe)):
+        grown(was.of if isinstance(was, Maybe) else was, now.of, asked=asked)
     elif isinstance(was, Enum) and isinstance(now, Enum):
         assert set(was.names) <= set(now.names)
     elif isinstance(was, Struct) and isinstance(now, Struct):
