@@ -18,6 +18,7 @@ DEFAULT_CONTROL = "/run/postcopyd/control"
 DEFAULT_PORT = 16525
 DEFAULT_STATE_DIR = Path("/run/postcopyd/state")
 DEFAULT_DURABLE_DIR = Path("/var/lib/postcopyd")
+DEFAULT_LIBVIRT = "qemu:///system"
 # Beyond a few, more connections only cost threads; the wire allows twice as many.
 MAX_CONNECTIONS = 16
 # Other daemons that are served at a time: each arriving migration has one connection (peers.py).
@@ -57,7 +58,7 @@ class ServeOptions(NamedTuple):
     """How a daemon is to run. None is no limit. Bytes per second: `bandwidth` for one migration,
     `host_bandwidth` for all that leave this host together. `connections` is the number of push
     connections of one migration. An arrival beyond `max_arrivals` or `max_arriving_memory` (bytes
-    of guest RAM) waits. `libvirt` is a URI or "off" (`libvirt_uri`).
+    of guest RAM) waits. `libvirt` is a URI, "off", or None where nobody says (`libvirt_uri`).
     `metrics` is HOST:PORT or the absolute path of a unix socket. Without `peers` every certificate
     of the CA is accepted."""
 
@@ -76,7 +77,7 @@ class ServeOptions(NamedTuple):
     max_arriving_memory: int | None = None
     max_peers: int = MAX_PEERS
     metrics: str | None = None
-    libvirt: str = "off"
+    libvirt: str | None = None
     peers: tuple[Peer, ...] = ()
 
     @property
@@ -90,9 +91,11 @@ class ServeOptions(NamedTuple):
 
     @property
     def libvirt_uri(self) -> str:
-        """Empty for none, which is the default: who may send a domain here has as much power as
-        root, and nothing but locks of disks keeps others from running the domain that was left."""
-        return "" if self.libvirt == "off" else self.libvirt
+        """Empty for none. Who may send a domain here has as much power as root. So without TLS,
+        where whoever reaches the port may, it is only one that somebody has named."""
+        default = DEFAULT_LIBVIRT if self.tls == "require" else "off"
+        uri = self.libvirt or default
+        return "" if uri == "off" else uri
 
 
 def _invalid(sentence: str) -> PostcopydError:

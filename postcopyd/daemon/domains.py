@@ -8,6 +8,7 @@ that is called off. What is said to libvirt is the driver's business (vmm/libvir
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext, suppress
 
@@ -23,8 +24,11 @@ from postcopyd.sessions import alike
 from postcopyd.sessions.patience import END_S, within
 from postcopyd.sessions.vm import DAEMON, Vm
 from postcopyd.tasks.nursery import open_nursery
-from postcopyd.vmm import Disk, DiskFile, Region, Shape, Vmm
+from postcopyd.vmm import Disk, DiskFile, Region, Shape, Vmm, VmmTimeout
 from postcopyd.vmm.libvirt import calls
+
+SILENT_S = 30.0
+"""After libvirt has not answered, a list of VMs is for so long shown without waiting for it."""
 
 log = structlog.get_logger()
 
@@ -35,18 +39,16 @@ class Domains:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._uri = registry.shared.libvirt
+        self._said = ""  # why it could not be asked for a list: logged once
+        self._silent_until = -math.inf
 
     def _socket(self, name: str) -> str:
         return f"{self._uri}#{name}"
 
     def socket(self, name: str) -> str:
         """How a domain of this name would be reached. Raises PostcopydError if none can be."""
-        if not calls.here(self._uri):
-            raise PostcopydError(
-                f"attaching {name}: this daemon has no libvirt that it may use: start libvirt's "
-                f"daemon, and see `libvirt` in postcopyd.toml",
-                "Refused",
-            )
+        if why := calls.lacks(self._uri):
+            raise PostcopydError(f"attaching {name}: {why}", "Refused")
         return self._socket(name)
 
     async def find(self, name: str) -> None:
@@ -69,25 +71,37 @@ class Domains:
             found = False
         if found:
             await self._registry.attach(name, "libvirt", self._socket(name))
+        elif known is None and calls.here(self._uri) and (why := calls.lacks(self._uri)):
+            raise PostcopydError(
+                f"no VM {name} is attached to this daemon, and libvirt is not asked for a domain "
+                f"of that name: {why}",
+                "NoSuchVm",
+            )
 
     async def shown(self) -> list[Status]:
         """Domains that run here and were never moved by this daemon, nor attached."""
-        try:
-            running = await self._running()
-        except PostcopydError as error:
-            log.warning("libvirt not asked", uri=self._uri, error=str(error))
+        if trio.current_time() < self._silent_until:
             return []
+        try:
+            running, said = await self._running(connect=0), ""
+        except PostcopydError as error:
+            running, said = [], str(error)
+            if isinstance(error, VmmTimeout):
+                self._silent_until = trio.current_time() + SILENT_S
+            if said != self._said:
+                log.warning("domains of libvirt not listed", uri=self._uri, error=said)
+        self._said = said
         return [
             Status(vm=name, role="", phase="idle", migration="", peer="", remaining=0,
                    message="a domain of libvirt, no migration")
             for name in sorted(running) if name not in self._registry.vms
         ]  # fmt: skip
 
-    async def _running(self) -> list[str]:
-        if not calls.here(self._uri):
+    async def _running(self, **how: float) -> list[str]:
+        if calls.lacks(self._uri):
             return []
         doing = "looking for domains"
-        names: list[str] = await calls.ask(self._uri, doing, "running", within=calls.LOOK_S)
+        names: list[str] = await calls.ask(self._uri, doing, "running", calls.LOOK_S, **how)
         return names
 
     # --- arrivals
@@ -105,11 +119,11 @@ class Domains:
 
     def _kind(self, offer: p.Offer) -> type[Vmm]:
         kind = DRIVERS.get(offer.driver)
-        if kind is None or not kind.makes or not calls.here(self._uri):
+        why = calls.lacks(self._uri)
+        if kind is None or not kind.makes or why:
             raise PostcopydError(
-                f"{offer.vm} is a domain of {offer.driver} at the source, and the destination has "
-                f"no libvirt that it may use: start libvirt's daemon there, and see `libvirt` in "
-                f"postcopyd.toml",
+                f"{offer.vm} is a domain of {offer.driver} at the source, and cannot be made at "
+                f"the destination: {why or 'it knows none such'}",
                 "Refused",
             )
         return kind

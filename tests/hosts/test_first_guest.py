@@ -65,4 +65,4 @@ def test_libvirt(fresh: tuple[Host, Host], prompts: dict[str, d.Run]) -> None:
     for host in fresh:
         host.run(["ln", "-s", str(host.shared), "/srv/web1"])
     prompts["host1#"]("mv web1.initrd /srv/web1/initrd; truncate -s 16M /srv/web1/disk")
-    assert d.run(DOCS / "LIBVIRT.md", prompts) > 20
+    assert d.run(DOCS / "LIBVIRT.md", prompts) > 15

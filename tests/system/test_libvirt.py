@@ -226,6 +226,35 @@ async def test_libvirt_hangs_where_the_guest_leaves(pair: LibvirtPair) -> None:
     await arrived(pair)
 
 
+@pytest.mark.libvirt
+@pytest.mark.parametrize("stopped", [False, True], ids=["hangs", "killed"])
+async def test_a_libvirt_that_does_not_answer_is_not_waited_for(
+    pair: LibvirtPair, stopped: bool
+) -> None:
+    """Nor by what asks of VMs that are attached, nor by the next list, nor by a daemon's start."""
+
+    async def seconds(what: Any) -> float:
+        began = trio.current_time()
+        await what
+        return trio.current_time() - began
+
+    await pair.here.call("Attach", name=VM, driver="libvirt")
+    (pair.here.kill_libvirt if stopped else pair.here.hang_libvirt)()
+    first = await seconds(pair.here.call("List", domains=True))
+    assert first < (3 if stopped else 8)
+    assert await seconds(pair.here.call("List", domains=True)) < 2
+    assert await seconds(pair.here.status(VM)) < 1
+    await trio.to_thread.run_sync(pair.here.end, signal.SIGKILL)
+    assert await seconds(pair.here.start()) < 5
+    assert await seconds(pair.here.status(VM)) < 1
+    if stopped:
+        pair.here.start_libvirt()
+    else:
+        pair.here.hang_libvirt(signal.SIGCONT)
+    await pair.here.has_libvirt()
+    await pair.move(mode="postcopy")
+
+
 BACKINGS = {
     "private": "",
     "memfd": "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",

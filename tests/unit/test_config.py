@@ -180,9 +180,15 @@ def test_check_refuses(
 
 
 def test_which_libvirt() -> None:
-    """Who may send domains is as good as root, so that nobody may is the default."""
-    assert ServeOptions().libvirt_uri == ""
-    assert ServeOptions(libvirt="qemu:///system").libvirt_uri == "qemu:///system"
+    """Who may send domains is as good as root: where nobody shows who it is, one is named."""
+    for tls, libvirt, uri in (
+        ("require", None, "qemu:///system"),
+        ("require", "off", ""),
+        ("require", "qemu:///session", "qemu:///session"),
+        ("off", None, ""),
+        ("off", "qemu:///system", "qemu:///system"),
+    ):
+        assert ServeOptions(tls=tls, libvirt=libvirt).libvirt_uri == uri
 
 
 def test_the_example() -> None:
@@ -194,7 +200,7 @@ def test_the_example() -> None:
     top, _, peers = text.partition("#[peers.")
     said = re.sub(r"(?m)^#(?=[a-z-]+ = )", "", top)
     folder = EXAMPLE.parent
-    defaults = ServeOptions()._replace(durable_dir=Path("/var/lib/postcopyd"))
+    defaults = ServeOptions(durable_dir=Path("/var/lib/postcopyd"), libvirt="qemu:///system")
     assert from_text(said, folder) == defaults
     both = from_text(re.sub(r"(?m)^#(?=[a-z-]+ = |\[)", "", f"#[peers.{peers}"), folder).peers
     assert [peer.name for peer in both] == ["host2"]

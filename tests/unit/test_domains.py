@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,8 +13,10 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from postcopyd import protocol as p
+from postcopyd.config.options import ServeOptions
 from postcopyd.daemon import domains, registry
 from postcopyd.daemon.accepting import Acceptor
 from postcopyd.daemon.domains import Domains
@@ -24,7 +26,7 @@ from postcopyd.model import MigrateRequest
 from postcopyd.records.store import Store
 from postcopyd.sessions import alike
 from postcopyd.sessions.shared import Shared
-from postcopyd.vmm import Disk, DiskFile
+from postcopyd.vmm import Disk, DiskFile, VmmTimeout
 from postcopyd.vmm.libvirt import calls
 
 OFFER = p.Offer(
@@ -96,6 +98,7 @@ class Channel:
 def kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Made]]:
     monkeypatch.setitem(registry.DRIVERS, "made", Made)  # type: ignore[arg-type]
     monkeypatch.setattr(domains.calls, "here", bool)
+    monkeypatch.setattr(domains.calls, "lacks", lambda uri: "" if uri else "no libvirt here")
     monkeypatch.setattr(Made, "made", [])
     monkeypatch.setattr(Made, "problems", [])
     yield Made
@@ -163,6 +166,60 @@ async def test_a_libvirt_that_does_not_answer(
             await Domains(vms).find("web1")
         vms.vms["web1"] = vms.known("web1")
         await Domains(vms).find("web1")
+
+
+async def test_a_list_does_not_wait_again_for_a_libvirt_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: Any
+) -> None:
+    """Nor says each time why there are no domains in it. One that refuses is asked each time."""
+    asked: list[float] = []
+    said = VmmTimeout("libvirt has not answered")
+
+    async def silent(*_: Any, connect: float, **__: Any) -> Any:
+        asked.append(connect)
+        await trio.sleep(calls.LOOK_S)
+        raise said
+
+    monkeypatch.setattr(domains.calls, "ask", silent)
+    monkeypatch.setattr(domains.calls, "lacks", lambda _: "")
+    with capture_logs() as log:
+        async with daemon(tmp_path) as vms:
+            here = Domains(vms)
+            began = trio.current_time()
+            for _ in range(3):
+                assert await here.shown() == []
+            assert trio.current_time() - began == pytest.approx(calls.LOOK_S)
+            await trio.sleep(domains.SILENT_S)
+            said = PostcopydError("libvirt refuses")
+            for _ in range(3):
+                assert await here.shown() == []
+    assert asked == [0, 0, 0, 0]  # nor waits for its daemon to be there
+    assert [one["error"] for one in log] == ["libvirt has not answered", "libvirt refuses"]
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["", "without its binding"])
+async def test_a_host_without_libvirt_does_not_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """No log line, no process; who names a domain hears what is missing."""
+
+    def started(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(calls, "start", started)
+    monkeypatch.setattr(calls, "_python", lambda: "")
+    monkeypatch.setattr(calls, "LIBVIRT", (str(tmp_path),) if there else ("/nowhere",))
+    with capture_logs() as log:
+        async with daemon(tmp_path, str(ServeOptions().libvirt_uri)) as vms:
+            here = Domains(vms)
+            assert await here.shown() == []
+            vms.vms["web2"] = vms.known("web2")
+            await here.find("web2")
+            refused = pytest.raises(PostcopydError, match="python3-libvirt")
+            with refused if there else nullcontext() as raised:
+                await here.find("web1")
+            assert raised is None or raised.value.name == "NoSuchVm"
+    assert log == []
 
 
 async def test_nothing_is_made_for_what_does_not_fit(kind: type[Made], tmp_path: Path) -> None:

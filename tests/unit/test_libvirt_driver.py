@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import struct
+import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -329,8 +330,26 @@ def test_ram_elsewhere_is_seen() -> None:
         assert waiting.not_where_it_was(like, [other]) == "ram0"
 
 
-def test_a_host_without_libvirt_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_libvirt_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its daemon's socket and its binding are looked for, wherever the daemon's Python is."""
     monkeypatch.setattr(calls, "LIBVIRT", ("/nowhere/libvirt-sock",))
+    monkeypatch.setattr(calls, "BINDING", str(tmp_path / "lib*/libvirt.py"))
+    monkeypatch.setattr(calls.importlib.util, "find_spec", lambda _: None)
     assert not calls.here(calls.SYSTEM)
     assert not calls.here("")
     assert calls.here("qemu:///session")
+    assert "is switched off" in calls.lacks("")
+    assert "no /nowhere/libvirt-sock" in calls.lacks(calls.SYSTEM)
+    assert "binding for Python" in calls.lacks("qemu:///session")
+    (tmp_path / "lib64").mkdir()
+    (tmp_path / "lib64/libvirt.py").touch()
+    assert calls.lacks("qemu:///session") == ""
+
+
+async def test_a_binding_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its library is missing, say: an answer, and no traceback in the daemon's log."""
+    monkeypatch.setattr(calls, "_python", lambda: sys.executable)
+    with pytest.raises(PostcopydError, match="its binding for Python: No module named 'libvirt'"):
+        await calls.ask(calls.SYSTEM, "looking for domains", "running")

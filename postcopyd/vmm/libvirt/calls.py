@@ -8,6 +8,7 @@ the process, and ends it by the end of its socket.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 import os
@@ -25,6 +26,9 @@ from postcopyd.vmm import VmmError, VmmTimeout
 
 HELPER = Path(__file__).with_name("helper.py")
 DISTRIBUTION = "/usr/bin/python3"
+BINDING = "/usr/lib*/python3*/*-packages/libvirt.py"
+"""Of `DISTRIBUTION`, which is not started to see whether it has the binding."""
+
 LIBVIRT = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
 SYSTEM = "qemu:///system"
 
@@ -51,9 +55,27 @@ def here(uri: str) -> bool:
     return bool(uri) and (uri != SYSTEM or any(map(os.path.exists, LIBVIRT)))
 
 
+def lacks(uri: str) -> str:
+    """Why it cannot be asked, as far as a look tells; empty if it can be."""
+    if not uri:
+        return "libvirt is switched off: see `libvirt` in postcopyd.toml"
+    if not here(uri):
+        return f"libvirt's daemon is not there (no {' and no '.join(LIBVIRT)}): start it"
+    if not _python():
+        return "libvirt's binding for Python is not installed (Debian: python3-libvirt)"
+    return ""
+
+
+def _python() -> str:
+    """One that has libvirt's binding; empty if none has."""
+    if importlib.util.find_spec("libvirt"):
+        return sys.executable
+    return DISTRIBUTION if glob.glob(BINDING) else ""
+
+
 def start(uri: str, *what: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Starts a helper; returns it and the daemon's end of its socket. Takes a millisecond."""
-    python = sys.executable if importlib.util.find_spec("libvirt") else DISTRIBUTION
+    python = _python() or DISTRIBUTION
     ours, theirs = socket.socketpair()
     with theirs:
         command = [python, "-I", "-B", str(HELPER), uri, *what]

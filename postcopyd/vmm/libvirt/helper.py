@@ -29,8 +29,12 @@ from contextlib import suppress
 from typing import Any
 from xml.etree import ElementTree
 
-import libvirt
-import libvirt_qemu
+try:
+    import libvirt
+    import libvirt_qemu
+except ImportError as error:  # its library is not there, say
+    os.write(0, json.dumps({"error": f"its binding for Python: {error}"}).encode() + b"\n")
+    sys.exit()
 
 WORD_S = 1.0
 """How long libvirt's word of a stop or a run may come after its answer."""
@@ -80,10 +84,11 @@ def run_events() -> None:
 
 
 class Asked:
-    """What may be asked: each method takes the fields of the question, and returns the answer."""
+    """What may be asked: each method takes the fields of the question, and returns the answer.
+    A question may also say how long libvirt's daemon may take to be there (`connect`)."""
 
-    def __init__(self, uri: str) -> None:
-        self._libvirt = connect(uri)
+    def __init__(self, uri: str, within: float) -> None:
+        self._libvirt = connect(uri, within)
 
     def running(self) -> Any:
         """The names of the domains that run."""
@@ -299,7 +304,8 @@ def ask(uri: str, channel: socket.socket) -> None:
         question = json.loads(lines.readline())
     answer: dict[str, Any]
     try:
-        answer = {"return": getattr(Asked(uri), question.pop("ask"))(**question)}
+        asked = Asked(uri, question.pop("connect", RECONNECT_S))
+        answer = {"return": getattr(asked, question.pop("ask"))(**question)}
     except (libvirt.libvirtError, RuntimeError) as error:
         answer = {"error": str(error)}
     channel.sendall(json.dumps(answer).encode() + b"\n")
