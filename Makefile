@@ -59,7 +59,7 @@ test: WHICH := "not long" --dist=worksteal --numprocesses=4
 test-long: WHICH := "long and not libvirt" --dist=loadfile --no-loadscope-reorder --numprocesses=3
 # All of libvirt's domains, also what takes libvirt's daemon away from them: 9.0 crashes now and then.
 test-libvirt: WHICH := long
-test-libvirt: TESTS := tests/system/test_libvirt.py tests/hosts/test_first_guest.py
+test-libvirt: TESTS := tests/system/test_libvirt.py tests/hosts/test_first_guest.py tests/hosts/test_virsh.py
 test-long test-libvirt: TEST_PACKAGES += $(LIBVIRT_PACKAGES)
 test test-long test-libvirt: build deb
 	@tools/debian-packages $(TEST_PACKAGES)

@@ -214,8 +214,8 @@ async def refusals(
         )
     if role == "source" and not migration.over:
         problems.append(
-            f"QEMU is migrating this guest already ({under_way}): wait for its end or send "
-            f"QMP `migrate_cancel`."
+            f"QEMU is migrating or saving this guest already ({under_way}): wait for its end, or "
+            f"cancel it: QMP `migrate_cancel`, and with libvirt `virsh domjobabort`."
         )
     for reason in migration.blocked_reasons:
         problems.append(
