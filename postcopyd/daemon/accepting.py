@@ -165,7 +165,7 @@ class Acceptor:
         if not self._domains.to_be_made(offer):
             await self._take_guest(channel, offer, self._vm(offer.vm))
         elif offer.check:
-            problems = await self._domains.unfit(offer)
+            problems = await self._domains.unfit(offer) + self._domains.lacks(offer)
             await channel.send(p.Checked([p.sentence(problem) for problem in problems]))
         else:
             async with self._domains.expected(channel, offer) as vm:

@@ -20,7 +20,7 @@ from postcopyd.daemon.registry import DRIVERS, Registry, certainly_ended
 from postcopyd.errors import PostcopydError
 from postcopyd.model import Status
 from postcopyd.net.channel import Channel, PeerError
-from postcopyd.sessions import alike
+from postcopyd.sessions import alike, headroom
 from postcopyd.sessions.patience import END_S, within
 from postcopyd.sessions.vm import DAEMON, Vm
 from postcopyd.tasks.nursery import open_nursery
@@ -116,6 +116,15 @@ class Domains:
         kind, socket = self._kind(offer), self._socket(offer.vm)
         made = await kind.foreseen(offer.vm, socket, offer.definition, like(offer))
         return [*made.problems, *alike.differences(made, offer.driver, offer)]
+
+    def lacks(self, offer: p.Offer) -> list[str]:
+        """What memory this host would lack for it, as far as is known of a QEMU that is not there:
+        whatever its RAM is in, it needs room on the host, or huge pages. An arrival looks again
+        when its turn comes."""
+        shared, regions = self._registry.shared, like(offer).regions
+        too_large = shared.limits.arrivals.too_large(sum(region.size for region in regions))
+        others = [*shared.arriving.values()]
+        return [*too_large, *headroom.problems(headroom.Arrival(0, regions), [], others)]
 
     def _kind(self, offer: p.Offer) -> type[Vmm]:
         kind = DRIVERS.get(offer.driver)

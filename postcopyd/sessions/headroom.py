@@ -48,8 +48,8 @@ class Limit:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A guest that is to come: its VMM here, its RAM, and the process that holds pages until the
-    guest is there, if pages come before it."""
+    """A guest that is to come: its VMM here (0: it is not made yet), its RAM, and the process that
+    holds pages until the guest is there, if pages come before it."""
 
     pid: int
     regions: Sequence[Region]

@@ -258,6 +258,33 @@ async def test_disks_are_compared_before_anything_is_made(
         assert await Domains(vms).unfit(msgspec.structs.replace(offer, unsafe=True)) == []
 
 
+@pytest.mark.parametrize(
+    ("pages", "page_size", "lacks"),
+    [(256, 4096, ""), (1 << 40, 4096, "the host has"), (1 << 20, 2 << 20, "pool of 2 MiB pages")],
+)
+async def test_check_looks_for_room(
+    kind: type[Made], tmp_path: Path, pages: int, page_size: int, lacks: str
+) -> None:
+    """Also before there is a VMM, whose groups and files cannot be known."""
+    sent = []
+
+    class Asking(Channel):
+        names = ()
+
+        async def send(self, answer: p.Checked) -> None:
+            sent.extend(answer.problems)
+
+    regions = [p.RegionOffer("ram", pages, page_size)]
+    offer = msgspec.structs.replace(OFFER, check=True, regions=regions)
+    async with daemon(tmp_path) as vms:
+        none: Any = None
+        acceptor = Acceptor(vms.shared, vms.vms, none, none, Domains(vms))
+        await acceptor._take_offer(Asking(), offer)  # type: ignore[arg-type]
+    assert len(sent) == bool(lacks)
+    assert lacks in "".join(sent)
+    assert kind.made == []
+
+
 @pytest.mark.parametrize("option", ["persistent", "undefine_source", "xml"])
 def test_what_only_domains_have_is_refused_for_others(option: str) -> None:
     kind: Any = type("", (), {"makes": False})
