@@ -96,12 +96,13 @@ bench: bench-needs
 	$(BENCH)/qemu.py || [ $$? = 3 ]
 	$(BENCH)/private.py || [ $$? = 3 ]
 	$(BENCH)/dirty.py || [ $$? = 3 ]
+	$(BENCH)/first_access.py || [ $$? = 3 ]
 	$(BENCH)/hybrid.py || [ $$? = 3 ]
 	$(BENCH)/blackout.py || [ $$? = 3 ]
 	$(BENCH)/link.py || [ $$? = 3 ]
 	$(BENCH)/restart.py || [ $$? = 3 ]
 	$(BENCH)/charts.py
-	$(BENCH)/table.py engine qemu private dirty hybrid blackout link restart
+	$(BENCH)/table.py engine qemu private dirty first_access hybrid blackout link restart
 
 bench-quick: export BENCH_RESULTS := .build/bench
 bench-quick: bench-needs
@@ -109,12 +110,13 @@ bench-quick: bench-needs
 	$(BENCH)/qemu.py --runs 2 --watch 2 || [ $$? = 3 ]
 	$(BENCH)/private.py --runs 2 --watch 2 --memory 512 --test-mb 256 || [ $$? = 3 ]
 	$(BENCH)/dirty.py --rounds 1 --looks 3 || [ $$? = 3 ]
+	$(BENCH)/first_access.py --rounds 2 || [ $$? = 3 ]
 	$(BENCH)/hybrid.py --runs 1 --watch 2 --skip devices --skip postcopy \
 	  --skip "quiet qemu" || [ $$? = 3 ]
 	$(BENCH)/blackout.py --runs 1 || [ $$? = 3 ]
 	$(BENCH)/link.py --rounds 1 --trips 0,1 || [ $$? = 3 ]
 	$(BENCH)/charts.py
-	$(BENCH)/table.py engine qemu private dirty hybrid blackout link
+	$(BENCH)/table.py engine qemu private dirty first_access hybrid blackout link
 
 .PHONY: bench-needs
 bench-needs: build $(VENV)/.bench

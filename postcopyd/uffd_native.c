@@ -59,6 +59,9 @@ enum { FAULTS_AT_ONCE = 64 };
 enum { AGAIN_MS = 10 };
 /* A fault thread with nothing to do goes round this often, to show that it can. */
 enum { TURN_MS = 1000 };
+/* Bytes around a fault that are placed with its page, if they came in a pass: as many as the kernel
+ * maps of a file (fault_around_bytes). */
+enum { AROUND_BYTES = 64 << 10 };
 
 /* --- faults ----------------------------------------------------------------------------------- */
 
@@ -89,19 +92,40 @@ static enum due fault_done(struct pc_dest *d, struct region *r, uint64_t page, b
   return due_after(d, r, page, is, &p);
 }
 
+/* Claims what is HERE around a page that the caller has claimed. Returns the first page. */
+static uint64_t claim_around(struct pc_dest *d, struct region *r, uint64_t page, uint64_t *count) {
+  uint64_t most = r->is.page_size < AROUND_BYTES ? AROUND_BYTES >> r->page_shift : 1;
+  uint64_t from = page, to = page + 1;
+  int cached = CACHED;
+  while (from % most && record_claim_here(&d->record, r->first + from - 1, &cached))
+    from--;
+  while (to % most && to < r->is.pages && record_claim_here(&d->record, r->first + to, &cached))
+    to++;
+  *count = to - from;
+  return from;
+}
+
 /* The caller has claimed the page. */
 static enum due fault_here(struct pc_dest *d, struct region *r, uint64_t page, bool cached) {
   struct placing p;
   bool zeros;
-  enum meaning is = cached ? backing_place(backing_of(d, r), r, page, 1, NULL, &p)
+  uint64_t count = 1, first = cached ? claim_around(d, r, page, &count) : page;
+  enum meaning is = cached ? backing_place(backing_of(d, r), r, first, count, NULL, &p)
                            : backing_place_zeros(backing_of(d, r), r, page, &zeros, &p);
   if (!explained(d, r, &p))
     return NOTHING_DUE; /* the thread goes on waiting */
-  if (is == PLACED)
-    confirm_here(d, r, page, 1, cached);
-  else if (is != BROKEN || (is = poison_page(d, r, page, &p)) != PLACED)
-    give_back_here(d, r, page, 1);
-  return due_after(d, r, page, is, &p);
+  uint64_t done = p.done;
+  confirm_here(d, r, first, done, cached);
+  if (is == BROKEN && (is = poison_page(d, r, first + done, &p)) == PLACED)
+    done++;
+  give_back_here(d, r, first + done, count - done);
+  if (page < first + done)
+    return NOTHING_DUE;
+  if (is == PLACED) { /* a page before it is a memory error */
+    wake_page(r, page);
+    return NOTHING_DUE;
+  }
+  return due_after(d, r, first + done, is, &p);
 }
 
 static enum due fault(struct pc_dest *d, struct region *r, uint64_t page, uint64_t now) {

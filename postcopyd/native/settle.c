@@ -13,7 +13,8 @@
 /* Bytes that settle_run places at a time; a fault on one of them waits for all. CONTINUE takes 0.2
  * us for a page of 4 KiB in runs from 64 KiB on, which is 100 ms/GiB and 50 us for 512 KiB; page by
  * page it takes 160 ms/GiB. For hugetlbfs it takes 0.1 to 0.3 ms/GiB, 8 us for 64 MiB. A fault on a
- * page that is HERE takes one call of 0.6 us (0.5 us for hugetlbfs) beside what any fault takes. */
+ * page that is HERE takes one call beside what any fault takes: of 0.6 us for the page alone (0.5 us
+ * for hugetlbfs); with its neighbours (claim_around in uffd_native.c), of a few us. */
 enum { SETTLE_BYTES = 512 << 10, SETTLE_HUGE_BYTES = 64 << 20 };
 
 /* Places a claimed run as far as it can; `*placed` pages of it are dealt with. False: it failed. */

@@ -146,12 +146,13 @@ int ioctl(int fd, unsigned long request, ...) {
     return -1;
   }
   uint64_t before = request == refusal.request ? refusal.from - *argument : 0;
-  if (before && request != UFFDIO_COPY && before < argument[1]) {
-    uint64_t bytes = argument[1]; /* of a range the part before it goes, as the kernel does it */
-    argument[1] = before;
+  uint64_t *length = argument + (request == UFFDIO_COPY ? 2 : 1);
+  if (before && before < *length) {
+    uint64_t bytes = *length; /* of a range the part before it goes, as the kernel does it */
+    *length = before;
     if (!syscall(SYS_ioctl, fd, request, argument))
       errno = EAGAIN;
-    argument[1] = bytes;
+    *length = bytes;
     return -1;
   }
   return (int)syscall(SYS_ioctl, fd, request, argument);

@@ -483,8 +483,8 @@ static void full_tmpfs(void) {
   free_tmpfs(&s);
 }
 
-/* Memory of the destination breaks: of a page that waits in the file, touched or settled, and of one
- * that the guest had already. */
+/* Memory of the destination breaks: of a page that waits in the file, touched, placed with one that
+ * is touched, or settled; and of one that the guest had already. */
 static void broken_here(void) {
   needs_poison();
   struct guest g = {0};
@@ -497,12 +497,21 @@ static void broken_here(void) {
   check(is_error(m, 0), "a page that it had");
   refuse(UFFDIO_CONTINUE, EIO, m->at + 20 * SMALL, SMALL);
   check(is_error(m, 20), "touched");
+  refuse(UFFDIO_CONTINUE, EIO, m->at + 51 * SMALL, SMALL);
+  check(page_is(m, 55, false), "behind a page that breaks");
+  wait_until(get(p.at->lost_pages) == 3);
+  refuse(UFFDIO_CONTINUE, EIO, m->at + 30 * SMALL, SMALL);
+  check(page_is(m, 25, false), "before a page that breaks");
+  wait_until(get(p.at->lost_pages) == 4);
   refuse(UFFDIO_CONTINUE, EHWPOISON, m->at + 40 * SMALL, SMALL);
   check(!pc_dest_settle(p.dest), " ");
   wait_until(drained(&p));
-  check(refusal.times > 0 && get(p.at->lost_pages) == 3, " ");
-  for (uint64_t page = 0; page < PAGES; page++)
-    check(page % 20 || page > 40 ? page_is(m, page, false) : is_error(m, page), " ");
+  check(refusal.times > 0 && get(p.at->lost_pages) == 5, " ");
+  for (uint64_t page = 0; page < PAGES; page++) {
+    bool breaks = page == 0 || page == 20 || page == 30 || page == 40 || page == 51;
+    check(breaks ? is_error(m, page) : page_is(m, page, false), "page %llu",
+          (unsigned long long)page);
+  }
   check(pc_dest_unregister(p.dest, 0) == -EBUSY, " ");
   let_go(&p);
   close_guest(&p, &g);

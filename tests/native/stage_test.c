@@ -432,6 +432,46 @@ static void versions_file(void) { versions(TMPFS); }
 static void versions_anonymous(void) { versions(ANONYMOUS); }
 static void versions_hugetlb(void) { versions(HUGETLB); }
 
+/* One fault places what came in passes around its page, in the same 64 KiB, and nothing else. */
+static void around(enum memory memory) {
+  enum { PAGES = 40, WINDOW = 16 };
+  struct guest g = {0};
+  make(&g, memory, PAGES, 1);
+  struct ram *m = g.ram;
+  m->content = all_data;
+  struct pair p = new_staged(&g);
+  take_hold(&p);
+  for (uint64_t page = 0; page < PAGES; page++)
+    if (page != 5)
+      pass_one(&p, p.push, page, page == 9 ? ZERO : page == 11 ? JUNK : FINAL);
+  call_stale(&p, 11);
+  check(!pc_dest_seal(p.dest), " ");
+  check(page_is(m, 7, false) && page_is(m, 6, false) && page_is(m, 8, false), " ");
+  check(get(p.at->faults) == 1, "%llu faults", (unsigned long long)get(p.at->faults));
+  for (uint64_t page = PAGES - 1; page >= PAGES - PAGES % WINDOW; page--)
+    check(page_is(m, page, false), " ");
+  check(get(p.at->faults) == 2, "%llu faults", (unsigned long long)get(p.at->faults));
+  wait_until(get(p.at->confirmed_pages) == 3 + PAGES % WINDOW);
+  check(page_is(m, 9, true) && page_is(m, 0, false) && page_is(m, 4, false), " ");
+  check(get(p.at->faults) == 4 && get(p.at->requests) == 0, "%llu faults",
+        (unsigned long long)get(p.at->faults)); /* 0 to 4 by one */
+  for (uint64_t page = 5; page <= 11; page += 6) {
+    struct reader r;
+    reader_start(&r, m, page);
+    check(read_request(p.urgent) == page && !get(r.done), " ");
+    send_page(p.urgent, m, page);
+    pthread_join(r.thread, NULL);
+    check(page_is(m, page, false), " ");
+  }
+  pc_dest_disconnect(p.dest);
+  let_go(&p);
+  finish(&p);
+  unmake(&g, memory);
+}
+
+static void around_file(void) { around(TMPFS); }
+static void around_anonymous(void) { around(ANONYMOUS); }
+
 /* A page of a huge page of tmpfs has neighbours in the cache that nobody has sent. */
 static void neighbours(void) {
   struct guest g = {0};
@@ -798,6 +838,8 @@ static const struct subtest SUBTESTS[] = {
     {"versions_file", versions_file},
     {"versions_anonymous", versions_anonymous},
     {"versions_hugetlb", versions_hugetlb},
+    {"around_file", around_file},
+    {"around_anonymous", around_anonymous},
     {"neighbours", neighbours},
     {"reclaimed", reclaimed},
     {"shortage", shortage},
