@@ -3,6 +3,9 @@
 #define _GNU_SOURCE
 #include "order.h"
 
+#include <stdlib.h>
+#include <string.h>
+
 enum { NO_HINT = -1 };
 
 void order_init(struct order *o, struct region *regions, uint64_t slots,
@@ -10,10 +13,13 @@ void order_init(struct order *o, struct region *regions, uint64_t slots,
   o->regions = regions, o->slots = slots, o->data = data, o->sent = sent;
   atomic_store(&o->hint, NO_HINT);
   pthread_mutex_init(&o->lock, NULL);
+  for (unsigned i = 0; i < 2; i++)
+    o->spent[i] = calloc(slots / 64 / 64 + 1, 8);
 }
 
 void order_free(struct order *o) {
   pthread_mutex_destroy(&o->lock);
+  free(o->spent[0]), free(o->spent[1]);
 }
 
 void order_begin(struct order *o, bool pass, const uint64_t *hot) {
@@ -22,6 +28,8 @@ void order_begin(struct order *o, bool pass, const uint64_t *hot) {
   o->now = !hot ? ANY : pass ? COLD : HOT;
   if (pass)
     o->cursor = 0;
+  for (unsigned i = 0; i < 2 && o->spent[i]; i++)
+    memset(o->spent[i], 0, (o->slots / 64 / 64 + 1) * 8);
   pthread_mutex_unlock(&o->lock);
 }
 
@@ -34,16 +42,18 @@ static uint64_t unsent(const struct order *o, uint64_t word, enum which which) {
 }
 
 /* The first such page from the cursor on and around, or `slots`. */
-static uint64_t find_unsent(const struct order *o, enum which which) {
-  uint64_t words = o->slots / 64, first = o->cursor / 64 % words;
-  uint64_t pages = unsent(o, first, which) & ~0ull << o->cursor % 64;
-  for (uint64_t i = first, n = 0;; pages = unsent(o, i, which)) {
-    if (pages)
-      return i * 64 + (uint64_t)__builtin_ctzll(pages);
-    if (++n > words)
-      return o->slots;
-    i = i + 1 == words ? 0 : i + 1;
+static uint64_t find_unsent(struct order *o, enum which which) {
+  uint64_t words = o->slots / 64, i = o->cursor / 64 % words, step = 1;
+  uint64_t pages = unsent(o, i, which) & ~0ull << o->cursor % 64;
+  uint64_t *spent = o->data_only ? NULL : o->spent[which == HOT];
+  for (uint64_t n = 0; !pages && n < words; n += step) {
+    i = i + step < words ? i + step : 0;
+    step = spent && i % 64 == 0 && words - i >= 64 && spent[i / 64] == ~0ull ? 64 : 1;
+    pages = step == 1 ? unsent(o, i, which) : 0;
+    if (spent && step == 1 && !pages)
+      spent[i / 64] |= 1ull << i % 64;
   }
+  return pages ? i * 64 + (uint64_t)__builtin_ctzll(pages) : o->slots;
 }
 
 bool order_next(struct order *o, struct region **region, uint64_t *page, uint64_t *count) {

@@ -4,8 +4,9 @@
  * that are written again and again (hot), as the guest will want them; in a pass these come last.
  * Then all others, from the page sent last on, and around, until every page was sent.
  *
- * Owns the cursor and its lock; borrows the bitmaps and the regions. The thread that sets a page's
- * bit in `sent` sends the page. Here that is done for push threads, at a request by its thread. */
+ * Owns the cursor, what it knows to be sent, and their lock; borrows the bitmaps and the regions. The
+ * thread that sets a page's bit in `sent` sends the page. Here that is done for push threads, at a
+ * request by its thread. */
 #ifndef POSTCOPYD_ORDER_H
 #define POSTCOPYD_ORDER_H
 
@@ -27,6 +28,10 @@ struct order {
   uint64_t cursor;
   bool data_only;
   enum which { ANY, HOT, COLD } now; /* which pages go next; ANY once there are no more of them */
+  /* A bit for each word of `sent` in which nothing is left to push, of all pages and of HOT ones. A
+   * guest of 1 TiB has four million words. Not in a pass, which may clear a bit of `sent` again.
+   * NULL: there was no memory; it only takes longer. */
+  uint64_t *spent[2];
 };
 
 void order_init(struct order *o, struct region *regions, uint64_t slots,

@@ -107,7 +107,41 @@ static void where_it_begins(void) {
   next_is(4, 4);
 }
 
+/* Of many pages each is found once, wherever the guest asks, also those that were passed by. */
+static void each_once(void) {
+  enum { PAGES = 3 << 16, WORDS = PAGES / 64 };
+  static _Atomic uint64_t all[WORDS], taken[WORDS];
+  static uint64_t often[WORDS];
+  struct region many = {.is = {.pages = PAGES - 100, .page_size = SMALL}, .page_shift = 12};
+  for (unsigned time = 0; time < 20 / RARELY; time++) {
+    uint64_t left = 0;
+    for (uint64_t i = 0; i < WORDS; i++) {
+      uint64_t some = draw() % 8 ? draw() & draw() : 0;
+      atomic_store(&taken[i], time % 3 ? ~some : draw() % 50 ? ~0ull : 0);
+      often[i] = draw() % 100 ? 0 : draw();
+    }
+    bits_set(taken, PAGES - 100, PAGES);
+    for (uint64_t i = 0; i < WORDS; i++)
+      left += (uint64_t)__builtin_popcountll(~atomic_load(&taken[i]));
+    order = (struct order){0};
+    order_init(&order, &many, PAGES, all, taken);
+    order_begin(&order, false, time % 2 ? often : NULL);
+    uint64_t page, count;
+    for (struct region *r; order_next(&order, &r, &page, &count); left -= count) {
+      check(count <= RUN_PAGES && count <= left, "%d", (int)count);
+      if (draw() % 3 == 0) { /* asked for, and perhaps answered */
+        uint64_t slot = draw() % (PAGES - 100);
+        left -= bit_take(taken, slot);
+        order_hint(&order, slot + 1);
+      }
+    }
+    check(left == 0, "%d pages were not found", (int)left);
+    order_free(&order);
+  }
+}
+
 static const struct subtest SUBTESTS[] = {
+    {"each_once", each_once},
     {"from_first_to_last", from_first_to_last},
     {"asked_for", asked_for},
     {"hot_and_cold", hot_and_cold},
