@@ -189,6 +189,8 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="JSON objects, one on a line")
     doctor = verb("doctor", _doctor, "say what this host lacks to migrate guests")
     doctor.add_argument("--json", action="store_true", help="JSON objects, one on a line")
+    # No help, so that nobody is told of it: postcopyd-keeper@.service runs it.
+    subparsers.add_parser("keeper").set_defaults(run=_keeper)
     return top
 
 
@@ -249,6 +251,12 @@ def _serve(args: argparse.Namespace) -> int:
             error = error.exceptions[0]
         raise error from None
     return DONE
+
+
+def _keeper(_: argparse.Namespace) -> int:
+    from postcopyd.native import cloning
+
+    return cloning.main()
 
 
 def _certs(args: argparse.Namespace) -> int:

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keepers: processes that share the memory of a VMM and outlive it, so that guest RAM without a
-file can still be read when the VMM has ended. adopt_keeper.c says how one is made.
+file can still be read when the VMM has ended. adopt_keeper.c says how one is made, cloning.py by
+whom.
 
 Owns nothing between two calls. Whoever has made a keeper ends it, or puts it on record for somebody
-who will. It ends by itself when nobody has called `hold` for LEASE_S. Each function works in a
-thread of its own.
+who will, and calls `hold`. It ends by itself when nobody has for LEASE_S, or ever in UNRECORDED_S.
+Each function works in a thread of its own.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import select
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -24,26 +22,25 @@ from typing import NamedTuple
 
 import trio
 
-from postcopyd._native import ffi, lib
+from postcopyd._native import lib
 from postcopyd.errors import PostcopydError, shortage
 from postcopyd.host import procfs
-from postcopyd.names import plain
-from postcopyd.native.adoption import TIMEOUT_MS, AdoptionError, call
+from postcopyd.native import cloning
+from postcopyd.native.adoption import AdoptionError, call
+from postcopyd.native.cloning import NAME, PAGE
 from postcopyd.tasks import threads
-
-NAME = "postcopyd-keep"
 
 LEASE_S = 86400
 """How long a keeper waits for a daemon that never comes back."""
+
+UNRECORDED_S = 600
+"""How long one waits that nobody may know of."""
 
 HOLD_S = 3600
 """How often `hold` is to be called."""
 
 READY_S, ENDED_S = 2.0, 5.0
-OTHER_S = 30.0  # for the other process of `_make`, which adoption's own limit ends long before
-SENTENCE = 400
 
-PAGE = 4096
 PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, NO_FILE = 3, 0x22, (1 << 64) - 1
 CLOCK_NANOSLEEP = 230
 WAIT_NO_HANG_ALL = 1 | 0x40000000  # WNOHANG, __WALL
@@ -61,12 +58,15 @@ class Keeper(NamedTuple):
         return procfs.started(self.pid) == self.started
 
 
-async def make(vmm: int) -> Keeper:
-    """A keeper of a VMM's memory, in which earlier keepers of this VMM have ended. Raises
-    PostcopydError; then nothing has changed."""
+async def make(vmm: int, *, allow_seccomp: bool) -> Keeper:
+    """A keeper of a VMM's memory, in which earlier keepers of this VMM have ended. `allow_seccomp`:
+    see `Vmm.forbids`. Raises PostcopydError; then nothing has changed, or there may be one that
+    ends by itself."""
     with trio.CancelScope(shield=True):  # else nobody would know of it
         try:
-            made: Keeper = await trio.to_thread.run_sync(_make, vmm, limiter=threads.VMM)
+            made: Keeper = await trio.to_thread.run_sync(
+                _make, vmm, allow_seccomp, limiter=threads.VMM
+            )
         except OSError as error:
             raise shortage(error) or AdoptionError(
                 f"making a keeper of process {vmm}: {error.strerror}"
@@ -88,54 +88,33 @@ async def end(keeper: Keeper, vmm: int) -> None:
             ) from None
 
 
-def hold(keeper: Keeper) -> None:
-    """Has it wait for LEASE_S from now on. Fine if it has ended."""
-    lib.adopt_keeper_until(keeper.pid, keeper.page, _until())
+def hold(keeper: Keeper) -> bool:
+    """Has it wait for LEASE_S from now on. Returns whether it does: it may have ended."""
+    return bool(lib.adopt_keeper_until(keeper.pid, keeper.page, _until(LEASE_S)) == 0)
 
 
-def _until() -> int:
-    return round(time.clock_gettime(time.CLOCK_BOOTTIME)) + LEASE_S
+def _until(seconds: int) -> int:
+    return round(time.clock_gettime(time.CLOCK_BOOTTIME)) + seconds
 
 
-def _make(vmm: int) -> Keeper:
-    if procfs.status(vmm).get("Seccomp") == "0":
-        return _made(vmm)
-    # Our end, just when the filter is suspended, would have the filter end the VMM. So another
-    # process does it, which goes on when this one is killed.
-    if procfs.status("self").get("Seccomp") != "0":
+def _make(vmm: int, allow_seccomp: bool) -> Keeper:
+    if not allow_seccomp and procfs.status(vmm).get("Seccomp") == "2":
         raise AdoptionError(
-            f"making a keeper of process {vmm}: it has a seccomp filter, which a daemon that has "
-            f"one itself, as under systemd, may not suspend"
+            f"making a keeper of process {vmm}: it has a seccomp filter, which may end it for "
+            f"that; guest RAM in a file needs no keeper"
         )
-    program = f"import sys; sys.path[:0] = {sys.path}; from {__name__} import main; main({vmm})"
-    other = subprocess.Popen(
-        [sys.executable, "-I", "-c", program],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        said, trouble = other.communicate(timeout=OTHER_S)
-    except subprocess.TimeoutExpired:  # and is not killed, see above
-        raise AdoptionError(
-            f"making a keeper of process {vmm}: process {other.pid}, which does that, has not "
-            f"ended for {OTHER_S:.0f} s"
-        ) from None
-    if other.returncode:
-        raise AdoptionError(plain(trouble[-SENTENCE:]))
-    return Keeper(*json.loads(said))
-
-
-def _made(vmm: int) -> Keeper:
     for pid in children(vmm):  # of a daemon that was killed before it could record them
         if procfs.status(pid).get("Name") == NAME:
             _end(Keeper(pid, procfs.started(pid), 0), vmm)
     arguments = (0, PAGE, PROT_READ_WRITE, MAP_PRIVATE_ANONYMOUS, NO_FILE, 0)
-    page = call(vmm, "mmap", arguments, True)
+    page = call(vmm, "mmap", arguments, allow_seccomp)
     try:
-        pid = _here(vmm, _begun(vmm, page))
+        pid = _here(vmm, cloning.begin(vmm, page, _until(UNRECORDED_S)))
+    except cloning.Unclear:  # so the page has to stay
+        raise
     except BaseException:
         with suppress(PostcopydError, PermissionError):
-            call(vmm, "munmap", (page, PAGE), True)
+            call(vmm, "munmap", (page, PAGE), allow_seccomp)
         raise
     keeper = Keeper(pid, procfs.started(pid), page)
     try:
@@ -146,20 +125,6 @@ def _made(vmm: int) -> Keeper:
     with suppress(OSError):
         _join_us(pid)
     return keeper
-
-
-def _begun(vmm: int, page: int) -> int:
-    """Begins the keeper; returns its number in the VMM's PID namespace."""
-    error = ffi.new("struct adopt_error *")
-    result = ffi.new("long *")
-    failed = lib.adopt_keeper(vmm, page, NAME.encode(), _until(), TIMEOUT_MS, result, error)
-    if failed:
-        raise AdoptionError(ffi.string(error.text).decode(errors="replace"))
-    if result[0] < 0:
-        raise AdoptionError(
-            f"making a keeper of process {vmm}: clone in it failed: {os.strerror(-result[0])}"
-        )
-    return int(result[0])
 
 
 def _here(vmm: int, number: int) -> int:
@@ -243,11 +208,3 @@ def _kill(pid: int, wait: bool) -> None:
             raise OSError(errno.ETIMEDOUT, "it does not end")
     finally:
         os.close(pidfd)
-
-
-def main(vmm: int) -> None:
-    """The other process of `_make`: prints the fields of the keeper, or says why there is none."""
-    try:
-        print(json.dumps(_made(vmm)))
-    except PostcopydError as error:
-        sys.exit(str(error))

@@ -42,7 +42,7 @@ class Keeping:
         if not vm.driver.makes and all(region.fd is not None for region in regions):
             return
         try:
-            made = await keeper.make(vm.driver.pid)
+            made = await keeper.make(vm.driver.pid, allow_seccomp=vm.driver.forbids)
         except PostcopydError as error:
             vm.log.warning("memory is not kept should the VMM end", why=str(error))
             return
@@ -60,8 +60,8 @@ class Keeping:
         now = trio.current_time()
         if now - self._held_at < keeper.HOLD_S or (kept_by := kept(self._vm)) is None:
             return
-        self._held_at = now
-        keeper.hold(kept_by)
+        if keeper.hold(kept_by):
+            self._held_at = now
         self._engine.kept_by(kept_by.pid)
 
 

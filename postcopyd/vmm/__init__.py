@@ -180,6 +180,10 @@ class Vmm(abc.ABC):
     #: its memory is kept (`vacate`); a guest that is taken back gets a new one (`remake`).
     makes: ClassVar[bool] = False
 
+    #: Whether a seccomp filter of such a VMM is a list of calls that it forbids, and system calls
+    #: that are run in it are not on that. One that lists what it allows may end the VMM for them.
+    forbids: ClassVar[bool] = False
+
     #: What the guest did just before `save` or `still` stopped it, and what `rollback` goes back
     #: to. After a restart of the daemon the caller sets it from the record, before it calls
     #: `rollback`. At the destination the caller sets it to what the guest is to do, before the end

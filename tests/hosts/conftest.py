@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from containers import REPOSITORY, Host, certificates, open_lab
+from guests import qemu as q
 from needs import missing
 
 NEEDED = ("systemd-nspawn", "ip", "nsenter", "setpriv", "systemd-run")
@@ -55,6 +56,20 @@ def hosts() -> Iterator[tuple[Host, Host]]:
             )
             host.run("systemctl stop postcopyd.service; systemctl start postcopyd.socket")
         yield made
+
+
+@pytest.fixture(scope="module")
+def boot(hosts: tuple[Host, Host]) -> tuple[Path, Path]:
+    """Kernel and initramfs of the verifying guest, where both hosts and any user can read them."""
+    folder = hosts[0].shared
+    try:
+        kernel, initramfs = q.boot(folder)
+    except q.MissingPartError as error:
+        missing(f"a guest in QEMU: {error}")
+    copied = Path(shutil.copy(kernel, folder / "vmlinuz"))
+    for file in (copied, initramfs):
+        file.chmod(0o644)
+    return copied, initramfs
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -27,7 +28,19 @@ def test_the_service_is_hardened() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("unit", ["postcopyd.service", "postcopyd.socket"])
+def test_who_makes_keepers_has_no_filter() -> None:
+    """The kernel lets nobody suspend another's seccomp filter who has one; the unit names what
+    systemd makes one for."""
+    text = (UNITS / "postcopyd-keeper@.service").read_text()
+    settings = set(re.findall(r"^(\w+)=", text, re.M))
+    filters = set(re.findall(r"(\w+)=", text[text.index("All other limits") :]))
+    assert len(filters) > 15
+    assert not settings & filters
+    for filtered in ("RestrictNamespaces", "ProtectClock", "SystemCallFilter"):
+        assert filtered in filters
+
+
+@pytest.mark.parametrize("unit", sorted(p.name for p in UNITS.glob("*.s[eo]*[et]")))
 def test_systemd_knows_each_line(unit: str) -> None:
     """A line with a typing error would be ignored, with a warning that nobody reads."""
     done = analyze("verify", UNITS / unit)

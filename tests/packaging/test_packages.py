@@ -111,6 +111,8 @@ def test_the_deb_says_what_it_needs() -> None:
         "usr/bin/postcopyd",
         "lib/systemd/system/postcopyd.service",
         "lib/systemd/system/postcopyd.socket",
+        "lib/systemd/system/postcopyd-keeper.socket",
+        "lib/systemd/system/postcopyd-keeper@.service",
         "usr/lib/sysusers.d/postcopyd.conf",
         "usr/lib/tmpfiles.d/postcopyd.conf",
         "etc/postcopyd/postcopyd.toml",
@@ -128,7 +130,8 @@ def test_the_deb_says_what_it_needs() -> None:
     after = run("dpkg-deb", "--info", deb, "postinst")
     # The group before the folders; the sockets stay as they are over an upgrade.
     assert after.index("systemd-sysusers") < after.index("systemd-tmpfiles")
-    assert "start 'postcopyd.socket'" in after
+    for socket in ("postcopyd.socket", "postcopyd-keeper.socket"):
+        assert f"start '{socket}'" in after
     assert "$_dh_action 'postcopyd.service' >" in after
     before = run("dpkg-deb", "--info", deb, "prerm")
     # The socket first: whoever connects would start the daemon again.
@@ -158,7 +161,7 @@ postcopyd --version
 echo === doctor
 postcopyd doctor || true
 echo === enabled
-systemctl is-enabled postcopyd.socket postcopyd.service
+systemctl is-enabled postcopyd.socket postcopyd-keeper.socket postcopyd.service
 getent group postcopyd
 man -w postcopyd postcopyd.service postcopyd.toml postcopyd-protocol
 echo === configured
@@ -198,7 +201,7 @@ def test_the_deb_installs_runs_and_goes(tmp_path: Path) -> None:
         rf"this install +Python {re.escape(python)}, postcopyd {VERSION}", told["doctor"]
     )
     assert re.search(r"^ok +adoption", told["doctor"], re.M), told["doctor"]
-    assert told["enabled"].split()[:2] == ["enabled", "enabled"]
+    assert told["enabled"].split()[:3] == ["enabled"] * 3
     assert "\npostcopyd:x:" in told["enabled"]
     assert told["enabled"].count("/usr/share/man/man") == 4
     assert "# good" in told["configured"]

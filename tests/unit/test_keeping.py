@@ -38,7 +38,7 @@ async def test_failures_are_told(number: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(keeper, "_make", refuses(number))
     monkeypatch.setattr(keeper, "_end", refuses(number))
     with pytest.raises(PostcopydError):
-        await keeper.make(1)
+        await keeper.make(1, allow_seccomp=True)
     with pytest.raises(PostcopydError, match="end it by hand"):
         await keeper.end(KEEPER, 1)
 
@@ -74,7 +74,7 @@ async def test_one_that_cannot_be_reached_has_not_ended(
 class FakeVm:
     """What keeping.py uses of a VM, whose record cannot be written."""
 
-    makes = False
+    makes, forbids = False, True
 
     def __init__(self) -> None:
         self.name, self.attachment = "web1", None
@@ -96,7 +96,7 @@ class FakeVm:
 async def test_one_that_stays_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The VMM of a guest that was drained ends all the same, and memory goes on to follow."""
     monkeypatch.setattr(keeper, "_end", refuses(errno.EPERM))
-    monkeypatch.setattr(keeper, "_make", lambda vmm: KEEPER)
+    monkeypatch.setattr(keeper, "_make", lambda *_: KEEPER)
     vm: Any = FakeVm()
     assert "end it by hand" in str(await keeping.let_go(vm))
     assert "keeper" in vm.about  # so that it is tried again
@@ -108,3 +108,15 @@ async def test_one_that_stays_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     regions = (Region("ram", 1, 4096, 0x1000, None, 0),)
     engine: Any = None
     await keeping.Keeping(vm, Shape("paused", 1, regions, {}, ()), engine).begin()
+
+
+async def test_one_that_could_not_be_told_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends soon unless somebody tells it that it is needed; then that is said once an hour."""
+    told = [False, True]
+    monkeypatch.setattr(keeper, "hold", lambda _: told.pop(0))
+    monkeypatch.setattr(Keeper, "lives", lambda _: True)
+    vm, engine = FakeVm(), type("", (), {"kept_by": lambda *_: None})()
+    holds: Any = keeping.Keeping(vm, Shape("paused", 1, (), {}, ()), engine)  # type: ignore[arg-type]
+    for left in (1, 0, 0):
+        holds.hold()
+        assert len(told) == left

@@ -94,7 +94,7 @@ def kept_now() -> bool:
 def made(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock of a world of such VMMs, with keepers that are none."""
 
-    async def make(vmm: int) -> Keeper:
+    async def make(vmm: int, *, allow_seccomp: bool) -> Keeper:
         KEPT.append(Keeper(os.getpid(), 1, 0))
         return KEPT[-1]
 
@@ -106,7 +106,7 @@ def made(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(registry, "DRIVERS", {"process": Made})
     monkeypatch.setattr(keeper, "make", make)
     monkeypatch.setattr(keeper, "end", end)
-    monkeypatch.setattr(keeper, "hold", lambda one: None)
+    monkeypatch.setattr(keeper, "hold", lambda one: True)
     monkeypatch.setattr(keeper, "outlives_group", lambda one: True)
     monkeypatch.setattr(Keeper, "lives", lambda one: kept_now())
     return clock
@@ -190,7 +190,7 @@ async def test_what_is_not_kept_stays(
 ) -> None:
     """The VMM stays, stopped, as long as anything of the guest would end with it."""
 
-    async def none(vmm: int) -> Keeper:
+    async def none(vmm: int, *, allow_seccomp: bool) -> Keeper:
         raise VmmError("it has a filter")
 
     if lack == "keeper":

@@ -56,6 +56,7 @@ class Qemu(Vmm):
     """One QEMU, by its QMP socket."""
 
     kind = "qemu"
+    forbids = True
     device_state = "saved by QEMU without RAM, loaded as an incoming migration"
 
     def __init__(self, name: str, socket: str, qmp: Qmp, pid: int, pidfd: int) -> None:
