@@ -310,9 +310,14 @@ class Registry:
         return migration
 
     def _must_be_whole(self, vm: Vm) -> None:
-        """Raises PostcopydError for a guest that lost pages when it came here."""
+        """Raises PostcopydError for a guest that has lost pages in its last move."""
+        lost, *process = vm.about.get("lost", (0,))
+        known = vm.attachment
         if isinstance(vm.waiting, DestinationSession) and vm.waiting.over:
-            raise PostcopydError(losses.immovable(vm.name, vm.waiting.lost), "Refused")
+            lost = vm.waiting.lost
+        elif known is None or [known.pid, known.started] != process or known.ended():
+            return
+        raise PostcopydError(losses.immovable(vm.name, lost), "Refused")
 
     async def cancel(self, name: str) -> None:
         vm = self.vm(name)

@@ -98,7 +98,9 @@ class Keeper(TypedDict):
 
 class Departure(TypedDict):
     """`about` of a guest that is leaving or has left. `marked`: when the guest was stopped, a mark
-    was left in its VMM, if the driver has one (older versions had none)."""
+    was left in its VMM, if the driver has one (older versions had none). `lost`: how many pages a
+    guest lacks that was taken back, and process and start of the VMM whose page tables know which.
+    """
 
     migration: str
     request: Request
@@ -112,6 +114,7 @@ class Departure(TypedDict):
     identity: NotRequired[list[str]]
     granted: NotRequired[Granted]
     keeper: NotRequired[Keeper]
+    lost: NotRequired[tuple[Count, Count, Count]]
 
 
 class Offer(TypedDict):

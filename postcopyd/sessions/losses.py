@@ -26,7 +26,7 @@ def arrived(vm: str, peer: str, lost: int) -> str:
 
 def immovable(vm: str, lost: int) -> str:
     return (
-        f"{vm} has lost {lost} pages of its memory in its move here, and only the page tables of "
+        f"{vm} has lost {lost} pages of its memory in its last move, and only the page tables of "
         f"its VMM know which: it can neither be moved nor detached; shut it down, and start it anew"
     )
 

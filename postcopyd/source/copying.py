@@ -3,7 +3,8 @@
 
 Reads the keeper, and RAM in files by the session's descriptors, as the engine does; writes to
 /proc/PID/mem of the VMM, whose RAM is empty. Owns the descriptors it opens. Holes and pages of
-zeros are left out, so the guest stays as sparse as it was. No guest runs meanwhile.
+zeros are left out, so the guest stays as sparse as it was. No guest runs meanwhile. A page that
+cannot be read takes no other with it: the caller makes a memory error of it.
 """
 
 from __future__ import annotations
@@ -26,20 +27,22 @@ SMALL = 4096
 BLOCK = 2 << 20
 AT_ONCE = 32  # blocks
 ZEROS = bytes(BLOCK)
+LOST = (errno.EIO, 133)  # EHWPOISON, asm-generic/errno.h
+"""The errors of one page, as the engine has them (ram.c)."""
 
 
-async def copy(was: Shape, to: Shape) -> None:
-    """`was` is the guest, with its keeper's pid. Raises PostcopydError, also where there is no room
-    for it."""
+async def copy(was: Shape, to: Shape) -> list[Region]:
+    """`was` is the guest, with its keeper's pid. Returns the pages that could not be read, as parts
+    of `to`. Raises PostcopydError, also where there is no room for it."""
     try:
-        await _copy(was, to)
+        return await _copy(was, to)
     except OSError as error:
         raise shortage(error) or PostcopydError(
             f"copying the guest's memory, which process {was.pid} keeps: {error.strerror}"
         ) from None
 
 
-async def _copy(was: Shape, to: Shape) -> None:
+async def _copy(was: Shape, to: Shape) -> list[Region]:
     pairs = list(zip(was.regions, to.regions, strict=True))
     found = [
         await trio.to_thread.run_sync(_all_data, was.pid, old, limiter=threads.WALKS)
@@ -53,19 +56,21 @@ async def _copy(was: Shape, to: Shape) -> None:
     seen = await trio.to_thread.run_sync(headroom.maps, arrival, limiter=threads.WALKS)
     if problems := headroom.problems(arrival, seen):
         raise PostcopydError(" ".join(problems), "Refused")
+    lost: list[Region] = []
     source, target = _memory(was.pid, os.O_RDONLY), -1
     try:
         target = _memory(to.pid, os.O_WRONLY)
         for (old, new), blocks in zip(pairs, found, strict=True):
             starts = iter(sorted({at - at % BLOCK for at, _ in blocks}))
             while some := list(islice(starts, AT_ONCE)):
-                await trio.to_thread.run_sync(
+                lost += await trio.to_thread.run_sync(
                     _blocks, source, target, old, new, some, limiter=threads.WALKS
                 )
     finally:
         os.close(source)
         if target >= 0:
             os.close(target)
+    return lost
 
 
 def _memory(pid: int, how: int) -> int:
@@ -114,21 +119,52 @@ def _of_process(pid: int, region: Region) -> Iterator[tuple[int, int]]:
                 yield at, at + there * SMALL
 
 
-def _blocks(source: int, target: int, old: Region, new: Region, starts: list[int]) -> None:
+def _blocks(source: int, target: int, old: Region, new: Region, starts: list[int]) -> list[Region]:
+    """Returns the pages that could not be read, of which nothing is written."""
+    lost = []
     for at in starts:
         size = min(BLOCK, old.size - at)
-        if old.fd is None:
-            block = os.pread(source, size, old.address + at)
-        else:
-            block = os.pread(old.fd, size, old.offset + at)
-        if len(block) != size:
-            raise OSError(errno.EIO, "it ends early")
+        block = _read(source, old, at, size)
+        if block is None or len(block) != size:
+            block, without = _by_page(source, old, at, size)
+            lost += [
+                Region(new.name, 1, new.page_size, new.address + page, new.fd, new.offset + page)
+                for page in without
+            ]
         if block == ZEROS[:size]:
             continue
         for first, last in _written(block):
             piece = block[first:last]
             if os.pwrite(target, piece, new.address + at + first) != len(piece):
                 raise OSError(errno.EIO, "the new VMM takes only a part of it")
+    return lost
+
+
+def _read(source: int, region: Region, at: int, size: int) -> bytes | None:
+    """None if the first page of it cannot be read, and less than `size` if a later one. Raises
+    OSError."""
+    try:
+        if region.fd is not None:
+            return os.pread(region.fd, size, region.offset + at) or None
+        if data := os.pread(source, size, region.address + at):
+            return data
+    except OSError as error:
+        if error.errno in LOST:
+            return None
+        raise
+    raise OSError(errno.ESRCH, "it has ended")
+
+
+def _by_page(source: int, region: Region, at: int, size: int) -> tuple[bytes, list[int]]:
+    """With zeros for the pages that cannot be read, and where those are. Raises OSError."""
+    pieces, lost = [], []
+    for page in range(at, at + size, region.page_size):
+        piece = _read(source, region, page, region.page_size)
+        if piece is None or len(piece) != region.page_size:
+            lost.append(page)
+            piece = bytes(region.page_size)
+        pieces.append(piece)
+    return b"".join(pieces), lost
 
 
 def _written(block: bytes) -> Iterator[tuple[int, int]]:

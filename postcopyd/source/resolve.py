@@ -11,6 +11,7 @@ import trio
 
 from postcopyd.errors import PostcopydError
 from postcopyd.handover import Happened
+from postcopyd.sessions import losses
 from postcopyd.sessions.patience import END_S, within
 from postcopyd.source.decision import GIVEN_UP, SILENT, Decision, still_there
 from postcopyd.source.keeping import let_go
@@ -108,7 +109,7 @@ async def take_back(
     migration.log.warning("ownership changed by a person", decision=decision.choice)
     migration.machine.happened(Happened.TAKEN_BACK)
     by = f"by an operator's decision, in the middle of the move to {migration.peer.to}"
-    taken = f"taken back {by}, as it was when it stopped here"
+    taken = f"taken back {by}, as it was when it stopped here{losses.but(vacating.lost)}"
     text = definition(vm)
     await rollback.run(PostcopydError(taken, "TakenBack"))
     undefined = await vacating.define(text)

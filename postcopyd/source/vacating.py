@@ -33,7 +33,7 @@ from postcopyd.source.copying import copy
 from postcopyd.source.keeping import Keeping, kept
 from postcopyd.source.migration import Migration
 from postcopyd.tasks import threads
-from postcopyd.vmm import Shape, Vmm, VmmError, VmmGone, kill
+from postcopyd.vmm import Region, Shape, Vmm, VmmError, VmmGone, kill
 
 AGAIN_S = 2.0
 """How long until the VMM is looked at again, or its end is tried again."""
@@ -59,6 +59,7 @@ class Vacating:
         self._idle.set()
         self._why = ""
         self.remade: Vmm | None = None
+        self.lost = 0  # pages that `remade` lacks
         self.taken = False
 
     def saved(self, data: bytes) -> None:
@@ -184,10 +185,17 @@ class Vacating:
         )
         definition = vm.about["keeper"]["definition"]
         made = await vm.kind.remake(
-            vm.name, known.socket, definition, was, partial(copy, was), device
+            vm.name, known.socket, definition, was, partial(self._fill, was), device
         )
         self.remade = made
         self._note(remade=(made.pid, procfs.started(made.pid)))
+
+    async def _fill(self, was: Shape, to: Shape) -> list[Region]:
+        lost = await copy(was, to)
+        self.lost = len(lost)
+        if lost:
+            self._migration.log.error("memory lost", pages=self.lost)
+        return lost
 
     def _note(self, **changes: object) -> None:
         about = {k: v for k, v in self._vm.about["keeper"].items() if k != "remade"}
@@ -207,6 +215,9 @@ class Vacating:
             raise
         await vm.leave()
         vm.have(made, lock)
+        if self.lost and vm.attachment is not None:
+            lacking = (self.lost, vm.attachment.pid, vm.attachment.started)
+            vm.about = {**vm.about, "lost": lacking}
         vm.follow(made)
         self.taken = True
 

@@ -336,14 +336,15 @@ class Vmm(abc.ABC):
         socket: str,
         definition: str,
         like: Shape,
-        fill: Callable[[Shape], Awaitable[None]],
+        fill: Callable[[Shape], Awaitable[list[Region]]],
         device: bytes,
     ) -> Self:
         """Make the VMM of a guest anew that has left here and was vacated, from its `definition`.
 
         `like` is the guest as it was, `fill` puts its memory into the RAM of the VMM that waits,
-        which is empty then, and `device` is all that `save` has sent. Returns the VMM as `save`
-        leaves one: `rollback` runs the guest. If this raises, nothing is left. Only with `makes`.
+        which is empty then, and returns the pages that are lost: whoever touches one has to get a
+        memory error. `device` is all that `save` has sent. Returns the VMM as `save` leaves one:
+        `rollback` runs the guest. If this raises, nothing is left. Only with `makes`.
         """
         raise VmmError(f"the {cls.kind} driver makes no VMM for {name}")
 

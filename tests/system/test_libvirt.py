@@ -16,6 +16,7 @@ from libvirt_hosts import VM, LibvirtPair, libvirt_pair
 from pair import MIB, status_until, until
 
 from postcopyd.errors import PostcopydError
+from postcopyd.host import procfs
 
 pytestmark = pytest.mark.long
 
@@ -255,6 +256,15 @@ async def test_a_libvirt_that_does_not_answer_is_not_waited_for(
     await pair.move(mode="postcopy")
 
 
+async def burnt_down(pair: LibvirtPair) -> None:
+    """The host that the guest has gone to."""
+    there = pair.there.qemu
+    await trio.to_thread.run_sync(pair.there.end, signal.SIGKILL)
+    pair.there.kill_libvirt()
+    os.kill(there, signal.SIGKILL)
+    await status_until(pair.here, VM, lambda status: status["phase"] == "paused", 60)
+
+
 BACKINGS = {
     "private": "",
     "memfd": "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
@@ -274,11 +284,7 @@ async def test_taken_back(
     async with libvirt_pair(folder, boot, disk_rate=0, more=BACKINGS[backing]) as pair:
         await begun(pair, "postcopy", "postcopy")
         await left(pair)
-        there = pair.there.qemu
-        await trio.to_thread.run_sync(pair.there.end, signal.SIGKILL)
-        pair.there.kill_libvirt()
-        os.kill(there, signal.SIGKILL)
-        await status_until(pair.here, VM, lambda status: status["phase"] == "paused", 60)
+        await burnt_down(pair)
         if restarted:
             await trio.to_thread.run_sync(pair.here.end, signal.SIGKILL)
             await pair.here.start()
@@ -295,6 +301,33 @@ async def test_taken_back(
         await pair.there.call("Resolve", name=VM, decision="kill")
         await pair.there.call("Detach", name=VM)
         await pair.move(mode="hybrid")
+
+
+@pytest.mark.libvirt
+async def test_taken_back_without_a_page(folder: Path, boot: tuple[Path, Path]) -> None:
+    """One that the keeper cannot read any more, and that the guest never uses: all others are
+    there. But it is never zeros, so the guest is not moved again."""
+    async with libvirt_pair(folder, boot, disk_rate=0, more=BACKINGS["file"]) as pair:
+        await begun(pair, "postcopy", "postcopy")
+        await left(pair)
+        (kept,) = pair.here.keepers()
+        (ram,) = (one for one in procfs.mappings(kept) if one.length == 256 * MIB)
+        with open(
+            f"/proc/{kept}/map_files/{ram.start:x}-{ram.start + ram.length:x}", "r+b"
+        ) as file:
+            os.truncate(file.fileno(), ram.length - 4096)  # where the firmware has its tables
+        await burnt_down(pair)
+        await pair.here.call("Resolve", name=VM, decision="take_back")
+        said = (await pair.here.status(VM))["message"]
+        assert "as it was when it stopped here but 1 page that could not be read" in said
+        await pair.guest.follow(pair.here)
+        await pair.check()
+        with pytest.raises(PostcopydError, match="it can neither be moved nor detached"):
+            await pair.here.migrate(VM, pair.there)
+        await trio.to_thread.run_sync(pair.here.end, signal.SIGKILL)
+        await pair.here.start()
+        with pytest.raises(PostcopydError, match="it can neither be moved nor detached"):
+            await pair.here.migrate(VM, pair.there)
 
 
 async def test_cancelled(pair: LibvirtPair) -> None:

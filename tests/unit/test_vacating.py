@@ -58,7 +58,7 @@ class Made(FakeDriver):
         socket: str,
         definition: str,
         like: Shape,
-        fill: Callable[[Shape], Awaitable[None]],
+        fill: Callable[[Shape], Awaitable[list[Region]]],
         device: bytes,
     ) -> Self:
         assert (definition, device) == (DEFINITION, b"".join(DEVICE_STATE))
@@ -70,7 +70,7 @@ class Made(FakeDriver):
             memory.madvise(mmap.MADV_REMOVE)
         made = cls(name, vmm)
         with closing(await made.inspect("source")) as shape:
-            await fill(shape)
+            assert await fill(shape) == []
         assert vmm.memory() == old.memory()
         return made
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import zlib
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import closing, suppress
@@ -22,11 +23,12 @@ from xml.etree import ElementTree
 import trio
 
 from postcopyd.errors import PostcopydError
-from postcopyd.vmm import Role, Shape, VmmError, kill
+from postcopyd.native.poison import poison
+from postcopyd.vmm import Region, Role, Shape, VmmError, kill
 from postcopyd.vmm.libvirt import calls, needs, waiting
 from postcopyd.vmm.libvirt.monitor import LibvirtMonitor
 from postcopyd.vmm.qemu import blocks as ram_blocks
-from postcopyd.vmm.qemu import disk_files, userfaultfd
+from postcopyd.vmm.qemu import disk_files, ram, userfaultfd
 from postcopyd.vmm.qemu.common import close_each, pidfd_of
 from postcopyd.vmm.qemu.driver import QemuVmm
 from postcopyd.vmm.qemu.settings import MOVED
@@ -130,7 +132,7 @@ class LibvirtVmm(QemuVmm):
         socket: str,
         definition: str,
         like: Shape,
-        fill: Callable[[Shape], Awaitable[None]],
+        fill: Callable[[Shape], Awaitable[list[Region]]],
         device: bytes,
     ) -> Self:
         """As for a guest that arrives; but all of its memory is there before it is loaded."""
@@ -145,7 +147,8 @@ class LibvirtVmm(QemuVmm):
                 if shape.problems:
                     raise VmmError("; ".join(shape.problems))
                 await made.discard(shape)
-                await fill(shape)
+                if lost := await fill(shape):
+                    await made._lose(lost)
                 made._adopted = shape
                 await made._qmp.open()
                 await made.load(stream())
@@ -157,6 +160,24 @@ class LibvirtVmm(QemuVmm):
                 await made.aclose()
             raise
         return made
+
+    async def _lose(self, pages: list[Region]) -> None:
+        """Makes memory errors of pages. The kernel may have made huge pages of what is beside them,
+        so they are emptied again. Raises PostcopydError."""
+        ours, number = await userfaultfd.create_alone(self.pid)
+        try:
+            await ram.empty(pages, self.pid)
+            poison(ours, [(page.address, page.size) for page in pages])
+        except OSError as error:
+            raise VmmError(
+                f"{len(pages)} pages of the memory of {self.name} cannot be read any more, and no "
+                f"memory errors could be made of them ({error.strerror}; Linux 6.6 and later can): "
+                f"the guest would find zeros there"
+            ) from None
+        finally:
+            os.close(ours)
+            with trio.CancelScope(shield=True):
+                await userfaultfd.close(self.pid, [number])
 
     @classmethod
     async def define(cls, name: str, socket: str, definition: str) -> bool:
