@@ -170,6 +170,10 @@ def parser() -> argparse.ArgumentParser:
             dest="decision", help=text,
         )  # fmt: skip
     may_run = client("may-run", verbs.may_run, "ask before you start a guest on this host")
+    may_run.add_argument("--domain", action="store_true", help=(
+        "for libvirt's hook: read the XML of the domain that starts, which may be one that the "
+        "daemon makes for its guest"
+    ))  # fmt: skip
     may_run.add_argument("--durable-dir", metavar="DIR", help="as given to the daemon")
     may_run.add_argument(
         "--state-dir", metavar="DIR", help="as given to the daemon; read when it does not answer"

@@ -8,7 +8,9 @@ between exit statuses 1 and 3. Knows of the daemon only what its interface file 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -38,6 +40,9 @@ INTERFACE = "io.postcopyd"
 # manager that asks `may-run` waits less: the records and the disk answer as well.
 GREETING_SECONDS = 10.0
 MAY_RUN_SECONDS = 4.0
+# Where the folders of domains are that are being made, and how much of an XML is read.
+MAKING = "/run/postcopyd"
+MOST_XML = 10 << 20
 # A guest last seen in one of these phases may have left the source for good. In handover it may
 # not have; but a script that is told so wrongly would run it twice.
 _MAYBE_THERE = frozenset({"handover", "postcopy", "paused", "drained"})
@@ -342,7 +347,8 @@ def may_run(args: argparse.Namespace) -> int:
     """Two must agree: the daemon, or its records if none answers; and the intent on disk, which
     outlives the host too."""
     try:
-        why = _daemon_against(args) or _disk_against(args)
+        made = args.domain and _is_made_here(sys.stdin.buffer.read(MOST_XML))
+        why = "" if made else _daemon_against(args) or _disk_against(args)
     except (Failed, PostcopydError) as failed:
         why = str(failed)  # what cannot be asked has not agreed
     if args.json:
@@ -350,6 +356,27 @@ def may_run(args: argparse.Namespace) -> int:
     elif not why:
         print(f"{args.name}: nothing here forbids starting it", flush=True)
     return say(f"do not start {args.name} here: {why}", FAILED) if why else DONE
+
+
+def _is_made_here(xml: bytes) -> bool:
+    """Whether a daemon here has libvirt make just this domain, for a guest that comes here or is
+    taken back: it waits for its guest, and runs nothing before that. The domain's XML names a
+    folder that nobody else knows, which is locked as long as that takes (vmm/libvirt/restoring.py).
+    """
+    mark = rb"""<postcopyd:making xmlns:postcopyd=["']urn:postcopyd:making["'] in=["']([\w-]+)"""
+    if (found := re.search(mark, xml)) is None:
+        return False
+    try:
+        folder = os.open(os.path.join(MAKING, found[1].decode()), os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.fstat(folder).st_uid == os.geteuid()
+    finally:
+        os.close(folder)
+    return False
 
 
 def _daemon_against(args: argparse.Namespace) -> str:

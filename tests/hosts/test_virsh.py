@@ -284,3 +284,25 @@ def test_what_stands_in_the_way(
     assert "lifecycle" not in said(here, "cat /run/events")
     assert said(here, f"virsh domstate {VM}") == "running"
     assert "nothing stands in the way" in said(here, f"postcopyd check {VM} --to host1")
+
+
+def test_the_hook_knows_who_comes_back(
+    hosts: tuple[Host, Host], moved: dict[str, tuple[Left, Left]]
+) -> None:
+    """It refuses the domain at the host that the guest has left, and lets the one start there that
+    waits for the guest. Nothing of that stays in the domain."""
+    there, here = hosts
+    there.run(
+        "cp /usr/share/doc/postcopyd/examples/libvirt-hook /etc/libvirt/hooks/qemu;"
+        "chmod +x /etc/libvirt/hooks/qemu; systemctl restart libvirtd"
+    )
+    start = f"virsh create --paused domain; virsh start --paused {VM}"
+    assert said(there, start).count("do not start web1 here") >= 1
+    assert VM not in said(there, "virsh list --all")
+    here.run(f"postcopyd migrate {VM} --to host1", seconds=200)
+    assert said(there, f"virsh domstate {VM}") == "running"
+    for kind in ("", "--inactive"):
+        xml = said(there, f"virsh dumpxml {kind} {VM}")
+        assert "</domain>" in xml
+        assert "making" not in xml
+    assert "-" not in said(there, "ls /run/postcopyd")

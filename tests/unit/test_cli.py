@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -16,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import trio
@@ -800,6 +802,32 @@ async def test_may_run_asks_both(tmp_path: Path) -> None:
         ran = await h.run("may-run", "web2", *args)
         assert ran.status == 1
         assert "its log says where" in ran.err
+
+
+def test_a_domain_that_is_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restoring: dict[str, Any]
+) -> None:
+    """Its XML names a folder that is locked: of a domain that was made once, it is not any more."""
+    monkeypatch.setattr(verbs, "MAKING", str(tmp_path))
+    folder = tmp_path / "0a-_x1"
+    folder.mkdir()
+    plain = b"<domain>\n  <name>web1</name>\n</domain>"
+    other = plain.replace(b"</name>", b"</name><metadata><a:b xmlns:a='urn:a'/></metadata>")
+    empty = plain.replace(b"</name>", b"</name><metadata/>")
+    for xml in (plain, other, empty):
+        marked = restoring["marked"](xml, folder.name)
+        (mark,) = ElementTree.fromstring(marked).findall(f"metadata/{{{restoring['MARK']}}}making")
+        assert mark.get("in") == folder.name
+        assert not verbs._is_made_here(marked)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert verbs._is_made_here(marked)
+            assert not verbs._is_made_here(xml)
+            assert not verbs._is_made_here(restoring["marked"](xml, "other"))
+        finally:
+            os.close(lock)
+        assert not verbs._is_made_here(marked)
 
 
 def test_libvirt_hook(tmp_path: Path) -> None:

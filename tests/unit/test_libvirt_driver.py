@@ -51,7 +51,7 @@ class Fifo:
         both = os.open(path, os.O_RDWR)
         ours = os.open(path, os.O_WRONLY)
         restore = object.__new__(restoring["Restore"])
-        restore._folder = str(folder / "its own")
+        restore._folder, restore._name = str(folder / "its own"), ""
         restore._piece = iter(pieces).__next__
         restore._returned = threading.Event()
         restore._channel, daemon = socket.socketpair()
@@ -72,6 +72,7 @@ def test_a_header_that_nobody_reads(restoring: dict[str, Any], tmp_path: Path, w
     both = os.open(path, os.O_RDWR)
     restore = object.__new__(restoring["Restore"])
     restore._folder, restore._piece = str(tmp_path / "its own"), lambda: None
+    restore._name = ""
     restore._returned = threading.Event()
     restore._channel, daemon = socket.socketpair()
     with restore._channel, daemon:

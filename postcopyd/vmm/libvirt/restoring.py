@@ -2,7 +2,9 @@
 """The part of helper.py that has libvirt make a domain which waits for its guest: a restore from a
 FIFO. helper.py runs this file: it too imports nothing but libvirt's binding and Python's library.
 
-Owns the FIFO and its folder.
+Owns the FIFO and its folder. Where libvirt has a hook, that may ask whether the domain that starts
+is the one which is made here (docs/HOOKS.md): its XML names the folder then, which is locked until
+libvirt has returned. Nobody else can know that name, and the domain forgets it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import select
 import shutil
 import socket
@@ -19,6 +22,7 @@ import termios
 import threading
 from contextlib import suppress
 from typing import Any
+from xml.etree import ElementTree
 
 import libvirt
 
@@ -29,6 +33,10 @@ LOOK_MS = 1
 
 ROOM = "/run/postcopyd"
 """For FIFOs, each in a folder of its own."""
+
+HOOKS = ("/etc/libvirt/hooks/qemu", "/etc/libvirt/hooks/qemu.d")
+MARK = "urn:postcopyd:making"
+"""The namespace of what the XML has for libvirt's hook, as `may-run` reads it (cli/verbs.py)."""
 
 MIB = 1 << 20
 MAGIC = b"LibvirtQemudSave"
@@ -50,21 +58,29 @@ class Restore:
         self._libvirt = connection
         self._channel, self._pieces = channel, channel.makefile("rb")
         self._returned = threading.Event()
+        self._name = ""  # of a domain that is marked
 
     def serve(self) -> None:
         os.makedirs(ROOM, 0o755, exist_ok=True)
-        self._folder = tempfile.mkdtemp(dir=ROOM)
+        self._folder = tempfile.mkdtemp(prefix=f"{secrets.token_hex(16)}-", dir=ROOM)
+        lock = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             fifo = os.path.join(self._folder, "stream")
             os.mkfifo(fifo, 0o600)
             self._serve(fifo)
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(lock)
 
     def _serve(self, fifo: str) -> None:
         xml, self._changed = self._piece(), self._piece()
         if not xml or self._changed is None:
             return
+        if any(map(os.path.exists, HOOKS)):
+            made, folder = self._changed or xml, os.path.basename(self._folder)
+            self._name = ElementTree.fromstring(made).findtext("name", "")  # noqa: S314
+            self._changed = marked(made, folder)
         both = os.open(fifo, os.O_RDWR | os.O_CLOEXEC)  # so nobody waits to open it
         ours = os.open(fifo, os.O_WRONLY | os.O_CLOEXEC)
         threading.Thread(target=self._restore, args=(fifo,), daemon=True).start()
@@ -80,11 +96,20 @@ class Restore:
         try:
             changed = (self._changed or b"").decode() or None
             self._libvirt.restoreFlags(fifo, changed, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+            if self._name:
+                self._forget()
         except libvirt.libvirtError as error:
             answer = {"error": str(error)}
         with suppress(OSError):  # the daemon has gone
             self._channel.sendall(json.dumps(answer).encode() + b"\n")
         self._returned.set()
+
+    def _forget(self) -> None:
+        """Takes the mark out of the domain. One that stays does no harm."""
+        kind, live = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_LIVE
+        with suppress(libvirt.libvirtError):
+            domain = self._libvirt.lookupByName(self._name)
+            domain.setMetadata(kind, None, None, MARK, live)
 
     def _feed(self, both: int, fifo: int, head: bytes) -> None:
         """`both` ends are open until libvirt has read the header, so has opened it for good.
@@ -98,7 +123,8 @@ class Restore:
             while unread(both) and not self._returned.is_set() and not daemon.poll(LOOK_MS):
                 pass
             os.close(both)
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if not self._name:  # no hook asks for it
+                shutil.rmtree(self._folder, ignore_errors=True)
             while (piece := self._piece()) is not None:
                 if not piece:
                     whole = True
@@ -119,6 +145,17 @@ class Restore:
             return piece if len(piece) == length else None
         except (struct.error, OSError):
             return None
+
+
+def marked(xml: bytes, folder: str) -> bytes:
+    """The XML of a domain, with the folder in its metadata."""
+    mark = f"<postcopyd:making xmlns:postcopyd='{MARK}' in='{folder}'/>".encode()
+    if b"<metadata>" in xml:
+        return xml.replace(b"<metadata>", b"<metadata>" + mark, 1)
+    alone = b"<metadata>" + mark + b"</metadata>"
+    if b"<metadata/>" in xml:  # as libvirt leaves it where a mark was taken out
+        return xml.replace(b"<metadata/>", alone, 1)
+    return xml.replace(b"</name>", b"</name>" + alone, 1)
 
 
 def unread(fifo: int) -> bool:
