@@ -163,8 +163,8 @@ async def test_a_daemon_that_is_killed_meanwhile(point: str, tmp_path: Path, mad
 
 async def test_one_that_does_not_end(tmp_path: Path, made: Clock) -> None:
     """As libvirt does not answer: draining is not held up by it, and it is ended then."""
-    silent = refusing(VmmError("libvirt has not answered"))
-    pair = await migrated(tmp_path, {"source.vacate": silent}, reached=False)  # all may be here first
+    faults = {"source.vacate": refusing(VmmError("libvirt has not answered"))}
+    pair = await migrated(tmp_path, faults, reached=False)  # all of its memory may be here first
     assert pair.went["source.finish"]
     nothing_left(pair)
 
