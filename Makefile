@@ -19,8 +19,10 @@ GUEST_PACKAGES := qemu-system-x86 linux-image-cloud-amd64
 DEB_PACKAGES := debhelper dh-python
 TEST_PACKAGES := $(GUEST_PACKAGES) clang libclang-rt-14-dev systemd-container iproute2 \
   busybox-static ovmf swtpm
-# Of `test-long` and `test-libvirt` only: libvirt's daemon, which is not started on this machine.
+# Of `test-long` and `test-libvirt` only: libvirt's daemon, which is not started on this machine; and
+# what makes a Debian with the newest one.
 LIBVIRT_PACKAGES := libvirt-daemon-system libvirt-clients python3-libvirt
+NEWEST_PACKAGES := mmdebstrap
 
 .PHONY: all build demo test test-long test-libvirt chaos fuzz bench bench-quick wheel sdist man deb check gen fmt clean
 all: build
@@ -61,10 +63,16 @@ test-long: WHICH := "long and not libvirt" --dist=loadfile --no-loadscope-reorde
 test-libvirt: WHICH := long
 test-libvirt: TESTS := tests/system/test_libvirt.py tests/hosts/test_first_guest.py tests/hosts/test_virsh.py
 test-long test-libvirt: TEST_PACKAGES += $(LIBVIRT_PACKAGES)
+test-long test-libvirt: newest-libvirt
 test test-long test-libvirt: build deb
 	@tools/debian-packages $(TEST_PACKAGES)
 	@tools/newest-qemu
 	$(BIN)/pytest -q -m $(WHICH) $(TESTS)
+
+.PHONY: newest-libvirt
+newest-libvirt: build deb
+	@tools/debian-packages $(NEWEST_PACKAGES)
+	@tools/newest-libvirt $(WHEEL)
 
 # The daemons that are upgraded in tests.
 .PHONY: version-before

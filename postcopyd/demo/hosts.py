@@ -49,6 +49,9 @@ class Host:
     #: Where the package is that it runs: the same that runs this.
     site = PACKAGE.parent
 
+    #: What runs that package.
+    program: tuple[str, ...] = (sys.executable, "-m", "postcopyd")
+
     #: What the daemon is run by: words before its command.
     by: tuple[str, ...] = ()
 
@@ -72,7 +75,7 @@ class Host:
         serve += ["--state-dir", str(self.state), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.by, sys.executable, "-m", "postcopyd", *serve],
+                [*self.by, *self.program, *serve],
                 cwd=self.site,
                 stdin=subprocess.DEVNULL,
                 stderr=log,

@@ -10,14 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from containers import REPOSITORY, Host, certificates, open_lab
+from containers import NEWEST, THIS, Debian, Host, certificates, open_lab
 from guests import qemu as q
 from needs import missing
+
+from postcopyd.demo.initramfs import find_kernel
 
 NEEDED = ("systemd-nspawn", "ip", "nsenter", "setpriv", "systemd-run")
 
 
-def bare_hosts() -> Iterator[tuple[Host, Host]]:
+def bare_hosts(debian: Debian) -> Iterator[tuple[Host, Host]]:
     """Both as a user has them who has just installed Debian and QEMU."""
     if os.geteuid() != 0:
         missing("root")
@@ -26,24 +28,42 @@ def bare_hosts() -> Iterator[tuple[Host, Host]]:
             missing(f"{program}: the Debian packages systemd-container and iproute2")
     if not Path("/lib/systemd/systemd").exists():
         missing("systemd")
-    with open_lab() as hosts:
+    debian.package()
+    with open_lab(debian) as hosts:
         yield hosts
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(THIS, id="this"),
+        pytest.param(NEWEST, id="newest", marks=pytest.mark.libvirt),
+    ],
+)
+def debian(request: pytest.FixtureRequest) -> Debian:
+    """This one, and the one that has the newest libvirt."""
+    made: Debian = request.param
+    return made
+
+
 @pytest.fixture(scope="module")
-def fresh() -> Iterator[tuple[Host, Host]]:
-    yield from bare_hosts()
+def fresh(debian: Debian) -> Iterator[tuple[Host, Host]]:
+    for made in bare_hosts(debian):
+        if debian is NEWEST:
+            for host in made:
+                shutil.copyfile(find_kernel(), host.root / "vmlinuz")  # it has none of its own
+                # nspawn gives each a boot of its own, which services see of newer systemds. By the
+                # kernel's the daemons know that what both have on tmpfs is one file.
+                host.run("while umount /proc/sys/kernel/random/boot_id; do :; done 2> /dev/null")
+        yield made
 
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[Host, Host]]:
     """The package is installed, each has a certificate of one CA, the sockets are open."""
-    packages = sorted((REPOSITORY / ".build/deb").glob("postcopyd_*.deb"))
-    if not packages:
-        missing("the Debian package of postcopyd: `make deb`")
-    for made in bare_hosts():
+    for made in bare_hosts(THIS):
         with ThreadPoolExecutor() as both:
-            list(both.map(lambda host: host.install(packages[-1]), made))
+            list(both.map(lambda host: host.install(THIS.package()), made))
         certificates(*made)
         for host in made:
             # With a hook, which would refuse each migration if the unit did not let it run.

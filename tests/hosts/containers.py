@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two hosts on one machine: containers in which the distribution's systemd is process 1.
 
-Each is a copy of this machine's `/` (an overlay, so nothing is written to it), with a network
-namespace, a cgroup tree, /dev/shm and a journal of its own, and none of the services that this
-machine has enabled. A veth pair joins them: host1 is 192.0.2.1, host2 192.0.2.2, and both know the
-names. Knows nothing of postcopyd but how it is installed and gets its certificates.
+Each is a copy of this machine's `/` or of another Debian (an overlay, so nothing is written to it),
+with a network namespace, a cgroup tree, /dev/shm and a journal of its own, and none of the services
+that this machine has enabled. A veth pair joins them: host1 is 192.0.2.1, host2 192.0.2.2, and both
+know the names. Knows nothing of postcopyd but how it is installed and gets its certificates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+import newest
+from needs import missing
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ("host1", "host2")
@@ -52,6 +56,25 @@ MASKED = (
     "systemd-update-utmp.service",
     "systemd-update-utmp-runlevel.service",
 )
+
+
+@dataclass(frozen=True)
+class Debian:
+    """What both hosts are copies of."""
+
+    root: Path
+
+    def package(self) -> Path:
+        """Of postcopyd, for it."""
+        if self.root == newest.ROOT:
+            return newest.package()
+        packages = sorted((REPOSITORY / ".build/deb").glob("postcopyd_*.deb"))
+        if not packages:
+            missing("the Debian package of postcopyd: `make deb`")
+        return packages[-1]
+
+
+THIS, NEWEST = Debian(Path("/")), Debian(newest.ROOT)
 
 
 class LabError(Exception):
@@ -115,7 +138,7 @@ class Host:
 
 
 @contextmanager
-def open_lab() -> Iterator[tuple[Host, Host]]:
+def open_lab(debian: Debian = THIS) -> Iterator[tuple[Host, Host]]:
     """Both hosts, booted. Root only. At the end nothing is left of them, whatever happened; what
     a killed process has left is removed by the next one. Raises LabError."""
     if os.geteuid() != 0:
@@ -139,19 +162,19 @@ def open_lab() -> Iterator[tuple[Host, Host]]:
         for number, space in enumerate((one, two), 1):
             _must("ip", "-n", space, "address", "add", f"192.0.2.{number}/24", "dev", "eth0")
             _must("ip", "-n", space, "link", "set", "eth0", "up")
-        started = [(host, *_boot(stack, name, folder, host)) for host in NAMES]
+        started = [(host, *_boot(stack, name, folder, host, debian.root)) for host in NAMES]
         hosts = [_booted(folder, *each) for each in started]
         yield hosts[0], hosts[1]
 
 
 def _boot(
-    stack: ExitStack, name: str, folder: Path, host: str
+    stack: ExitStack, name: str, folder: Path, host: str, copied: Path
 ) -> tuple[subprocess.Popen[bytes], Path]:
     place = folder / host
     root = place / "root"
     for part in ("upper", "work", "root"):
         (place / part).mkdir(parents=True)
-    layers = f"lowerdir=/,upperdir={place}/upper,workdir={place}/work"
+    layers = f"lowerdir={copied},upperdir={place}/upper,workdir={place}/work"
     _must("mount", "-t", "overlay", f"{name}-{host}", "-o", layers, root)
     for path in FORGOTTEN:
         if (root / path).is_dir():

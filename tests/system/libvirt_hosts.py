@@ -14,12 +14,12 @@ import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import trio
 from guests import qemu as q
-from needs import libvirt, missing
 
 from postcopyd.demo import qemu_guest as demo
 from postcopyd.demo.hosts import Host
@@ -28,15 +28,28 @@ from postcopyd.native import keeper
 
 VM = "web1"
 SERIAL = f"/run/{VM}.serial"
+WORKLOAD = q.Workload(disk_rate=20)
 LIBVIRT = Path("/run/libvirt")
 
-# A namespace whose folders of libvirt are in $1; it stays until it is killed.
+# A namespace whose folders of libvirt are in $1, but for what libvirt has found out of QEMU, which
+# takes it 8 s: that is in $2. It stays until it is killed. With the layers of another Debian in $3
+# it has that one's files instead of this machine's.
 NAMESPACE = """
 set -e
 mount --make-rprivate /
 mount -t tmpfs none /run
-mkdir -p /run/lock "$1/lib/qemu" "$1/log/qemu" "$1/etc/qemu" "$1/cache"
-for part in lib log cache; do mount --bind "$1/$part" /var/$part/libvirt; done
+if [ "$3" ]; then
+  mkdir /run/upper /run/work /run/root
+  mount -t overlay none -o "lowerdir=$3,upperdir=/run/upper,workdir=/run/work" /run/root
+  cd /run/root
+  for part in dev proc sys tmp; do mount --rbind /$part $part; done
+  pivot_root . mnt
+  umount -l /mnt
+  mount -t tmpfs none /run
+fi
+mkdir -p /run/lock "$1/lib/qemu" "$1/log/qemu" "$1/etc/qemu"
+for part in lib log; do mount --bind "$1/$part" /var/$part/libvirt; done
+mount --bind "$2" /var/cache/libvirt
 mount --bind "$1/etc" /etc/libvirt
 chown libvirt-qemu "$1/lib/qemu"
 printf 'security_driver = "none"\\ncgroup_controllers = []\\n' > /etc/libvirt/qemu.conf
@@ -49,7 +62,7 @@ exec sleep infinity
 """
 
 DOMAIN = """
-<domain type='qemu'>
+<domain type='{kind}'>
   <name>{name}</name>
   <memory unit='MiB'>{memory}</memory>
   <vcpu>2</vcpu>{more}
@@ -69,20 +82,31 @@ DOMAIN = """
 """
 
 
+@dataclass(frozen=True)
+class Version:
+    """A libvirt to test with: this machine's, or with `layers` that of another Debian, which has
+    postcopyd installed."""
+
+    cache: Path
+    layers: str = ""
+
+
 class LibvirtHost(Host):
     """One namespace with its libvirt, and a daemon in it."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, version: Version) -> None:
         super().__init__(folder, name, ("--libvirt", "qemu:///system"))
         self._libvirt = folder / name
         self._libvirt.mkdir()
         self._namespace = subprocess.Popen(
-            ["unshare", "-m", "sh", "-c", NAMESPACE, "sh", str(self._libvirt)],
+            [*("unshare", "-m", "sh", "-c", NAMESPACE, "sh"), self._libvirt, *astuple(version)],
             start_new_session=True,
         )
         self.root = Path(f"/proc/{self._namespace.pid}/root")
         mounts = f"--mount=/proc/{self._namespace.pid}/ns/mnt"
-        self.by = ("nsenter", mounts, f"--wd={self.site}")
+        self.by = ("nsenter", mounts, f"--wd={'/' if version.layers else self.site}")
+        if version.layers:
+            self.program = ("/usr/bin/postcopyd",)
 
     def run(self, *command: str, timeout: float = 60) -> str:
         """A command on this host; what it prints, whether it succeeds or not."""
@@ -231,42 +255,44 @@ class LibvirtPair:
 async def libvirt_pair(
     folder: Path,
     boot: tuple[Path, Path],
+    version: Version,
+    *,
     memory: int = 256,
     more: str = "",
-    disk_rate: int = 20,
+    workload: q.Workload = WORKLOAD,
+    kind: str = "qemu",
 ) -> AsyncIterator[LibvirtPair]:
     """Two hosts, each with libvirt and a daemon, and a domain that runs at the first; its XML has
     `more`."""
-    if os.geteuid() != 0:
-        missing("root")
-    libvirt()
     folder.chmod(0o755)
     kernel, initramfs = boot
     disk = folder / "disk"
     disk.write_bytes(bytes(16 << 20))
     disk.chmod(0o666)
     initrd = shutil.copy(initramfs, folder / "initrd")
+    vmlinuz = shutil.copy(kernel, folder / "vmlinuz")
     config = q.GuestConfig(
         qemu=demo.find_qemus()[0],
         kernel=kernel,
         initramfs=initramfs,
         memory=memory << 20,
         disk=disk,
-        workload=q.Workload(disk_rate=disk_rate),
+        workload=workload,
     )
     hosts: list[LibvirtHost] = []
     try:
         for name in ("host1", "host2"):
-            hosts.append(LibvirtHost(folder, name))
+            hosts.append(LibvirtHost(folder, name, version))
         for host in hosts:
             await host.has_libvirt()
             await host.start()
         xml = folder / "web1.xml"
         xml.write_text(
             DOMAIN.format(
+                kind=kind,
                 name=VM,
                 memory=memory,
-                kernel=kernel,
+                kernel=vmlinuz,
                 initramfs=initrd,
                 cmdline=" ".join(config.kernel_arguments()),
                 disk=disk,

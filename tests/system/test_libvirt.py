@@ -10,9 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import newest
 import pytest
 import trio
-from libvirt_hosts import VM, LibvirtPair, libvirt_pair
+from guests import qemu as q
+from libvirt_hosts import VM, LibvirtPair, Version, libvirt_pair
+from needs import libvirt, missing
 from pair import MIB, status_until, until
 
 from postcopyd.errors import PostcopydError
@@ -21,10 +24,35 @@ from postcopyd.host import procfs
 pytestmark = pytest.mark.long
 
 
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    libvirt()
+    return Version(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def the_newest(tmp_path_factory: pytest.TempPathFactory) -> Version:
+    layers = newest.with_package(tmp_path_factory.mktemp("newest"))
+    return Version(tmp_path_factory.mktemp("cache"), layers)
+
+
+@pytest.fixture(params=["installed", pytest.param("the_newest", marks=pytest.mark.libvirt)])
+def version(request: pytest.FixtureRequest) -> Version:
+    if os.geteuid() != 0:
+        missing("root")
+    made: Version = request.getfixturevalue(request.param)
+    return made
+
+
 @pytest.fixture
-async def pair(folder: Path, boot: tuple[Path, Path]) -> AsyncIterator[LibvirtPair]:
-    async with libvirt_pair(folder, boot) as made:
+async def pair(
+    folder: Path, boot: tuple[Path, Path], version: Version
+) -> AsyncIterator[LibvirtPair]:
+    async with libvirt_pair(folder, boot, version) as made:
         yield made
+
+
+NEWEST_TOO = pytest.mark.parametrize("version", ["installed", "the_newest"], indirect=True)
 
 
 async def gone(pair: LibvirtPair) -> None:
@@ -35,6 +63,7 @@ async def gone(pair: LibvirtPair) -> None:
     await until(lambda: not pair.there.keepers(), "no keeper")
 
 
+@NEWEST_TOO
 async def test_there_and_back(pair: LibvirtPair) -> None:
     """libvirt is right on both sides after each move: a persistent domain is persistent where it
     runs, and unknown where it has been."""
@@ -76,9 +105,9 @@ NUMA = """
 
 
 @pytest.mark.libvirt
-async def test_equal_numa_nodes(folder: Path, boot: tuple[Path, Path]) -> None:
+async def test_equal_numa_nodes(folder: Path, boot: tuple[Path, Path], version: Version) -> None:
     """Parts of one size: each is taken for what it is."""
-    async with libvirt_pair(folder, boot, more=NUMA) as pair:
+    async with libvirt_pair(folder, boot, version, more=NUMA) as pair:
         for mode in ("postcopy", "hybrid"):
             await pair.move(mode=mode)
         await gone(pair)
@@ -277,11 +306,13 @@ BACKINGS = {
 @pytest.mark.parametrize("restarted", [False, True], ids=["", "restarted"])
 @pytest.mark.parametrize("backing", BACKINGS)
 async def test_taken_back(
-    folder: Path, boot: tuple[Path, Path], backing: str, restarted: bool
+    folder: Path, boot: tuple[Path, Path], version: Version, backing: str, restarted: bool
 ) -> None:
     """After its new host has burnt down: the domain is made anew, defined as it was, and runs with
     the memory that it had when it stopped here."""
-    async with libvirt_pair(folder, boot, disk_rate=0, more=BACKINGS[backing]) as pair:
+    work = q.Workload(disk_rate=0)
+    more = BACKINGS[backing]
+    async with libvirt_pair(folder, boot, version, more=more, workload=work) as pair:
         await begun(pair, "postcopy", "postcopy")
         await left(pair)
         await burnt_down(pair)
