@@ -126,6 +126,12 @@ bench-quick: bench-needs
 	$(BENCH)/charts.py
 	$(BENCH)/table.py engine qemu private dirty first_access hybrid blackout link
 
+# The same domain moved by postcopyd and by virsh, between the same two libvirtd.
+.PHONY: bench-libvirt
+bench-libvirt: bench-needs
+	@tools/debian-packages $(LIBVIRT_PACKAGES)
+	$(BENCH)/libvirt.py
+
 .PHONY: bench-needs
 bench-needs: build $(VENV)/.bench
 	@tools/debian-packages $(GUEST_PACKAGES) iproute2

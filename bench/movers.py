@@ -135,7 +135,7 @@ class Daemons:
         return move
 
 
-async def unmoved(_: Qemu, __: Qemu) -> Move:
+async def unmoved() -> Move:
     """Not at all: what a guest loses by itself, from a moment that is as good as any."""
     now = trio.current_time()
     return Move(now, now, now, now, 0, 0)

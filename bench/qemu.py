@@ -17,6 +17,7 @@ import math
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +128,13 @@ def figures(
 
 
 async def watched(
-    guest: q.Guest, mover: Mover, leaving: Qemu, arriving: Qemu, watch_s: float
+    guest: q.Guest, moved: Callable[[], Awaitable[Move]], watch_s: float
 ) -> dict[str, Any]:
     """One move, and the guest followed until it works as usual again, for at least `watch_s`; its
     memory checked."""
     await trio.sleep(SETTLE_S + USUAL_S)
     first = len(guest.reports) - int((USUAL_S + 1) * 1000 / REPORT_MS)
-    move = await mover(leaving, arriving)
+    move = await moved()
     while True:
         await trio.sleep(0.25)
         reports = guest.reports[max(first, 0) :]
@@ -168,7 +169,8 @@ class Moving:
         ram = self._ram if same_ram else self._folder / f"ram{self._number}"
         there = contextlib.AsyncExitStack()
         arriving = await self._launch(there, ram, incoming=True)
-        found = await watched(self._guest, mover, self._leaving, arriving, self._watch_s)
+        moved = partial(mover, self._leaving, arriving)
+        found = await watched(self._guest, moved, self._watch_s)
         await self._here.aclose()
         if ram != self._ram:
             self._ram.unlink(missing_ok=True)  # there is none of private RAM
@@ -178,7 +180,7 @@ class Moving:
 
     async def stay(self) -> dict[str, Any]:
         """The same figures of the guest unmoved."""
-        found = await watched(self._guest, unmoved, self._leaving, self._leaving, self._watch_s)
+        found = await watched(self._guest, unmoved, self._watch_s)
         show("unmoved", found)
         return found
 
