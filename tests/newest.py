@@ -11,17 +11,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from needs import missing
+import pytest
 
 MADE = Path(__file__).parent.parent / ".build/libvirt"
 ROOT = MADE / "root"
 
 
 def package() -> Path:
-    """Of postcopyd."""
+    """Of postcopyd. Skips the test where there is none, as for sid's kernel."""
     packages = sorted((MADE / "deb").glob("postcopyd_*.deb"))
     if not packages or not (MADE / ".done").exists():
-        missing("the newest libvirt: `make test-long` fetches it")
+        pytest.skip("sid has no libvirt today, or nobody has fetched it: tools/newest-libvirt")
     return packages[-1]
 
 
