@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes memory errors of pages that are missing, without an engine: of a guest that nobody runs.
 
-The errors stay in the page tables of the process when its userfaultfd is closed. Numbers are those
-of uffd.h.
+Only in private memory. There the errors stay in the page tables of the process when its
+userfaultfd is closed, and the kernel makes no huge page of what has one. In shared memory it does,
+once that is not registered any more, and puts zeros there (MADV_COLLAPSE, seen on Linux 6.18).
+Numbers are those of uffd.h.
 """
 
 from __future__ import annotations

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 def but(lost: int) -> str:
     """How a sentence goes on after "with all of its memory"."""
-    if not lost:
-        return ""
-    pages = "page" if lost == 1 else "pages"
-    return f" but {lost} {pages} that could not be read any more"
+    return f" but {_pages(lost)} that could not be read any more" if lost else ""
 
 
 def arrived(vm: str, peer: str, lost: int) -> str:
@@ -26,9 +23,13 @@ def arrived(vm: str, peer: str, lost: int) -> str:
 
 def immovable(vm: str, lost: int) -> str:
     return (
-        f"{vm} has lost {lost} pages of its memory in its last move, and only the page tables of "
+        f"{vm} has lost {_pages(lost)} of its memory in its last move, and only the page tables of "
         f"its VMM know which: it can neither be moved nor detached; shut it down, and start it anew"
     )
+
+
+def _pages(lost: int) -> str:
+    return f"{lost} page" if lost == 1 else f"{lost} pages"
 
 
 def foreign(vm: str, peer: str, why: object) -> str:

@@ -9,7 +9,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from needs import missing
@@ -20,7 +20,8 @@ from postcopyd.source import copying
 from postcopyd.vmm import Region, Shape
 
 PAGE = 4096
-SIZE = 4 << 20
+HUGE, MADV_COLLAPSE = 2 << 20, 25
+SIZE = 2 * HUGE
 USERFAULTFD, USER_MODE_ONLY = 323, 1
 
 MAP_FIXED = 0x10
@@ -82,20 +83,25 @@ async def test_a_keeper_that_has_ended_is_no_lost_page(monkeypatch: pytest.Monke
 
 
 def test_a_memory_error() -> None:
-    """The page cannot be read, also when the userfaultfd is closed; what is beside it can be."""
+    """The page cannot be read, also when the userfaultfd is closed and the kernel is asked for a
+    huge page there; what is beside it can be."""
     flags = os.O_CLOEXEC | os.O_NONBLOCK | USER_MODE_ONLY
     userfaultfd = libc.syscall(USERFAULTFD, flags)
     if userfaultfd < 0:
         missing(f"userfaultfd: {os.strerror(ctypes.get_errno())}")
     with memory() as (made, at), open("/proc/self/mem", "rb", buffering=0) as own:
+        first = -at % HUGE
+        made[first : first + HUGE] = b"1" * HUGE
+        made.madvise(mmap.MADV_DONTNEED, first + PAGE, PAGE)
         try:
-            poison(userfaultfd, [(at + PAGE, PAGE)])
+            poison(userfaultfd, [(at + first + PAGE, PAGE)])
         except OSError as error:
             missing(f"UFFDIO_POISON (Linux 6.6): {error}")
         finally:
             os.close(userfaultfd)
-        made[0] = made[2 * PAGE] = 1
+        with suppress(OSError):
+            made.madvise(MADV_COLLAPSE, first, HUGE)
         for page in (0, 2):
-            assert len(os.pread(own.fileno(), PAGE, at + page * PAGE)) == PAGE
+            assert os.pread(own.fileno(), PAGE, at + first + page * PAGE) == b"1" * PAGE
         with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-            os.pread(own.fileno(), PAGE, at + PAGE)
+            os.pread(own.fileno(), PAGE, at + first + PAGE)

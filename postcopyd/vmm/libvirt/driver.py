@@ -164,6 +164,12 @@ class LibvirtVmm(QemuVmm):
     async def _lose(self, pages: list[Region]) -> None:
         """Makes memory errors of pages. The kernel may have made huge pages of what is beside them,
         so they are emptied again. Raises PostcopydError."""
+        if any(page.fd is not None for page in pages):
+            raise VmmError(
+                f"{len(pages)} page{'s' if pages[1:] else ''} of the memory of {self.name} cannot "
+                f"be read any more, and of memory errors in a file the kernel makes zeros with "
+                f"its next huge page: the guest was not made anew"
+            )
         ours, number = await userfaultfd.create_alone(self.pid)
         try:
             await ram.empty(pages, self.pid)
