@@ -333,6 +333,23 @@ static void model_here(struct counts *c, unsigned page, bool touched) {
   c->confirmed++, c->precopied += cached, c->zero += !cached;
 }
 
+static bool came_in_a_pass(unsigned page) {
+  return (shadow[page].state & (HERE | CACHED)) == (HERE | CACHED);
+}
+
+/* The guest touches it, and what came in passes beside it is placed too. */
+static void model_around(struct counts *c, unsigned page) {
+  unsigned most = AROUND_BYTES / PAGE, from = page, to = page + 1;
+  unsigned first = page >= FIRST ? FIRST : 0, end = page >= FIRST ? ALL : FIRST;
+  bool cached = came_in_a_pass(page);
+  while (cached && (from - first) % most && came_in_a_pass(from - 1))
+    from--;
+  while (cached && (to - first) % most && to < end && came_in_a_pass(to))
+    to++;
+  while (from < to)
+    model_here(c, from++, true);
+}
+
 static void model_fault(struct counts *c, unsigned page) {
   uint8_t *state = &shadow[page].state;
   struct region *r = &staged->regions[page >= FIRST];
@@ -341,7 +358,7 @@ static void model_fault(struct counts *c, unsigned page) {
   if (!is_sealed)
     return;
   if (*state & HERE)
-    model_here(c, page, true);
+    model_around(c, page);
   else if (*state & DONE && !(*state & LOST) && !shadow[page].mapped)
     place_as(page, 0);
   else if (!(*state & DONE))

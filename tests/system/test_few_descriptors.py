@@ -174,7 +174,7 @@ async def test_too_few_descriptors_to_start_with(
     few.write_text(f'#!/bin/sh\nulimit -n {FEW}\nexec {sys.executable} "$@"\n')
     few.chmod(0o755)
     with monkeypatch.context() as patched:
-        patched.setattr(sys, "executable", str(few))
+        patched.setattr(b, "program", (str(few), "-m", "postcopyd"))
         await b.start()
     await until(lambda: "VM not restored" in b.log.read_text(), "an attempt")
     assert "Too many open files" in b.log.read_text()
