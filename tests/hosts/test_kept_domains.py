@@ -59,8 +59,8 @@ async def guest(hosts: tuple[Host, Host], boot: tuple[Path, Path]) -> AsyncItera
     )
     words = " ".join(config.kernel_arguments())
     xml = DOMAIN.format(
-        name=VM, memory=160, kernel=kernel, initramfs=initramfs, cmdline=words, disk=disk,
-        serial=SERIAL, more="",
+        kind="qemu", name=VM, memory=160, kernel=kernel, initramfs=initramfs, cmdline=words,
+        disk=disk, serial=SERIAL, more="",
     )  # fmt: skip
     for host in hosts:
         host.run("systemctl start libvirtd")
