@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -140,6 +141,14 @@ def open_pair(*options: str, hosts: int = 2, tls: bool = False) -> Iterator[Pair
             yield pair
         finally:
             pair.end()
+
+
+@contextmanager
+def one_at_a_time(setting: str) -> Iterator[None]:
+    """For tests that change a setting of the whole machine, or fail where another test has."""
+    with open(f"/run/lock/postcopyd-tests.{setting}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 async def until(condition: Callable[[], Any], what: str, seconds: float = 30) -> None:

@@ -17,7 +17,7 @@ import pytest
 import trio
 from guests import qemu as q
 from needs import missing
-from pair import MIB
+from pair import MIB, one_at_a_time
 from qemu_pair import VM, own_monitor, qemu_pair
 from qemus import EACH_QEMU, QEMUS, module_folder
 
@@ -168,15 +168,16 @@ def ksm() -> Iterator[None]:
     """At full speed, and afterwards as before."""
     if not os.access(KSM / "run", os.W_OK):
         missing("a kernel that merges pages, and root")
-    wanted = {"run": "1", "pages_to_scan": "2000", "sleep_millisecs": "20"}
-    before = {name: (KSM / name).read_text() for name in wanted}
-    try:
-        for name, value in wanted.items():
-            (KSM / name).write_text(value)
-        yield
-    finally:
-        for name, value in before.items():
-            (KSM / name).write_text(value)
+    with one_at_a_time("ksm"):
+        wanted = {"run": "1", "pages_to_scan": "2000", "sleep_millisecs": "20"}
+        before = {name: (KSM / name).read_text() for name in wanted}
+        try:
+            for name, value in wanted.items():
+                (KSM / name).write_text(value)
+            yield
+        finally:
+            for name, value in before.items():
+                (KSM / name).write_text(value)
 
 
 DIMM_AT = 4 << 30  # where q35 has it in the guest
