@@ -10,27 +10,16 @@ takes longer than the guest can wait.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import table
+from dirty import Run, measure
 from engine_vs_floor import BENCH, ENGINE, HEADERS, compile_to
 
 SOURCES = [BENCH / "first_access.c", ENGINE / "uffd_native.c", *sorted(HEADERS.glob("*.c"))]
 GOAL_US = 5.0  # in the median
 MEMORY = {"file": 1, "private memory": 0}
-Run = dict[str, Any]
-
-
-def measure(program: Path, *arguments: int) -> Run:
-    """One run: what the program printed."""
-    command = [str(program), *map(str, arguments)]
-    out = subprocess.run(command, check=True, capture_output=True, timeout=300)
-    result: Run = json.loads(out.stdout)
-    return result
 
 
 def rows(kind: str, runs: list[Run]) -> list[table.Row]:

@@ -12,16 +12,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from needs import missing
 
 MADE = Path(__file__).parent.parent / ".build/libvirt"
 ROOT = MADE / "root"
 
 
 def package() -> Path:
-    """Of postcopyd. Skips the test where there is none, as for sid's kernel."""
+    """Of postcopyd. Skips the test where sid could not be made, as for its kernel."""
     packages = sorted((MADE / "deb").glob("postcopyd_*.deb"))
-    if not packages or not (MADE / ".done").exists():
-        pytest.skip("sid has no libvirt today, or nobody has fetched it: tools/newest-libvirt")
+    if (MADE / "none").exists():
+        pytest.skip("sid has no libvirt today: tools/newest-libvirt could not make it")
+    if not packages:
+        missing("the newest libvirt: `make newest-libvirt` fetches it")
     return packages[-1]
 
 

@@ -99,7 +99,8 @@ def _asked(vmm: int, page: int, until: int) -> Begun:
             other.settimeout(ANSWER_S)
             try:
                 socket.send_fds(other, [json.dumps([page, until]).encode()], [pidfd])
-                answer = other.recv(MESSAGE) or b'"it has ended"'
+                if not (answer := other.recv(MESSAGE)):
+                    raise ValueError("it has ended")
                 failed, number, sentence = json.loads(answer)
                 return Begun(int(failed), int(number), plain(sentence))
             except (OSError, ValueError, TypeError) as error:
@@ -125,13 +126,14 @@ def _other(vmm: int) -> Iterator[socket.socket]:
         other.settimeout(ANSWER_S)
         try:
             other.connect(SOCKET)
-        except OSError:
+        except OSError as error:
             which = (
                 "that has one itself, as under systemd," if filtered else "without CAP_SYS_ADMIN"
             )
             raise PostcopydError(
                 f"making a keeper of process {vmm}: it has a seccomp filter, which a daemon "
-                f"{which} may not suspend",
+                f"{which} may not suspend, and nobody answers at {SOCKET} ({error.strerror}): "
+                f"start postcopyd-keeper.socket for the next guest",
                 "NotAdopted",
             ) from None
         yield other
@@ -148,7 +150,8 @@ def _started() -> Iterator[socket.socket]:
                 stdin=its.fileno(), stdout=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         yield ours
-        process.wait(ANSWER_S)
+        with suppress(subprocess.TimeoutExpired):  # it has answered; Python reaps it later
+            process.wait(ANSWER_S)
 
 
 # --- the other process

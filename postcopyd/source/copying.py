@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from array import array
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,7 @@ from itertools import islice
 import trio
 
 from postcopyd.errors import PostcopydError, shortage
+from postcopyd.host import procfs
 from postcopyd.sessions import headroom
 from postcopyd.tasks import threads
 from postcopyd.vmm import Region, Shape
@@ -70,7 +72,17 @@ async def _copy(was: Shape, to: Shape) -> list[Region]:
         os.close(source)
         if target >= 0:
             os.close(target)
+    if lost and _ends(was.pid):
+        raise OSError(errno.ESRCH, "it was killed meanwhile")
     return lost
+
+
+def _ends(pid: int) -> bool:
+    """Whether a process has ended or is being killed: the OOM killer may take its memory away page
+    by page then, which reads as errors (`ends` in ram.c)."""
+    status = procfs.status(pid)
+    pending = int(status.get("SigPnd", "0"), 16) | int(status.get("ShdPnd", "0"), 16)
+    return status.get("State", "X")[0] in "ZX" or bool(pending >> (signal.SIGKILL - 1) & 1)
 
 
 def _memory(pid: int, how: int) -> int:

@@ -16,12 +16,14 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import newest
+import pytest
+import trio
 from needs import missing
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,6 +31,7 @@ NAMES = ("host1", "host2")
 PREFIX = "postcopyd-lab-"
 PKI = "/etc/pki/postcopyd"
 BOOT_S = 60.0
+WAIT_S = 60.0
 # Devices that a host has and a container is not given.
 DEVICES = ("/dev/userfaultfd", "/dev/kvm", "/dev/net/tun")
 # What a copy of this machine shall not have of it: its services, its journal, what a postcopyd that
@@ -305,6 +308,15 @@ def _remove_group(group: Path) -> None:
                 if time.monotonic() > deadline:
                     return
                 time.sleep(0.02)
+
+
+async def until(holds: Callable[[], bool], what: str) -> None:
+    """Returns when it is so, as a command on a host tells."""
+    with trio.move_on_after(WAIT_S):
+        while not await trio.to_thread.run_sync(holds):
+            await trio.sleep(0.05)
+        return
+    pytest.fail(f"it is not so after {WAIT_S:.0f} s: {what}")
 
 
 def certificates(one: Host, two: Host) -> None:

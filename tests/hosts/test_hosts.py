@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trio
-from containers import PKI, Host, certificates
+from containers import PKI, WAIT_S, Host, certificates, until
 from guests import qemu as q
 from qemus import QEMUS
 
@@ -21,7 +21,6 @@ pytestmark = pytest.mark.long
 
 MIB = 1 << 20
 VM = "web1"
-WAIT_S = 60.0
 
 
 class Machine:
@@ -143,14 +142,6 @@ async def until_phase(host: Host, *phases: str) -> None:
 
 def shows(host: Host, what: str, unit: str = "postcopyd.service") -> str:
     return host.says(["systemctl", "show", "--property", what, "--value", unit])
-
-
-async def until(holds: Callable[[], bool], what: str) -> None:
-    with trio.move_on_after(WAIT_S):
-        while not await in_thread(holds):
-            await trio.sleep(0.05)
-        return
-    pytest.fail(f"it is not so after {WAIT_S:.0f} s: {what}")
 
 
 async def test_a_client_starts_the_service_by_its_socket(hosts: tuple[Host, Host]) -> None:

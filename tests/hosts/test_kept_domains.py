@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from containers import Host
+from containers import Host, until
 from guests import qemu as q
 from needs import libvirt
 from qemus import QEMUS
@@ -26,7 +26,6 @@ from libvirt_hosts import DOMAIN, SERIAL, VM, LibvirtGuest
 pytestmark = pytest.mark.long
 
 MIB = 1 << 20
-WAIT_S = 60.0
 TOML = "/etc/postcopyd/postcopyd.toml.d"
 
 
@@ -36,14 +35,6 @@ class Side:
     def __init__(self, host: Host) -> None:
         self.name, self.qemu = host.name, host.init
         self.root = Path(f"/proc/{host.init}/root")
-
-
-async def until(holds: Callable[[], bool], what: str) -> None:
-    with trio.move_on_after(WAIT_S):
-        while not await trio.to_thread.run_sync(holds):
-            await trio.sleep(0.05)
-        return
-    pytest.fail(f"it is not so after {WAIT_S:.0f} s: {what}")
 
 
 @pytest.fixture
@@ -126,7 +117,7 @@ async def test_it_is_gone_while_its_memory_follows(
     there.run("systemctl mask --now postcopyd-keeper.socket")
     client = await moves(there, here, "12M")
     await until(
-        lambda: "which a daemon that has one itself, as under systemd, may not suspend"
+        lambda: "start postcopyd-keeper.socket for the next guest"
         in there.journal("--unit=postcopyd", "--lines=50"), "the log says that there is no keeper",
     )  # fmt: skip
     assert "paused" in there.says(f"virsh domstate {VM}")

@@ -82,6 +82,25 @@ async def test_a_keeper_that_has_ended_is_no_lost_page(monkeypatch: pytest.Monke
             await copying.copy(shape(was, os.getpid()), shape(to, os.getpid()))
 
 
+@pytest.mark.parametrize(
+    "status", [{}, {"State": "Z (zombie)"}, {"State": "S (sleeping)", "ShdPnd": f"{1 << 8:x}"}]
+)
+async def test_a_keeper_that_is_killed_loses_no_single_pages(
+    status: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel takes its memory away page by page, and each reads as an error."""
+    with memory() as (old, was), memory() as (_, to):
+        old[0] = old[PAGE] = 1
+        lose(was + PAGE)
+        monkeypatch.setattr(copying, "_memory", lambda *_: os.open("/proc/self/mem", os.O_RDWR))
+        before = copying.procfs.status
+        monkeypatch.setattr(
+            copying.procfs, "status", lambda pid: status if pid == os.getpid() else before(pid)
+        )
+        with pytest.raises(PostcopydError, match="it was killed meanwhile"):
+            await copying.copy(shape(was, os.getpid()), shape(to, os.getpid()))
+
+
 def test_a_memory_error() -> None:
     """The page cannot be read, also when the userfaultfd is closed and the kernel is asked for a
     huge page there; what is beside it can be."""

@@ -278,8 +278,9 @@ async def test_check_looks_for_room(
     offer = msgspec.structs.replace(OFFER, check=True, regions=regions)
     async with daemon(tmp_path) as vms:
         none: Any = None
+        asking: Any = Asking()
         acceptor = Acceptor(vms.shared, vms.vms, none, none, Domains(vms))
-        await acceptor._take_offer(Asking(), offer)  # type: ignore[arg-type]
+        await acceptor._take_offer(asking, offer)
     assert len(sent) == bool(lacks)
     assert lacks in "".join(sent)
     assert kind.made == []

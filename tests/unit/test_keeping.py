@@ -115,8 +115,9 @@ async def test_one_that_could_not_be_told_is_told_again(monkeypatch: pytest.Monk
     told = [False, True]
     monkeypatch.setattr(keeper, "hold", lambda _: told.pop(0))
     monkeypatch.setattr(Keeper, "lives", lambda _: True)
-    vm, engine = FakeVm(), type("", (), {"kept_by": lambda *_: None})()
-    holds: Any = keeping.Keeping(vm, Shape("paused", 1, (), {}, ()), engine)  # type: ignore[arg-type]
+    vm: Any = FakeVm()
+    engine: Any = type("", (), {"kept_by": lambda *_: None})()
+    holds = keeping.Keeping(vm, Shape("paused", 1, (), {}, ()), engine)
     for left in (1, 0, 0):
         holds.hold()
         assert len(told) == left

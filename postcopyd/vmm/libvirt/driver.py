@@ -164,11 +164,12 @@ class LibvirtVmm(QemuVmm):
     async def _lose(self, pages: list[Region]) -> None:
         """Makes memory errors of pages. The kernel may have made huge pages of what is beside them,
         so they are emptied again. Raises PostcopydError."""
+        what = f"{len(pages)} page{'s' if pages[1:] else ''} of the memory of {self.name} cannot"
         if any(page.fd is not None for page in pages):
             raise VmmError(
-                f"{len(pages)} page{'s' if pages[1:] else ''} of the memory of {self.name} cannot "
-                f"be read any more, and of memory errors in a file the kernel makes zeros with "
-                f"its next huge page: the guest was not made anew"
+                f"{what} be read any more, and of memory errors in a file the kernel makes zeros "
+                f"with its next huge page: the guest was not made anew; what was kept stays until "
+                f"`postcopyd resolve {self.name} --kill`"
             )
         ours, number = await userfaultfd.create_alone(self.pid)
         try:
@@ -176,9 +177,10 @@ class LibvirtVmm(QemuVmm):
             poison(ours, [(page.address, page.size) for page in pages])
         except OSError as error:
             raise VmmError(
-                f"{len(pages)} pages of the memory of {self.name} cannot be read any more, and no "
-                f"memory errors could be made of them ({error.strerror}; Linux 6.6 and later can): "
-                f"the guest would find zeros there"
+                f"{what} be read any more, and no memory errors could be made of them "
+                f"({error.strerror}; Linux 6.6 and later can): the guest would find zeros there, "
+                f"and was not made anew; what was kept stays until `postcopyd resolve {self.name} "
+                f"--kill`"
             ) from None
         finally:
             os.close(ours)
