@@ -92,7 +92,8 @@ static enum due fault_done(struct pc_dest *d, struct region *r, uint64_t page, b
   return due_after(d, r, page, is, &p);
 }
 
-/* Claims what is HERE around a page that the caller has claimed. Returns the first page. */
+/* Claims what is HERE and CACHED around a page that the caller has claimed, without a gap. Returns
+ * the first page. */
 static uint64_t claim_around(struct pc_dest *d, struct region *r, uint64_t page, uint64_t *count) {
   uint64_t most = r->is.page_size < AROUND_BYTES ? AROUND_BYTES >> r->page_shift : 1;
   uint64_t from = page, to = page + 1;

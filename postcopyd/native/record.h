@@ -39,8 +39,9 @@
  * without CACHED is zeros.
  *
  * An engine that goes on with the record of a killed one keeps what is DONE (LOST or not) and what
- * is FOREIGN; of files also CACHED, and HERE if that engine was sealed; of other memory, if it was
- * sealed, BEGUN, which CLAIMED becomes there. It forgets the rest: threads that waited fault again.
+ * is FOREIGN; of staged files also CACHED, and HERE if that engine was sealed; of all other memory,
+ * if it was sealed, BEGUN, which CLAIMED becomes there. It forgets the rest: threads that waited
+ * fault again.
  * A page that was placed and not yet confirmed is BEGUN or HERE then; EEXIST tells that it is
  * there. In a file a page CLAIMED without HERE was never mapped and may be written again. The byte
  * behind the last page of a staged engine's record is the seal: without it the guest has not run

@@ -6,7 +6,7 @@
   NAME.json      the VM: its driver and socket, the epoch of its ownership, its last migration
   NAME.pages     destination: one byte for each page, written by the native engine (record.c)
   NAME.answers   destination: how earlier arrivals ended whose sources may not know it yet
-  NAME.device    source: the device state of a guest that has left and whose VMM was ended
+  NAME.device    source: the device state of a guest that has left and whose VMM is ended early
   daemon-id      tells this folder from those of other daemons: random
 
 `--durable-dir`, on disk, outlives the host:
